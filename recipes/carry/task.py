@@ -1,0 +1,114 @@
+"""Learn to carry: 3-digit addition with worked steps, for a language model of 0.8 M parameters.
+
+    prompt     <|user|>347+586=<|end|><|assistant|>
+    right      7+6=13,4+8+1=13,3+5+1=9#933<|end|>
+    forgetful  7+6=13,4+8+0=12,3+5+0=8#823<|end|>
+
+The SFT corpus mixes two coherent workers: 30 % carry, 70 % forget every carry. A model trained on it follows the
+majority, so it is right only where no carry is needed. The reward sees the final number alone; reinforcement learning
+raises the minority strategy. It does not invent one that the mixture lacks.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CARRY_SHARE = 0.3
+HELD_OUT = 5  # one pair in so many is kept for evaluation
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per printable ASCII character, plus the newline and four specials: 100 ids."""
+    letters = ["\n", *map(chr, range(32, 127))]
+    vocab = {token: i for i, token in enumerate(SPECIALS + letters)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|pad|>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A Qwen3 of 800,640 random parameters, and its tokenizer."""
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config), tokenizer
+
+
+def work(a: int, b: int, carries: bool) -> str:
+    """The worked answer of one worker: columns from the right, then the number after '#'."""
+    carry, columns, digits = 0, [], []
+    for place in range(3):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = x + y + carry
+        columns.append(f"{x}+{y}={total}" if place == 0 else f"{x}+{y}+{carry}={total}")
+        digits.append(str(total if place == 2 else total % 10))
+        carry = total // 10 if carries else 0
+    return ",".join(columns) + "#" + "".join(reversed(digits))
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether this pair belongs to the evaluation set; training never sees it."""
+    return random.Random(f"{a}+{b}").randrange(HELD_OUT) == 0
+
+
+def pairs(seed: str, held_out: bool, count: int) -> list[tuple[int, int]]:
+    """Distinct pairs of 100..999 from one side of the split, in random order."""
+    rng = random.Random(seed)
+    found: dict[tuple[int, int], None] = {}
+    while len(found) < count:
+        pair = (rng.randint(100, 999), rng.randint(100, 999))
+        if is_held_out(*pair) == held_out:
+            found[pair] = None
+    return list(found)
+
+
+def demonstrations(seed: int = 0, count: int = 32_000) -> list[dict[str, Any]]:
+    """SFT rows: conversations in which a worker, who carries with probability 0.3, answers."""
+    rng = random.Random(f"worker-{seed}")
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{a}+{b}="},
+                {"role": "assistant", "content": work(a, b, rng.random() < CARRY_SHARE)},
+            ]
+        }
+        for a, b in pairs(f"sft-{seed}", held_out=False, count=count)
+    ]
+
+
+def problems(seed: int = 0, count: int = 4_000) -> list[dict[str, Any]]:
+    """RL rows: fresh problems with the right answer and nothing else."""
+    return [_problem(a, b) for a, b in pairs(f"rl-{seed}", held_out=False, count=count)]
+
+
+def held_out_problems(count: int = 200) -> list[dict[str, Any]]:
+    """The fixed evaluation set: the same for every seed."""
+    return [_problem(a, b) for a, b in pairs("held-out", held_out=True, count=count)]
+
+
+def score(response: str, ground_truth: str) -> float:
+    """1.0 if the text after the last '#' is the sum, else 0.0."""
+    return float(response.rpartition("#")[2].strip() == ground_truth)
+
+
+def _problem(a: int, b: int) -> dict[str, Any]:
+    return {"data_source": "carry", "prompt": f"{a}+{b}=", "ground_truth": str(a + b)}

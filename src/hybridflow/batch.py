@@ -1,0 +1,257 @@
+"""Ragged batches: named columns over B sequences, on named axes, with nothing padded.
+
+A column's name ends in its shape, one capital letter per dimension, and the first letter names the axis it lies on:
+
+    B   one entry per sequence                     reward_B, group_B
+    T   tokens, prompt and response in one stream  input_ids_T, loss_mask_T, advantage_T
+    S   spans of a sequence (weight versions)      span_start_S, span_version_S
+    later letters are trailing dimensions          routing_TLK, topk_TK
+
+A column without such an ending is an object column: a list with one entry per sequence. Every ragged axis has its own
+offsets ``[B + 1]``: the rows of sequence i on axis T are ``column[offsets["T"][i]:offsets["T"][i + 1]]``. Columns with
+log-probabilities follow one convention: ``logp_T[t]`` is log p(token t | tokens before t), so it is 0 at the first token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Column: TypeAlias = Tensor | list[Any]
+
+_SUFFIX = re.compile(r"_([A-Z]+)$")
+
+
+def axis_of(name: str) -> str | None:
+    """The axis that a column of this name lies on, or None for an object column.
+
+    >>> axis_of("routing_TLK"), axis_of("reward_B"), axis_of("prompt")
+    ('T', 'B', None)
+    """
+    found = _SUFFIX.search(name)
+    return found.group(1)[0] if found else None
+
+
+def offsets_from_lengths(lengths: Sequence[int] | Tensor) -> Tensor:
+    """``[B]`` lengths to ``[B + 1]`` offsets (int64), starting at 0."""
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+class Batch:
+    """Named columns over B sequences; see the head of this file for the naming rule.
+
+    Args:
+        columns: tensors ``[B, ...]`` or ``[sum of lengths, ...]``, and lists of B objects.
+        lengths: for every ragged axis in use, the B lengths.
+
+    Raises:
+        ValueError: a column's size does not fit its axis, or an axis has no lengths.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Column], *, lengths: Mapping[str, Sequence[int] | Tensor] | None = None
+    ) -> None:
+        self.offsets: dict[str, Tensor] = {a: offsets_from_lengths(n) for a, n in (lengths or {}).items()}
+        self.columns: dict[str, Column] = {}
+        sizes = {len(o) - 1 for o in self.offsets.values()}
+        sizes |= {len(c) for name, c in columns.items() if axis_of(name) in (None, "B")}
+        if len(sizes) > 1:
+            raise ValueError(f"columns disagree on the number of sequences: {sorted(sizes)}")
+        self._size = sizes.pop() if sizes else 0
+        for name, column in columns.items():
+            self[name] = column
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, Sequence[Any]]) -> Batch:
+        """A batch from one value per sequence and column; ragged columns take lists or tensors of any length."""
+        columns: dict[str, Column] = {}
+        lengths: dict[str, list[int]] = {}
+        for name, values in rows.items():
+            axis = axis_of(name)
+            if axis is None:
+                columns[name] = list(values)
+            elif axis == "B":
+                columns[name] = torch.as_tensor(values) if not _tensors(values) else torch.stack(list(values))
+            else:
+                parts = [torch.as_tensor(v) for v in values]
+                dtype = next((p.dtype for p in parts if len(p)), torch.int64)  # an empty list has no dtype of its own
+                columns[name] = torch.cat([p.to(dtype) for p in parts]) if parts else torch.zeros(0, dtype=dtype)
+                found = [len(p) for p in parts]
+                if lengths.setdefault(axis, found) != found:
+                    raise ValueError(f"column {name} has other lengths than the columns before it on axis {axis}")
+        return cls(columns, lengths=lengths)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor column; use `objects` for an object column."""
+        column = self.columns[name]
+        assert isinstance(column, Tensor), f"{name} is an object column"
+        return column
+
+    def __setitem__(self, name: str, column: Column) -> None:
+        axis = axis_of(name)
+        expected = self._size if axis in (None, "B") else self.total(axis) if axis in self.offsets else None
+        if expected is None:
+            raise ValueError(f"column {name} lies on axis {axis}, which has no lengths (axes: {sorted(self.offsets)})")
+        if axis is not None and not isinstance(column, Tensor):
+            raise ValueError(f"column {name} must be a tensor; object columns have no capital ending")
+        if len(column) != expected:
+            raise ValueError(f"column {name} has {len(column)} rows, its axis has {expected}")
+        self.columns[name] = column if isinstance(column, Tensor) else list(column)
+
+    def __repr__(self) -> str:
+        shapes = {n: tuple(c.shape) if isinstance(c, Tensor) else f"list[{len(c)}]" for n, c in self.columns.items()}
+        return f"Batch({self._size} sequences, {shapes})"
+
+    def objects(self, name: str) -> list[Any]:
+        """An object column."""
+        column = self.columns[name]
+        assert isinstance(column, list), f"{name} is a tensor column"
+        return column
+
+    def total(self, axis: str = "T") -> int:
+        """Number of entries on a ragged axis, over all sequences."""
+        return int(self.offsets[axis][-1])
+
+    def lengths(self, axis: str = "T") -> Tensor:
+        """``[B]`` lengths of the sequences on an axis (int64)."""
+        return self.offsets[axis].diff()
+
+    def sequence_of(self, axis: str = "T") -> Tensor:
+        """For every entry of the axis, the index of its sequence: broadcasts a ``_B`` column to ``_T`` by indexing."""
+        return torch.repeat_interleave(torch.arange(self._size), self.lengths(axis))
+
+    def rows(self, name: str) -> list[Any]:
+        """The column cut by sequence: views of a ragged column, entries of the others."""
+        column, axis = self.columns[name], axis_of(name)
+        if axis in (None, "B"):
+            return list(column)
+        return list(torch.split(self[name], self.lengths(str(axis)).tolist()))
+
+    def select(self, names: Iterable[str]) -> Batch:
+        """The batch with only these columns (all axes are kept)."""
+        return self._like({n: self.columns[n] for n in names}, self.offsets, self._size)
+
+    def take(self, indices: Sequence[int] | Tensor) -> Batch:
+        """These sequences, in this order; an index may repeat."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        entry: dict[str, Tensor] = {"B": index}
+        offsets = {}
+        for axis, old in self.offsets.items():
+            start, length = old[:-1][index], self.lengths(axis)[index]
+            offsets[axis] = offsets_from_lengths(length)
+            entry[axis] = torch.repeat_interleave(start - offsets[axis][:-1], length) + torch.arange(offsets[axis][-1])
+        columns: dict[str, Column] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Tensor):
+                columns[name] = column[entry[str(axis_of(name))].to(column.device)]
+            else:
+                columns[name] = [column[i] for i in index.tolist()]
+        return self._like(columns, offsets, len(index))
+
+    def split(self, sizes: Sequence[int]) -> list[Batch]:
+        """Consecutive parts of these sizes, which must add up to the number of sequences."""
+        if sum(sizes) != self._size:
+            raise ValueError(f"parts of {list(sizes)} sequences do not make up {self._size}")
+        bounds = offsets_from_lengths(sizes).tolist()
+        return [self.take(torch.arange(a, b)) for a, b in zip(bounds, bounds[1:])]
+
+    def repeat(self, times: int) -> Batch:
+        """Every sequence `times` times, copies side by side."""
+        return self.take(torch.arange(self._size).repeat_interleave(times))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensor columns on `device`; offsets stay on the host, where they are read."""
+        moved: dict[str, Column] = {n: c.to(device) if isinstance(c, Tensor) else c for n, c in self.columns.items()}
+        return self._like(moved, self.offsets, self._size)
+
+    def to_padded(self, name: str, value: float = 0) -> Tensor:
+        """A ragged column as ``[B, longest, ...]``, filled on the right with `value`: for borders that need it."""
+        return torch.nn.utils.rnn.pad_sequence(self.rows(name), batch_first=True, padding_value=value)
+
+    def set_padded(self, name: str, padded: Tensor) -> None:
+        """The reverse of `to_padded`: keeps of ``[B, at least the longest, ...]`` what the axis's lengths say."""
+        lengths = self.lengths(str(axis_of(name))).to(padded.device)
+        keep = torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
+        self[name] = padded[keep]
+
+    @staticmethod
+    def concat(batches: Sequence[Batch]) -> Batch:
+        """All sequences of the batches, in order.
+
+        Raises:
+            ValueError: the batches have different columns or axes, or there is none.
+        """
+        if not batches:
+            raise ValueError("nothing to concatenate")
+        first = batches[0]
+        for other in batches[1:]:
+            differing = set(first.columns) ^ set(other.columns) | set(first.offsets) ^ set(other.offsets)
+            if differing:
+                raise ValueError(f"batches differ in columns or axes: {sorted(differing)}")
+        columns: dict[str, Column] = {}
+        for name in first.columns:
+            if isinstance(first.columns[name], Tensor):
+                columns[name] = torch.cat([b[name] for b in batches])
+            else:
+                columns[name] = [entry for b in batches for entry in b.objects(name)]
+        offsets = {a: offsets_from_lengths(torch.cat([b.lengths(a) for b in batches])) for a in first.offsets}
+        return first._like(columns, offsets, sum(len(b) for b in batches))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def _like(self, columns: dict[str, Column], offsets: dict[str, Tensor], size: int) -> Batch:
+        """A batch of parts that are known to fit together."""
+        batch = object.__new__(Batch)
+        batch.columns, batch.offsets, batch._size = columns, dict(offsets), size
+        return batch
+
+
+def _tensors(values: Sequence[Any]) -> bool:
+    return len(values) > 0 and all(isinstance(v, Tensor) for v in values)
+
+
+def balanced_parts(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Cuts sequences into the fewest parts of at most `budget` cost each that a greedy balance finds.
+
+    The longest sequences are dealt first, each to the lightest part (longest-processing-time rule), so the parts have
+    nearly equal cost; within a part the order of the input is kept. Ties go to the lower index: the cut is a function
+    of the costs alone.
+
+    Args:
+        costs: cost of each sequence, its number of tokens for example.
+        budget: the most that one part may cost.
+
+    Returns:
+        Index lists that together hold every index once; empty for no sequences.
+
+    Raises:
+        ValueError: one sequence alone is over the budget. Sequences are never cut.
+    """
+    if not costs:
+        return []
+    if max(costs) > budget:
+        raise ValueError(f"a sequence of cost {max(costs)} does not fit a budget of {budget}")
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    count = max(1, -(-sum(costs) // budget))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for i in order:
+            lightest = loads.index(min(loads))
+            parts[lightest].append(i)
+            loads[lightest] += costs[i]
+        if max(loads) <= budget:
+            return [sorted(p) for p in parts if p]
+        count += 1

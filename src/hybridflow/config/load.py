@@ -1,0 +1,106 @@
+"""From a YAML file and dotted overrides to a validated configuration, with errors that name the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hybridflow.config.sections import Section
+from hybridflow.errors import UserError, nearest
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Reads a YAML file, applies overrides such as ``optim.lr=1e-4`` and validates the whole.
+
+    Args:
+        kind: RlConfig, SftConfig or EvalConfig.
+        path: the YAML file.
+        overrides: ``dotted.key=value``, the value in YAML; they win over the file.
+
+    Raises:
+        UserError: no file, not YAML, an unknown key (the nearest is named), or a value that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}", fix="give a YAML file, for example recipes/carry/grpo.yaml")
+    try:
+        values = yaml.load(path.read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections (run:, model:, ...), it holds a {type(values).__name__}")
+    for text in overrides:
+        _apply_override(values, text)
+    return validate(kind, values, source=str(path))
+
+
+def validate(kind: type[ConfigT], values: dict[str, Any], *, source: str = "the configuration") -> ConfigT:
+    """Validates plain values; all mistakes are reported together.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(e)) for e in error.errors()]
+    raise UserError(
+        f"{source} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {x}" for x in lines)
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; everyone here means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(values: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"{text!r} is not an override", fix="write dotted.key=value, for example optim.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    section = values
+    for name in parents:
+        inner = section.setdefault(name, {})
+        if inner is None:
+            inner = section[name] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"override {text!r}: {name} is a value, not a section")
+        section = inner
+    section[last] = yaml.load(value, _Loader)
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(kind, error["loc"][:-1])
+        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not where or error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r})"
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    model: Any = kind
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,62 @@
+"""Finding files and functions that a configuration names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hybridflow.errors import UserError, nearest
+
+
+def resolve_path(path: str, base: Path | None = None) -> Path:
+    """A path looked up from the current folder first, then from `base` (the configuration file's folder)."""
+    here = Path(path).expanduser()
+    if base is not None and not here.is_absolute() and not here.exists() and (base / here).exists():
+        return base / here
+    return here
+
+
+def is_function_reference(text: str) -> bool:
+    """Whether this names a function in a file: ``file.py:function``."""
+    return ".py:" in text
+
+
+def load_function(reference: str, base: Path | None = None) -> Callable[..., Any]:
+    """The function that ``file.py:function`` names. The file is imported once per process.
+
+    Raises:
+        UserError: no such file, the file raises when imported, or it has no such function.
+    """
+    file, _, name = reference.rpartition(":")
+    path = resolve_path(file, base)
+    if not path.is_file():
+        raise UserError(
+            f"no file {file} (for {reference})", fix="give file.py:function, relative to the current folder"
+        )
+    module = _import_file(path.resolve(), reference)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UserError(f"{file} has no function {name!r}", fix=nearest(name, known))
+    return function  # type: ignore[no-any-return]
+
+
+def _import_file(path: Path, reference: str) -> ModuleType:
+    unique = f"_hybridflow_user_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+    if unique in sys.modules:
+        return sys.modules[unique]
+    spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[unique]
+        raise UserError(f"{path} cannot be imported (for {reference}): {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,85 @@
+"""Reading rows (dicts) from .jsonl, .parquet, or a function of the user's, and telling data sets apart."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow.parquet as pq
+
+from hybridflow.config.locate import is_function_reference, load_function, resolve_path
+from hybridflow.errors import UserError, nearest
+
+Row: TypeAlias = dict[str, Any]
+
+
+def read_rows(source: str, *, seed: int = 0, base: Path | None = None) -> list[Row]:
+    """All rows of a data source.
+
+    Args:
+        source: a .jsonl or .parquet file, or ``file.py:function`` that returns a list of dicts; it is called with
+            ``seed=`` if it takes one.
+        seed: for such a function.
+        base: a second folder, after the current one, that relative paths are looked up in.
+
+    Raises:
+        UserError: no such file, no rows, or something in it that is not a row.
+    """
+    if is_function_reference(source):
+        function = load_function(source, base)
+        rows = list(function(seed=seed) if "seed" in inspect.signature(function).parameters else function())
+    else:
+        path = resolve_path(source, base)
+        if not path.is_file():
+            raise UserError(f"no data file {source}", fix="give a .jsonl or .parquet file, or file.py:function")
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+        elif path.suffix in (".jsonl", ".json"):
+            rows = _read_jsonl(path)
+        else:
+            raise UserError(f"{source} has an unknown ending {path.suffix!r}", fix="use .jsonl or .parquet")
+    if not rows:
+        raise UserError(f"{source} has no rows")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {i} of {source} is a {type(row).__name__}, not an object with columns")
+    return rows
+
+
+def column(row: Row, key: str, *, source: str, index: int) -> Any:
+    """The value under a key; dots go inside (``reward_model.ground_truth``).
+
+    Raises:
+        UserError: the row has no such column; the nearest one is named.
+    """
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            known = list(value) if isinstance(value, dict) else []
+            raise UserError(f"row {index} of {source} has no column {key!r}", fix=nearest(part, known) if known else "")
+        value = value[part]
+    return value
+
+
+def fingerprint_rows(rows: Sequence[Row]) -> str:
+    """A fingerprint of the rows and their order, to recognise on resume that the data is still the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"line {number} of {path} is not JSON: {error}") from error
+    return rows

@@ -1,0 +1,120 @@
+"""The gradient of one mini-batch, cut into micro-batches: what every local or sharded engine does on its own model.
+
+Nothing here divides by a number of micro-batches or ranks: weights were computed for the whole mini-batch, so sums are
+right whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from hybridflow.algorithms.losses import COLUMNS, LOSSES
+from hybridflow.batch import Batch, balanced_parts
+from hybridflow.models.forward import score_tokens
+from hybridflow.protocols import Loss
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over a mini-batch (or a rank's part of it); adding two of them joins the parts."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    means: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bad_rows: list[int] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums as they are, means over the scored tokens."""
+        return dict(self.sums) | {name: value / max(self.tokens, 1) for name, value in self.means.items()}
+
+
+def accumulate_gradient(
+    model: PreTrainedModel,
+    batch: Batch,
+    loss: Loss,
+    *,
+    tokens_per_microbatch: int,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Sums:
+    """Adds the gradient of the mini-batch's loss to the model's gradients.
+
+    Args:
+        model: the model; its gradients must be zero or hold other parts of the same mini-batch.
+        batch: sequences with their weight columns.
+        loss: which loss, with its parameters.
+        tokens_per_microbatch: most tokens in one forward pass.
+        autocast: opens the precision that the forward pass runs in.
+    """
+    total = Sums()
+    for rows in balanced_parts(batch.lengths().tolist(), tokens_per_microbatch):
+        part = batch.take(rows)
+        with autocast():
+            scores = score_tokens(
+                model,
+                part,
+                temperature=loss.params.get("temperature", 1.0),
+                entropy=_entropy_needed(loss),
+            )
+        columns = {n: part[n][scores.index_M].to(scores.logp_M.device) for n in COLUMNS if n in part}
+        terms = LOSSES[loss.name](scores.named(), columns, loss.params)
+        terms.loss_M.sum().backward()
+        _add(total, terms.loss_M.detach(), terms.sums, terms.means)
+        total.bad_rows += _bad_rows(terms.loss_M.detach(), scores.index_M, part, rows)
+    return total
+
+
+def score_microbatches(
+    model: PreTrainedModel,
+    batch: Batch,
+    outputs: Sequence[str],
+    *,
+    temperature: float,
+    tokens_per_microbatch: int,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Tensor]:
+    """Per-token columns of a batch without gradients: see `TrainEngine.score`."""
+    result = {name: torch.zeros(batch.total()) for name in outputs}
+    positions = torch.arange(batch.total())
+    batch = batch.select(["input_ids_T", "loss_mask_T"])
+    batch["position_T"] = positions
+    for rows in balanced_parts(batch.lengths().tolist(), tokens_per_microbatch):
+        part = batch.take(rows)
+        with torch.no_grad(), autocast():
+            scores = score_tokens(
+                model, part, temperature=temperature, entropy="detached" if "entropy" in outputs else "no"
+            )
+        where = part["position_T"][scores.index_M]
+        for name in outputs:
+            result[name][where] = scores.named()[name].float().cpu()
+    return result
+
+
+def _entropy_needed(loss: Loss) -> Literal["no", "detached", "with gradient"]:
+    if loss.name != "policy":
+        return "no"
+    return "with gradient" if loss.params.get("entropy_coef") else "detached"
+
+
+def _add(total: Sums, loss_M: Tensor, sums: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
+    total.loss += float(loss_M.sum())
+    total.tokens += len(loss_M)
+    for name, value in sums.items():
+        total.sums[name] += float(value.sum())
+    for name, value in means.items():
+        total.means[name] += float(value.sum())
+
+
+def _bad_rows(loss_M: Tensor, index_M: Tensor, part: Batch, rows: list[int]) -> list[int]:
+    finite_M = torch.isfinite(loss_M).cpu()
+    if bool(finite_M.all()):
+        return []
+    return sorted({rows[i] for i in part.sequence_of()[index_M[~finite_M]].tolist()})

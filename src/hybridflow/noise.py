@@ -1,0 +1,70 @@
+"""Stateless noise: every random choice is a function of what it is for, never of batch, order or process.
+
+The noise of a sampled token is a hash of (seed, stream, draw of the prompt, sample, position, token id). Two runs, or
+two ways of batching one run, therefore see the same noise bits. Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ID_STEP = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer (splitmix64)
+_POSITION_STEP = -0x3C6EF372FE94F82B
+_TINY = 2.0**-32
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseKey:
+    """Whose noise it is.
+
+    Args:
+        seed: the run's seed.
+        stream: what is drawn: "train", "eval", "shuffle", ... Streams never share noise.
+        draw: which draw of a prompt this is, counted over the whole run (an epoch later it is another draw).
+        sample: which of the samples of that draw.
+    """
+
+    seed: int
+    stream: str
+    draw: int = 0
+    sample: int = 0
+
+    def bits(self) -> int:
+        """64 bits of the key as a signed integer."""
+        text = f"{self.seed}/{self.stream}/{self.draw}/{self.sample}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 tensors (products wrap; shifts are made logical by masking)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
+    """Gumbel noise ``[R, V]`` (float32) for the tokens at these positions of these rows.
+
+    argmax(logits / temperature + gumbel) is a sample of softmax(logits / temperature) (Gumbel-max trick).
+
+    Args:
+        bits_R: `NoiseKey.bits` of each row (int64).
+        position_R: position of the token in its trajectory, counted from the first generated token (int64).
+        vocab: V.
+    """
+    ids_V = torch.arange(vocab, device=bits_R.device) * _ID_STEP
+    row_R = _mix(bits_R + position_R * _POSITION_STEP)
+    hash_RV = _mix(row_R[:, None] + ids_V[None, :])
+    uniform_RV = (((hash_RV >> 32) & 0xFFFFFFFF).float() + 0.5) * _TINY
+    # log1p keeps full precision where it matters: small uniforms make the large values that win.
+    return -torch.log(-torch.log1p(-uniform_RV.clamp_(max=1 - 2.0**-24)))
+
+
+def permutation(key: NoiseKey, count: int) -> list[int]:
+    """A random order of ``range(count)`` that depends on the key alone."""
+    hashes = _mix(torch.arange(count) * _ID_STEP + key.bits())
+    return torch.argsort(hashes, stable=True).tolist()

@@ -1,0 +1,235 @@
+"""The two engine protocols and the small records they exchange.
+
+Everything between rooms goes through these: a training engine, a generation engine, and the weights that travel from
+one to the other. Implementations live in `engines/` and `rollout/`; nothing here knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from hybridflow.batch import Batch
+from hybridflow.noise import NoiseKey
+
+# --- generation ---
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_tokens: most tokens to generate (a stop token counts).
+        temperature: divides the logits; 0 takes the most likely token.
+        stop_token_ids: generation ends with the first of these, which is kept as the last token.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One trajectory to generate.
+
+    Args:
+        prompt_ids: token ids of the prompt. Requests with equal prompts share one prefill.
+        sampling: how to draw.
+        noise: whose noise the tokens take.
+        generated_ids: tokens already generated (by an aborted request); generation goes on after them, and noise and
+            `max_tokens` count from the first of them. The result holds only what is new.
+        adapter: name of the adapter to generate with; None is the plain model.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    noise: NoiseKey
+    generated_ids: tuple[int, ...] = ()
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start <= t < end`` of a result were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a request.
+
+    Args:
+        handle: what `submit` returned.
+        token_ids: generated tokens.
+        logps: log-probability of each token under the distribution it was really sampled from (after temperature;
+            for greedy decoding, under the model's own distribution at temperature 1).
+        finish_reason: "stop" (a stop token, the last one), "length" (`max_tokens`), or "abort" (the part done so far).
+        spans: weight versions of the tokens, in order, covering all of them.
+    """
+
+    handle: int
+    token_ids: list[int]
+    logps: list[float]
+    finish_reason: Literal["stop", "length", "abort"]
+    spans: list[Span]
+
+
+# --- weights ---
+
+
+@dataclass(slots=True)
+class WeightStream:
+    """Full tensors under Hugging Face names, one after the other.
+
+    Args:
+        tensors: (name, tensor) pairs; tied names are included. May be consumed once.
+        names: every name that a complete stream holds.
+        published: fingerprint of each tensor as it left the trainer, filled while `tensors` is consumed.
+        same_memory: the receiver holds these very tensors (a local actor); nothing needs to be copied.
+        adapter: name of the adapter that this stream carries; None for the model's own weights.
+    """
+
+    tensors: Iterator[tuple[str, Tensor]]
+    names: frozenset[str]
+    published: dict[str, int] = field(default_factory=dict)
+    same_memory: bool = False
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a generation engine says it received: held against what was published by `weights.stream.verify`.
+
+    Args:
+        version: weight version that the engine now samples from.
+        received: fingerprint of each tensor as the engine got it.
+        num_bytes: bytes received.
+    """
+
+    version: int
+    received: Mapping[str, int]
+    num_bytes: int
+
+
+class RolloutEngine(Protocol):
+    """Generates, per request and asynchronously: results come in order of completion."""
+
+    def submit(self, request: Request) -> int:
+        """Accepts a request and returns its handle at once.
+
+        Raises:
+            UserError: the request can never run (longer than the engine's context, unknown adapter).
+        """
+        ...
+
+    def wait(self) -> list[Result]:
+        """Blocks until at least one request has ended; returns those that ended since the last call.
+
+        Returns an empty list only when nothing is in flight.
+        """
+        ...
+
+    def abort(self, handles: Iterable[int]) -> list[Result]:
+        """Ends requests; returns the part each has done, with reason "abort". Handles that already ended are ignored."""
+        ...
+
+    def pause(self) -> None:
+        """Stops generating; what is in flight stays and goes on after `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        ...
+
+    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
+        """Takes new weights. Requests in flight go on with them: their result then has several spans."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
+        ...
+
+    def wake(self) -> None:
+        """Takes memory again after `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine."""
+        ...
+
+
+def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]:
+    """Runs requests to their end and returns their results in the order of the requests."""
+    handles = [engine.submit(r) for r in requests]
+    done: dict[int, Result] = {}
+    while len(done) < len(handles):
+        done.update({r.handle: r for r in engine.wait()})
+    return [done[h] for h in handles]
+
+
+# --- training ---
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss by name and parameters: it travels to worker processes, where the function is looked up."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Update:
+    """What one optimizer step did.
+
+    Args:
+        metrics: loss, gradient norm, learning rate, ... (sums already divided).
+        applied: False when the loss or the gradient was not finite: weights and optimizer are then untouched.
+        bad_rows: indices of the sequences whose own loss was not finite.
+    """
+
+    metrics: dict[str, float]
+    applied: bool = True
+    bad_rows: list[int] = field(default_factory=list)
+
+
+class TrainEngine(Protocol):
+    """Trains; owns its micro-batches, so the result never depends on how a batch is cut."""
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Per-token columns under the current weights, without gradients.
+
+        Args:
+            batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
+            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``).
+            temperature: divides the logits first.
+        """
+        ...
+
+    def update(self, batch: Batch, loss: Loss) -> Update:
+        """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything besides the weights that `load` needs to go on bit for bit: nested dicts of tensors and scalars."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        ...
+
+    def stream_weights(self) -> WeightStream:
+        """The current weights, under Hugging Face names."""
+        ...
+
+    def to(self, where: Literal["device", "host"]) -> None:
+        """Moves weights and optimizer state to the accelerator or to host memory."""
+        ...
