@@ -9,11 +9,12 @@ A column's name ends in its shape, one capital letter per dimension, and the fir
 
 A column without such an ending is an object column: a list with one entry per sequence. Every ragged axis has its own
 offsets ``[B + 1]``: the rows of sequence i on axis T are ``column[offsets["T"][i]:offsets["T"][i + 1]]``. Columns with
-log-probabilities follow one convention: ``logp_T[t]`` is log p(token t | tokens before t), so it is 0 at the first token.
+log-probabilities follow one convention: ``logp_T[t]`` is log p(token t | tokens before t), so 0 at the first token.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -149,8 +150,8 @@ class Batch:
         offsets = {}
         for axis, old in self.offsets.items():
             start, length = old[:-1][index], self.lengths(axis)[index]
-            offsets[axis] = offsets_from_lengths(length)
-            entry[axis] = torch.repeat_interleave(start - offsets[axis][:-1], length) + torch.arange(offsets[axis][-1])
+            new = offsets[axis] = offsets_from_lengths(length)
+            entry[axis] = torch.repeat_interleave(start - new[:-1], length) + torch.arange(int(new[-1]))
         columns: dict[str, Column] = {}
         for name, column in self.columns.items():
             if isinstance(column, Tensor):
@@ -164,7 +165,7 @@ class Batch:
         if sum(sizes) != self._size:
             raise ValueError(f"parts of {list(sizes)} sequences do not make up {self._size}")
         bounds = offsets_from_lengths(sizes).tolist()
-        return [self.take(torch.arange(a, b)) for a, b in zip(bounds, bounds[1:])]
+        return [self.take(torch.arange(a, b)) for a, b in itertools.pairwise(bounds)]
 
     def repeat(self, times: int) -> Batch:
         """Every sequence `times` times, copies side by side."""

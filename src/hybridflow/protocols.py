@@ -82,6 +82,49 @@ class Result:
     spans: list[Span]
 
 
+# --- groups ---
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A finished answer and what it was worth.
+
+    Args:
+        sample: which answer to its prompt this is.
+        token_ids: generated tokens.
+        logps: see `Result.logps`.
+        finish_reason: see `Result.finish_reason`.
+        spans: see `Result.spans`.
+        response: the tokens as text, without special tokens.
+        reward: what the reward function gave.
+    """
+
+    sample: int
+    token_ids: list[int]
+    logps: list[float]
+    finish_reason: str
+    spans: list[Span]
+    response: str
+    reward: float
+
+
+@dataclass(slots=True)
+class Group:
+    """All answers to one draw of a prompt.
+
+    Args:
+        draw: number of the draw, unique over the run.
+        row: index of the row in the data.
+        prompt_ids: token ids of the prompt.
+        trajectories: the answers, in order of `sample`.
+    """
+
+    draw: int
+    row: int
+    prompt_ids: list[int]
+    trajectories: list[Trajectory]
+
+
 # --- weights ---
 
 
@@ -138,7 +181,7 @@ class RolloutEngine(Protocol):
         ...
 
     def abort(self, handles: Iterable[int]) -> list[Result]:
-        """Ends requests; returns the part each has done, with reason "abort". Handles that already ended are ignored."""
+        """Ends requests; returns the part each has done, with reason "abort". Handles that ended before are ignored."""
         ...
 
     def pause(self) -> None:
@@ -219,7 +262,7 @@ class TrainEngine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Everything besides the weights that `load` needs to go on bit for bit: nested dicts of tensors and scalars."""
+        """What besides the weights `load` needs to go on bit for bit: "moments" by parameter, and plain values."""
         ...
 
     def load(self, state: Mapping[str, Any]) -> None:

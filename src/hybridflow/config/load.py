@@ -10,10 +10,13 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hybridflow.config.locate import locate
 from hybridflow.config.sections import Section
 from hybridflow.errors import UserError, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+
+FILE_KEYS = (("model", "path"), ("data", "train"), ("data", "eval"), ("reward", "function"))
 
 
 def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
@@ -38,6 +41,7 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
         raise UserError(f"{path} must hold sections (run:, model:, ...), it holds a {type(values).__name__}")
     for text in overrides:
         _apply_override(values, text)
+    _locate_files(values, path.parent)
     return validate(kind, values, source=str(path))
 
 
@@ -65,6 +69,14 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+
+
+def _locate_files(values: dict[str, Any], base: Path) -> None:
+    """Lets a configuration name files beside itself, wherever the command is run."""
+    for section, key in FILE_KEYS:
+        inner = values.get(section)
+        if isinstance(inner, dict) and isinstance(inner.get(key), str):
+            inner[key] = locate(inner[key], base)
 
 
 def _apply_override(values: dict[str, Any], text: str) -> None:

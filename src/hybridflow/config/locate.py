@@ -13,12 +13,13 @@ from typing import Any
 from hybridflow.errors import UserError, nearest
 
 
-def resolve_path(path: str, base: Path | None = None) -> Path:
-    """A path looked up from the current folder first, then from `base` (the configuration file's folder)."""
-    here = Path(path).expanduser()
-    if base is not None and not here.is_absolute() and not here.exists() and (base / here).exists():
-        return base / here
-    return here
+def locate(reference: str, base: Path) -> str:
+    """A path or ``file.py:function`` as seen from the current folder; what is not there is looked up in `base`."""
+    file, colon, name = reference.rpartition(":") if is_function_reference(reference) else (reference, "", "")
+    path = Path(file).expanduser()
+    if not path.is_absolute() and not path.exists() and (base / path).exists():
+        path = base / path
+    return f"{path}{colon}{name}"
 
 
 def is_function_reference(text: str) -> bool:
@@ -26,14 +27,14 @@ def is_function_reference(text: str) -> bool:
     return ".py:" in text
 
 
-def load_function(reference: str, base: Path | None = None) -> Callable[..., Any]:
+def load_function(reference: str) -> Callable[..., Any]:
     """The function that ``file.py:function`` names. The file is imported once per process.
 
     Raises:
         UserError: no such file, the file raises when imported, or it has no such function.
     """
     file, _, name = reference.rpartition(":")
-    path = resolve_path(file, base)
+    path = Path(file)
     if not path.is_file():
         raise UserError(
             f"no file {file} (for {reference})", fix="give file.py:function, relative to the current folder"
@@ -43,7 +44,7 @@ def load_function(reference: str, base: Path | None = None) -> Callable[..., Any
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(f"{file} has no function {name!r}", fix=nearest(name, known))
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _import_file(path: Path, reference: str) -> ModuleType:

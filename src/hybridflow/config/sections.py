@@ -214,13 +214,13 @@ class RlConfig(Section):
     model: ModelSection
     data: PromptDataSection
     reward: RewardSection
-    rollout: RolloutSection = RolloutSection()  # type: ignore[call-arg]
+    rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
     train: RlTrainSection
-    optim: OptimSection = OptimSection()  # type: ignore[call-arg]
-    eval: EvalSection = EvalSection()  # type: ignore[call-arg]
-    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
-    track: TrackSection = TrackSection()  # type: ignore[call-arg]
+    optim: OptimSection = OptimSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
 
     @model_validator(mode="after")
     def _check_sizes(self) -> RlConfig:
@@ -260,9 +260,9 @@ class SftConfig(Section):
     model: ModelSection
     data: SftDataSection
     train: SftTrainSection
-    optim: OptimSection = OptimSection()  # type: ignore[call-arg]
-    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
-    track: TrackSection = TrackSection()  # type: ignore[call-arg]
+    optim: OptimSection = OptimSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SftConfig:
@@ -281,8 +281,8 @@ class EvalConfig(Section):
     model: ModelSection
     data: PromptDataSection
     reward: RewardSection
-    rollout: RolloutSection = RolloutSection()  # type: ignore[call-arg]
-    eval: EvalSection = EvalSection()  # type: ignore[call-arg]
+    rollout: RolloutSection = RolloutSection()
+    eval: EvalSection = EvalSection()
 
     @model_validator(mode="after")
     def _check_data(self) -> EvalConfig:

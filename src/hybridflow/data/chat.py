@@ -27,10 +27,10 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt with the template's opening of the assistant's turn."""
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> tuple[str, list[int]]:
+    """Text and token ids of a prompt with the template's opening of the assistant's turn."""
     text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return str(text), list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def render_conversations(

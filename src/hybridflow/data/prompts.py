@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -20,12 +19,14 @@ class Prompt:
 
     Args:
         token_ids: the rendered prompt, the template's opening of the answer included.
+        text: the rendered prompt, as the model sees it.
         messages: the prompt as chat messages.
         ground_truth: what the reward compares with.
         row: the whole row, for the reward.
     """
 
     token_ids: tuple[int, ...]
+    text: str
     messages: Messages
     ground_truth: Any
     row: Row
@@ -62,24 +63,22 @@ class PromptSet:
                 f"{key} of row {index} of {self.source} is a {type(value).__name__}, not a string or chat messages"
             )
         truth = column(row, self.config.ground_truth_key, source=self.source, index=index)
-        ids = render_prompt(self.tokenizer, value)
+        text, ids = render_prompt(self.tokenizer, value)
         if len(ids) > self.config.max_prompt_tokens:
             raise UserError(
                 f"the prompt of row {index} of {self.source} has {len(ids)} tokens, "
                 f"data.max_prompt_tokens is {self.config.max_prompt_tokens}",
                 fix="raise the limit or leave the row out",
             )
-        return Prompt(tuple(ids), as_messages(value), truth, row)
+        return Prompt(tuple(ids), text, as_messages(value), truth, row)
 
 
-def load_prompts(
-    source: str, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, base: Path | None = None
-) -> PromptSet:
+def load_prompts(source: str, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptSet:
     """Reads a data source for prompts; `check_all` of the set goes through every row.
 
     Raises:
         UserError: the source cannot be read, or the tokenizer has no chat template.
     """
     require_template(tokenizer)
-    rows = read_rows(source, seed=seed, base=base)
+    rows = read_rows(source, seed=seed)
     return PromptSet(rows, source, config, tokenizer, fingerprint_rows(rows))

@@ -11,29 +11,28 @@ from typing import Any, TypeAlias
 
 import pyarrow.parquet as pq
 
-from hybridflow.config.locate import is_function_reference, load_function, resolve_path
+from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.errors import UserError, nearest
 
 Row: TypeAlias = dict[str, Any]
 
 
-def read_rows(source: str, *, seed: int = 0, base: Path | None = None) -> list[Row]:
+def read_rows(source: str, *, seed: int = 0) -> list[Row]:
     """All rows of a data source.
 
     Args:
         source: a .jsonl or .parquet file, or ``file.py:function`` that returns a list of dicts; it is called with
             ``seed=`` if it takes one.
         seed: for such a function.
-        base: a second folder, after the current one, that relative paths are looked up in.
 
     Raises:
         UserError: no such file, no rows, or something in it that is not a row.
     """
     if is_function_reference(source):
-        function = load_function(source, base)
+        function = load_function(source)
         rows = list(function(seed=seed) if "seed" in inspect.signature(function).parameters else function())
     else:
-        path = resolve_path(source, base)
+        path = Path(source)
         if not path.is_file():
             raise UserError(f"no data file {source}", fix="give a .jsonl or .parquet file, or file.py:function")
         if path.suffix == ".parquet":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -63,13 +62,11 @@ class SftSet:
         )
 
 
-def load_sft(
-    config: SftDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, base: Path | None = None
-) -> SftSet:
+def load_sft(config: SftDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> SftSet:
     """Reads the training conversations.
 
     Raises:
         UserError: the source cannot be read, or the tokenizer has no chat template.
     """
     require_template(tokenizer)
-    return SftSet(read_rows(config.train, seed=seed, base=base), config.train, config, tokenizer)
+    return SftSet(read_rows(config.train, seed=seed), config.train, config, tokenizer)

@@ -6,8 +6,9 @@ right whatever the cut.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.algorithms.losses import COLUMNS, LOSSES
+from hybridflow.algorithms.losses import COLUMNS, LOSSES, Terms
 from hybridflow.batch import Batch, balanced_parts
 from hybridflow.models.forward import score_tokens
 from hybridflow.protocols import Loss
@@ -30,11 +31,13 @@ class Sums:
     tokens: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     means: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    maxima: dict[str, float] = field(default_factory=dict)
     bad_rows: list[int] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """Sums as they are, means over the scored tokens."""
-        return dict(self.sums) | {name: value / max(self.tokens, 1) for name, value in self.means.items()}
+        """Sums and maxima as they are, means over the scored tokens."""
+        means = {name: value / max(self.tokens, 1) for name, value in self.means.items()}
+        return dict(self.sums) | means | self.maxima
 
 
 def accumulate_gradient(
@@ -67,7 +70,7 @@ def accumulate_gradient(
         columns = {n: part[n][scores.index_M].to(scores.logp_M.device) for n in COLUMNS if n in part}
         terms = LOSSES[loss.name](scores.named(), columns, loss.params)
         terms.loss_M.sum().backward()
-        _add(total, terms.loss_M.detach(), terms.sums, terms.means)
+        _add(total, terms)
         total.bad_rows += _bad_rows(terms.loss_M.detach(), scores.index_M, part, rows)
     return total
 
@@ -104,13 +107,15 @@ def _entropy_needed(loss: Loss) -> Literal["no", "detached", "with gradient"]:
     return "with gradient" if loss.params.get("entropy_coef") else "detached"
 
 
-def _add(total: Sums, loss_M: Tensor, sums: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
-    total.loss += float(loss_M.sum())
-    total.tokens += len(loss_M)
-    for name, value in sums.items():
+def _add(total: Sums, terms: Terms) -> None:
+    total.loss += float(terms.loss_M.detach().sum())
+    total.tokens += len(terms.loss_M)
+    for name, value in terms.sums.items():
         total.sums[name] += float(value.sum())
-    for name, value in means.items():
+    for name, value in terms.means.items():
         total.means[name] += float(value.sum())
+    for name, value in terms.maxima.items():
+        total.maxima[name] = max(total.maxima.get(name, -math.inf), float(value.max()))
 
 
 def _bad_rows(loss_M: Tensor, index_M: Tensor, part: Batch, rows: list[int]) -> list[int]:

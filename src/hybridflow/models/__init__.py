@@ -1,0 +1,1 @@
+"""Loading models, ragged attention, token scores, adapters."""

@@ -89,6 +89,7 @@ class PackedLayout:
             out = varlen_attn(
                 q_THD, k_TKD, v_TKD, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
             )
+            assert isinstance(out, Tensor)
             return out[None]
         gather, scatter_T = self.buckets
         parts = []

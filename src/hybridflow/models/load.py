@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-from hybridflow.config.locate import is_function_reference, load_function, resolve_path
+from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION, attention
 
@@ -27,15 +28,15 @@ def load_model(
         path: a folder in Hugging Face format, or ``file.py:function``; the function is called with ``seed=`` (where it
             takes one) and returns (model, tokenizer).
         seed: for a function that makes random weights.
-        base: a second folder, after the current one, that relative paths are looked up in.
 
     Raises:
         UserError: nothing there, not a causal language model, or attention that the ragged layout does not cover.
     """
+    disable_progress_bar()  # a bar for every load and save drowns the run's own progress
     if is_function_reference(path):
-        model, tokenizer = _from_function(path, seed, base)
+        model, tokenizer = _from_function(path, seed)
     else:
-        folder = resolve_path(path, base)
+        folder = Path(path)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"no model at {path}",
@@ -49,24 +50,23 @@ def load_model(
                 f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}",
                 fix="check that the folder is complete and holds a causal language model",
             ) from error
-        tokenizer = load_tokenizer(path, base=base)
+        tokenizer = load_tokenizer(path)
     _refuse_uncovered_attention(model)
     model.set_attn_implementation(ATTENTION)
-    model.config.use_cache = False
     return model, tokenizer
 
 
-def load_tokenizer(path: str, *, seed: int = 0, base: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, seed: int = 0) -> PreTrainedTokenizerBase:
     """The tokenizer alone; a function reference is called for it, a folder is read.
 
     Raises:
         UserError: there is no tokenizer, or it has no end-of-sequence token.
     """
     if is_function_reference(path):
-        tokenizer = _from_function(path, seed, base)[1]
+        tokenizer = _from_function(path, seed)[1]
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_path(path, base))
+            tokenizer = AutoTokenizer.from_pretrained(Path(path))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no tokenizer in {path}: {str(error).splitlines()[0]}",
@@ -88,8 +88,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, extra)}))
 
 
-def _from_function(path: str, seed: int, base: Path | None) -> tuple[Any, Any]:
-    function = load_function(path, base)
+def _from_function(path: str, seed: int) -> tuple[Any, Any]:
+    function = load_function(path)
     takes_seed = "seed" in inspect.signature(function).parameters
     made = function(seed=seed) if takes_seed else function()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], PreTrainedModel)):

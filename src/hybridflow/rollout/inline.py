@@ -59,8 +59,8 @@ class InlineEngine:
     Args:
         model: a model that `models.load` loaded, shared with the trainer.
         max_cache_tokens: bound on the key-value cache: rows x width never exceeds it.
-        count_near_ties: count in `near_ties` the tokens whose two best noisy scores are within 1e-4, the only ones that
-            another batching may change.
+        count_near_ties: count in `near_ties` the tokens whose two best noisy scores are within 1e-4: the only ones
+            that another batching may change.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class InlineEngine:
         self.paused = False
 
     def update_weights(self, stream: WeightStream, version: int) -> Receipt:
-        """See `RolloutEngine.update_weights`. What is in flight is prefilled again, so no cache of old weights stays."""
+        """See `RolloutEngine.update_weights`. What is in flight is prefilled again: no cache of old weights stays."""
         own = self.model.state_dict()
         received: dict[str, int] = {}
         num_bytes = 0
@@ -195,7 +195,7 @@ class InlineEngine:
         self._take_tokens(logits_RV, first)
 
     def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor) -> Tensor:
-        """Runs distinct contexts once, copies their keys and values to each row; returns each row's logits ``[R, V]``."""
+        """Runs distinct contexts once and copies their keys and values to each row; each row's logits ``[R, V]``."""
         assert self._state is not None
         device = self.model.device
         lengths = torch.tensor([len(c) for c in contexts])

@@ -1,0 +1,1 @@
+"""The visible loops, and what puts the rooms together."""

@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO (arXiv 1707.06347), with clip-higher (arXiv 2503.14476) and the dual clip (arXiv 1912.09729).
+"""The clipped surrogate of PPO (arXiv 1707.06347), with clip-higher (2503.14476) and the dual clip (1912.09729).
 
     r = exp(logp - old_logp)
     loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))

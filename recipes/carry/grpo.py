@@ -1,0 +1,34 @@
+"""The GRPO recipe as a program of one's own: every move of the loop is here to be changed.
+
+    python recipes/carry/grpo.py run.folder=runs/my-grpo
+
+It ends with the same weights as `hybridflow train recipes/carry/grpo.yaml`.
+"""
+
+import sys
+
+from hybridflow.algorithms.advantage.grpo import grpo
+from hybridflow.algorithms.aggregation import token_weights
+from hybridflow.config.load import load_config
+from hybridflow.config.sections import RlConfig
+from hybridflow.protocols import Loss
+from hybridflow.trainers.rl import batch_of, finish, record, with_signal
+from hybridflow.trainers.rl_run import open_run
+
+
+def score(response: str, ground_truth: str) -> float:
+    return float(response.rpartition("#")[2].strip() == ground_truth)
+
+
+config = load_config(RlConfig, "recipes/carry/grpo.yaml", sys.argv[1:])
+with open_run(config, reward=score) as run:
+    for step in run.steps():
+        groups = run.source.collect(step, run.sampler.take(16))  # generate, score
+        batch = batch_of(groups)
+        advantage_B = grpo(batch["reward_B"], batch["group_B"])
+        batch["advantage_T"] = advantage_B[batch.sequence_of()] * batch["loss_mask_T"]
+        batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=32)
+        result = run.engine.update(with_signal(batch), Loss("policy", {"policy_loss": "ppo_clip"}))
+        run.publish(step)
+        record(run, step, groups, batch, result.metrics)
+    finish(run)

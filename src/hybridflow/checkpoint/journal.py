@@ -1,0 +1,70 @@
+"""The journal: finished, scored groups are written ahead, so that killing a run loses none of them.
+
+One file per step, one line per group: a checksum, then the group as JSON (floats are written so that they read back bit
+for bit). A line that a kill cut short fails its checksum and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hybridflow.protocols import Group, Span, Trajectory
+
+
+class Journal:
+    """The journal of a run.
+
+    Args:
+        folder: the run's ``journal/``; made if absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def append(self, step: int, group: Group) -> None:
+        """Adds a group; when this returns, the group survives the process."""
+        text = json.dumps(asdict(group))
+        with self._file(step).open("ab") as file:
+            file.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, step: int) -> dict[int, Group]:
+        """The groups of a step, by draw; empty if there are none."""
+        path, groups = self._file(step), {}
+        if path.is_file():
+            for line in path.read_bytes().splitlines():
+                checksum, _, text = line.partition(b" ")
+                if checksum == f"{zlib.crc32(text):08x}".encode():
+                    group = _group(json.loads(text))
+                    groups[group.draw] = group
+        return groups
+
+    def mend(self, step: int) -> None:
+        """Rewrites a step's file without a line that was cut short, so that what is appended next starts a new line."""
+        groups = self.read(step)
+        if not self._file(step).is_file():
+            return
+        self._file(step).unlink()
+        for group in groups.values():
+            self.append(step, group)
+
+    def forget_up_to(self, step: int) -> None:
+        """Deletes what no resume can need any more: the files of all steps up to this one."""
+        for path in self.folder.glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) <= step:
+                path.unlink()
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.jsonl"
+
+
+def _group(value: dict[str, Any]) -> Group:
+    trajectories = [Trajectory(**{**t, "spans": [Span(**s) for s in t["spans"]]}) for t in value.pop("trajectories")]
+    return Group(**value, trajectories=trajectories)

@@ -1,0 +1,122 @@
+"""The folder of a run: one process at a time, one configuration, atomic files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from hybridflow.errors import UserError
+
+# A run whose data order or shapes change is another run; its journal and sampler would not fit.
+FIXED_KEYS = ("run.seed", "model.path", "model.lora", "data", "train.prompts_per_step", "train.samples_per_prompt")
+
+
+class RunFolder:
+    """Opens a run's folder for one process; use it as a context.
+
+    Args:
+        path: the folder; made if absent.
+        config: the resolved configuration, plain values; kept in config.yaml.
+        resume: "auto" goes on in a folder that has a run, "never" refuses it.
+
+    Raises:
+        UserError: another process has the folder, the folder may not be resumed, or holds a run with other fixed keys.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: str) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {path} cannot be made: {error.strerror}", fix="set run.folder"
+            ) from error
+        self._lock = self._acquire()
+        try:
+            if resume == "never" and (path / "metrics.jsonl").exists():
+                raise UserError(
+                    f"{path} already holds a run, and run.resume is never",
+                    fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
+                )
+            self.changed_keys = self._compare(config)
+            write_atomically(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _acquire(self) -> int:
+        # The lock goes with the process, however it ends; a lock file alone would outlive a kill.
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise UserError(
+                f"another process (pid {holder or 'unknown'}) is running in {self.path}",
+                why="two runs in one folder would overwrite each other's records",
+                fix="wait for it, stop it, or choose another run.folder",
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        return lock
+
+    def _compare(self, config: Mapping[str, Any]) -> list[str]:
+        """Keys whose values differ from those that the folder's run began with."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return []
+        before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        fixed = [k for k in changed if any(k == f or k.startswith(f + ".") for f in FIXED_KEYS)]
+        if fixed:
+            shown = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in fixed)
+            raise UserError(
+                f"{self.path} holds a run with other settings: {shown}",
+                why="going on with them would mix two runs",
+                fix="choose another run.folder, or give the old values",
+            )
+        return changed
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys.
+
+    >>> flatten({"optim": {"lr": 1.0}, "x": 2})
+    {'optim.lr': 1.0, 'x': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file aside and renames it: it is there whole, or as it was."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,169 @@
+"""Checkpoints: a folder is complete or absent, and says so itself.
+
+    checkpoints/step-000010/
+        model/ or adapter/      weights in Hugging Face (or peft) format
+        optimizer.safetensors   moments, by parameter
+        state.json              step, data, counters
+        manifest.json           size and hash of every file above
+
+It is written to a hidden folder beside, and renamed when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hybridflow.errors import UserError
+from hybridflow.faults import fault_point
+
+MANIFEST = "manifest.json"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*") if (p / MANIFEST).is_file())
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    write_weights: Callable[[Path], None],
+    engine_state: Mapping[str, Any],
+    run_state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes the checkpoint of a step, whole or not at all, and deletes old ones beyond `keep`.
+
+    Args:
+        checkpoints: the run's ``checkpoints/``.
+        step: the step that is done.
+        write_weights: writes the weights into the folder it is given.
+        engine_state: `TrainEngine.state`.
+        run_state: plain values: everything else.
+        keep: how many of the newest to keep.
+
+    Raises:
+        UserError: the disk is full or not writable. What was saved before still stands.
+    """
+    target = step_folder(checkpoints, step)
+    aside = checkpoints / f".partial-{target.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write_weights(aside)
+        fault_point("save", step)
+        moments = {f"{m}/{n}": t for n, kept in engine_state["moments"].items() for m, t in kept.items()}
+        save_file({k: t.detach().cpu().contiguous() for k, t in moments.items()}, aside / "optimizer.safetensors")
+        plain = {k: v for k, v in engine_state.items() if k != "moments"}
+        (aside / "state.json").write_text(json.dumps({"step": step, "engine": plain, "run": dict(run_state)}, indent=1))
+        _write_manifest(aside)
+        _sync_tree(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+        _sync_folder(checkpoints)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        stands = saved_steps(checkpoints) if checkpoints.is_dir() else []
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved: {error}",
+            why=f"the checkpoint of step {stands[-1]} still stands" if stands else "there is no earlier checkpoint",
+            fix=f"make room on the disk of {checkpoints} and run the same command again",
+        ) from error
+    for old in saved_steps(checkpoints)[:-keep]:
+        shutil.rmtree(step_folder(checkpoints, old))
+    return target
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The engine's state and the run's state of a checkpoint, after every file was held against the manifest.
+
+    Raises:
+        UserError: a file is missing, cut short or altered; the message names it.
+    """
+    _verify_manifest(folder)
+    state = json.loads((folder / "state.json").read_text())
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(name, {})[moment] = tensor
+    return state["engine"] | {"moments": moments}, state["run"] | {"step": state["step"]}
+
+
+def assign_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Copies tensors into a model's state under the same names.
+
+    Raises:
+        UserError: names or shapes are another model's.
+    """
+    own = model.state_dict()
+    absent, strange = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+    if absent or strange or shapes:
+        detail = [f"it lacks {absent[0]}"] if absent else []
+        detail += [f"it has {strange[0]}, which the model has not"] if strange else []
+        detail += [f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here" for n in shapes[:1]]
+        raise UserError(
+            f"the checkpoint {source} is from another model: {'; '.join(detail)}",
+            fix="give the model.path that the run began with, or another run.folder",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
+
+
+def _verify_manifest(folder: Path) -> None:
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            problem = f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
+        elif _hash(path) != expected["blake2b"]:
+            problem = "was altered since it was written"
+        else:
+            continue
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {name} {problem}",
+            fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
+        )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

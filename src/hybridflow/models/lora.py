@@ -1,0 +1,78 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685), by peft."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from hybridflow.config.sections import LoraSection
+from hybridflow.errors import UserError
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrainedModel:
+    """The model with fresh adapters, the only parameters that require gradients.
+
+    Args:
+        model: a model that `models.load` loaded; it is changed in place and wrapped.
+        lora: rank, scale and modules.
+        seed: of the adapters' random half.
+
+    Raises:
+        UserError: peft is not installed, or the model has no such modules.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "model.lora needs peft, which is not installed", fix="pip install 'hybridflow[lora]'"
+        ) from error
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(
+                f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
+            ) from error
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether this model was wrapped by `add_lora`."""
+    return hasattr(model, "peft_config")
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model with the adapters added into its weights; the given one is left as it is."""
+    return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+def save_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the adapters alone, in peft's format."""
+    model.save_pretrained(folder)
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Reads adapters into a model that has some of the same shape; returns the tensors read, by peft's names."""
+    import peft
+
+    tensors = peft.load_peft_weights(str(folder), device="cpu")
+    expected = peft.get_peft_model_state_dict(model)
+    differing = sorted(n for n in tensors.keys() | expected.keys() if _shape(tensors, n) != _shape(expected, n))
+    if differing:
+        raise UserError(
+            f"the adapters in {folder} are of another shape than model.lora says: {differing[0]} is "
+            f"{_shape(tensors, differing[0])} there and {_shape(expected, differing[0])} here",
+            fix="give the model.path and model.lora that the run began with",
+        )
+    peft.set_peft_model_state_dict(model, tensors)
+    return tensors
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

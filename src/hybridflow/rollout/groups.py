@@ -1,0 +1,134 @@
+"""The source of finished groups: draws prompts, generates, scores each group as it completes, journals it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from hybridflow.errors import UserError
+from hybridflow.faults import fault_point
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols import Group, Request, Result, RolloutEngine, Sampling, Trajectory
+
+
+class Question(Protocol):
+    """What a prompt must offer (`data.prompts.Prompt` does)."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+    @property
+    def ground_truth(self) -> Any: ...
+    @property
+    def row(self) -> dict[str, Any]: ...
+
+
+class GroupStore(Protocol):
+    """What a journal must offer (`checkpoint.journal.Journal` does)."""
+
+    def append(self, step: int, group: Group) -> None: ...
+    def read(self, step: int) -> dict[int, Group]: ...
+    def mend(self, step: int) -> None: ...
+
+
+class Stopped(Exception):
+    """Generation ended early because the run was asked to stop; nothing of the step has been trained on."""
+
+
+Reward = Callable[..., Sequence[float]]
+
+
+class GroupSource:
+    """Generates and scores groups of answers.
+
+    Args:
+        engine: where answers come from.
+        question: the prompt of a row index.
+        reward: called as ``reward(responses, ground_truth=, prompt=, row=)``.
+        decode: token ids to text.
+        sampling: how answers are drawn.
+        samples: answers per prompt.
+        seed: the run's seed.
+        journal: where finished groups are kept; None keeps none.
+        whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
+            computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
+            is missing. Journaled groups are used as they are either way, and never scored twice.
+        should_stop: asked between completions; True ends the step with `Stopped`.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        question: Callable[[int], Question],
+        reward: Reward,
+        *,
+        decode: Callable[[list[int]], str],
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        journal: GroupStore | None = None,
+        whole_step: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.question, self.reward, self.decode = engine, question, reward, decode
+        self.sampling, self.samples, self.seed = sampling, samples, seed
+        self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
+        self.reward_seconds = 0.0
+
+    def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
+        """The groups of these (draw, row) pairs, in their order.
+
+        Args:
+            step: the step they are for.
+            draws: what the sampler gave.
+
+        Raises:
+            Stopped: the run was asked to stop.
+            UserError: the reward failed.
+        """
+        self.reward_seconds = 0.0
+        done: dict[int, Group] = {}
+        if self.journal is not None:
+            self.journal.mend(step)
+            done = self.journal.read(step)
+        missing = [d for d in draws if d[0] not in done]
+        again = list(draws) if missing and self.whole_step else missing
+        questions = {draw: self.question(row) for draw, row in again}
+        rows = dict(again)
+        owner: dict[int, tuple[int, int]] = {}
+        for draw, _ in again:
+            for sample in range(self.samples):
+                noise = NoiseKey(self.seed, "train", draw, sample)
+                owner[self.engine.submit(Request(questions[draw].token_ids, self.sampling, noise))] = (draw, sample)
+        arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
+        journaled = 0
+        while owner:
+            if self.should_stop():
+                self.engine.abort(list(owner))
+                raise Stopped
+            for result in self.engine.wait():
+                draw, sample = owner.pop(result.handle)
+                arrived[draw][sample] = result
+                if len(arrived[draw]) == self.samples and draw not in done:
+                    done[draw] = self._score(draw, rows[draw], questions[draw], arrived.pop(draw))
+                    if self.journal is not None:
+                        self.journal.append(step, done[draw])
+                    journaled += 1
+                    fault_point("group", step, journaled)
+        return [done[draw] for draw, _ in draws]
+
+    def _score(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> Group:
+        began = time.perf_counter()
+        texts = [self.decode(results[i].token_ids) for i in range(self.samples)]
+        try:
+            rewards = self.reward(texts, ground_truth=question.ground_truth, prompt=question.messages, row=question.row)
+        except UserError as error:
+            raise UserError(f"row {row} of the training data: {error.what}", why=error.why, fix=error.fix) from error
+        answers = []
+        for i, (text, reward) in enumerate(zip(texts, rewards)):
+            r = results[i]
+            answers.append(Trajectory(i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward))
+        self.reward_seconds += time.perf_counter() - began
+        return Group(draw, row, list(question.token_ids), answers)

@@ -1,0 +1,134 @@
+"""Everything that is told about a step: metrics.jsonl always, console, TensorBoard and wandb as asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat
+
+from hybridflow.config.sections import TrackSection
+from hybridflow.tracking.console import ProgressConsole
+from hybridflow.tracking.events import EventLog
+from hybridflow.tracking.jsonl import MetricsFile
+from hybridflow.tracking.tensorboard import TensorBoardTracker
+from hybridflow.tracking.wandb import WandbTracker
+
+
+class Tracker(Protocol):
+    """What is told about every step besides metrics.jsonl."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """Ends; `failed` says whether the run ended with an error."""
+        ...
+
+
+class Trackers:
+    """Tells all trackers of a run; use it as a context, or `close` it.
+
+    ``metrics.jsonl`` is the record: what goes wrong there is raised. The others are a convenience: one that raises, at
+    the start or later, is switched off with one warning, and training goes on.
+
+    Args:
+        folder: the run's folder; it exists.
+        config: which trackers to tell.
+        resolved_config: the whole configuration, for trackers that show it.
+        total_steps: where the run ends.
+        title: first word of the progress line.
+    """
+
+    def __init__(
+        self, folder: Path, config: TrackSection, *, resolved_config: Mapping[str, Any], total_steps: int, title: str
+    ) -> None:
+        self.folder, self.config, self.resolved_config = folder, config, resolved_config
+        self.total_steps, self.title = total_steps, title
+        self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.events = EventLog(folder / "events.jsonl")
+        self._active: dict[str, Tracker] = {}
+        self._started = False
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(failed=kind is not None)
+
+    def start(self, done_steps: int = 0) -> None:
+        """Starts what is asked for. `log` does it if nobody has; earlier, the terminal shows that the run is alive.
+
+        Args:
+            done_steps: steps that an earlier process has done and that stay; 0 in a new run.
+        """
+        if self._started:
+            return
+        self._started = True
+        if self.config.console:
+            self._start("console", lambda: ProgressConsole(self.title, self.total_steps, done_steps=done_steps))
+        if self.config.tensorboard:
+            first = done_steps + 1 if done_steps else 0
+            self._start("tensorboard", lambda: TensorBoardTracker(self.folder, first_step=first))
+        if self.config.wandb:
+            project, resolved = self.config.project, self.resolved_config
+            self._start("wandb", lambda: WandbTracker(self.folder, project=project, config=resolved))
+            tracker = self._active.get("wandb")
+            if isinstance(tracker, WandbTracker):
+                self.events.append("wandb", tracker.where)
+                self._note(f"wandb: {tracker.where}")
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Records the metrics of a step, then tells the trackers.
+
+        Raises:
+            OSError: metrics.jsonl cannot be written.
+        """
+        self.metrics.append(step, metrics)
+        self.start(max(0, step - 1))
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for name, tracker in list(self._active.items()):
+            try:
+                tracker.log(step, numbers)
+            except Exception as error:
+                self._switch_off(name, error)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends all trackers; more than once is fine. Never raises."""
+        for name, tracker in list(self._active.items()):
+            try:
+                tracker.close(failed=failed)
+            except Exception as error:
+                self._switch_off(name, error)
+        self._active = {}
+
+    def _start(self, name: str, make: Callable[[], Tracker]) -> None:
+        try:
+            self._active[name] = make()
+        except ImportError as error:
+            self._warn(name, f"not available ({error}); install it with: pip install 'hybridflow[{name}]'")
+        except Exception as error:
+            self._switch_off(name, error)
+
+    def _switch_off(self, name: str, error: Exception) -> None:
+        tracker = self._active.pop(name, None)
+        if isinstance(tracker, ProgressConsole):
+            with suppress(Exception):  # it has failed already; all that matters is that the terminal is given back
+                tracker.close(failed=True)
+        reason = " ".join(str(error).split())[:500] or "no reason given"
+        self._warn(name, f"switched off after {type(error).__name__}: {reason}")
+
+    def _warn(self, name: str, text: str) -> None:
+        self.events.append("warning", f"{name}: {text}")
+        self._note(f"warning: {name}: {text}; training goes on, and metrics.jsonl has everything")
+
+    def _note(self, text: str) -> None:
+        """A line for whoever watches: above the progress bar, or on stderr if there is none."""
+        with suppress(OSError, ValueError):  # nobody is there to read it; events.jsonl has it
+            console = self._active.get("console")
+            if isinstance(console, ProgressConsole):
+                console.note(text)
+            else:
+                print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""Asking a model outside of training: `hybridflow eval` and `hybridflow generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.sections import EvalConfig
+from hybridflow.data.chat import render_prompt, require_template
+from hybridflow.data.prompts import load_prompts
+from hybridflow.errors import UserError
+from hybridflow.models.load import load_model, stop_ids
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols import Request, Sampling, generate
+from hybridflow.rewards.function import load_reward
+from hybridflow.rollout.inline import InlineEngine
+from hybridflow.tracking.rollouts import write_rollouts
+from hybridflow.trainers.evaluate import evaluate
+from hybridflow.trainers.lifecycle import pick_device
+
+
+def evaluate_model(config: EvalConfig) -> Iterator[str]:
+    """Scores a model's greedy answers; writes evaluation.json and the answers into the run's folder.
+
+    Raises:
+        UserError: the model, the data or the reward is wrong.
+    """
+    if config.rollout.engine != "inline":
+        raise UserError("hybridflow eval answers with the inline engine", fix="set rollout.engine=inline")
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    assert config.data.eval is not None
+    model, tokenizer = load_model(config.model.path, seed=config.run.seed)
+    model.to(pick_device(config.run.device))
+    prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    metrics, records = evaluate(
+        InlineEngine(model, max_cache_tokens=config.rollout.max_cache_tokens),
+        prompts,
+        load_reward(config.reward.function),
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        sampling=Sampling(config.rollout.max_response_tokens, 0.0, stop_ids(model, tokenizer)),
+        seed=config.run.seed,
+        max_rows=config.eval.max_rows,
+    )
+    for record in records:
+        record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rollouts(folder / "answers.parquet", records)
+    (folder / "evaluation.json").write_text(json.dumps({"model": config.model.path, "rows": len(records)} | metrics))
+    for name, value in metrics.items():
+        yield f"{name} = {value:.4f} over {len(records)} rows"
+    yield f"answers: {folder / 'answers.parquet'}"
+
+
+def ask(
+    model_path: str, prompts: Sequence[str], *, max_tokens: int, temperature: float, samples: int, seed: int
+) -> Iterator[str]:
+    """Answers to prompts, as text, in their order.
+
+    Raises:
+        UserError: the model cannot be loaded, or a prompt is longer than its context.
+    """
+    for name, value, low in [
+        ("--max-tokens", max_tokens, 1),
+        ("--samples", samples, 1),
+        ("--temperature", temperature, 0),
+    ]:
+        if value < low:
+            raise UserError(f"{name} is {value}, it must be at least {low}")
+    if not is_function_reference(model_path) and (Path(model_path) / "model" / "config.json").is_file():
+        model_path = str(Path(model_path) / "model")  # a run's folder
+    model, tokenizer = load_model(model_path, seed=seed)
+    require_template(tokenizer)
+    model.to(pick_device("auto"))
+    sampling = Sampling(max_tokens, temperature, stop_ids(model, tokenizer))
+    requests = [
+        Request(tuple(render_prompt(tokenizer, prompt)[1]), sampling, NoiseKey(seed, "generate", i, sample))
+        for i, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
+    results = generate(InlineEngine(model), requests)
+    for i, result in enumerate(results):
+        mark = "" if result.finish_reason == "stop" else f"  [cut at {max_tokens} tokens]"
+        text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+        yield f"{prompts[i // samples]}{text}{mark}" if len(results) > 1 else f"{text}{mark}"

@@ -1,0 +1,38 @@
+"""Starting a run from the command line: checks first, then training, then where to look and how to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.tracking.jsonl import read_metrics
+from hybridflow.trainers.check import check
+from hybridflow.trainers.rl import train
+from hybridflow.trainers.sft import train_sft
+from hybridflow.viewer.report import write_report
+
+
+def start(config: RlConfig | SftConfig, *, again: str) -> int:
+    """Checks a configuration and runs it.
+
+    Args:
+        config: what to run.
+        again: the command that goes on with this run, to be shown when it stops early.
+
+    Returns:
+        0 when the run is done, 130 when it was stopped before its end.
+    """
+    for line in check(config):
+        print(line)
+    folder = train(config) if isinstance(config, RlConfig) else train_sft(config)
+    print(f"report: {write_report(folder)}")
+    if (folder / "model").is_dir():
+        print(f"model: {folder / 'model'}  (a Hugging Face folder)")
+        return 0
+    print(f"stopped after step {_last_step(folder)}; to go on: {again}")
+    return 130
+
+
+def _last_step(folder: Path) -> int:
+    steps = [int(m["step"]) for m in read_metrics(folder / "metrics.jsonl")]
+    return max(steps, default=0)
