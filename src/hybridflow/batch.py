@@ -14,11 +14,16 @@ log-probabilities follow one convention: ``logp_T[t]`` is log p(token t | tokens
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import pyarrow as pa
+import pyarrow.compute
 import torch
 from torch import Tensor
 
@@ -80,7 +85,9 @@ class Batch:
                 columns[name] = torch.as_tensor(values) if not _tensors(values) else torch.stack(list(values))
             else:
                 parts = [torch.as_tensor(v) for v in values]
-                dtype = next((p.dtype for p in parts if len(p)), torch.int64)  # an empty list has no dtype of its own
+                # Parts of several dtypes meet in the one that holds them all; an empty list has no dtype of its own.
+                dtypes = [p.dtype for p, v in zip(parts, values) if len(p) or isinstance(v, Tensor)]
+                dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.int64
                 columns[name] = torch.cat([p.to(dtype) for p in parts]) if parts else torch.zeros(0, dtype=dtype)
                 found = [len(p) for p in parts]
                 if lengths.setdefault(axis, found) != found:
@@ -104,8 +111,8 @@ class Batch:
         expected = self._size if axis in (None, "B") else self.total(axis) if axis in self.offsets else None
         if expected is None:
             raise ValueError(f"column {name} lies on axis {axis}, which has no lengths (axes: {sorted(self.offsets)})")
-        if axis is not None and not isinstance(column, Tensor):
-            raise ValueError(f"column {name} must be a tensor; object columns have no capital ending")
+        if isinstance(column, Tensor) != (axis is not None):
+            raise ValueError(f"column {name}: tensor columns end in their axis (_B, _T, ...), object columns do not")
         if len(column) != expected:
             raise ValueError(f"column {name} has {len(column)} rows, its axis has {expected}")
         self.columns[name] = column if isinstance(column, Tensor) else list(column)
@@ -135,7 +142,7 @@ class Batch:
     def rows(self, name: str) -> list[Any]:
         """The column cut by sequence: views of a ragged column, entries of the others."""
         column, axis = self.columns[name], axis_of(name)
-        if axis in (None, "B"):
+        if axis in (None, "B") or not self._size:
             return list(column)
         return list(torch.split(self[name], self.lengths(str(axis)).tolist()))
 
@@ -178,6 +185,8 @@ class Batch:
 
     def to_padded(self, name: str, value: float = 0) -> Tensor:
         """A ragged column as ``[B, longest, ...]``, filled on the right with `value`: for borders that need it."""
+        if not self._size:
+            return self[name].new_zeros(0, *self[name].shape)
         return torch.nn.utils.rnn.pad_sequence(self.rows(name), batch_first=True, padding_value=value)
 
     def set_padded(self, name: str, padded: Tensor) -> None:
@@ -256,3 +265,85 @@ def balanced_parts(costs: Sequence[int], budget: int) -> list[list[int]]:
         if max(loads) <= budget:
             return [sorted(p) for p in parts if p]
         count += 1
+
+
+_ARROW_KEY = b"hybridflow.batch"
+
+
+def to_arrow(batch: Batch) -> pa.Table:
+    """The batch as a table with one row per sequence; `from_arrow` gives it back as it was.
+
+    Ragged columns become list columns, trailing dimensions are laid out flat inside the lists, and each axis has its
+    lengths in a column such as ``length(T)``. An object column is text if all its entries are, else JSON. What a table
+    cannot say itself (dtypes, trailing sizes) is in the schema's metadata, so rows may be sliced, reordered, and
+    written to Parquet in between.
+
+    Raises:
+        ValueError: an object column holds something that JSON does not give back.
+    """
+    arrays: dict[str, pa.Array] = {f"length({a})": pa.array(batch.lengths(a).numpy()) for a in batch.offsets}
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, column in batch.columns.items():
+        if isinstance(column, Tensor):
+            trailing = list(column.shape[1:])
+            kinds[name] = {"dtype": str(column.dtype).removeprefix("torch."), "trailing": trailing}
+            arrays[name] = _tensor_to_arrow(batch, name, math.prod(trailing))
+        elif all(isinstance(entry, str) for entry in column):
+            kinds[name] = {"dtype": "text"}
+            arrays[name] = pa.array(column, pa.large_string())
+        else:
+            kinds[name] = {"dtype": "json"}
+            arrays[name] = pa.array([_to_json(name, entry) for entry in column], pa.large_string())
+    about = {"axes": list(batch.offsets), "columns": kinds}
+    return pa.table(arrays).replace_schema_metadata({_ARROW_KEY: json.dumps(about)})
+
+
+def from_arrow(table: pa.Table) -> Batch:
+    """The batch that `to_arrow` made a table of.
+
+    Raises:
+        ValueError: the table was not made by `to_arrow`, or lost its metadata on the way.
+    """
+    metadata = table.schema.metadata or {}
+    if _ARROW_KEY not in metadata:
+        raise ValueError("this table has no batch in its metadata: it was not made by to_arrow")
+    about = json.loads(metadata[_ARROW_KEY])
+    columns: dict[str, Column] = {}
+    for name, kind in about["columns"].items():
+        if kind["dtype"] in ("text", "json"):
+            texts = table[name].to_pylist()
+            columns[name] = texts if kind["dtype"] == "text" else [json.loads(text) for text in texts]
+        else:
+            columns[name] = _tensor_from_arrow(table, name, getattr(torch, kind["dtype"]), kind["trailing"])
+    lengths = {axis: torch.from_numpy(table[f"length({axis})"].to_numpy().copy()) for axis in about["axes"]}
+    return Batch(columns, lengths=lengths)
+
+
+def _tensor_to_arrow(batch: Batch, name: str, width: int) -> pa.Array:
+    column, axis = batch[name].detach().cpu(), axis_of(name)
+    bits = column.view(torch.int16) if column.dtype == torch.bfloat16 else column  # Arrow has no bfloat16
+    values = pa.array(bits.reshape(-1).numpy())
+    if axis == "B" and column.ndim == 1:
+        return values
+    offsets = torch.arange(len(batch) + 1) if axis == "B" else batch.offsets[str(axis)]
+    return pa.LargeListArray.from_arrays(pa.array((offsets * width).numpy()), values)
+
+
+def _tensor_from_arrow(table: pa.Table, name: str, dtype: torch.dtype, trailing: list[int]) -> Tensor:
+    axis, column = str(axis_of(name)), table[name]
+    values = pyarrow.compute.list_flatten(column) if axis != "B" or trailing else column
+    flat = torch.from_numpy(values.to_numpy().copy())
+    if dtype == torch.bfloat16:
+        flat = flat.view(torch.bfloat16)
+    rows = len(table) if axis == "B" else int(pyarrow.compute.sum(table[f"length({axis})"]).as_py() or 0)
+    return flat.view(rows, *trailing)
+
+
+def _to_json(name: str, entry: Any) -> str:
+    try:
+        text = json.dumps(entry)
+    except TypeError as error:
+        raise ValueError(f"column {name} holds {entry!r}, which is no JSON") from error
+    if json.loads(text) != entry:
+        raise ValueError(f"column {name} holds {entry!r}, which JSON does not give back")
+    return text

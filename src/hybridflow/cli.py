@@ -144,3 +144,7 @@ def _report(given: argparse.Namespace) -> int:
         raise UserError(f"{folder} is not the folder of a run", fix=nearest(str(folder), runs) if runs else "")
     print(f"wrote {write_report(folder)}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

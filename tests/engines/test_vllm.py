@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,20 @@ def gap(model: PreTrainedModel, asked: list[Request], results: list[Result]) -> 
         (torch.tensor(result.logps) - expected(model, request, result)).abs().max().item()
         for request, result in zip(asked, results, strict=True)
     )
+
+
+@pytest.mark.vllm
+def test_a_failed_start_leaves_the_process_as_it_was(tmp_path: Path):
+    dense().save_pretrained(tmp_path)
+    preload, set_threads, threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads, torch.get_num_threads()
+    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    with pytest.raises(UserError, match="cache"):
+        VllmEngine(tmp_path, max_model_len=CONTEXT, engine_args={"kv_cache_memory_bytes": 1000})
+    assert not torch.distributed.is_initialized()
+    assert (os.environ.get("LD_PRELOAD"), torch.get_num_threads()) == (preload, threads)
+    assert torch.set_num_threads is set_threads
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
 
 
 @pytest.mark.vllm
@@ -339,6 +355,11 @@ def test_engines_that_can_never_start_are_refused_in_words(
         VllmEngine(tmp_path, max_model_len=CONTEXT, engine_args={"max_num_seq": 8})
     with pytest.raises(UserError, match="sets 'logprobs_mode' itself"):
         VllmEngine(tmp_path, max_model_len=CONTEXT, engine_args={"logprobs_mode": "raw_logprobs"})
+    setup.model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"max_model_len \(512\) is greater"):
+        VllmEngine(tmp_path, max_model_len=2 * CONTEXT)
+    with pytest.raises(UserError, match="exactly one"):
+        VllmEngine(tmp_path, max_model_len=CONTEXT, engine_args={"tensor_parallel_size": 2})
     with pytest.raises(UserError, match=r"torch\.distributed"):
         VllmEngine(tmp_path, max_model_len=CONTEXT)
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.1")

@@ -39,7 +39,7 @@ def _seq_mean_token_mean(length_N: Tensor, norm: float) -> Tensor:
 
 
 def _seq_mean_token_sum_norm(length_N: Tensor, norm: float) -> Tensor:
-    return torch.full_like(length_N, 1.0 / (len(length_N) * norm))
+    return torch.full_like(length_N, 1.0 / (max(len(length_N), 1) * norm))
 
 
 # Each maps the trajectories' numbers of loss tokens to one weight per trajectory, the same for all its tokens.

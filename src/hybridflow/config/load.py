@@ -92,7 +92,10 @@ def _apply_override(values: dict[str, Any], text: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"override {text!r}: {name} is a value, not a section")
         section = inner
-    section[last] = yaml.load(value, _Loader)
+    try:
+        section[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value in override {text!r} is not valid YAML", fix="quote it: key='...'") from error
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:

@@ -6,12 +6,14 @@ each is answered `samples_per_prompt` times, and one optimizer step takes `seque
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, POLICY_LOSSES, PRESETS
 from hybridflow.errors import nearest
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -144,7 +146,7 @@ class OptimSection(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
     clip_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch

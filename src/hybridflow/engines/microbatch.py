@@ -19,13 +19,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import COLUMNS, LOSSES, Terms
 from hybridflow.batch import Batch, balanced_parts
-from hybridflow.models.forward import score_tokens
+from hybridflow.models.forward import beginnings, score_tokens
 from hybridflow.protocols import Loss
 
 
 @dataclass(slots=True)
 class Sums:
-    """Sums over a mini-batch (or a rank's part of it); adding two of them joins the parts."""
+    """Sums over a mini-batch, or over a rank's part of it."""
 
     loss: float = 0.0
     tokens: int = 0
@@ -58,7 +58,7 @@ def accumulate_gradient(
         autocast: opens the precision that the forward pass runs in.
     """
     total = Sums()
-    for rows in balanced_parts(batch.lengths().tolist(), tokens_per_microbatch):
+    for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
         with autocast():
             scores = score_tokens(
@@ -72,6 +72,7 @@ def accumulate_gradient(
         terms.loss_M.sum().backward()
         _add(total, terms)
         total.bad_rows += _bad_rows(terms.loss_M.detach(), scores.index_M, part, rows)
+    total.bad_rows.sort()
     return total
 
 
@@ -85,11 +86,12 @@ def score_microbatches(
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Tensor]:
     """Per-token columns of a batch without gradients: see `TrainEngine.score`."""
-    result = {name: torch.zeros(batch.total()) for name in outputs}
+    dtype = torch.promote_types(torch.float32, model.dtype)
+    result = {name: torch.zeros(batch.total(), dtype=dtype) for name in outputs}
     positions = torch.arange(batch.total())
-    batch = batch.select(["input_ids_T", "loss_mask_T"])
+    batch = batch.select([n for n in ("input_ids_T", "loss_mask_T", "group_B") if n in batch])
     batch["position_T"] = positions
-    for rows in balanced_parts(batch.lengths().tolist(), tokens_per_microbatch):
+    for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
         with torch.no_grad(), autocast():
             scores = score_tokens(
@@ -97,8 +99,33 @@ def score_microbatches(
             )
         where = part["position_T"][scores.index_M]
         for name in outputs:
-            result[name][where] = scores.named()[name].float().cpu()
+            result[name][where] = scores.named()[name].to("cpu", dtype)
     return result
+
+
+def microbatches(batch: Batch, budget: int) -> list[list[int]]:
+    """Rows of each micro-batch: at most `budget` tokens go through the model at once.
+
+    Sequences of one group stay together where they fit, because their prompt then goes through the model once.
+
+    Raises:
+        ValueError: one sequence alone is over the budget.
+    """
+    lengths = batch.lengths().tolist()
+    if "group_B" not in batch:
+        return balanced_parts(lengths, budget)
+    prompts = beginnings(batch).tolist()
+    units: dict[tuple[int, int], list[int]] = {}
+    for row, group in enumerate(batch["group_B"].tolist()):
+        units.setdefault((group, prompts[row]), []).append(row)
+    rows: list[list[int]] = []
+    costs: list[int] = []
+    for (_, prompt), members in units.items():
+        cost = prompt + sum(lengths[r] - prompt for r in members)
+        together = cost <= budget
+        rows += [members] if together else [[r] for r in members]
+        costs += [cost] if together else [lengths[r] for r in members]
+    return [sorted(r for unit in part for r in rows[unit]) for part in balanced_parts(costs, budget)]
 
 
 def _entropy_needed(loss: Loss) -> Literal["no", "detached", "with gradient"]:
@@ -115,7 +142,8 @@ def _add(total: Sums, terms: Terms) -> None:
     for name, value in terms.means.items():
         total.means[name] += float(value.sum())
     for name, value in terms.maxima.items():
-        total.maxima[name] = max(total.maxima.get(name, -math.inf), float(value.max()))
+        if len(value):  # a micro-batch may hold no scored token
+            total.maxima[name] = max(total.maxima.get(name, -math.inf), float(value.max()))
 
 
 def _bad_rows(loss_M: Tensor, index_M: Tensor, part: Batch, rows: list[int]) -> list[int]:

@@ -6,22 +6,25 @@ mask and no padding in the model, so nothing depends on the way sequences are pa
 
 Trap that this avoids: with an attention mask of ones beside packed position ids, transformers attends across sequences.
 
-Shapes: T tokens of all sequences, N sequences of a bucket, L longest of a bucket, H query heads, K key-value heads,
+Sequences that begin alike, the answers to one prompt, can share that beginning: its tokens then go through the model
+once, and every answer's attention reads them.
+
+Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a bucket, L longest of a bucket, H query heads, K key-value heads,
 D head size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn  # flash attention on packed sequences; has no CPU kernel
 
 from hybridflow.batch import offsets_from_lengths
-
-from torch.nn.attention.varlen import varlen_attn  # flash attention on packed sequences; has no CPU kernel
 
 ATTENTION = "hybridflow"
 
@@ -47,7 +50,7 @@ def attention(
 
 
 class PackedLayout:
-    """Whole sequences side by side in one row of T tokens; each attends causally to itself.
+    """Whole sequences side by side in one row of tokens; each attends causally to itself.
 
     On a GPU a varlen kernel does this as it is. Elsewhere sequences of similar length are gathered into buckets, and
     each bucket is one SDPA call: padded on the right inside the call only, which a causal mask makes harmless.
@@ -55,17 +58,23 @@ class PackedLayout:
     Args:
         lengths: tokens of each sequence, in order; they add up to T.
         device: where the model runs.
-        keep: collects each layer's (k, v), ``[T, K, D]``, for a prefill; None when training.
+        shared: what `shared_beginnings` found; None where every token goes through the model.
+        keep: collects each layer's (k, v), ``[U, K, D]``, for a prefill; None when training.
     """
 
     def __init__(
-        self, lengths: Tensor, device: torch.device | str = "cpu", keep: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        lengths: Tensor,
+        device: torch.device | str = "cpu",
+        *,
+        shared: Shared | None = None,
+        keep: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.keep = keep
+        self.keep, self.shared = keep, shared
         self.lengths, self.offsets, self.device = lengths, offsets_from_lengths(lengths), torch.device(device)
         self.longest = int(lengths.max())
-        positions = torch.arange(int(self.offsets[-1])) - torch.repeat_interleave(self.offsets[:-1], lengths)
-        self.position_ids = positions[None].to(device)
+        positions_T = torch.arange(int(self.offsets[-1])) - torch.repeat_interleave(self.offsets[:-1], lengths)
+        self.position_ids = (positions_T if shared is None else positions_T[shared.token_U])[None].to(device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -76,6 +85,9 @@ class PackedLayout:
     def buckets(self) -> tuple[list[Tensor], Tensor]:
         """Indices into and out of the buckets, on the model's device."""
         gather, scatter = _bucket_indices(self.lengths, self.offsets)
+        if self.shared is not None:
+            gather = [self.shared.place_T[index] for index in gather]
+            scatter = scatter[self.shared.token_U]
         return [index.to(self.device) for index in gather], scatter.to(self.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -86,11 +98,14 @@ class PackedLayout:
         grouped = q.shape[1] != k.shape[1]
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             cu, longest = self.cu_seqlens, self.longest
+            if self.shared is not None:
+                place_T = self.shared.place_T.to(q.device)
+                q_THD, k_TKD, v_TKD = q_THD[place_T], k_TKD[place_T], v_TKD[place_T]
             out = varlen_attn(
                 q_THD, k_TKD, v_TKD, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
             )
             assert isinstance(out, Tensor)
-            return out[None]
+            return (out if self.shared is None else out[self.shared.token_U.to(q.device)])[None]
         gather, scatter_T = self.buckets
         parts = []
         for index_NL in gather:
@@ -98,6 +113,40 @@ class PackedLayout:
             out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=grouped)
             parts.append(out_b.transpose(1, 2).flatten(0, 1))
         return torch.cat(parts)[scatter_T][None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Which tokens of a packed batch go through the model, and where each of the others is found.
+
+    Args:
+        token_U: on the T axis, the tokens that go through, ascending.
+        place_T: for each of the T tokens, the one of the U that stands for it.
+    """
+
+    token_U: Tensor
+    place_T: Tensor
+
+
+def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning_B: Tensor) -> Shared:
+    """Lets sequences of one group share their first tokens.
+
+    Args:
+        ids_T: token ids.
+        offsets: ``[B + 1]`` offsets of the sequences.
+        group_B: sequences with the same number begin alike, as far as their beginnings are equally long.
+        beginning_B: how many tokens of each are its beginning.
+    """
+    _, kind_B = torch.unique(torch.stack([group_B, beginning_B]), dim=1, return_inverse=True)
+    first_B = torch.full_like(kind_B, len(kind_B)).scatter_reduce(0, kind_B, torch.arange(len(kind_B)), "amin")[kind_B]
+    lengths = offsets.diff()
+    sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    step_T = torch.arange(len(ids_T)) - offsets[sequence_T]
+    source_T = torch.arange(len(ids_T))
+    source_T = torch.where(step_T < beginning_B[sequence_T], offsets[first_B[sequence_T]] + step_T, source_T)
+    assert torch.equal(ids_T[source_T], ids_T), "sequences of one group begin with different tokens"
+    through_T = source_T == torch.arange(len(ids_T))
+    return Shared(through_T.nonzero()[:, 0], (through_T.cumsum(0) - 1)[source_T])
 
 
 def _bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.models.attention import PackedLayout
+from hybridflow.models.attention import PackedLayout, shared_beginnings
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ def score_tokens(
 
     Args:
         model: a model that `models.load` loaded.
-        batch: ``input_ids_T`` and ``loss_mask_T``.
+        batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group share their prompt: it goes
+            through the model once.
         temperature: divides the logits before the softmax.
         entropy: whether to compute the entropies too; "detached" spares their gradient.
 
@@ -54,16 +55,20 @@ def score_tokens(
     index_M = batch["loss_mask_T"].nonzero()[:, 0]
     if torch.isin(offsets[:-1], index_M.cpu()).any():
         raise ValueError("the first token of a sequence is masked in, but nothing predicts it")
-    layout = PackedLayout(batch.lengths(), device)
     input_ids_T = batch["input_ids_T"].to(device)
+    shared = None
+    if "group_B" in batch:
+        shared = shared_beginnings(batch["input_ids_T"], offsets, batch["group_B"], beginnings(batch))
+    layout = PackedLayout(batch.lengths(), device, shared=shared)
+    predictor_M = index_M - 1
     logits_MV = model(
-        input_ids=input_ids_T[None],
+        input_ids=(input_ids_T if shared is None else input_ids_T[shared.token_U.to(device)])[None],
         position_ids=layout.position_ids,
         use_cache=False,
-        logits_to_keep=(index_M - 1).to(device),
+        logits_to_keep=(predictor_M if shared is None else shared.place_T[predictor_M]).to(device),
         layout=layout,
     ).logits[0]
-    logits_MV = logits_MV.float()
+    logits_MV = logits_MV.to(torch.promote_types(torch.float32, logits_MV.dtype))  # at least float32
     if temperature != 1.0:
         logits_MV = logits_MV / temperature
     logp_MV = torch.log_softmax(logits_MV, dim=-1)
@@ -73,3 +78,10 @@ def score_tokens(
         source_MV = logp_MV.detach() if entropy == "detached" else logp_MV
         entropy_M = -(source_MV.exp() * source_MV).sum(-1)
     return TokenScores(index_M, logp_M, entropy_M)
+
+
+def beginnings(batch: Batch) -> Tensor:
+    """``[B]``: how many tokens of each sequence come before its first scored one (the prompt)."""
+    step_T = torch.arange(batch.total()) - batch.offsets["T"][batch.sequence_of()]
+    step_T = torch.where(batch["loss_mask_T"], step_T, batch.lengths()[batch.sequence_of()])
+    return batch.lengths().scatter_reduce(0, batch.sequence_of(), step_T, "amin")

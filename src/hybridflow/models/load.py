@@ -103,7 +103,9 @@ def _from_function(path: str, seed: int) -> tuple[Any, Any]:
 
 def _refuse_uncovered_attention(model: PreTrainedModel) -> None:
     config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    # Older architectures (Mistral, Phi-3) have a window for all layers instead of a type for each.
+    untyped = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [untyped])
     uncovered = sorted(kinds - {"full_attention"})
     if getattr(config, "attn_logit_softcapping", None):
         uncovered.append("attention soft-capping")

@@ -83,10 +83,16 @@ class InlineEngine:
         job = _Job(self._next_handle, request)
         context = getattr(self.model.config, "max_position_embeddings", None)
         room = min(context or self.max_cache_tokens, self.max_cache_tokens)
+        if not request.prompt_ids or len(request.generated_ids) >= request.sampling.max_tokens:
+            raise UserError(
+                f"a request with {len(request.prompt_ids)} prompt tokens, {len(request.generated_ids)} generated ones "
+                f"and max_tokens {request.sampling.max_tokens} leaves nothing to do",
+                fix="give a prompt, and more max_tokens than are generated already",
+            )
         if job.limit() > room:
             raise UserError(
-                f"a request of {len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} new ones "
-                f"does not fit in {room} tokens",
+                f"a request of {len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} new "
+                f"ones does not fit in {room} tokens",
                 why=f"the model's context is {context}, the cache's bound {self.max_cache_tokens}",
                 fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or raise rollout.max_cache_tokens",
             )
@@ -117,7 +123,8 @@ class InlineEngine:
         self._waiting = deque(job for job in self._waiting if job.handle not in wanted)
         rows = [r for r, job in enumerate(self._running) if job.handle in wanted]
         ended += [self._running[r] for r in rows]
-        self._leave(rows)
+        with torch.inference_mode():  # the state's tensors were made in it
+            self._leave(rows)
         return [job.result("abort") for job in ended]
 
     def pause(self) -> None:
@@ -141,8 +148,8 @@ class InlineEngine:
                     own[name].copy_(tensor)
                     num_bytes += tensor.nbytes
                 received[name] = fingerprint(own[name])
-        for job in self._running:
-            self._collect(job, self._running.index(job))
+        for row, job in enumerate(self._running):
+            self._collect(job, row)
         self._waiting.extendleft(reversed(self._running))
         self._running, self._state = [], None
         self.version = version
@@ -170,7 +177,8 @@ class InlineEngine:
         tokens = 0
         while self._waiting:
             job = self._waiting[0]
-            wider = max(width, -(-job.limit() // WIDTH_STEP) * WIDTH_STEP)
+            rounded = -(-job.limit() // WIDTH_STEP) * WIDTH_STEP
+            wider = max(width, min(rounded, self.max_cache_tokens))
             rows = len(self._running) + len(admitted) + 1
             if rows > 1 and rows * wider > self.max_cache_tokens:
                 break
@@ -282,7 +290,7 @@ class InlineEngine:
         old = self._state
         if old is not None and rows <= old.rows and width <= old.width:
             return
-        demand = len(self._running) + len(self._waiting) + rows
+        demand = len(self._waiting) + rows
         rows = max(rows, min(demand, self.max_cache_tokens // width))
         self._state = _State(self.model, rows, width, len(self._running), old)
 
@@ -309,7 +317,8 @@ class _State:
         dtype = torch.bfloat16 if device.type == "cuda" else model.dtype
         self.rows, self.width = rows, width
         # One tensor for all layers, keys and values: moving a row is one operation. [layers, 2, R, K, W, D]
-        self.cache = torch.empty(
+        # Zeros: what is masked out still enters attention as 0 x value, and must not be a stray NaN.
+        self.cache = torch.zeros(
             config.num_hidden_layers, 2, rows, config.num_key_value_heads, width, size, dtype=dtype, device=device
         )
         long = {"dtype": torch.int64, "device": device}

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hybridflow.errors import UserError, nearest
@@ -245,7 +246,10 @@ def require_vllm() -> str:
 
 
 def _seed(request: Request) -> int:
-    """63 bits of the request's noise; from another place of the trajectory on, other ones."""
+    """63 bits of the request's noise; from another place of the trajectory on, other ones.
+
+    torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
+    """
     key, first = request.noise, len(request.generated_ids)
     if first:
         key = NoiseKey(key.bits(), "continued", draw=first)
@@ -267,6 +271,7 @@ def _import_vllm() -> Any:
         )
     try:
         import vllm
+        import vllm.distributed
         import vllm.platforms
     except ModuleNotFoundError as error:
         if error.name != "vllm":
@@ -312,6 +317,12 @@ def _arguments(vllm: Any, ours: dict[str, Any], wanted: Mapping[str, Any], on_cp
 
 def _start(vllm: Any, arguments: dict[str, Any]) -> Any:
     """The running engine."""
+    try:
+        config = vllm.EngineArgs(**arguments).create_engine_config()
+        if config.parallel_config.world_size > 1:
+            raise ValueError("more than one worker: vLLM in the training process has exactly one")
+    except ValueError as error:
+        raise _refused(error) from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise UserError(
             "vLLM cannot start in a process that already runs torch.distributed",
@@ -319,15 +330,22 @@ def _start(vllm: Any, arguments: dict[str, Any]) -> Any:
             fix="use the inline engine with a sharded trainer, and close one vLLM engine before starting the next",
         )
     try:
-        config = vllm.EngineArgs(**arguments).create_engine_config()
-        if config.parallel_config.world_size > 1:
-            raise ValueError("more than one worker: vLLM in the training process has exactly one")
         return vllm.LLMEngine.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
-    except ValueError as error:
-        raise UserError(
-            f"vLLM refuses this configuration: {error}",
-            fix="change the engine arguments, max_model_len or dtype that it names",
-        ) from error
+    except Exception as error:
+        vllm.distributed.cleanup_dist_env_and_memory()  # or the next start would find a process group
+        if isinstance(error, ValueError):
+            raise _refused(error) from error
+        raise
+
+
+def _refused(error: ValueError) -> UserError:
+    says = str(error)
+    if isinstance(error, ValidationError):
+        says = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    return UserError(
+        f"vLLM refuses this configuration: {says}",
+        fix="change max_model_len, dtype or the engine arguments (rollout.engine_args) that it names",
+    )
 
 
 def _pack_experts(worker: Any) -> None:

@@ -41,12 +41,13 @@ class ProgressConsole:
         title: first word of the line, such as "train".
         total_steps: where the run ends.
         done_steps: steps that an earlier process has done already.
+        began: when the first step began (`time.monotonic`); now, if not given.
     """
 
-    def __init__(self, title: str, total_steps: int, *, done_steps: int = 0) -> None:
+    def __init__(self, title: str, total_steps: int, *, done_steps: int = 0, began: float | None = None) -> None:
         self.title, self.total_steps, self.step = title, total_steps, done_steps
         self._numbers: dict[str, str] = {}
-        self._pace = deque([(time.monotonic(), done_steps)], maxlen=STEPS_FOR_PACE + 1)
+        self._pace = deque([(time.monotonic() if began is None else began, done_steps)], maxlen=STEPS_FOR_PACE + 1)
         self._last_line = -math.inf
         self._live: Live | None = None
         if sys.stdout.isatty() and not RichConsole().is_dumb_terminal:

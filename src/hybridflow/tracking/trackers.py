@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,7 @@ class Trackers:
         self.events = EventLog(folder / "events.jsonl")
         self._active: dict[str, Tracker] = {}
         self._started = False
+        self._began = time.monotonic()
 
     def __enter__(self) -> Trackers:
         return self
@@ -68,7 +70,10 @@ class Trackers:
             return
         self._started = True
         if self.config.console:
-            self._start("console", lambda: ProgressConsole(self.title, self.total_steps, done_steps=done_steps))
+            self._start(
+                "console",
+                lambda: ProgressConsole(self.title, self.total_steps, done_steps=done_steps, began=self._began),
+            )
         if self.config.tensorboard:
             first = done_steps + 1 if done_steps else 0
             self._start("tensorboard", lambda: TensorBoardTracker(self.folder, first_step=first))
@@ -76,7 +81,7 @@ class Trackers:
             project, resolved = self.config.project, self.resolved_config
             self._start("wandb", lambda: WandbTracker(self.folder, project=project, config=resolved))
             tracker = self._active.get("wandb")
-            if isinstance(tracker, WandbTracker):
+            if isinstance(tracker, WandbTracker) and tracker.where:
                 self.events.append("wandb", tracker.where)
                 self._note(f"wandb: {tracker.where}")
 

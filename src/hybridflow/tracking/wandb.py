@@ -19,7 +19,7 @@ class WandbTracker:
         config: the resolved configuration.
 
     Attributes:
-        where: address of the run, or its folder if offline.
+        where: address of the run, or its folder if offline; empty if disabled.
 
     Raises:
         ImportError: wandb is not installed.
@@ -45,7 +45,7 @@ class WandbTracker:
         )
         if not self._run.disabled:  # WANDB_MODE=disabled hands out a dummy
             id_file.write_text(self._run.id + "\n")
-        self.where = str(Path(self._run.dir).parent if offline else self._run.url)
+        self.where = str(Path(self._run.dir).parent if offline else self._run.url or "")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs the metrics of a step."""

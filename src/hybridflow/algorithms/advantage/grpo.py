@@ -27,8 +27,9 @@ def grpo(reward_N: Tensor, group_N: Tensor, *, normalize_by_std: bool = True) ->
     _, index_N, size_G = torch.unique(group_N, return_inverse=True, return_counts=True)
     if len(size_G) and int(size_G.min()) < 2:
         raise ValueError("a group has a single trajectory; group baselines need at least two")
-    mean_G = _group_sum(reward_N, index_N, len(size_G)) / size_G
-    centered_N = reward_N - mean_G[index_N]
+    lowest_G = torch.full_like(reward_N[: len(size_G)], torch.inf).scatter_reduce_(0, index_N, reward_N, "amin")
+    above_N = reward_N - lowest_G[index_N]  # so that equal rewards give exactly 0, whatever the rounding of their mean
+    centered_N = above_N - (_group_sum(above_N, index_N, len(size_G)) / size_G)[index_N]
     if not normalize_by_std:
         return centered_N
     std_G = (_group_sum(centered_N.square(), index_N, len(size_G)) / (size_G - 1)).sqrt()

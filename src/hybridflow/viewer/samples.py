@@ -1,0 +1,167 @@
+"""Picks the answers that a report shows, and says in words why each got its advantage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hybridflow.tracking.rollouts import read_rollouts
+
+# A report is one file that opens at once, so it shows a part and says of what.
+PAIRS_PER_KIND = 6
+ROLLOUT_STEPS = 3
+GROUPS_WITH_SIGNAL = 4
+GROUPS_WITHOUT_SIGNAL = 2
+ANSWERS_PER_GROUP = 8
+TOKENS_PER_ANSWER = 400
+CHARACTERS = 2_000
+
+# What can become of an evaluation prompt, in the order of the buttons.
+KINDS = (
+    *("wrong \u2192 right", "right \u2192 wrong", "wrong \u2192 wrong", "right \u2192 right", "wrong", "right"),
+    *("higher", "lower", "equal", "all"),
+)
+
+
+def step_files(folder: Path, last_step: int) -> dict[int, Path]:
+    """The ``step-*.parquet`` files in a folder by step; files of later steps are what a killed process left."""
+    found = {int(path.stem.removeprefix("step-")): path for path in folder.glob("step-*.parquet")}
+    return {step: found[step] for step in sorted(found) if step <= last_step}
+
+
+def evaluations(folder: Path, last_step: int) -> dict[str, Any] | None:
+    """The same evaluation prompts at the first and the last evaluation; None if there is no evaluation."""
+    files = step_files(folder, last_step)
+    if not files:
+        return None
+    first, last = min(files), max(files)
+    before = {(row["draw"], row["sample"]): row for row in read_rollouts(files[first])}
+    after = {(row["draw"], row["sample"]): row for row in read_rollouts(files[last])}
+    keys = sorted(before.keys() & after.keys())
+    binary = all(row["reward"] in (0.0, 1.0) for row in [*before.values(), *after.values()])
+    counts: dict[str, int] = {}
+    pairs = []
+    for key in keys:
+        old, new = before[key], after[key]
+        kind = _kind(old["reward"], new["reward"], binary=binary, same=first == last)
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= PAIRS_PER_KIND:
+            answers = [_answer(old)] if first == last else [_answer(old), _answer(new)]
+            prompt, truth = shorten(new["prompt"]), shorten(new["ground_truth"])
+            pairs.append({"kind": kind, "prompt": prompt, "ground_truth": truth, "answers": answers})
+    steps = [first] if first == last else [first, last]
+    kinds = [[kind, counts[kind]] for kind in KINDS if kind in counts]
+    return {"steps": steps, "binary": binary, "kinds": kinds, "pairs": pairs, "total": len(keys)}
+
+
+def rollouts(folder: Path, last_step: int, algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of the first, a middle and the last step that has its rollouts on disk."""
+    files = step_files(folder, last_step)
+    steps = list(files)
+    shown = sorted(
+        {steps[round(i * (len(steps) - 1) / (ROLLOUT_STEPS - 1))] for i in range(ROLLOUT_STEPS)} if steps else ()
+    )
+    return {
+        "available": len(steps),
+        "steps": [_step(step, read_rollouts(files[step]), algorithm) for step in shown],
+        "answers_per_group": ANSWERS_PER_GROUP,
+        "tokens_per_answer": TOKENS_PER_ANSWER,
+    }
+
+
+def explain(reward: float, rewards: Sequence[float], advantage: float | None, algorithm: Mapping[str, Any]) -> str:
+    """Why an answer got its advantage.
+
+    Args:
+        reward: what the answer was worth.
+        rewards: of all answers of its group, this one included.
+        advantage: as it was trained on.
+        algorithm: the configuration's ``algorithm`` section.
+
+    >>> explain(1.0, [1.0, 0.0], 0.7071, {"advantage": "grpo", "normalize_by_std": True})
+    'reward 1.00, group mean 0.50, std 0.71 \u2192 advantage +0.71'
+    """
+    if advantage is None:
+        return f"reward {reward:.2f}"
+    if len(rewards) > 1 and min(rewards) == max(rewards):
+        every = f"all {len(rewards)} answers of the group have reward {reward:.2f}"
+        if advantage == 0:
+            return f"{every}: nothing to prefer \u2192 advantage 0"
+    average = mean(rewards)
+    spread = stdev(rewards) if len(rewards) > 1 else 0.0
+    estimator = algorithm.get("advantage", "unknown")
+    words = f"reward {reward:.2f}, group mean {average:.2f}"
+    result = f"\u2192 advantage {advantage:+.2f}"
+    if estimator == "grpo":
+        by_std = bool(algorithm.get("normalize_by_std", True))
+        expected = (reward - average) / (spread + 1e-6 if by_std else 1.0)
+        if math.isclose(expected, advantage, rel_tol=1e-3, abs_tol=1e-3):
+            return f"{words}, std {spread:.2f} {result}" if by_std else f"{words} {result}"
+    # Never claim a rule that does not give the number that was trained on.
+    return f"{words} {result} (as recorded; estimator {estimator})"
+
+
+def shorten(text: str) -> str:
+    """A long text with its middle left out; short ones as they are."""
+    if len(text) <= CHARACTERS:
+        return text
+    half = CHARACTERS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+
+
+def _kind(old: float, new: float, *, binary: bool, same: bool) -> str:
+    if binary:
+        words = ["right" if value else "wrong" for value in (old, new)]
+        return words[1] if same else " \u2192 ".join(words)
+    if same:
+        return "all"
+    return "higher" if new > old else "lower" if new < old else "equal"
+
+
+def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"response": shorten(row["response"]), "reward": row["reward"], "cut": row["finish_reason"] == "length"}
+
+
+def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    rows = sorted(rows, key=lambda row: (row["draw"], row["sample"]))
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["draw"])]
+    signal = [g for g in groups if any(row["advantage"] for row in g)]
+    equal = [g for g in groups if not any(row["advantage"] for row in g)]
+    chosen = signal[:GROUPS_WITH_SIGNAL] + equal[:GROUPS_WITHOUT_SIGNAL]
+    return {
+        "step": step,
+        "groups": len(groups),
+        "with_signal": len(signal),
+        "answers": len(rows),
+        "reward": mean(row["reward"] for row in rows) if rows else None,
+        "shown": [_group(group, algorithm) for group in chosen],
+        "shown_equal": len(equal[:GROUPS_WITHOUT_SIGNAL]),
+    }
+
+
+def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    rewards = [row["reward"] for row in rows]
+    return {
+        "draw": rows[0]["draw"],
+        "data_source": rows[0]["data_source"],
+        "prompt": shorten(rows[0]["prompt"]),
+        "ground_truth": shorten(rows[0]["ground_truth"]),
+        "reward": f"{mean(rewards):.2f}",
+        "size": len(rows),
+        "answers": [
+            {
+                "reward": row["reward"],
+                "advantage": row["advantage"],
+                "why": explain(row["reward"], rewards, row["advantage"], algorithm),
+                "cut": row["finish_reason"] == "length",
+                "length": len(row["tokens"]),
+                "tokens": row["tokens"][:TOKENS_PER_ANSWER],
+                "logps": [round(x, 3) if math.isfinite(x) else None for x in row["logps"][:TOKENS_PER_ANSWER]],
+            }
+            for row in rows[:ANSWERS_PER_GROUP]
+        ],
+    }

@@ -1,0 +1,121 @@
+"""Packed sequences give what the plain Hugging Face model gives for each of them, in a padded batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import KINDS, VOCAB, packed_model, plain_model, ragged_batch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hybridflow.batch import Batch
+from hybridflow.models.attention import ATTENTION, PackedLayout
+from hybridflow.models.forward import score_tokens
+
+LENGTHS = [7, 3, 60, 1, 12, 12, 33, 2]
+
+
+def padded_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[M, V]`` logits that predict the scored tokens, by Hugging Face's own attention on a padded batch."""
+    ids_BL = batch.to_padded("input_ids_T")
+    mask_BL = torch.arange(ids_BL.shape[1])[None] < batch.lengths()[:, None]
+    logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+    logits_TV = logits_BLV[mask_BL]
+    return logits_TV[batch["loss_mask_T"].nonzero()[:, 0] - 1]
+
+
+def packed_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    layout = PackedLayout(batch.lengths())
+    index_M = batch["loss_mask_T"].nonzero()[:, 0]
+    return model(
+        input_ids=batch["input_ids_T"][None],
+        position_ids=layout.position_ids,
+        use_cache=False,
+        logits_to_keep=index_M - 1,
+        layout=layout,
+    ).logits[0]
+
+
+def repacked(model: PreTrainedModel) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_equal_the_padded_model(kind: str) -> None:
+    plain, batch = plain_model(kind), ragged_batch(LENGTHS)
+    packed = repacked(plain)
+    assert plain.config._attn_implementation == "sdpa"
+    expected, found = padded_logits(plain, batch), packed_logits(packed, batch)
+    assert expected.abs().max() > 1  # there is something to compare
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)) / len(expected)
+    for logits in (expected, found):
+        (logits * direction).sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), packed.parameters()):
+        assert a.grad is not None and a.grad.abs().max() > 0, name
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scores_are_those_of_the_padded_logits(kind: str, temperature: float) -> None:
+    plain, batch = plain_model(kind), ragged_batch(LENGTHS)
+    logp_MV = (padded_logits(plain, batch) / temperature).log_softmax(-1)
+    index_M = batch["loss_mask_T"].nonzero()[:, 0]
+    scores = score_tokens(repacked(plain), batch, temperature=temperature, entropy="detached")
+    assert torch.equal(scores.index_M, index_M)
+    expected = logp_MV[torch.arange(len(index_M)), batch["input_ids_T"][index_M]]
+    torch.testing.assert_close(scores.logp_M, expected, atol=1e-5, rtol=0)
+    assert scores.entropy_M is not None and not scores.entropy_M.requires_grad
+    entropy_M = torch.distributions.Categorical(logits=logp_MV).entropy()
+    torch.testing.assert_close(scores.entropy_M, entropy_M, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_the_order_of_packing_does_not_matter(lengths: list[int], random: object) -> None:
+    model, batch = packed_model(dtype=torch.float64), ragged_batch(lengths)
+    order = list(range(len(lengths)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    batch["logp_T"] = torch.zeros(batch.total(), dtype=torch.float64)
+    shuffled = batch.take(order)
+    with torch.no_grad():
+        for b in (batch, shuffled):
+            scores = score_tokens(model, b, temperature=1.0, entropy="no")
+            b["logp_T"][scores.index_M] = scores.logp_M
+    torch.testing.assert_close(shuffled["logp_T"], batch.take(order)["logp_T"], atol=1e-12, rtol=0)
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
+    model, batch = packed_model(dtype=torch.float64), ragged_batch(LENGTHS)
+    other = batch.select(list(batch))
+    changed_T = batch.sequence_of() != 2
+    other["input_ids_T"] = torch.where(changed_T, (batch["input_ids_T"] + 1) % VOCAB, batch["input_ids_T"])
+    with torch.no_grad():
+        a, b = (score_tokens(model, x, temperature=1.0, entropy="no").logp_M for x in (batch, other))
+    kept_M = ~changed_T[batch["loss_mask_T"]]
+    torch.testing.assert_close(a[kept_M], b[kept_M], atol=1e-12, rtol=0)
+    assert (a[~kept_M] - b[~kept_M]).abs().max() > 0.1
+
+
+def test_a_first_token_with_loss_is_refused() -> None:
+    batch = ragged_batch([4, 5])
+    batch["loss_mask_T"][4] = True
+    with pytest.raises(ValueError, match="first token of a sequence"):
+        score_tokens(packed_model(), batch, temperature=1.0, entropy="no")
+
+
+@pytest.mark.parametrize(
+    ("model_dtype", "score_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_scores_are_at_least_float32(model_dtype: torch.dtype, score_dtype: torch.dtype) -> None:
+    scores = score_tokens(packed_model(dtype=model_dtype), ragged_batch(), temperature=0.9, entropy="with gradient")
+    assert scores.entropy_M is not None
+    assert scores.logp_M.dtype == scores.entropy_M.dtype == score_dtype

@@ -1,0 +1,108 @@
+"""Small models and batches for tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hybridflow.algorithms.aggregation import token_weights
+from hybridflow.batch import Batch
+from hybridflow.config.sections import OptimSection, SftDataSection
+from hybridflow.data.sft import load_sft
+from hybridflow.engines.local import LocalEngine
+from hybridflow.models.attention import ATTENTION
+from hybridflow.models.load import load_model
+from hybridflow.protocols import Loss
+
+CARRY = Path(__file__).resolve().parents[1] / "recipes/carry/task.py"
+VOCAB = 37
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+KINDS = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+}
+
+
+def plain_model(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
+    """A model of about 20 thousand parameters with Hugging Face's own attention; norms and biases are random too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = KINDS[kind]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def packed_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same model with ragged attention."""
+    model = plain_model(kind, seed).to(dtype)
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def ragged_batch(lengths: Sequence[int] = (7, 3, 12, 5, 9, 4), seed: int = 0) -> Batch:
+    """Random sequences; the first token of each is masked out, and so are some others."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = [torch.rand(n, generator=rng) < 0.7 for n in lengths]
+    for part in mask:
+        part[:1] = False
+        part[-1:] = len(part) > 1
+    ids = [torch.randint(VOCAB, (n,), generator=rng) for n in lengths]
+    return Batch.from_rows({"input_ids_T": ids, "loss_mask_T": mask, "trajectory_B": list(range(len(lengths)))})
+
+
+def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", seed: int = 1) -> Batch:
+    """The batch with what the policy loss reads: off-policy old log-probs, advantages, weights."""
+    rng = torch.Generator().manual_seed(seed)
+    noise_T = torch.randn(batch.total(), generator=rng, dtype=logp_T.dtype)
+    advantage_B = torch.randn(len(batch), generator=rng, dtype=logp_T.dtype)
+    batch = batch.select(list(batch))
+    batch["old_logp_T"] = logp_T + 0.3 * noise_T
+    batch["rollout_logp_T"] = logp_T - 0.1 * noise_T
+    batch["advantage_T"] = advantage_B[batch.sequence_of()] * batch["loss_mask_T"]
+    batch["policy_weight_T"] = token_weights(batch, mode, norm=16)
+    batch["entropy_weight_T"] = token_weights(batch, "token-mean", norm=16)
+    return batch
+
+
+@functools.cache
+def sft_losses_and_model(steps: int = 80) -> tuple[list[float], PreTrainedModel]:
+    """A short supervised warm-up on the carry task: the loss of every step, and the model."""
+    model, tokenizer = load_model(f"{CARRY}:tiny_qwen3", seed=0)
+    data = load_sft(SftDataSection(train=f"{CARRY}:demonstrations", max_tokens=64), tokenizer, seed=0)
+    optim = OptimSection(lr=5e-3, betas=(0.9, 0.95), schedule="linear", warmup_steps=10)
+    engine = LocalEngine(model, optim, total_steps=steps, tokens_per_microbatch=4096)
+    losses = []
+    for step in range(steps):
+        batch = data.batch(list(range(32 * step, 32 * (step + 1))))
+        batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=1)
+        losses.append(engine.update(batch, Loss("cross_entropy")).metrics["actor/loss"])
+    return losses, model
+
+
+def sft_model() -> PreTrainedModel:
+    """The model of the warm-up."""
+    return sft_losses_and_model()[1]

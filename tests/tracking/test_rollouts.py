@@ -1,0 +1,65 @@
+"""Rollouts on disk: what is written is read."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from hybridflow.tracking.rollouts import SCHEMA, read_rollouts, write_rollouts
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    row = {
+        "step": 10,
+        "draw": 7,
+        "sample": 2,
+        "data_source": "carry",
+        "prompt": "<|user|>\u4e00\u52a0\u4e8c \U0001f600\n",
+        "response": "na\u00efve \u0394 \u2028 end",
+        "reward": 0.1,
+        "advantage": -1.25,
+        "finish_reason": "stop",
+        "ground_truth": "3",
+        "token_ids": [5, 0, 151_643],
+        "tokens": ["na", "\ufffd", "<|end|>"],
+        "logps": [-0.5, -2.25, 0.0],
+    }
+    return row | changes
+
+
+def test_round_trip(tmp_path: Path):
+    path = tmp_path / "rollouts" / "step-000010.parquet"
+    empty = answer(sample=3, response="", token_ids=[], tokens=[], logps=[], finish_reason="length")
+    rows = [answer(), empty, answer(sample=4, advantage=None)]
+    write_rollouts(path, rows)
+    assert read_rollouts(path) == rows
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_file_has_the_documented_columns_for_other_tools(tmp_path: Path):
+    path = tmp_path / "r.parquet"
+    write_rollouts(path, [])
+    assert pq.read_schema(path).equals(SCHEMA)
+    assert read_rollouts(path) == []
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):
+    path = tmp_path / "r.parquet"
+    write_rollouts(path, [answer()])
+    incomplete = answer()
+    del incomplete["ground_truth"]
+    with pytest.raises(KeyError, match="ground_truth"):
+        write_rollouts(path, [answer(sample=9), incomplete])
+    assert [row["sample"] for row in read_rollouts(path)] == [2]
+
+
+def test_text_that_has_no_utf8_does_not_end_the_run(tmp_path: Path):
+    write_rollouts(tmp_path / "r.parquet", [answer(prompt="a\ud800b")])
+    assert read_rollouts(tmp_path / "r.parquet")[0]["prompt"] == "a?b"
+
+
+def test_minus_infinity_is_kept(tmp_path: Path):
+    write_rollouts(tmp_path / "r.parquet", [answer(logps=[-math.inf, 0.0, 0.0])])
+    assert read_rollouts(tmp_path / "r.parquet")[0]["logps"][0] == -math.inf
