@@ -12,10 +12,11 @@ import copy
 import hypothesis
 import pytest
 import torch
-from tiny import CARRY, sft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridflow.models.load import load_model
+
+from tiny import CARRY, sft_model
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("hybridflow", deadline=None, derandomize=True, max_examples=60)

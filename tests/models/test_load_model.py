@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CARRY, KINDS, SIZES, plain_model, ragged_batch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -25,6 +24,8 @@ from hybridflow.errors import UserError
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.load import load_model, load_tokenizer, stop_ids
 from hybridflow.models.lora import add_lora, load_adapters, merged, save_adapters
+
+from tiny import CARRY, KINDS, SIZES, plain_model, ragged_batch
 
 
 def save(model: PreTrainedModel, folder: Path) -> str:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import KINDS, VOCAB, packed_model, plain_model, ragged_batch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridflow.batch import Batch
 from hybridflow.models.attention import ATTENTION, PackedLayout
 from hybridflow.models.forward import score_tokens
+
+from tiny import KINDS, VOCAB, packed_model, plain_model, ragged_batch
 
 LENGTHS = [7, 3, 60, 1, 12, 12, 33, 2]
 

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -72,6 +73,8 @@ def test_on_a_terminal_the_cursor_is_visible_however_the_process_ends(end: str):
     assert "3/9" in output and "reward" in output  # the live display was there
     assert "a line of the program" in output
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") >= 0
+    if "SIGKILL" not in end:  # the next prompt has a line of its own
+        assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output).endswith("\n")
     if "boom" in end:
         assert "RuntimeError: boom" in output
 

@@ -1,5 +1,7 @@
 """Trackers besides metrics.jsonl: they work, and when one does not, training goes on."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,22 +100,31 @@ def wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     wandb.teardown()
 
 
-def test_wandb_offline_writes_a_run_and_a_resumed_run_continues_its_id(
-    tmp_path: Path, wandb_environment: pytest.MonkeyPatch
-):
-    wandb_environment.setenv("WANDB_MODE", "offline")
-    for steps in (range(3), range(3, 6)):
-        with make(tmp_path, wandb=True) as trackers:
-            for step in steps:
-                trackers.log(step, reward(step))
+WANDB_SCRIPT = """
+import sys
+from pathlib import Path
+from hybridflow.config.sections import TrackSection
+from hybridflow.tracking.trackers import Trackers
+folder, first, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+config = TrackSection(console=False, wandb=True)
+with Trackers(folder, config, resolved_config={"optim": {"lr": 0.0123}}, total_steps=6, title="train") as trackers:
+    for step in range(first, end):
+        trackers.log(step, {"critic/score/mean": step / 16})
+"""
+
+
+def test_wandb_offline_writes_a_run_and_a_resumed_run_continues_its_id(tmp_path: Path):
+    for first, end in ((0, 3), (3, 6)):  # a process each, as a run and its resumption are
+        command = [sys.executable, "-c", WANDB_SCRIPT, str(tmp_path), str(first), str(end)]
+        subprocess.run(command, env={**os.environ, "WANDB_MODE": "offline"}, check=True, timeout=60)
     assert [e["kind"] for e in read_events(tmp_path / "events.jsonl")] == ["wandb", "wandb"]
     run_id = (tmp_path / "wandb-id.txt").read_text().strip()
-    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))
-    written = b"".join(file.read_bytes() for file in files)
-    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == len(files) >= 1
-    assert b"critic/score/mean" in written and b"optim" in written
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
+    first_part, second_part = (file.read_bytes() for file in files)
+    assert b"0.0123" in first_part  # the configuration
     for step in range(1, 6):
-        assert str(step / 16).encode() in written
+        assert str(step / 16).encode() in (first_part if step < 3 else second_part)
 
 
 @pytest.mark.parametrize(("mode", "said"), [("nonsense", "WANDB_MODE|mode"), ("online", "API key|log in|login")])

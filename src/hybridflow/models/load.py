@@ -44,7 +44,8 @@ def load_model(
                 fix="give a folder in Hugging Face format, or file.py:function that returns (model, tokenizer)",
             )
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+            # Every model has eager attention; which attention is used is decided below.
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}",

@@ -73,6 +73,8 @@ class RlRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.__exit__(kind, error, trace)
+        if error is not None:
+            self.events.append("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         self.rollout.close()
         self.trackers.close(failed=error is not None)
         self.folder.close()

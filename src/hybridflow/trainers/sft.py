@@ -62,6 +62,8 @@ class SftRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.__exit__(kind, error, trace)
+        if error is not None:
+            self.events.append("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         self.trackers.close(failed=error is not None)
         self.folder.close()
 

@@ -1,0 +1,311 @@
+"""Training in this process: the same update however the work is cut, and nothing lost or spoilt on the way."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridflow.algorithms.aggregation import AGGREGATIONS, token_weights
+from hybridflow.batch import Batch
+from hybridflow.config.sections import OptimSection
+from hybridflow.engines.local import LocalEngine, learning_rate
+from hybridflow.models.attention import PackedLayout
+from hybridflow.models.forward import score_tokens
+from hybridflow.protocols import Loss, TrainEngine, Update
+from hybridflow.rollout.inline import InlineEngine
+from hybridflow.weights.stream import verify
+
+from simulated_ranks import SimulatedRanks
+from tiny import packed_model, ragged_batch, sft_losses_and_model, with_policy_columns
+
+LENGTHS = (7, 3, 12, 5, 9, 4, 2, 16)
+ORDERS = {"as it is": range(8), "reversed": range(8)[::-1], "mixed": (3, 0, 7, 5, 1, 6, 2, 4)}
+CUTS = [16, 23, 41, 1000]  # tokens per micro-batch: from one sequence each to all at once
+ENGINES = {"local": LocalEngine, "ranks": SimulatedRanks}
+
+
+def engine_of(kind: str = "local", cut: int = 1000, *, double: bool = True, **optim: Any) -> LocalEngine:
+    model = packed_model(dtype=torch.float64 if double else torch.float32)
+    section = OptimSection(**{"lr": 1e-3, "clip_grad_norm": 0.05, "weight_decay": 0.1, **optim})
+    return ENGINES[kind](model, section, total_steps=10, tokens_per_microbatch=cut)  # type: ignore[return-value]
+
+
+def policy_batch(mode: str, *, double: bool = True) -> Batch:
+    """Eight sequences of six trajectories; one sequence has no loss token at all."""
+    batch = ragged_batch(LENGTHS)
+    batch["trajectory_B"] = torch.tensor([4, 4, 1, 9, 3, 3, 7, 0])
+    batch["loss_mask_T"] &= batch.sequence_of() != 5
+    logp_T = engine_of(double=double).score(batch, ["logp"])["logp"]
+    return with_policy_columns(batch, logp_T, mode)
+
+
+def policy_loss(entropy_coef: float = 0.0, **values: float) -> Loss:
+    return Loss("policy", {"policy_loss": "ppo_clip", "values": values, "entropy_coef": entropy_coef})
+
+
+def outcome(engine: LocalEngine, batch: Batch, loss: Loss) -> tuple[Update, dict[str, Tensor]]:
+    """The update, and every gradient and weight that it left."""
+    update = engine.update(batch, loss)
+    assert update.applied
+    tensors = {f"{n} weight": p.detach().clone() for n, p in engine.model.named_parameters()}
+    for n, p in engine.model.named_parameters():
+        assert p.grad is not None
+        tensors[f"{n} gradient"] = p.grad.clone()
+    return update, tensors
+
+
+def assert_close(a: tuple[Update, dict[str, Tensor]], b: tuple[Update, dict[str, Tensor]], tolerance: float) -> None:
+    assert a[0].metrics.keys() == b[0].metrics.keys()
+    for name, value in a[0].metrics.items():
+        assert b[0].metrics[name] == pytest.approx(value, abs=tolerance), name
+    for name, tensor in a[1].items():
+        torch.testing.assert_close(b[1][name], tensor, atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_the_policy_update_is_the_same_however_it_is_cut(mode: str, entropy_coef: float) -> None:
+    batch, loss = policy_batch(mode), policy_loss(entropy_coef, clip_dual=3.0)
+    whole = outcome(engine_of(), batch, loss)
+    assert 0 < whole[0].metrics["actor/pg_clipfrac"] < 1  # some tokens are clipped, some are not
+    for cut in CUTS:
+        for order in ORDERS.values():
+            for kind in ENGINES:
+                assert_close(whole, outcome(engine_of(kind, cut), batch.take(list(order)), loss), 1e-10)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_the_supervised_update_is_the_same_however_it_is_cut(mode: str) -> None:
+    batch = ragged_batch(LENGTHS)
+    batch["policy_weight_T"] = token_weights(batch, mode, norm=16)
+    whole = outcome(engine_of(), batch, Loss("cross_entropy"))
+    for cut in CUTS:
+        for order in ORDERS.values():
+            for kind in ENGINES:
+                found = outcome(engine_of(kind, cut), batch.take(list(order)), Loss("cross_entropy"))
+                assert_close(whole, found, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_several_steps_stay_the_same(kind: str) -> None:
+    batch, loss = policy_batch("token-mean"), policy_loss(0.01)
+    straight, cut = engine_of(), engine_of(kind, 16)
+    for _ in range(5):
+        a, b = outcome(straight, batch, loss), outcome(cut, batch.take(range(8)[::-1]), loss)
+    assert_close(a, b, 1e-8)  # AdamW divides by the root of tiny second moments: rounding grows a little every step
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_microbatch_without_any_loss_token_adds_nothing(kind: str) -> None:
+    batch = ragged_batch((16, 9, 12))
+    batch["loss_mask_T"] &= batch.sequence_of() == 0
+    batch = with_policy_columns(batch, engine_of().score(batch, ["logp"])["logp"])
+    whole = outcome(engine_of(), batch, policy_loss(0.01))
+    assert_close(whole, outcome(engine_of(kind, cut=16), batch, policy_loss(0.01)), 1e-10)
+
+
+def test_the_gradient_is_that_of_the_loss_written_down_plainly() -> None:
+    batch, coef, temperature = policy_batch("seq-mean-token-mean"), 0.02, 0.8
+    params = dict(policy_loss(coef).params) | {"temperature": temperature}
+    engine = engine_of(cut=16, clip_grad_norm=1e9)
+    model = copy.deepcopy(engine.model)
+    update, found = outcome(engine, batch, Loss("policy", params))
+    total = torch.zeros((), dtype=torch.float64)
+    trajectory = batch["trajectory_B"].tolist()
+    lengths = dict.fromkeys(trajectory, 0)
+    for t, mask in zip(trajectory, batch.rows("loss_mask_T")):
+        lengths[t] += int(mask.sum())
+    for i in range(len(batch)):
+        row = batch.take([i])
+        logits = (
+            model(
+                input_ids=row["input_ids_T"][None],
+                position_ids=torch.arange(row.total())[None],
+                use_cache=False,
+                layout=PackedLayout(row.lengths()),
+            ).logits[0]
+            / temperature
+        )
+        logp = logits.log_softmax(-1)
+        for t in row["loss_mask_T"].nonzero()[:, 0].tolist():
+            ratio = (logp[t - 1, row["input_ids_T"][t]] - row["old_logp_T"][t]).exp()
+            a = row["advantage_T"][t]
+            token = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
+            entropy = -(logp[t - 1].exp() * logp[t - 1]).sum()
+            total = total + token / (len(lengths) * lengths[trajectory[i]]) - coef * entropy / sum(lengths.values())
+    total.backward()
+    assert update.metrics["actor/loss"] == pytest.approx(float(total.detach()), abs=1e-7)  # weights are float32
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[f"{name} gradient"], p.grad, atol=1e-7, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_first_ratio_is_one(kind: str) -> None:
+    batch = ragged_batch((30, 7, 55, 12, 3, 41, 18, 25, 9))
+    engine = ENGINES[kind](packed_model(), OptimSection(), total_steps=1, tokens_per_microbatch=60)
+    scores = engine.score(batch, ["logp", "entropy"], temperature=0.7)
+    assert scores["logp"].shape == scores["entropy"].shape == (batch.total(),)
+    assert scores["logp"][~batch["loss_mask_T"]].eq(0).all() and scores["entropy"][~batch["loss_mask_T"]].eq(0).all()
+    now = score_tokens(packed_model(), batch, temperature=0.7, entropy="with gradient")
+    ratio_M = (now.logp_M.detach() - scores["logp"][now.index_M]).exp()
+    assert float((ratio_M - 1).abs().max()) <= 1e-5
+    assert now.entropy_M is not None
+    assert float((now.entropy_M.detach() - scores["entropy"][now.index_M]).abs().max()) <= 1e-5
+    batch["old_logp_T"] = batch["rollout_logp_T"] = scores["logp"]
+    batch["advantage_T"] = torch.ones(batch.total())
+    batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=1)
+    metrics = engine.update(batch, Loss("policy", dict(policy_loss().params) | {"temperature": 0.7})).metrics
+    assert metrics["actor/pg_loss"] == pytest.approx(-1, abs=1e-5)
+    assert metrics["actor/pg_clipfrac"] == 0
+    assert metrics["training/rollout_probs_diff_max"] <= 1e-5
+
+
+def test_without_old_log_probs_the_current_policy_is_the_old_one() -> None:
+    batch = policy_batch("token-mean")
+    own = batch.select([n for n in batch if n != "old_logp_T"])
+    batch["old_logp_T"] = engine_of().score(batch, ["logp"])["logp"]
+    assert_close(
+        outcome(engine_of(), batch, policy_loss()), outcome(engine_of(cut=16), own, policy_loss()), tolerance=1e-10
+    )
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_state_and_load_continue_bit_for_bit(kind: str) -> None:
+    optim = {"warmup_steps": 2, "schedule": "linear"}
+    batch, loss = policy_batch("token-mean", double=False), policy_loss()
+    straight = engine_of(kind, 23, double=False, **optim)
+    for _ in range(3):
+        straight.update(batch, loss)
+    first = engine_of(kind, 23, double=False, **optim)
+    first.update(batch, loss)
+    weights, state = copy.deepcopy(first.model.state_dict()), copy.deepcopy(first.state())
+    second = engine_of(kind, 23, double=False, **optim)
+    for rank in getattr(second, "ranks", [second]):
+        rank.model.load_state_dict(weights)
+    second.load(state)
+    for _ in range(2):
+        last = second.update(batch, loss)
+    assert last.metrics["actor/lr"] == pytest.approx(1e-3)
+    for (name, a), b in zip(straight.model.named_parameters(), second.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_loading_copies_so_that_two_engines_do_not_share_moments() -> None:
+    batch, loss = policy_batch("token-mean"), policy_loss()
+    first, second = engine_of(), engine_of()
+    first.update(batch, loss)
+    second.load(first.state())
+    before = copy.deepcopy(second.state())
+    first.update(batch, loss)
+    for name, moments in second.state()["moments"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, before["moments"][name][key])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("cut", [16, 1000])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_rows(kind: str, cut: int, poison: float) -> None:
+    batch, loss = policy_batch("token-mean", double=False), policy_loss()
+    engine = engine_of(kind, cut, double=False)
+    assert engine.update(batch, loss).applied
+    spoilt = batch.select(list(batch))
+    spoilt["advantage_T"] = batch["advantage_T"].clone()
+    for row in (7, 2, 4):
+        last = int(batch.offsets["T"][row + 1]) - 1  # the last token of every row carries loss
+        spoilt["advantage_T"][last] = poison
+    before = copy.deepcopy((engine.model.state_dict(), engine.state()))
+    update = engine.update(spoilt, loss)
+    assert not update.applied and update.bad_rows == [2, 4, 7]
+    after = (engine.model.state_dict(), engine.state())
+    assert after[1]["steps_done"] == before[1]["steps_done"] == 1
+    for name, tensor in before[0].items():
+        assert torch.equal(after[0][name], tensor), name
+    for name, moments in before[1]["moments"].items():
+        for key, value in moments.items():
+            assert torch.equal(after[1]["moments"][name][key], value), name
+    # and training goes on as if nothing had been
+    assert engine.update(batch, loss).applied
+
+
+def test_gradients_are_clipped_to_their_global_norm() -> None:
+    batch, loss = policy_batch("token-mean"), policy_loss()
+    loose, free = outcome(engine_of(clip_grad_norm=1e9), batch, loss)
+    tight, clipped = outcome(engine_of(clip_grad_norm=0.01), batch, loss)
+    gradients = [v for n, v in free.items() if n.endswith("gradient")]
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    assert norm > 0.1
+    assert loose.metrics["actor/grad_norm"] == tight.metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-9)
+    for name, gradient in free.items():
+        if name.endswith("gradient"):
+            torch.testing.assert_close(clipped[name], gradient * 0.01 / norm, rtol=1e-4, atol=0)
+
+
+def test_weight_decay_touches_matrices_only() -> None:
+    batch, loss = policy_batch("token-mean"), policy_loss()
+    start = dict(engine_of().model.named_parameters())
+    with_decay, without = (outcome(engine_of(weight_decay=d), batch, loss)[1] for d in (0.5, 0.0))
+    for name, p in start.items():
+        decayed = without[f"{name} weight"] - 1e-3 * 0.5 * p.detach() * (p.ndim > 1)
+        torch.testing.assert_close(with_decay[f"{name} weight"], decayed, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ratio", "expected"),
+    [
+        ("constant", 0.0, [0.5, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0.0, [0.5, 1, 1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 0.2, [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 0.0, [0.5, 1, 1, 0.8535534, 0.5, 0.1464466, 0]),
+        ("cosine", 0.5, [0.5, 1, 1, 0.9267767, 0.75, 0.5732233, 0.5]),
+    ],
+)
+def test_learning_rates(schedule: Any, ratio: float, expected: list[float]) -> None:
+    optim = OptimSection(lr=0.01, schedule=schedule, min_lr_ratio=ratio, warmup_steps=2)
+    rates = [learning_rate(optim, step, total_steps=6) / 0.01 for step in range(7)]
+    assert rates == pytest.approx(expected, abs=1e-7)
+    assert learning_rate(optim, 100, total_steps=6) == pytest.approx(0.01 * expected[-1])
+
+
+def test_a_short_supervised_run_learns() -> None:
+    losses, _ = sft_losses_and_model()
+    assert losses[0] == pytest.approx(math.log(100), abs=0.1)  # random weights know nothing of 100 characters
+    assert sum(losses[-10:]) / 10 < 1.3
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_published_weights_arrive_in_a_generation_engine(kind: str) -> None:
+    trainer, receiver = engine_of(kind, double=False), packed_model(seed=7)
+    trainer.update(policy_batch("token-mean", double=False), policy_loss())
+    stream = trainer.stream_weights()
+    stream.same_memory = False
+    verify(stream, InlineEngine(receiver).update_weights(stream, 3), 3)
+    for (name, a), b in zip(trainer.model.named_parameters(), receiver.named_parameters()):
+        assert torch.equal(a, b[1]), name
+
+
+@pytest.mark.parametrize("engine", ENGINES.values())
+def test_engines_have_the_methods_of_the_protocol(engine: type) -> None:
+    for name, method in inspect.getmembers(TrainEngine, inspect.isfunction):
+        if not name.startswith("_"):
+            wanted, found = (inspect.signature(getattr(c, name)).parameters for c in (TrainEngine, engine))
+            assert [(p.name, p.kind, p.default) for p in wanted.values()] == [
+                (p.name, p.kind, p.default) for p in found.values()
+            ], method
+
+
+def test_moving_to_the_host_and_back_keeps_everything() -> None:
+    batch, loss = policy_batch("token-mean"), policy_loss()
+    straight, moved = engine_of(), engine_of()
+    for engine in (straight, moved):
+        engine.update(batch, loss)
+    moved.to("host")
+    moved.to("device")
+    assert_close(outcome(straight, batch, loss), outcome(moved, batch, loss), 0.0)
+
