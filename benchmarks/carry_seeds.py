@@ -2,8 +2,8 @@
 
     python benchmarks/carry_seeds.py 1000 1010 benchmarks/results/carry_seeds.json
 
-Each seed has its own random weights, demonstrations, problems, data order and noise. The held-out problems are the fixed
-set of the recipe, which no training data contains.
+Each seed has its own random weights, demonstrations, problems, data order and noise. The held-out problems are the
+fixed set of the recipe, which no training data contains.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def full_logps(model: PreTrainedModel, request: Request, tokens: list[int]) -> T
 
 def run_until_short_one_ends(engine: InlineEngine, wanted: list[Request], steps: int) -> tuple[list[int], list[Result]]:
     """Submits these requests and an extra one of a few tokens, and stops when that one has ended."""
-    handles = [engine.submit(r) for r in wanted]
     extra = engine.submit(Request(prompt("1+1="), Sampling(max_tokens=steps), NoiseKey(9, "extra")))
+    handles = [engine.submit(r) for r in wanted]
     done: list[Result] = []
     while extra not in [r.handle for r in done]:
         done += engine.wait()
@@ -109,11 +109,11 @@ def test_first_tokens_have_the_frequencies_of_softmax(trained_model: PreTrainedM
         trained_model.set_attn_implementation("sdpa")
         logits_V = trained_model(input_ids=torch.tensor([base.prompt_ids])).logits[0, -1]
     p_V, found_V = (logits_V / temperature).softmax(-1).double(), torch.bincount(tokens, minlength=len(logits_V))
-    often = p_V * count >= 5  # rare tokens are counted together
+    often = p_V * count >= 10  # rare tokens are counted together
     expected = torch.cat([p_V[often], p_V[~often].sum()[None]]) * count
     found = torch.cat([found_V[often], found_V[~often].sum()[None]])
     freedom = int(often.sum())
-    assert freedom >= 5
+    assert freedom >= 5 and float(expected[-1]) > 5
     assert float(((found - expected) ** 2 / expected).sum()) < freedom + 3.5 * (2 * freedom) ** 0.5
 
 
@@ -364,7 +364,7 @@ def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 def test_new_weights_take_over_requests_in_flight(trained_model: PreTrainedModel) -> None:
     models = [copy.deepcopy(trained_model), perturbed(trained_model, 1), perturbed(trained_model, 2)]
     asked = [replace(r, sampling=replace(r.sampling, max_tokens=30)) for r in requests(24)]
-    engine = InlineEngine(trained_model, max_cache_tokens=1200)
+    engine = InlineEngine(trained_model, max_cache_tokens=12 * 64)
     handles, done = run_until_short_one_ends(engine, asked, steps=6)
     for version in (1, 2):
         stream = stream_of(models[version])
@@ -372,8 +372,7 @@ def test_new_weights_take_over_requests_in_flight(trained_model: PreTrainedModel
         verify(stream, receipt, version)
         assert receipt.num_bytes == sum(t.nbytes for t in models[version].state_dict().values())
         if version == 1:
-            extra = engine.submit(Request(prompt("2+2="), Sampling(8), NoiseKey(9, "extra")))
-            while extra not in [r.handle for r in done]:
+            for _ in range(3):
                 done += engine.wait()
     results = {r.handle: r for r in done + drain(engine)}
     seen = set()

@@ -17,7 +17,7 @@ STEPS = 4
 
 # A reward that differs between answers of an untrained model, so that every step has something to learn from. It also
 # keeps a diary, to see that no answer is scored again whose group is in the journal.
-TASK = '''
+TASK = """
 import os
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def score(response, ground_truth):
     with open(Path(__file__).parent / "diary.txt", "a") as diary:
         diary.write(f"{os.getpid()}\\n")
     return sum(c.isdigit() for c in response) / (len(response) + 1)
-'''
+"""
 
 RL_CONFIG = """
 run: {{folder: run, seed: 3, threads: 1}}
@@ -96,12 +96,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
-    ["kill@step1:gen", "kill@step1:group:1", "kill@step3:group:3", "kill@step3:group:4", "kill@step4:update",
-     "kill@step3:publish", "kill@step2:eval", "kill@step4:record", "kill@step2:save", "kill@step2:saved", "kill@step4:save"],
+    ["step1:gen", "step1:group:1", "step3:group:3", "step3:group:4", "step4:update", "step3:publish", "step2:eval",
+     "step4:record", "step2:save", "step2:saved", "step4:save"],
 )  # fmt: skip
 def test_a_killed_run_ends_bit_identical(fault: str, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
-    assert run(folder, "train", fault) == -signal.SIGKILL
+    assert run(folder, "train", f"kill@{fault}") == -signal.SIGKILL
     assert run(folder, "train") == 0
     assert_same_end(folder, uninterrupted)
 
@@ -114,7 +114,8 @@ def test_journaled_groups_are_not_scored_again(uninterrupted: Path, tmp_path: Pa
     assert run(folder, "train") == 0
     after = len((folder / "diary.txt").read_text().splitlines()) - before
     everything = len((uninterrupted / "diary.txt").read_text().splitlines())
-    # The second process scores: the check's one row per data set, the missing group of step 3, step 4, the last evaluation.
+    # The second process scores: the check's row of each data set, the missing group of step 3, step 4, and the last
+    # evaluation.
     assert after == 2 + 1 * 4 + 4 * 4 + 8 < everything
 
 

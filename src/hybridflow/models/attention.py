@@ -9,8 +9,8 @@ Trap that this avoids: with an attention mask of ones beside packed position ids
 Sequences that begin alike, the answers to one prompt, can share that beginning: its tokens then go through the model
 once, and every answer's attention reads them.
 
-Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a bucket, L longest of a bucket, H query heads, K key-value heads,
-D head size.
+Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a
+bucket, L longest of a bucket, H query heads, K key-value heads, D head size.
 """
 
 from __future__ import annotations

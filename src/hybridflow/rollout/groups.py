@@ -16,21 +16,40 @@ class Question(Protocol):
     """What a prompt must offer (`data.prompts.Prompt` does)."""
 
     @property
-    def token_ids(self) -> tuple[int, ...]: ...
+    def token_ids(self) -> tuple[int, ...]:
+        """The rendered prompt."""
+        ...
+
     @property
-    def messages(self) -> list[dict[str, Any]]: ...
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt as chat messages."""
+        ...
+
     @property
-    def ground_truth(self) -> Any: ...
+    def ground_truth(self) -> Any:
+        """What the reward compares with."""
+        ...
+
     @property
-    def row(self) -> dict[str, Any]: ...
+    def row(self) -> dict[str, Any]:
+        """The whole row."""
+        ...
 
 
 class GroupStore(Protocol):
     """What a journal must offer (`checkpoint.journal.Journal` does)."""
 
-    def append(self, step: int, group: Group) -> None: ...
-    def read(self, step: int) -> dict[int, Group]: ...
-    def mend(self, step: int) -> None: ...
+    def append(self, step: int, group: Group) -> None:
+        """Keeps a finished group."""
+        ...
+
+    def read(self, step: int) -> dict[int, Group]:
+        """The groups kept for a step, by draw."""
+        ...
+
+    def mend(self, step: int) -> None:
+        """Makes a step's store whole after a kill."""
+        ...
 
 
 class Stopped(Exception):

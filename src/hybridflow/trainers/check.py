@@ -60,8 +60,8 @@ def arithmetic(config: RlConfig) -> str:
         f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
         f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
         f"{size} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the longest possible "
-        f"sequence has {longest}). {t.steps} steps: {t.steps * t.prompts_per_step} prompts, {t.steps * answers} answers, "
-        f"{t.steps * updates} optimizer steps."
+        f"sequence has {longest}). {t.steps} steps: {t.steps * t.prompts_per_step} prompts, "
+        f"{t.steps * answers} answers, {t.steps * updates} optimizer steps."
     )
 
 
