@@ -9,6 +9,7 @@ fixed set of the recipe, which no training data contains.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from hybridflow.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/carry"))
 from demo import run_carry
@@ -27,7 +30,10 @@ def main() -> None:
     results = []
     for seed in range(first, last):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(run_carry(Path(folder), seed, live=False))
+            try:
+                results.append(run_carry(Path(folder), seed, live=False))
+            except UserError as error:  # the gate: counts as a seed that gained nothing
+                results.append({"seed": seed, "before": 0.0, "after": 0.0, "error": error.what})
         gain = results[-1]["after"] - results[-1]["before"]
         print(f"seed {seed}: {results[-1]['before']:.1%} -> {results[-1]['after']:.1%}  ({gain:+.1%})", flush=True)
     gains = [r["after"] - r["before"] for r in results]
@@ -35,7 +41,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/carry_seeds.py {first} {last} {target}",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"processor": platform.machine(), "threads": 1},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -12,7 +12,7 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
 from hybridflow.protocols import Loss
-from hybridflow.trainers.rl import batch_of, finish, record, with_signal
+from hybridflow.trainers.rl import batch_of, record, with_signal
 from hybridflow.trainers.rl_run import open_run
 
 
@@ -31,4 +31,4 @@ with open_run(config, reward=score) as run:
         result = run.engine.update(with_signal(batch), Loss("policy", {"policy_loss": "ppo_clip"}))
         run.publish(step)
         record(run, step, groups, batch, result.metrics)
-    finish(run)
+    run.finish()

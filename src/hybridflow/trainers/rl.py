@@ -17,7 +17,7 @@ from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.trainers.evaluate import evaluate
 from hybridflow.trainers.lifecycle import memory_metrics
-from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update
+from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update, updates_per_step
 
 
 def train(config: RlConfig) -> Path:
@@ -38,8 +38,7 @@ def train(config: RlConfig) -> Path:
                 record(run, step, groups, batch, metrics)
         except Stopped:
             pass  # nothing of the unfinished step was trained on, and its finished groups are in the journal
-        finish(run)
-        return run.folder.path
+        return run.finish()
 
 
 def next_groups(run: RlRun, step: int) -> list[Group]:
@@ -64,7 +63,7 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
     batch = batch_of(groups)
     if config.algorithm.old_logp == "rollout":
         batch["old_logp_T"] = batch["rollout_logp_T"]
-    elif config.algorithm.old_logp == "recompute" or _updates_per_step(config) > 1:
+    elif config.algorithm.old_logp == "recompute" or updates_per_step(config) > 1:
         with run.clock.phase("old_log_prob"):
             batch["old_logp_T"] = run.engine.score(batch, ["logp"], temperature=config.rollout.temperature)["logp"]
     with run.clock.phase("adv"):
@@ -85,7 +84,7 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                 continue  # every group of equal reward: nothing to learn from, no step
             with run.clock.phase("update_actor"):
                 result = run.engine.update(prepared, policy_loss(config))
-            run.note_update(result, prepared)
+            run.note_update(result, prepared.objects("row"))
             metrics.append(result.metrics | {"actor/skipped_nonfinite": float(not result.applied)})
     fault_point("update", run.step + 1)
     return {name: sum(m[name] for m in metrics if name in m) / len(metrics) for m in metrics[:1] for name in m}
@@ -125,17 +124,6 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         with run.clock.phase("save_checkpoint"):
             run.save(step)
         fault_point("saved", step)
-
-
-def finish(run: RlRun) -> None:
-    """Saves what is not saved yet; a run that is done leaves its model as a plain Hugging Face folder."""
-    if run.step > run.saved_step:
-        run.save(run.step)
-    if run.step == run.config.train.steps:
-        run.export()
-        run.events.append("done", f"{run.step} steps")
-    else:
-        run.events.append("stopped", f"after step {run.step} of {run.config.train.steps}: {run.stop.reason}")
 
 
 # --- the pieces ---
@@ -221,11 +209,6 @@ def batch_metrics(batch: Batch, max_response_tokens: int) -> dict[str, float]:
     metrics["response_length/clip_ratio"] = float((response_B >= max_response_tokens).float().mean())
     metrics["perf/total_num_tokens"] = batch.total()
     return metrics
-
-
-def _updates_per_step(config: RlConfig) -> int:
-    t = config.train
-    return t.epochs_per_step * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config))
 
 
 def _evaluate(run: RlRun, step: int) -> dict[str, float]:

@@ -3,81 +3,52 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
 from hybridflow.checkpoint.run_folder import RunFolder
-from hybridflow.checkpoint.store import read_checkpoint, save_checkpoint, saved_steps, step_folder
-from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.config.sections import SftConfig
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sft import SftSet, load_sft
 from hybridflow.engines.local import LocalEngine
-from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.models.load import load_model
 from hybridflow.models.lora import add_lora
-from hybridflow.protocols import Loss, TrainEngine, Update
-from hybridflow.tracking.events import EventLog
+from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import Clock, StopRequest, memory_metrics, pick_device
+from hybridflow.trainers.lifecycle import StopRequest, memory_metrics, pick_device
+from hybridflow.trainers.session import Session
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
-NONFINITE_LIMIT = 3  # updates in a row
 
 
-@dataclass(slots=True)
-class SftRun:
-    """Everything that the loop works with; use it as a context. `step` is the last step that is done."""
+@dataclass(kw_only=True)
+class SftRun(Session):
+    """Everything that the loop works with; use it as a context."""
 
     config: SftConfig
-    folder: RunFolder
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    engine: TrainEngine
     data: SftSet
-    sampler: Sampler
-    trackers: Trackers
-    events: EventLog
-    stop: StopRequest
-    clock: Clock = field(default_factory=Clock)
-    step: int = 0
-    saved_step: int = 0
-    nonfinite_in_a_row: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
-
-    def __enter__(self) -> SftRun:
-        self.stop.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop.__exit__(kind, error, trace)
-        if error is not None:
-            self.events.append("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        self.trackers.close(failed=error is not None)
-        self.folder.close()
 
     def done(self) -> bool:
         """Whether all steps are made, or the loss is as low as was asked for."""
         bound = self.config.train.stop_below_loss
         low = bound is not None and len(self.recent) == LOSS_WINDOW and sum(self.recent) / LOSS_WINDOW < bound
-        return low or self.step >= self.config.train.steps
+        return low or self.step >= self.total_steps
 
-    def steps(self) -> Iterator[int]:
-        """The steps still to do; each counts as done once the loop asks for the next."""
-        while not self.done() and not self.stop.requested():
-            yield self.step + 1
-            self.step += 1
+    def extra_state(self) -> dict[str, Any]:
+        """The losses that decide about an early end."""
+        return {"recent": list(self.recent)}
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        """Takes them back."""
+        self.recent.extend(state["recent"])
 
 
 def train_sft(config: SftConfig) -> Path:
@@ -91,8 +62,7 @@ def train_sft(config: SftConfig) -> Path:
             batch = next_batch(run)
             metrics = update(run, batch, step)
             record(run, step, batch, metrics)
-        finish(run)
-        return run.folder.path
+        return run.finish()
 
 
 def next_batch(run: SftRun) -> Batch:
@@ -112,7 +82,7 @@ def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
     with run.clock.phase("update"):
         result = run.engine.update(batch, Loss("cross_entropy"))
     fault_point("update", step)
-    _note(run, result, batch, step)
+    run.note_update(result, batch["trajectory_B"].tolist())
     if result.applied:
         run.recent.append(result.metrics["actor/loss"])
     return {name.replace("actor/", "train/"): value for name, value in result.metrics.items()}
@@ -130,37 +100,8 @@ def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> N
     every = run.config.checkpoint.every
     if every and step % every == 0 and step < run.config.train.steps:
         with run.clock.phase("save_checkpoint"):
-            save(run, step)
+            run.save(step)
         fault_point("saved", step)
-
-
-def save(run: SftRun, step: int) -> None:
-    """Writes the checkpoint of a step."""
-    save_checkpoint(
-        run.folder.checkpoints,
-        step,
-        write_weights=lambda folder: write_weights(run.model, run.tokenizer, folder),
-        engine_state=run.engine.state(),
-        run_state={
-            "drawn": run.sampler.drawn,
-            "data": run.data.fingerprint,
-            "recent": list(run.recent),
-            "nonfinite_in_a_row": run.nonfinite_in_a_row,
-        },
-        keep=run.config.checkpoint.keep,
-    )
-    run.saved_step = step
-
-
-def finish(run: SftRun) -> None:
-    """Saves what is not saved yet; a run that is done leaves its model as a plain Hugging Face folder."""
-    if run.step > run.saved_step:
-        save(run, run.step)
-    if run.done():
-        export_model(run.model, run.tokenizer, run.folder.path / "model")
-        run.events.append("done", f"{run.step} steps")
-    else:
-        run.events.append("stopped", f"after step {run.step} of {run.config.train.steps}: {run.stop.reason}")
 
 
 def open_sft(config: SftConfig) -> SftRun:
@@ -176,9 +117,6 @@ def open_sft(config: SftConfig) -> SftRun:
     folder = RunFolder(Path(config.run.folder), resolved, resume=config.run.resume)
     try:
         seed = config.run.seed
-        events = EventLog(folder.path / "events.jsonl")
-        if folder.changed_keys:
-            events.append("config", f"settings changed since the run began: {', '.join(folder.changed_keys)}")
         model, tokenizer = load_model(config.model.path, seed=seed)
         if config.model.lora is not None:
             model = add_lora(model, config.model.lora, seed=seed)
@@ -202,52 +140,15 @@ def open_sft(config: SftConfig) -> SftRun:
             data=data,
             sampler=Sampler(len(data), seed=seed, shuffle=config.data.shuffle),
             trackers=trackers,
-            events=events,
             stop=stop,
+            total_steps=config.train.steps,
+            keep=config.checkpoint.keep,
+            data_source=data.source,
+            data_fingerprint=data.fingerprint,
         )
-        _restore(run)
+        run.restore()
         run.trackers.start(run.step)
         return run
     except BaseException:
         folder.close()
         raise
-
-
-def _restore(run: SftRun) -> None:
-    steps = saved_steps(run.folder.checkpoints)
-    if steps:
-        folder = step_folder(run.folder.checkpoints, steps[-1])
-        engine_state, run_state = read_checkpoint(folder)
-        if run_state["data"] != run.data.fingerprint:
-            raise UserError(
-                f"the data in {run.data.source} is not what the run in {run.folder.path} began with",
-                why="going on would draw other rows than the records say",
-                fix="restore the data, or choose another run.folder",
-            )
-        read_weights(run.model, folder)
-        run.engine.load(engine_state)
-        run.sampler.drawn = run_state["drawn"]
-        run.recent.extend(run_state["recent"])
-        run.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
-        run.step = run.saved_step = steps[-1]
-        run.events.append("resume", f"going on after step {run.step}")
-    if run.done():
-        raise UserError(
-            f"the run in {run.folder.path} is already done: {run.step} of {run.config.train.steps} steps",
-            fix="raise train.steps to train longer, or choose another run.folder",
-        )
-    run.trackers.metrics.truncate_after(run.step if steps else -1)
-
-
-def _note(run: SftRun, update: Update, batch: Batch, step: int) -> None:
-    run.nonfinite_in_a_row = 0 if update.applied else run.nonfinite_in_a_row + 1
-    if update.applied:
-        return
-    rows = sorted({int(batch["trajectory_B"][i]) for i in update.bad_rows})
-    run.events.append("nonfinite", f"step {step}: loss not finite, update not applied; data rows {rows}")
-    if run.nonfinite_in_a_row == NONFINITE_LIMIT:
-        raise UserError(
-            f"the loss was not finite {NONFINITE_LIMIT} updates in a row; last in data rows {rows or 'unknown'}",
-            why="no such update was applied",
-            fix="lower optim.lr, look at these rows, and start from the last checkpoint",
-        )

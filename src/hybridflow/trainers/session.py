@@ -1,0 +1,170 @@
+"""What every run has: its folder, model and records, where it stands, and how it is saved and gone on with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.checkpoint.run_folder import RunFolder
+from hybridflow.checkpoint.store import read_checkpoint, save_checkpoint, saved_steps, step_folder
+from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
+from hybridflow.data.sampler import Sampler
+from hybridflow.errors import UserError
+from hybridflow.protocols import TrainEngine, Update
+from hybridflow.tracking.trackers import Trackers
+from hybridflow.trainers.lifecycle import Clock, StopRequest
+
+NONFINITE_LIMIT = 3  # updates in a row
+
+
+@dataclass(kw_only=True)
+class Session:
+    """The state of a run; use it as a context.
+
+    `step` is the last step that is done. `steps()` gives those to do, and ends early when the run is asked to stop.
+    """
+
+    folder: RunFolder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: TrainEngine
+    sampler: Sampler
+    trackers: Trackers
+    stop: StopRequest
+    total_steps: int
+    keep: int
+    data_source: str
+    data_fingerprint: str
+    clock: Clock = field(default_factory=Clock)
+    step: int = 0
+    saved_step: int = 0
+    nonfinite_in_a_row: int = 0
+
+    def __enter__(self) -> Self:
+        self.stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.__exit__(kind, error, trace)
+        if error is not None:
+            self.trackers.events.append("failed", f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+        self.trackers.close(failed=error is not None)
+        self.folder.close()
+
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step >= self.total_steps
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; each counts as done once the loop asks for the next."""
+        while not self.done() and not self.stop.requested():
+            yield self.step + 1
+            self.step += 1
+
+    def note_update(self, update: Update, data_rows: list[int]) -> None:
+        """Counts updates that were not applied because the loss was not finite.
+
+        Args:
+            update: what the engine did.
+            data_rows: for every sequence of the mini-batch, its row in the data.
+
+        Raises:
+            UserError: three in a row; the rows are named.
+        """
+        if update.applied:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        rows = sorted({data_rows[i] for i in update.bad_rows})
+        self.trackers.events.append(
+            "nonfinite", f"step {self.step + 1}: loss not finite, update not applied; data rows {rows or 'unknown'}"
+        )
+        if self.nonfinite_in_a_row == NONFINITE_LIMIT:
+            loss, norm = (update.metrics.get(f"actor/{name}", math.nan) for name in ("loss", "grad_norm"))
+            raise UserError(
+                f"the loss was not finite {NONFINITE_LIMIT} updates in a row; last in data rows {rows or 'unknown'}",
+                why=f"loss {loss}, gradient norm {norm}; no such update was applied",
+                fix="lower optim.lr, look at these rows, and start from the last checkpoint",
+            )
+
+    def extra_state(self) -> dict[str, Any]:
+        """Plain values that a kind of run keeps in its checkpoints besides the common ones."""
+        return {}
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `extra_state` gave."""
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint of a step."""
+        save_checkpoint(
+            self.folder.checkpoints,
+            step,
+            write_weights=lambda folder: write_weights(self.model, self.tokenizer, folder),
+            engine_state=self.engine.state(),
+            run_state={
+                "drawn": self.sampler.drawn,
+                "data": self.data_fingerprint,
+                "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                **self.extra_state(),
+            },
+            keep=self.keep,
+        )
+        self.saved_step = step
+
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint, if there is one, and drops records of later steps.
+
+        Raises:
+            UserError: it is damaged, of another model, of other data, or the run is already at its end.
+        """
+        steps = saved_steps(self.folder.checkpoints)
+        if steps:
+            folder = step_folder(self.folder.checkpoints, steps[-1])
+            engine_state, run_state = read_checkpoint(folder)
+            if run_state["data"] != self.data_fingerprint:
+                raise UserError(
+                    f"the data in {self.data_source} is not what the run in {self.folder.path} began with",
+                    why="going on would draw other rows than the records say",
+                    fix="restore the data, or choose another run.folder",
+                )
+            read_weights(self.model, folder)
+            self.engine.load(engine_state)
+            self.sampler.drawn = run_state["drawn"]
+            self.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
+            self.load_extra(run_state)
+            self.step = self.saved_step = steps[-1]
+        if self.done():
+            raise UserError(
+                f"the run in {self.folder.path} is already done: {self.step} of {self.total_steps} steps",
+                fix="raise train.steps to train longer, or choose another run.folder",
+            )
+        if steps:
+            self.trackers.events.append("resume", f"going on after step {self.step}")
+        if self.folder.changed_keys:
+            changed = ", ".join(self.folder.changed_keys)
+            self.trackers.events.append("config", f"settings changed since the run began: {changed}")
+        self.trackers.metrics.truncate_after(self.step if steps else -1)
+
+    def finish(self) -> Path:
+        """Saves what is not saved yet; a run that is done leaves ``model/``, a plain Hugging Face folder.
+
+        Returns:
+            The run's folder.
+        """
+        if self.step > self.saved_step:
+            self.save(self.step)
+        if self.done():
+            export_model(self.model, self.tokenizer, self.folder.path / "model")
+            self.trackers.events.append("done", f"{self.step} steps")
+        else:
+            self.trackers.events.append("stopped", f"after step {self.step} of {self.total_steps}: {self.stop.reason}")
+        return self.folder.path
