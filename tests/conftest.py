@@ -38,4 +38,3 @@ def _sft() -> PreTrainedModel:
 def trained_model(_sft: PreTrainedModel) -> PreTrainedModel:
     """The tiny model after a short supervised warm-up, made once per session; every test gets its own copy."""
     return copy.deepcopy(_sft)
-

@@ -1,7 +1,7 @@
 """A training engine of several ranks in one process: the shape of the protocol, proved without processes.
 
-Every rank has a replica of the model and an optimizer of its own, takes a part of the sequences, and sees nothing of the
-others but the sum of gradients and the sum of metrics: what an all-reduce gives.
+Every rank has a replica of the model and an optimizer of its own, takes a part of the sequences, and sees nothing of
+the others but the sum of gradients and the sum of metrics: what an all-reduce gives.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,9 @@ def sequences(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "input_ids_T": draw(st.lists(st.integers(-(2**62), 2**62), min_size=tokens, max_size=tokens)),
         "logp_T": draw(st.lists(floats, min_size=tokens, max_size=tokens)),
-        "topk_TK": draw(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=tokens, max_size=tokens)),
+        "topk_TK": draw(
+            st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=tokens, max_size=tokens)
+        ),
         "version_S": draw(st.lists(st.integers(0, 9), min_size=spans, max_size=spans)),
         "reward_B": draw(floats),
         "image_BXY": draw(st.lists(st.lists(floats, min_size=2, max_size=2), min_size=3, max_size=3)),
@@ -110,8 +113,8 @@ def test_split_and_concat(rows: Rows, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=3)))
     bounds = [0, *cuts, len(rows)]
     batch = batch_of(rows)
-    parts = batch.split([b - a for a, b in zip(bounds, bounds[1:])])
-    assert [rows_of(p) for p in parts] == [rows[a:b] for a, b in zip(bounds, bounds[1:])]
+    parts = batch.split([b - a for a, b in pairwise(bounds)])
+    assert [rows_of(p) for p in parts] == [rows[a:b] for a, b in pairwise(bounds)]
     assert_same(Batch.concat(parts), batch)
 
 
@@ -168,8 +171,15 @@ def test_dtype_of_ragged_rows(values: list[Any], dtype: torch.dtype, flat: list[
 
 def test_an_empty_batch_goes_through_every_operation() -> None:
     empty = batch_of([])
-    full = batch_of([{**dict.fromkeys(NAMES, []), "reward_B": 1.0, "image_BXY": [[0.0, 0]] * 3, "text": "", "extra": 0}])
-    for batch in (empty, empty.take([]), empty.repeat(2), Batch.concat([empty, empty]), full.take([]), *empty.split([])):
+    full = batch_of([{**{n: [] for n in NAMES}, "reward_B": 1.0, "image_BXY": [[0.0, 0]] * 3, "text": "", "extra": 0}])
+    for batch in (
+        empty,
+        empty.take([]),
+        empty.repeat(2),
+        Batch.concat([empty, empty]),
+        full.take([]),
+        *empty.split([]),
+    ):
         assert_same(batch, empty)
     assert_same(Batch.concat([empty, full, empty]), full)
     assert empty.to_padded("topk_TK").shape == (0, 0, 2)

@@ -94,6 +94,13 @@ def test_permutations_of_epochs_differ_and_every_place_is_as_likely() -> None:
         assert chi_square(counts, torch.full((6,), 1 / 6)) < 22.5  # 5 degrees of freedom, p = 0.0004
 
 
+def test_the_largest_values_which_decide_samples_are_precise() -> None:
+    noise = noise_of([KEY] * 100, list(range(100)), 10_000)
+    for place in noise.flatten().topk(20).indices.tolist():
+        position, token = divmod(place, 10_000)
+        assert float(noise[position, token]) == pytest.approx(_reference(KEY, position, token), abs=5e-6)
+
+
 def test_known_values() -> None:
     """A change of the hash would silently change every run: it must be a decision."""
     keys, positions = [KEY, NoiseKey(0, "eval")], [0, 1000]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,24 @@ def plain_model(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
 
 
 def packed_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same model with ragged attention."""
+    """The same model with ragged attention; in float64 every operation on activations is in float64."""
     model = plain_model(kind, seed).to(dtype)
     model.set_attn_implementation(ATTENTION)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.__class__ = Norm
     return model
+
+
+class Norm(torch.nn.Module):
+    """Root-mean-square norm in the precision of its input; Hugging Face's computes in float32, whatever it is given."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def ragged_batch(lengths: Sequence[int] = (7, 3, 12, 5, 9, 4), seed: int = 0) -> Batch:
@@ -72,6 +87,21 @@ def ragged_batch(lengths: Sequence[int] = (7, 3, 12, 5, 9, 4), seed: int = 0) ->
         part[-1:] = len(part) > 1
     ids = [torch.randint(VOCAB, (n,), generator=rng) for n in lengths]
     return Batch.from_rows({"input_ids_T": ids, "loss_mask_T": mask, "trajectory_B": list(range(len(lengths)))})
+
+
+def group_batch(prompts: Sequence[int] = (6, 9, 1), answers: int = 4, seed: int = 0) -> Batch:
+    """Groups of answers to random prompts of these lengths; two answers of each group carry no loss at all."""
+    rng = torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Any]] = {"input_ids_T": [], "loss_mask_T": [], "group_B": []}
+    for group, length in enumerate(prompts):
+        prompt = torch.randint(VOCAB, (length,), generator=rng)
+        for answer in range(answers):
+            size = 8 if answer in (1, 2) else int(torch.randint(1, 15, (1,), generator=rng))
+            rows["input_ids_T"].append(torch.cat([prompt, torch.randint(VOCAB, (size,), generator=rng)]))
+            scored = torch.full((size,), answer not in (1, 2))
+            rows["loss_mask_T"].append(torch.cat([torch.zeros(length, dtype=torch.bool), scored]))
+            rows["group_B"].append(100 - group)
+    return Batch.from_rows({**rows, "trajectory_B": list(range(len(prompts) * answers))})
 
 
 def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", seed: int = 1) -> Batch:

@@ -91,3 +91,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; `make demo` begins anew, `hybridflow train` would go on")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +19,22 @@ KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[EvalConfig]] = {
     "sft": SftConfig,
     "eval": EvalConfig,
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0 done, 1 a mistake of the user's, 130 stopped before the end."""
     given = _parser().parse_args(arguments)
+    given.again = shlex.join(["hybridflow", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         return int(given.command(given))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: the disk is full: {error}\n  fix: make room and run again: {given.again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -82,7 +91,7 @@ def _train(given: argparse.Namespace) -> int:
 
     config = _load(given, KINDS[given.name])
     assert isinstance(config, RlConfig | SftConfig)
-    return start(config, again=f"hybridflow {' '.join(sys.argv[1:])}")
+    return start(config, again=given.again)
 
 
 def _eval(given: argparse.Namespace) -> int:
@@ -110,7 +119,10 @@ def _kind_of(path: Path) -> type[Section]:
     """Which kind of run a file configures, by the sections it has."""
     import yaml
 
-    sections = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    try:
+        sections = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except yaml.YAMLError:
+        sections = {}  # loading it says what is wrong
     names = set(sections) if isinstance(sections, dict) else set()
     if "reward" not in names and "train" in names:
         return SftConfig

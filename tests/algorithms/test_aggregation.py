@@ -12,7 +12,9 @@ from hybridflow.algorithms.aggregation import AGGREGATIONS, token_weights
 from hybridflow.batch import Batch
 
 # Masks of sequences, and the trajectory that each belongs to.
-batches = st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 3)), min_size=1, max_size=6)
+batches = st.lists(
+    st.tuples(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 3)), min_size=1, max_size=6
+)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import CARRY
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hybridflow.batch import Batch
 from hybridflow.config.locate import load_function
@@ -14,6 +15,8 @@ from hybridflow.config.sections import SftDataSection
 from hybridflow.data.chat import render_conversations, render_prompt, require_template
 from hybridflow.data.sft import SftSet
 from hybridflow.errors import UserError
+
+from tiny import CARRY
 
 # Opens an answer with a newline after the role, and writes a newline after every message's end.
 CHATML = (
@@ -86,6 +89,20 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer: PreTrainedTokeni
     with pytest.raises(UserError, match="rewrites turns before message 1") as caught:
         render_conversations(tokenizer, [TALK])
     assert "only appends" in caught.value.fix
+
+
+def test_a_token_across_the_border_of_an_answer_is_refused() -> None:
+    core = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2, "<|end|>": 3}, [("a", "b")]))
+    core.add_special_tokens(["<|end|>"])
+    joining = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    joining.chat_template = (
+        "{% for m in messages %}{{ 'a' if m['role'] == 'assistant' }}{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    talk = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a"}]
+    assert render_conversations(joining, [talk]) == [([1, 3, 0, 0, 3], [False, False, False, True, True])]
+    with pytest.raises(UserError, match="a token spans the border"):
+        render_conversations(joining, [[talk[0], {"role": "assistant", "content": "ba"}]])
 
 
 def test_the_prompt_is_the_conversation_up_to_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:

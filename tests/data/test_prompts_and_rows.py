@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import CARRY
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.config.locate import load_function
@@ -17,6 +16,8 @@ from hybridflow.config.sections import PromptDataSection
 from hybridflow.data.prompts import load_prompts
 from hybridflow.data.rows import column, fingerprint_rows, read_rows
 from hybridflow.errors import UserError
+
+from tiny import CARRY
 
 ROWS = [{"prompt": "1+1=", "truth": {"value": 2}}, {"prompt": "ö", "truth": {"value": 3}}]
 
@@ -55,9 +56,7 @@ def test_jsonl_parquet_and_functions_give_the_same_rows(tmp_path: Path) -> None:
         ("gone.py:rows", None, "no file .*gone.py"),
     ],
 )
-def test_sources_that_cannot_be_read_are_named(
-    tmp_path: Path, name: str, content: str | None, message: str
-) -> None:
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / name.partition(":")[0]).write_text(content)
     with pytest.raises(UserError, match=message):

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridflow.algorithms.aggregation import AGGREGATIONS, token_weights
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.local import LocalEngine, learning_rate
+from hybridflow.engines.microbatch import microbatches
 from hybridflow.models.attention import PackedLayout
 from hybridflow.models.forward import score_tokens
 from hybridflow.protocols import Loss, TrainEngine, Update
@@ -22,7 +25,7 @@ from hybridflow.rollout.inline import InlineEngine
 from hybridflow.weights.stream import verify
 
 from simulated_ranks import SimulatedRanks
-from tiny import packed_model, ragged_batch, sft_losses_and_model, with_policy_columns
+from tiny import group_batch, packed_model, ragged_batch, sft_losses_and_model, with_policy_columns
 
 LENGTHS = (7, 3, 12, 5, 9, 4, 2, 16)
 ORDERS = {"as it is": range(8), "reversed": range(8)[::-1], "mixed": (3, 0, 7, 5, 1, 6, 2, 4)}
@@ -90,6 +93,36 @@ def test_the_supervised_update_is_the_same_however_it_is_cut(mode: str) -> None:
             for kind in ENGINES:
                 found = outcome(engine_of(kind, cut), batch.take(list(order)), Loss("cross_entropy"))
                 assert_close(whole, found, 1e-10)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_sharing_prompts_does_not_change_the_update(mode: str) -> None:
+    batch = group_batch()
+    batch = with_policy_columns(batch, engine_of().score(batch, ["logp"])["logp"], mode)
+    apart, loss = batch.select([n for n in batch if n != "group_B"]), policy_loss(0.01)
+    whole = outcome(engine_of(), apart, loss)
+    for cut in (24, 40, 1000):
+        for order in (range(12), range(12)[::-1], (3, 0, 7, 5, 11, 1, 6, 10, 2, 4, 9, 8)):
+            for kind in ENGINES:
+                assert_close(whole, outcome(engine_of(kind, cut), batch.take(list(order)), loss), 1e-10)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 99), st.integers(35, 90))
+def test_microbatches_hold_every_row_once_and_send_no_more_than_the_budget_through(
+    prompts: list[int], answers: int, seed: int, budget: int
+) -> None:
+    batch = group_batch(prompts, answers, seed)
+    parts = microbatches(batch, budget)
+    assert sorted(i for part in parts for i in part) == list(range(len(batch)))
+    for rows in parts:
+        part, own = batch.take(rows), 0
+        seen = set()
+        for ids, mask, group in zip(part.rows("input_ids_T"), part.rows("loss_mask_T"), part["group_B"].tolist()):
+            scored = mask.nonzero()[:, 0].tolist()
+            prompt = scored[0] if scored else 0
+            own += len(ids) - (prompt if (group, prompt) in seen else 0)
+            seen.add((group, prompt))
+        assert own <= budget
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -308,4 +341,3 @@ def test_moving_to_the_host_and_back_keeps_everything() -> None:
     moved.to("host")
     moved.to("device")
     assert_close(outcome(straight, batch, loss), outcome(moved, batch, loss), 0.0)
-

@@ -133,7 +133,9 @@ def test_adapters_start_as_nothing_and_come_back_from_disk(
         after = score_tokens(wrapped, batch, temperature=1.0, entropy="no").logp_M
         assert (after - before).abs().max() > 0.1
         plain = merged(wrapped)
-        torch.testing.assert_close(score_tokens(plain, batch, temperature=1.0, entropy="no").logp_M, after, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            score_tokens(plain, batch, temperature=1.0, entropy="no").logp_M, after, atol=1e-4, rtol=0
+        )
         save_adapters(wrapped, tmp_path)
         fresh = add_lora(load_model(f"{CARRY}:tiny_qwen3", seed=0)[0], LoraSection(rank=2), seed=5)
         load_adapters(fresh, tmp_path)

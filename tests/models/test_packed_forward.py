@@ -15,7 +15,7 @@ from hybridflow.batch import Batch
 from hybridflow.models.attention import ATTENTION, PackedLayout
 from hybridflow.models.forward import score_tokens
 
-from tiny import KINDS, VOCAB, packed_model, plain_model, ragged_batch
+from tiny import KINDS, VOCAB, group_batch, packed_model, plain_model, ragged_batch
 
 LENGTHS = [7, 3, 60, 1, 12, 12, 33, 2]
 
@@ -103,6 +103,38 @@ def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
     kept_M = ~changed_T[batch["loss_mask_T"]]
     torch.testing.assert_close(a[kept_M], b[kept_M], atol=1e-12, rtol=0)
     assert (a[~kept_M] - b[~kept_M]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_share_their_prompt_score_as_if_they_did_not(kind: str) -> None:
+    """Scores and gradients are the same, and every prompt goes through the model once."""
+    model, batch = packed_model(kind, dtype=torch.float64), group_batch().take([5, 0, 11, 2, 7, 1, 4, 3, 9, 6, 8, 10])
+    apart = batch.select([n for n in batch if n != "group_B"])
+    found = []
+    for b in (batch, apart):
+        seen: list[int] = []
+        hook = model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        scores = score_tokens(model, b, temperature=0.8, entropy="with gradient")
+        hook.remove()
+        assert scores.entropy_M is not None
+        model.zero_grad()
+        (scores.logp_M * scores.entropy_M).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((sum(seen), [scores.logp_M.detach(), scores.entropy_M.detach(), *gradients]))
+    (tokens, shared), (tokens_apart, unshared) = found
+    # Two scored answers of each group share the 6, 9 and 1 tokens of their prompt.
+    assert tokens_apart == batch.total() and tokens == batch.total() - (6 + 9 + 1)
+    for a, b in zip(shared, unshared):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_a_group_with_different_prompts_is_noticed() -> None:
+    batch = group_batch()
+    batch["input_ids_T"][int(batch.offsets["T"][3])] += 1
+    with pytest.raises(AssertionError, match="begin with different tokens"):
+        score_tokens(packed_model(), batch, temperature=1.0, entropy="no")
 
 
 def test_a_first_token_with_loss_is_refused() -> None:

@@ -87,9 +87,7 @@ def test_trainer_and_rollout_agree_on_every_token(trained_model: PreTrainedModel
     batch = Batch.from_rows(
         {
             "input_ids_T": [[*q.prompt_ids, *r.token_ids] for q, r in zip(asked, results)],
-            "loss_mask_T": [
-                [False] * len(q.prompt_ids) + [True] * len(r.token_ids) for q, r in zip(asked, results)
-            ],
+            "loss_mask_T": [[False] * len(q.prompt_ids) + [True] * len(r.token_ids) for q, r in zip(asked, results)],
             "rollout_T": [[0.0] * len(q.prompt_ids) + r.logps for q, r in zip(asked, results)],
         }
     )
@@ -136,9 +134,7 @@ def test_greedy_equals_hugging_face_token_for_token(trained_model: PreTrainedMod
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_other_architectures_agree_with_their_full_forward(kind: str) -> None:
     model = packed_model(kind)
-    asked = [
-        Request(tuple(range(1, n)), Sampling(12, 1.0), NoiseKey(0, "train", n)) for n in (3, 9, 20, 9)
-    ]
+    asked = [Request(tuple(range(1, n)), Sampling(12, 1.0), NoiseKey(0, "train", n)) for n in (3, 9, 20, 9)]
     for request, result in zip(asked, generate(InlineEngine(model), asked)):
         assert result.logps == pytest.approx(full_logps(model, request, result.token_ids).tolist(), abs=1e-4)
 
@@ -177,6 +173,28 @@ def test_tokens_do_not_depend_on_the_company(trained_model: PreTrainedModel, com
             assert a.logps == pytest.approx(b.logps, abs=1e-4)
 
 
+def test_requests_that_come_while_others_run_do_not_disturb_them(trained_model: PreTrainedModel) -> None:
+    """The cache grows in rows and in width under running rows."""
+    asked = sorted(requests(), key=lambda r: len(r.prompt_ids) + r.sampling.max_tokens)
+    engine = InlineEngine(trained_model, count_near_ties=True)
+    base = generate(engine, asked)
+    grown = InlineEngine(trained_model)
+    handles, done, sizes = [], [], set()
+    for request in asked:
+        handles.append(grown.submit(request))
+        if len(handles) % 5 == 0:
+            with watched(grown) as seen:
+                done += grown.wait()
+            sizes |= {(rows, width) for _, rows, width in seen}
+    results = {r.handle: r for r in done + drain(grown)}
+    assert len({rows for rows, _ in sizes}) > 2 and len({width for _, width in sizes}) > 1
+    assert engine.near_ties <= 3
+    assert differing(base, [results[h] for h in handles]) <= engine.near_ties
+    for a, handle in zip(base, handles):
+        if a.token_ids == results[handle].token_ids:
+            assert a.logps == pytest.approx(results[handle].logps, abs=1e-4)
+
+
 def test_the_same_run_repeats_bit_for_bit(trained_model: PreTrainedModel) -> None:
     a, b = (generate(InlineEngine(trained_model, max_cache_tokens=700), requests()) for _ in range(2))
     assert [(r.token_ids, r.logps) for r in a] == [(r.token_ids, r.logps) for r in b]
@@ -213,9 +231,7 @@ def test_finish_reasons_and_what_a_result_holds(trained_model: PreTrainedModel) 
 def test_results_come_in_order_of_completion(trained_model: PreTrainedModel) -> None:
     engine = InlineEngine(trained_model)
     lengths = [20, 3, 11, 3]
-    handles = [
-        engine.submit(Request(prompt("1"), Sampling(n), NoiseKey(0, "train", i))) for i, n in enumerate(lengths)
-    ]
+    handles = [engine.submit(Request(prompt("1"), Sampling(n), NoiseKey(0, "train", i))) for i, n in enumerate(lengths)]
     waits = []
     while results := engine.wait():
         waits.append({r.handle for r in results})
@@ -320,9 +336,7 @@ def test_an_aborted_request_goes_on_as_if_nothing_had_been(trained_model: PreTra
     sizes = {len(parts[handles[i]].token_ids) for i in aborted}
     assert len(aborted) > 20 and 0 in sizes and max(sizes) >= 6  # some had not begun
     assert interrupted.wait() == [] and interrupted.abort(handles) == []
-    rest = generate(
-        interrupted, [replace(asked[i], generated_ids=tuple(parts[handles[i]].token_ids)) for i in aborted]
-    )
+    rest = generate(interrupted, [replace(asked[i], generated_ids=tuple(parts[handles[i]].token_ids)) for i in aborted])
     joined = dict(enumerate(base))
     for i, second in zip(aborted, rest):
         first = parts[handles[i]]

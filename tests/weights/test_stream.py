@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import packed_model
 from torch import Tensor
 
 from hybridflow.protocols import Receipt, WeightStream
 from hybridflow.weights.stream import WeightSyncError, fingerprint, receive, stream_of, verify, weight_names
+
+from tiny import packed_model
 
 values = st.lists(st.floats(-1e3, 1e3, width=16), min_size=1, max_size=40)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -29,9 +29,8 @@ class Journal:
 
     def append(self, step: int, group: Group) -> None:
         """Adds a group; when this returns, the group survives the process."""
-        text = json.dumps(asdict(group))
         with self._file(step).open("ab") as file:
-            file.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+            file.write(_line(group))
             file.flush()
             os.fsync(file.fileno())
 
@@ -48,12 +47,15 @@ class Journal:
 
     def mend(self, step: int) -> None:
         """Rewrites a step's file without a line that was cut short, so that what is appended next starts a new line."""
-        groups = self.read(step)
-        if not self._file(step).is_file():
+        path, whole = self._file(step), b"".join(_line(group) for group in self.read(step).values())
+        if not path.is_file() or path.read_bytes() == whole:
             return
-        self._file(step).unlink()
-        for group in groups.values():
-            self.append(step, group)
+        aside = path.with_name(f".{path.name}.partial")
+        with aside.open("wb") as file:
+            file.write(whole)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)  # a kill here loses no group either
 
     def forget_up_to(self, step: int) -> None:
         """Deletes what no resume can need any more: the files of all steps up to this one."""
@@ -63,6 +65,11 @@ class Journal:
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.jsonl"
+
+
+def _line(group: Group) -> bytes:
+    text = json.dumps(asdict(group))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
 
 
 def _group(value: dict[str, Any]) -> Group:

@@ -32,12 +32,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: str) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the run's folder {path} cannot be made: {error.strerror}", fix="set run.folder"
-            ) from error
+        make_folder(path)
         self._lock = self._acquire()
         try:
             if resume == "never" and (path / "metrics.jsonl").exists():
@@ -67,7 +62,10 @@ class RunFolder:
 
     def _acquire(self) -> int:
         # The lock goes with the process, however it ends; a lock file alone would outlive a kill.
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"nothing can be written in {self.path}: {error.strerror}", fix="set run.folder") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -85,9 +83,15 @@ class RunFolder:
     def _compare(self, config: Mapping[str, Any]) -> list[str]:
         """Keys whose values differ from those that the folder's run began with."""
         file = self.path / "config.yaml"
-        if not file.is_file():
+        begun = [n for n in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*") if any(self.path.glob(n))]
+        if not begun or not file.is_file():  # a mistake that ended the first start may be mended
             return []
-        before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
+        try:
+            before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
+        except (yaml.YAMLError, AttributeError) as error:
+            raise UserError(
+                f"{file} cannot be read any more: {error}", fix="restore it, or choose another run.folder"
+            ) from error
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         fixed = [k for k in changed if any(k == f or k.startswith(f + ".") for f in FIXED_KEYS)]
         if fixed:
@@ -98,6 +102,18 @@ class RunFolder:
                 fix="choose another run.folder, or give the old values",
             )
         return changed
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run's folder {path} cannot be made: {error.strerror}", fix="set run.folder") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

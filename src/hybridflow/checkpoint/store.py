@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,8 +79,10 @@ def save_checkpoint(
             shutil.rmtree(target)
         os.replace(aside, target)
         _sync_folder(checkpoints)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if not disk_refused(error):
+            raise
         stands = saved_steps(checkpoints) if checkpoints.is_dir() else []
         raise UserError(
             f"the checkpoint of step {step} could not be saved: {error}",
@@ -89,6 +92,11 @@ def save_checkpoint(
     for old in saved_steps(checkpoints)[:-keep]:
         shutil.rmtree(step_folder(checkpoints, old))
     return target
+
+
+def disk_refused(error: Exception) -> bool:
+    """Whether the disk is why writing failed: safetensors and tokenizers say so under types of their own."""
+    return isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,7 +143,14 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _verify_manifest(folder: Path) -> None:
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})",
+            fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
+        ) from error
+    for name, expected in entries.items():
         path = folder / name
         if not path.is_file():
             problem = "is missing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.checkpoint.store import assign_weights
+from hybridflow.checkpoint.store import assign_weights, disk_refused
 from hybridflow.errors import UserError
 from hybridflow.models.lora import has_adapters, load_adapters, merged, save_adapters
 
@@ -57,16 +58,28 @@ def export_model(
         tokenizer: saved beside it.
         target: the folder; an older export there is replaced.
         dtype: precision of the written weights.
+
+    Raises:
+        UserError: the disk is full or not writable; an older export still stands.
     """
     plain = merged(model)
     state = {name: tensor.to(dtype) for name, tensor in plain.state_dict().items()}
     aside = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    before = plain.config.dtype
-    plain.config.dtype = dtype
-    plain.save_pretrained(aside, state_dict=state)
-    plain.config.dtype = before
-    tokenizer.save_pretrained(aside)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(aside, target)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        plain.save_pretrained(aside, state_dict=state)
+        config = copy.deepcopy(plain.config)
+        config.dtype = dtype  # save_pretrained wrote the model's own, whatever the state's is
+        config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not disk_refused(error):
+            raise
+        raise UserError(
+            f"the model could not be written to {target}: {error}",
+            fix=f"make room on the disk of {target}, or give another folder",
+        ) from error

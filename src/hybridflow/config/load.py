@@ -41,6 +41,7 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
         raise UserError(f"{path} must hold sections (run:, model:, ...), it holds a {type(values).__name__}")
     for text in overrides:
         _apply_override(values, text)
+    values = {name: section for name, section in values.items() if section is not None}  # all its keys commented out
     _locate_files(values, path.parent)
     return validate(kind, values, source=str(path))
 

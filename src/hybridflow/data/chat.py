@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.errors import UserError
@@ -27,10 +28,21 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template refuses the messages {str(messages)[:200]}: {error}",
+            fix="give messages with the roles, the order and the keys that the model's template expects",
+        ) from error
+    return str(rendered)
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> tuple[str, list[int]]:
     """Text and token ids of a prompt with the template's opening of the assistant's turn."""
-    text = tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
-    return str(text), list(tokenizer(text, add_special_tokens=False).input_ids)
+    text = _apply(tokenizer, as_messages(prompt), add_generation_prompt=True)
+    return text, list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def render_conversations(
@@ -72,14 +84,14 @@ def render_conversations(
 
 def _assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation and the character ranges of the assistant's turns."""
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    full = _apply(tokenizer, messages)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        before = _apply(tokenizer, messages[:i], add_generation_prompt=True)
         last = i + 1 == len(messages)
-        after = full if last else tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        after = full if last else _apply(tokenizer, messages[: i + 1])
         if not (full.startswith(before) and full.startswith(after)):
             raise UserError(
                 f"the chat template rewrites turns before message {i}",

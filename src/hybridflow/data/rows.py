@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridflow.config.locate import is_function_reference, load_function
@@ -30,13 +31,22 @@ def read_rows(source: str, *, seed: int = 0) -> list[Row]:
     """
     if is_function_reference(source):
         function = load_function(source)
-        rows = list(function(seed=seed) if "seed" in inspect.signature(function).parameters else function())
+        takes_seed = "seed" in inspect.signature(function).parameters
+        try:
+            rows = list(function(seed=seed) if takes_seed else function())
+        except Exception as error:
+            raise UserError(
+                f"{source} raised {type(error).__name__}: {error}", fix="make it return a list of dicts"
+            ) from error
     else:
         path = Path(source)
         if not path.is_file():
             raise UserError(f"no data file {source}", fix="give a .jsonl or .parquet file, or file.py:function")
         if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
+            try:
+                rows = pq.read_table(path).to_pylist()
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{source} is not a parquet file: {error}") from error
         elif path.suffix in (".jsonl", ".json"):
             rows = _read_jsonl(path)
         else:
@@ -74,11 +84,11 @@ def fingerprint_rows(rows: Sequence[Row]) -> str:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                    rows.append(json.loads(line.decode()))
+                except ValueError as error:  # not JSON, or not UTF-8
                     raise UserError(f"line {number} of {path} is not JSON: {error}") from error
     return rows

@@ -81,7 +81,8 @@ def score_tokens(
 
 
 def beginnings(batch: Batch) -> Tensor:
-    """``[B]``: how many tokens of each sequence come before its first scored one (the prompt)."""
+    """``[B]``: how many tokens of each sequence come before its first scored one (the prompt); 0 if none is scored."""
     step_T = torch.arange(batch.total()) - batch.offsets["T"][batch.sequence_of()]
     step_T = torch.where(batch["loss_mask_T"], step_T, batch.lengths()[batch.sequence_of()])
-    return batch.lengths().scatter_reduce(0, batch.sequence_of(), step_T, "amin")
+    first_B = batch.lengths().scatter_reduce(0, batch.sequence_of(), step_T, "amin")
+    return torch.where(first_B < batch.lengths(), first_B, 0)

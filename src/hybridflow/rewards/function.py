@@ -62,7 +62,7 @@ class RewardFunction:
             return [self._number(self._call(context | {"response": r}), r) for r in responses]
         scores = self._call(context | {"responses": list(responses)})
         if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != len(responses):
-            found = f"{len(scores)} scores" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
+            found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
             raise UserError(
                 f"the reward {self.name} was given {len(responses)} responses and returned {found}",
                 fix="return a list with one number for each response, in their order",

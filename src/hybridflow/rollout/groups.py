@@ -105,13 +105,20 @@ class GroupSource:
 
         Raises:
             Stopped: the run was asked to stop.
-            UserError: the reward failed.
+            UserError: the reward failed, or the journal holds answers to other prompts.
         """
         self.reward_seconds = 0.0
         done: dict[int, Group] = {}
         if self.journal is not None:
             self.journal.mend(step)
             done = self.journal.read(step)
+        for draw, row in draws:
+            if draw in done and (done[draw].row, done[draw].prompt_ids) != (row, list(self.question(row).token_ids)):
+                raise UserError(
+                    f"the journal of step {step} was written with other data: its prompt of row {row} differs",
+                    why="going on would train on answers to prompts that are not in the data",
+                    fix="restore the data, or choose another run.folder",
+                )
         missing = [d for d in draws if d[0] not in done]
         again = list(draws) if missing and self.whole_step else missing
         questions = {draw: self.question(row) for draw, row in again}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from hybridflow.checkpoint.run_folder import make_folder
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.sections import EvalConfig
 from hybridflow.data.chat import render_prompt, require_template
@@ -34,6 +36,8 @@ def evaluate_model(config: EvalConfig) -> Iterator[str]:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     assert config.data.eval is not None
+    folder = Path(config.run.folder)
+    make_folder(folder)
     model, tokenizer = load_model(config.model.path, seed=config.run.seed)
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
@@ -48,8 +52,6 @@ def evaluate_model(config: EvalConfig) -> Iterator[str]:
     )
     for record in records:
         record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
-    folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_rollouts(folder / "answers.parquet", records)
     (folder / "evaluation.json").write_text(json.dumps({"model": config.model.path, "rows": len(records)} | metrics))
     for name, value in metrics.items():
@@ -69,8 +71,9 @@ def ask(
         ("--max-tokens", max_tokens, 1),
         ("--samples", samples, 1),
         ("--temperature", temperature, 0),
+        ("--seed", seed, 0),
     ]:
-        if value < low:
+        if not low <= value < math.inf:
             raise UserError(f"{name} is {value}, it must be at least {low}")
     if not is_function_reference(model_path) and (Path(model_path) / "model" / "config.json").is_file():
         model_path = str(Path(model_path) / "model")  # a run's folder

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridflow.data.prompts import PromptSet
+from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, RolloutEngine, Sampling, generate
 from hybridflow.rewards.function import RewardFunction
@@ -43,7 +44,10 @@ def evaluate(
     records = []
     for i, (prompt, result) in enumerate(zip(asked, generate(engine, requests))):
         response = decode(result.token_ids)
-        value = reward([response], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
+        try:
+            value = reward([response], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
+        except UserError as error:
+            raise UserError(f"row {i} of the evaluation data: {error.what}", why=error.why, fix=error.fix) from error
         by_source[prompt.data_source].append(value)
         records.append(
             {

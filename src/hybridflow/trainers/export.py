@@ -28,8 +28,9 @@ def export(run: Path, target: Path, *, step: int | None = None, dtype: str = "fl
         UserError: no such run or checkpoint, a damaged one, or the target exists.
     """
     steps = saved_steps(run / "checkpoints")
-    if not steps:
-        raise UserError(f"{run} has no checkpoints", fix="give the folder of a run (run.folder)")
+    if not steps or not (run / "config.yaml").is_file():
+        what = "config.yaml" if steps else "checkpoints"
+        raise UserError(f"{run} has no {what}", fix="give the folder of a run (run.folder)")
     if step is not None and step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}", fix=f"it has {', '.join(map(str, steps))}")
     if target.exists():

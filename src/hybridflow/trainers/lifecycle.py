@@ -13,6 +13,10 @@ from types import FrameType, TracebackType
 import torch
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run, and its checkpoint is saved: whoever called it is stopped too."""
+
+
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and a wall-clock limit into a question that the loop asks; use it as a context.
 
@@ -25,15 +29,15 @@ class StopRequest:
     def __init__(self, max_minutes: float | None = None) -> None:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.max_minutes = max_minutes
-        self._signal: str | None = None
+        self.signal: str | None = None
         self._before: dict[int, object] = {}
 
     @property
     def reason(self) -> str | None:
         """Why the run should stop, or None."""
-        if self._signal is None and self.deadline is not None and time.monotonic() > self.deadline:
+        if self.signal is None and self.deadline is not None and time.monotonic() > self.deadline:
             return f"the limit of {self.max_minutes:g} minutes (run.max_minutes) was reached"
-        return self._signal
+        return self.signal
 
     def requested(self) -> bool:
         """Whether the run should stop."""
@@ -54,9 +58,9 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        if self.signal is not None:
             raise KeyboardInterrupt
-        self._signal = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self.signal = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         print("\nstopping: saving a checkpoint first (once more to end at once)", file=sys.stderr, flush=True)
 
 

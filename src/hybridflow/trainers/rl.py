@@ -25,6 +25,9 @@ def train(config: RlConfig) -> Path:
 
     Returns:
         The run's folder, with ``model/`` in it once the run has ended.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM stopped the run; its checkpoint is saved.
     """
     with open_run(config) as run:
         if run.step == 0 and config.eval.before_training:
@@ -87,7 +90,8 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
             run.note_update(result, prepared.objects("row"))
             metrics.append(result.metrics | {"actor/skipped_nonfinite": float(not result.applied)})
     fault_point("update", run.step + 1)
-    return {name: sum(m[name] for m in metrics if name in m) / len(metrics) for m in metrics[:1] for name in m}
+    values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def publish_weights(run: RlRun, step: int) -> None:

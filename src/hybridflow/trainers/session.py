@@ -19,7 +19,7 @@ from hybridflow.data.sampler import Sampler
 from hybridflow.errors import UserError
 from hybridflow.protocols import TrainEngine, Update
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import Clock, StopRequest
+from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
 
 NONFINITE_LIMIT = 3  # updates in a row
 
@@ -55,7 +55,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.__exit__(kind, error, trace)
-        if error is not None:
+        if error is not None and not isinstance(error, Interrupted):
             self.trackers.events.append("failed", f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
         self.trackers.close(failed=error is not None)
         self.folder.close()
@@ -159,6 +159,9 @@ class Session:
 
         Returns:
             The run's folder.
+
+        Raises:
+            Interrupted: a signal stopped the run; everything is saved.
         """
         if self.step > self.saved_step:
             self.save(self.step)
@@ -167,4 +170,6 @@ class Session:
             self.trackers.events.append("done", f"{self.step} steps")
         else:
             self.trackers.events.append("stopped", f"after step {self.step} of {self.total_steps}: {self.stop.reason}")
+            if self.stop.signal is not None:
+                raise Interrupted(f"{self.stop.signal} after step {self.step}")
         return self.folder.path

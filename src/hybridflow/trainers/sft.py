@@ -56,6 +56,9 @@ def train_sft(config: SftConfig) -> Path:
 
     Returns:
         The run's folder, with ``model/`` in it once the run has ended.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM stopped the run; its checkpoint is saved.
     """
     with open_sft(config) as run:
         for step in run.steps():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.check import check
+from hybridflow.trainers.lifecycle import Interrupted
 from hybridflow.trainers.rl import train
 from hybridflow.trainers.sft import train_sft
 from hybridflow.viewer.report import write_report
@@ -24,9 +27,11 @@ def start(config: RlConfig | SftConfig, *, again: str) -> int:
     """
     for line in check(config):
         print(line)
-    folder = train(config) if isinstance(config, RlConfig) else train_sft(config)
+    folder = Path(config.run.folder)
+    with suppress(Interrupted):
+        train(config) if isinstance(config, RlConfig) else train_sft(config)
     print(f"report: {write_report(folder)}")
-    if (folder / "model").is_dir():
+    if read_events(folder / "events.jsonl")[-1]["kind"] == "done":  # model/ alone may be of a shorter run before
         print(f"model: {folder / 'model'}  (a Hugging Face folder)")
         return 0
     print(f"stopped after step {_last_step(folder)}; to go on: {again}")

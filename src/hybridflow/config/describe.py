@@ -1,0 +1,145 @@
+"""The reference of all configuration keys, written from the sections themselves: `docs/configuration.md`.
+
+    python -m hybridflow.config.describe > docs/configuration.md
+
+A test holds the file and the sections together.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from hybridflow.config.algorithms import PRESETS
+from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
+
+COMMANDS: dict[str, type[Section]] = {"train": RlConfig, "sft": SftConfig, "eval": EvalConfig}
+
+HEAD = """\
+# Configuration
+
+<!-- Written by `python -m hybridflow.config.describe > docs/configuration.md`; a test holds it in step. -->
+
+A run is configured by one YAML file with the sections below, and by overrides on the command line:
+
+```sh
+hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
+```
+
+- An override is `section.key=value`, with the value in YAML. It wins over the file.
+- An unknown key is an error that names the nearest known one. All mistakes are reported together.
+- A file that is named (`model.path`, `data.train`, `data.eval`, `reward.function`) is looked for from the current
+  folder, then beside the YAML file. `file.py:function` names a function in a file.
+- Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`.
+- The resolved configuration of a run is in its `config.yaml`. Of these keys a run that is gone on with must keep
+  `run.seed`, `model.path`, `model.lora`, everything in `data`, `train.prompts_per_step` and
+  `train.samples_per_prompt`; others may change, and `events.jsonl` says which did.
+- With `data.eval` set, `hybridflow train` evaluates before the first step (unless `eval.before_training` is false) and
+  after the last one; `eval.every` adds evaluations in between. Answers are greedy.
+
+"""
+
+
+def describe() -> str:
+    """The whole page, in Markdown."""
+    return HEAD + "\n".join([*_sections(), *_presets()]) + "\n"
+
+
+def _sections() -> Iterator[str]:
+    found: dict[tuple[str, type[BaseModel]], tuple[list[str], FieldInfo]] = {}
+    for command, kind in COMMANDS.items():
+        for name, field in kind.model_fields.items():
+            model = _model_in(field.annotation)
+            assert model is not None, f"{name} is not a section"
+            found.setdefault((name, model), ([], field))[0].append(command)
+    for (name, model), (commands, field) in found.items():
+        need = "required" if field.is_required() else "optional"
+        yield f"## {name} ({', '.join(commands)})\n"
+        yield f"{model.__doc__} The section is {need}.\n"
+        yield "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
+        yield from _rows(name, model)
+        yield ""
+
+
+def _rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key, inner = f"{prefix}.{name}", _model_in(field.annotation)
+        described = " ".join(str(field.description).split())
+        kind = "section" if inner is not None else _type(field.annotation, field.metadata)
+        yield f"| `{key}` | {_cell(kind)} | {_cell(_default(key, field))} | {_cell(described)} |"
+        if inner is not None:
+            yield from _rows(key, inner)
+
+
+def _presets() -> Iterator[str]:
+    keys = sorted({key for values in PRESETS.values() for key in values})
+    yield "## Presets\n"
+    yield "What `algorithm.preset` sets; a key that is given beside it wins.\n"
+    yield f"| Preset | {' | '.join(f'`{key}`' for key in keys)} |\n|{' --- |' * (len(keys) + 1)}"
+    for preset, values in PRESETS.items():
+        yield f"| `{preset}` | {' | '.join(_value(values[key]) if key in values else '' for key in keys)} |"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation such as ``LoraSection | None``."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words, with its bounds: ``integer >= 0``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0], [*_metadata(arguments[1:]), *metadata])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(a, metadata) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return " or ".join(f"`{a}`" for a in arguments)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(_type(a) for a in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    word = {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+    return " ".join([word, " and ".join(_bounds(metadata))]).strip()
+
+
+def _metadata(parts: Sequence[Any]) -> list[Any]:
+    return [inner for p in parts for inner in (p.metadata if isinstance(p, FieldInfo) else [p])]
+
+
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return [f"{sign} {getattr(m, name):g}" for m in metadata for name, sign in signs.items() if hasattr(m, name)]
+
+
+def _default(key: str, field: FieldInfo) -> str:
+    section, _, name = key.partition(".")
+    if section == "algorithm" and any(name in values for values in PRESETS.values()):
+        return "by preset"
+    if field.is_required():
+        return "*required*"
+    return _value(field.get_default(call_default_factory=True))
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

@@ -1,0 +1,197 @@
+"""The commands: their help, what they write, and their exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybridflow.cli import main
+from hybridflow.config.locate import load_function
+from hybridflow.tracking.events import read_events
+from hybridflow.tracking.rollouts import read_rollouts
+
+from runs import configuration, demonstrations, metrics, mistake, succeed
+from tiny import CARRY
+
+COMMANDS = ["train", "sft", "eval", "check", "generate", "export", "report"]
+EVERY_STEP = """
+    training/global_step training/epoch training/equal_reward_groups
+    critic/score/mean critic/score/max critic/score/min critic/rewards/mean critic/advantages/mean
+    actor/loss actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/entropy actor/grad_norm actor/lr
+    actor/skipped_nonfinite response_length/mean response_length/max response_length/clip_ratio prompt_length/mean
+    perf/throughput perf/time_per_step perf/total_num_tokens perf/cpu_memory_used_gb
+    timing_s/gen timing_s/reward timing_s/adv timing_s/update_actor timing_s/update_weights timing_s/step
+""".split()
+
+
+def test_help_is_there_without_torch() -> None:
+    code = "import sys\nfrom hybridflow.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1].split()
+    assert [c for c in COMMANDS if f"    {c} " not in text] == []
+    assert "yaml" in modules
+    assert {"torch", "transformers", "pyarrow"} & set(modules) == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert printed.startswith(f"usage: hybridflow {command}")
+    assert "\n\n" in printed and ".\n" in printed, "a sentence that says what it does"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian", "x.yaml"], ["train"], ["train", "x.yaml", "--steps", "3"]])
+def test_a_command_line_that_is_none_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: hybridflow" in capsys.readouterr().err
+
+
+def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration(tmp_path)
+    overrides = ["train.prompts_per_step=6", "train.samples_per_prompt=4", "train.sequences_per_update=8"]
+    said = succeed(capsys, "check", config, *overrides, "train.epochs_per_step=2", "train.steps=5")
+    row = load_function(f"{CARRY}:problems")(seed=3)[0]
+    assert f"first prompt, token by token: <|user|>|{'|'.join(row['prompt'])}|<|end|>|<|assistant|>" in said
+    assert "draws 6 prompts and generates 4 answers to each: 24 answers of at most 8 tokens" in said
+    assert "it makes 6 optimizer steps on 8 answers each" in said
+    assert "the longest possible sequence has 24" in said
+    assert "5 steps: 30 prompts, 120 answers, 30 optimizer steps" in said
+    assert "longest prompt 11 tokens" in said and "4000 rows" in said and "200 rows" in said
+    digits = len(row["ground_truth"])
+    assert f"ground truth {row['ground_truth']!r} given as the answer scores {digits / (digits + 1):g}\n" in said
+    assert said.endswith("all checks passed\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_of_conversations_shows_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "check", configuration(tmp_path, "sft"))
+    question, answer = (m["content"] for m in demonstrations(seed=3, count=30)[0]["messages"])
+    opening = f"<|user|>|{'|'.join(question)}|<|end|>|<|assistant|>"
+    assert f"token by token: {opening}|{'|'.join(answer)}|<|end|>\n" in said
+    assert f"of these the loss is on: {'|'.join(answer)}|<|end|>\n" in said
+    assert "3 optimizer steps on 4 conversations each" in said
+
+
+def test_check_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "check", configuration(tmp_path, "eval"))
+    assert "evaluation data" in said and "training data" not in said
+
+
+def test_a_training_run_leaves_all_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = succeed(capsys, "train", configuration(tmp_path), "checkpoint.every=1", "optim.lr=1e-4")
+    run = tmp_path / "run"
+    assert f"model: {run / 'model'}" in said and f"report: {run / 'report.html'}" in said
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["optim"]["lr"] == 1e-4 and resolved["optim"]["eps"] == 1e-8
+    before, *steps = metrics(run)
+    assert [before["step"], *(m["step"] for m in steps)] == [0, 1, 2]
+    assert [n for m in steps for n in EVERY_STEP if n not in m] == []
+    assert all(m["actor/grad_norm"] > 0 and m["actor/ppo_kl"] == 0 for m in steps)
+    assert [m["step"] for m in metrics(run) if "val-core/carry/reward/mean@1" in m] == [0, 2]
+    assert len(read_rollouts(run / "evaluations/step-000002.parquet")) == 4
+    answers = read_rollouts(run / "rollouts/step-000001.parquet")
+    assert [(a["draw"], a["sample"]) for a in answers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert steps[0]["critic/score/mean"] == pytest.approx(sum(a["reward"] for a in answers) / 4, abs=1e-7)
+    assert all(len(a["tokens"]) == len(a["logps"]) == len(a["token_ids"]) <= 8 for a in answers)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert [e["kind"] for e in read_events(run / "events.jsonl")] == ["done"]
+    plain, untrained = AutoModelForCausalLM.from_pretrained(run / "model"), load_function(f"{CARRY}:tiny_qwen3")(3)[0]
+    weight, began = plain.model.embed_tokens.weight, untrained.model.embed_tokens.weight
+    assert 0 < (weight - began).abs().max() < 1e-3
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template
+
+
+def test_fine_tuning_makes_a_model_that_the_other_commands_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeed(capsys, "sft", configuration(tmp_path, "sft"))
+    run = tmp_path / "run"
+    steps = metrics(run)
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    for name in ("train/loss", "train/lr", "train/grad_norm", "train/global_tokens", "perf/throughput"):
+        assert all(m[name] > 0 for m in steps), name
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+
+    config = configuration(tmp_path, "eval", run={"folder": str(tmp_path / "eval")}, model={"path": str(run / "model")})
+    said = succeed(capsys, "eval", config)
+    result = json.loads((tmp_path / "eval/evaluation.json").read_text())
+    answers = read_rollouts(tmp_path / "eval/answers.parquet")
+    mean = sum(a["reward"] for a in answers) / 4
+    assert (result["rows"], len(answers)) == (4, 4)
+    assert result["val-core/carry/reward/mean@1"] == pytest.approx(mean)
+    assert f"val-core/carry/reward/mean@1 = {mean:.4f} over 4 rows" in said
+
+    asked = succeed(capsys, "generate", run, "1+1=", "--max-tokens", "5")
+    assert asked == succeed(capsys, "generate", run / "model", "1+1=", "--max-tokens", "5")
+    assert asked.endswith("[cut at 5 tokens]\n")
+    several = succeed(
+        capsys, "generate", run, "1+1=", "2+2=", "--samples", "3", "--temperature", "2", "--max-tokens", "8"
+    ).splitlines()
+    assert [line[:4] for line in several] == ["1+1="] * 3 + ["2+2="] * 3
+    assert len(set(several)) == 6
+
+    assert f"wrote {run / 'report.html'}" in succeed(capsys, "report", run)
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_an_export_of_adapters_computes_what_they_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tokenizer = load_function(f"{CARRY}:tiny_qwen3")(seed=0)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = configuration(tmp_path, "sft", model={"path": str(tmp_path / "base"), "lora": {"rank": 4}})
+    succeed(capsys, "sft", config, "optim.lr=3e-2", "checkpoint.every=2")
+    run, target = tmp_path / "run", tmp_path / "exports/merged"
+    said = succeed(capsys, "export", run, target)
+    assert said == f"wrote {target}\n"
+    ids = torch.tensor([tokenizer("<|user|>12+34=<|end|><|assistant|>").input_ids])
+
+    def logits(folder: Path, adapter: str | None = None) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(run / "checkpoints" / adapter / "adapter"))
+        with torch.no_grad():
+            return model.eval()(ids).logits
+
+    applied, exported = logits(tmp_path / "base", "step-000003"), logits(target)
+    assert (applied - logits(tmp_path / "base")).abs().max() > 0.1, "the adapters must do something"
+    torch.testing.assert_close(exported, applied, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(run / "model"), applied, atol=1e-5, rtol=0)
+
+    succeed(capsys, "export", run, tmp_path / "older", "--step", "2")
+    torch.testing.assert_close(logits(tmp_path / "older"), logits(tmp_path / "base", "step-000002"), atol=1e-5, rtol=0)
+    succeed(capsys, "export", run, tmp_path / "half", "--dtype", "bfloat16")
+    half, full = (AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (tmp_path / "half", target))
+    assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
+    for (name, a), b in zip(half.named_parameters(), full.parameters()):
+        assert a.equal(b.bfloat16()), name
+
+    assert f"{target} exists already" in mistake(capsys, "export", run, target)
+    assert "has no checkpoint of step 7" in (said := mistake(capsys, "export", run, tmp_path / "x", "--step", "7"))
+    assert "it has 2, 3" in said
+
+
+def test_a_shorter_run_may_be_made_longer_and_says_when_it_was_stopped_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(tmp_path)
+    succeed(capsys, "train", config, "train.steps=1")
+    assert main(["train", config, "train.steps=2", "run.max_minutes=1e-9"]) == 130  # model/ of the first is still there
+    said = capsys.readouterr().out
+    assert f"stopped after step 1; to go on: hybridflow train {config} train.steps=2 run.max_minutes=1e-9" in said
+    succeed(capsys, "train", config, "train.steps=2")
+    kinds = [e["kind"] for e in read_events(tmp_path / "run/events.jsonl")]
+    assert kinds == ["done", "resume", "config", "stopped", "resume", "config", "done"]
