@@ -17,10 +17,10 @@ from tiny import CARRY
 
 demonstrations = load_function(f"{CARRY}:demonstrations")
 
-# Its values differ between the answers of an untrained model, so that every step has something to learn from.
+# Its values differ between answers, however untrained the model: every step has something to learn from.
 REWARD = """
 def score(response, ground_truth):
-    return sum(c.isdigit() for c in response) / (len(response) + 1)
+    return sum(map(ord, response)) % 101 / 101
 """
 
 

@@ -17,19 +17,20 @@ from hybridflow.cli import main
 from hybridflow.config.locate import load_function
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
-
 from runs import configuration, demonstrations, metrics, mistake, succeed
+
 from tiny import CARRY
 
 COMMANDS = ["train", "sft", "eval", "check", "generate", "export", "report"]
-EVERY_STEP = """
-    training/global_step training/epoch training/equal_reward_groups
-    critic/score/mean critic/score/max critic/score/min critic/rewards/mean critic/advantages/mean
-    actor/loss actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/entropy actor/grad_norm actor/lr
-    actor/skipped_nonfinite response_length/mean response_length/max response_length/clip_ratio prompt_length/mean
-    perf/throughput perf/time_per_step perf/total_num_tokens perf/cpu_memory_used_gb
-    timing_s/gen timing_s/reward timing_s/adv timing_s/update_actor timing_s/update_weights timing_s/step
-""".split()
+EVERY_STEP = {
+    "training": ["global_step", "epoch", "equal_reward_groups"],
+    "critic": ["score/mean", "score/max", "score/min", "rewards/mean", "advantages/mean"],
+    "actor": ["loss", "pg_loss", "pg_clipfrac", "ppo_kl", "entropy", "grad_norm", "lr", "skipped_nonfinite"],
+    "response_length": ["mean", "max", "clip_ratio"],
+    "prompt_length": ["mean"],
+    "perf": ["throughput", "time_per_step", "total_num_tokens", "cpu_memory_used_gb"],
+    "timing_s": ["gen", "reward", "adv", "update_actor", "update_weights", "step"],
+}
 
 
 def test_help_is_there_without_torch() -> None:
@@ -71,8 +72,8 @@ def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pyte
     assert "the longest possible sequence has 24" in said
     assert "5 steps: 30 prompts, 120 answers, 30 optimizer steps" in said
     assert "longest prompt 11 tokens" in said and "4000 rows" in said and "200 rows" in said
-    digits = len(row["ground_truth"])
-    assert f"ground truth {row['ground_truth']!r} given as the answer scores {digits / (digits + 1):g}\n" in said
+    value = sum(map(ord, row["ground_truth"])) % 101 / 101
+    assert f"ground truth {row['ground_truth']!r} given as the answer scores {value:g}\n" in said
     assert said.endswith("all checks passed\n")
     assert not (tmp_path / "run").exists()
 
@@ -99,7 +100,8 @@ def test_a_training_run_leaves_all_its_records(tmp_path: Path, capsys: pytest.Ca
     assert resolved["optim"]["lr"] == 1e-4 and resolved["optim"]["eps"] == 1e-8
     before, *steps = metrics(run)
     assert [before["step"], *(m["step"] for m in steps)] == [0, 1, 2]
-    assert [n for m in steps for n in EVERY_STEP if n not in m] == []
+    names = [f"{part}/{name}" for part, inner in EVERY_STEP.items() for name in inner]
+    assert [n for m in steps for n in names if n not in m] == []
     assert all(m["actor/grad_norm"] > 0 and m["actor/ppo_kl"] == 0 for m in steps)
     assert [m["step"] for m in metrics(run) if "val-core/carry/reward/mean@1" in m] == [0, 2]
     assert len(read_rollouts(run / "evaluations/step-000002.parquet")) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -105,7 +106,8 @@ class GroupSource:
 
         Raises:
             Stopped: the run was asked to stop.
-            UserError: the reward failed, or the journal holds answers to other prompts.
+            UserError: the reward failed, log-probabilities are not finite, or the journal holds answers to other
+                prompts.
         """
         self.reward_seconds = 0.0
         done: dict[int, Group] = {}
@@ -146,6 +148,12 @@ class GroupSource:
         return [done[draw] for draw, _ in draws]
 
     def _score(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> Group:
+        if not all(math.isfinite(logp) for result in results.values() for logp in result.logps):
+            raise UserError(
+                f"the log-probabilities of an answer to row {row} of the training data are not finite",
+                why="the model's weights hold numbers that are not finite, or rollout.temperature is far too small",
+                fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
+            )
         began = time.perf_counter()
         texts = [self.decode(results[i].token_ids) for i in range(self.samples)]
         try:

@@ -1,0 +1,165 @@
+"""Checkpoints: whole or absent, checked file by file, the newest few kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hybridflow.checkpoint.store import assign_weights, read_checkpoint, save_checkpoint, saved_steps, step_folder
+from hybridflow.errors import UserError
+
+MOMENTS = {
+    "layer.weight": {"exp_avg": torch.tensor([[0.1, -0.0], [1e-30, 3.0]]), "step": torch.tensor(4.0)},
+    "layer.bias": {"exp_avg": torch.tensor([2.0]), "step": torch.tensor(4.0)},
+}
+
+
+def save(folder: Path, step: int, *, keep: int = 2, write: Callable[[Path], None] | None = None) -> Path:
+    def write_weights(target: Path) -> None:
+        (target / "model").mkdir()
+        save_file({"w": torch.full((50,), float(step))}, target / "model/w.safetensors")
+
+    return save_checkpoint(
+        folder,
+        step,
+        write_weights=write or write_weights,
+        engine_state={"steps_done": 4, "moments": MOMENTS},
+        run_state={"drawn": 12, "recent": [0.1]},
+        keep=keep,
+    )
+
+
+def test_what_was_saved_reads_back_as_it_was(tmp_path: Path) -> None:
+    folder = save(tmp_path / "checkpoints", 7)
+    assert folder == step_folder(tmp_path / "checkpoints", 7) and folder.name == "step-000007"
+    engine, run = read_checkpoint(folder)
+    assert run == {"drawn": 12, "recent": [0.1], "step": 7}
+    assert engine["steps_done"] == 4 and engine["moments"].keys() == MOMENTS.keys()
+    for name, kept in MOMENTS.items():
+        for moment, tensor in kept.items():
+            read = engine["moments"][name][moment]
+            assert read.equal(tensor) and read.shape == tensor.shape and read.dtype == tensor.dtype
+
+
+def test_the_manifest_names_every_file(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    entries = json.loads((folder / "manifest.json").read_text())
+    assert files.keys() - entries.keys() == {"manifest.json"}
+    assert {name: e["bytes"] for name, e in entries.items()} == {n: files[n] for n in entries}
+    assert sorted(entries) == ["model/w.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 6):
+        save(tmp_path, step, keep=2)
+    assert saved_steps(tmp_path) == [6, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000006", "step-000010"]
+    save(tmp_path, 12, keep=1)
+    assert saved_steps(tmp_path) == [12]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    (folder / "stray").write_text("of the first time")
+    save(tmp_path, 3)
+    assert not (folder / "stray").exists() and read_checkpoint(folder)[1]["step"] == 3
+
+
+def test_no_space_leaves_nothing_and_the_old_one_stands(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+
+    def full(target: Path) -> None:
+        (target / "half").write_bytes(b"0" * 1000)
+        with open("/dev/full", "wb") as disk:
+            disk.write(b"0" * 100_000)
+
+    with pytest.raises(UserError, match=r"the checkpoint of step 1 could not be saved: .*No space left") as caught:
+        save(checkpoints, 1, write=full)
+    assert caught.value.why == "there is no earlier checkpoint"
+    assert list(checkpoints.iterdir()) == []
+    save(checkpoints, 1)
+    with pytest.raises(UserError, match=r"the checkpoint of step 2 could not be saved: .*No space left") as caught:
+        save(checkpoints, 2, write=full, keep=1)
+    assert caught.value.why == "the checkpoint of step 1 still stands"
+    assert caught.value.fix == f"make room on the disk of {checkpoints} and run the same command again"
+    assert [p.name for p in checkpoints.iterdir()] == ["step-000001"]
+    read_checkpoint(step_folder(checkpoints, 1))
+
+
+def test_a_fault_of_another_kind_keeps_its_type_and_leaves_nothing(tmp_path: Path) -> None:
+    def wrong(target: Path) -> None:
+        (target / "half").write_text("half")
+        raise KeyError("no such tensor")
+
+    save(tmp_path, 1)
+    with pytest.raises(KeyError):
+        save(tmp_path, 2, write=wrong)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_folder_that_a_kill_left_half_written_does_not_count(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / ".partial-step-000002/model").mkdir(parents=True)
+    (tmp_path / ".partial-step-000002/stale").write_text("x")
+    (tmp_path / "step-000009").mkdir()
+    assert saved_steps(tmp_path) == [1]
+    assert not (save(tmp_path, 2) / "stale").exists()
+    assert saved_steps(tmp_path) == [1, 2] and not (tmp_path / ".partial-step-000002").exists()
+    assert saved_steps(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("name", ["model/w.safetensors", "optimizer.safetensors", "state.json"])
+def test_damage_names_the_file_and_says_how(name: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    whole = (folder / name).read_bytes()
+    cases: list[tuple[bytes | None, str]] = [
+        (whole[:-3], f"{name} has {len(whole) - 3} bytes, {len(whole)} were written"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), f"{name} was altered since it was written"),
+        (None, f"{name} is missing"),
+    ]
+    for content, problem in cases:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_checkpoint(folder)
+        assert caught.value.what == f"the checkpoint {folder} is damaged: {problem}"
+        assert f"delete {folder} to go on from the checkpoint before it" in caught.value.fix
+        (folder / name).write_bytes(whole)
+    read_checkpoint(folder)
+
+
+def test_a_cut_manifest_is_damage_too(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"is damaged: manifest\.json cannot be read"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"bias": None}, "it lacks bias"),
+        ({"scale": torch.ones(1)}, "it has scale, which the model has not"),
+        ({"weight": torch.ones(3, 2)}, "weight is (3, 2) there and (2, 3) here"),
+        ({"bias": None, "weight": torch.ones(1)}, "it lacks bias; weight is (1,) there and (2, 3) here"),
+    ],
+)
+def test_weights_of_another_model_are_refused_whole(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    tensors = {n: torch.zeros_like(t) for n, t in model.state_dict().items()} | change
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        assign_weights(model, {n: t for n, t in tensors.items() if t is not None}, source=tmp_path)
+    assert caught.value.what == f"the checkpoint {tmp_path} is from another model: {expected}"
+    assert all(t.equal(before[n]) for n, t in model.state_dict().items())
+    assign_weights(model, {n: t + 1 for n, t in before.items()}, source=tmp_path)
+    assert all(t.equal(before[n] + 1) for n, t in model.state_dict().items())

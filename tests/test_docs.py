@@ -1,0 +1,255 @@
+"""Documentation is in step with the code: commands parse, paths and keys exist, links resolve, examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hybridflow
+from hybridflow.checkpoint.run_folder import FIXED_KEYS
+from hybridflow.cli import KINDS, _kind_of, _parser
+from hybridflow.config.describe import describe
+from hybridflow.config.load import load_config
+from hybridflow.config.sections import RlConfig
+from hybridflow.trainers.check import check
+
+from tiny import CARRY
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/carry/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
+TOP = ("src/", "tests/", "recipes/", "benchmarks/", "docs/", "scripts/", ".ci/")
+ELSEWHERE = ("my/", "runs/", "benchmarks/results/")  # files of the reader, and what a run or a benchmark writes
+SHELL = ("sh", "bash", "console")
+PROGRAMS = ("make", "hybridflow", "python", ".", ".venv/bin/pre-commit", "pip")
+SETTING = re.compile(r"[a-z_]+(?:\.[a-z_]+)+=")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks in one of these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [text for language, text in found if language in languages]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def quoted(page: Path) -> list[str]:
+    """What stands between backticks, outside of blocks."""
+    return re.findall(r"`([^`]+)`", prose(page))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The command lines of a page, in blocks and in the running text, without environment variables before them."""
+    lines = [line for block in blocks(page, *SHELL) for line in block.splitlines() if line.strip()]
+    lines += [q for q in quoted(page) if q.split()[0] in ("make", "hybridflow", "python") and len(q.split()) > 1]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if ">" in words:
+            words = words[: words.index(">")]
+        if words:
+            yield words
+
+
+def written_files(page: Path, folder: Path) -> None:
+    """Writes the files that a page tells the reader to make: a path between backticks, a colon, a block."""
+    for name, text in re.findall(
+        r"`(my/[\w./]+)`[^`\n]*:\n\n```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@pages
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_files(ROOT / "docs/getting-started.md", tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        program, arguments = words[0], words[1:]
+        assert program in PROGRAMS, words
+        if program == "hybridflow":
+            hybridflow_command(arguments)
+        elif program == "make":
+            make_command(arguments)
+        elif program == "python":
+            python_command(arguments)
+
+
+def hybridflow_command(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        return
+    if len(arguments) == 1:  # named in the text without what it works on
+        arguments = [*arguments, "--help"]
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as ended:
+            _parser().parse_args(arguments)
+        assert ended.value.code == 0, arguments
+        return
+    given = _parser().parse_args(arguments)
+    if hasattr(given, "overrides"):
+        kind = KINDS.get(given.name) or _kind_of(Path(given.config))
+        load_config(kind, given.config, given.overrides)
+
+
+@cache
+def makefile() -> tuple[set[str], set[str]]:
+    """The targets and the variables that a user may set."""
+    text = (ROOT / "Makefile").read_text()
+    return set(re.findall(r"^([a-z-]+):", text, re.M)), set(re.findall(r"^([A-Z_]+) \?=", text, re.M))
+
+
+def make_command(arguments: list[str]) -> None:
+    targets, variables = makefile()
+    for word in arguments:
+        name, sign, _ = word.partition("=")
+        assert name in variables | {"NAME"} if sign else name in targets, arguments
+
+
+def python_command(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]) is not None, arguments
+        return
+    assert (ROOT / arguments[0]).is_file(), arguments
+    if arguments[0] == "recipes/carry/grpo.py":
+        load_config(RlConfig, "recipes/carry/grpo.yaml", arguments[1:])
+
+
+@pages
+def test_paths_exist(page: Path) -> None:
+    for text in quoted(page):
+        path, _, name = text.partition("::")
+        if not path.startswith(TOP) or path.startswith(ELSEWHERE) or " " in path or path.endswith("/..."):
+            continue
+        assert (ROOT / path).exists(), f"{page.name}: {text}"
+        if name:
+            assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), f"{page.name}: {text}"
+
+
+@pages
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{page.name}: {target}"
+
+
+@cache
+def keys() -> frozenset[str]:
+    """Every configuration key and section."""
+    found = set(re.findall(r"^\| `([a-z_.]+)` \|", describe(), re.M))
+    return frozenset(found | {key.rpartition(".")[0] for key in found})
+
+
+@pages
+def test_quoted_keys_are_keys(page: Path) -> None:
+    sections = {key.split(".")[0] for key in keys()}
+    endings = (".py", ".yaml", ".md", ".jsonl", ".json", ".html")
+    for text in quoted(page):
+        key = SETTING.match(text)
+        name = key[0].removesuffix("=") if key else text
+        if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", name) and name.split(".")[0] in sections and name != "section.key":
+            assert name in keys() or name.endswith(endings) or name in CHECKPOINT_VALUES, f"{page.name}: {text}"
+
+
+CHECKPOINT_VALUES = ("run.drawn", "run.data", "run.recent")  # names in a checkpoint's state.json
+
+
+@pages
+def test_python_blocks_compile_and_their_doctests_pass(page: Path) -> None:
+    for text in blocks(page, "python"):
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hybridflow"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        if ">>>" in text:
+            scope: dict[str, object] = {"__name__": "block"}
+            exec(compile(text, str(page), "exec"), scope)
+            example = doctest.DocTestParser().get_doctest(text, scope, page.name, str(page), 0)
+            assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pages
+def test_yaml_blocks_are_configurations(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_the_readme_shows_the_recipe_program_as_it_is() -> None:
+    program = (CARRY.parent / "grpo.py").read_text()
+    shown = next(block for block in blocks(ROOT / "README.md", "python") if "open_run" in block)
+    assert shown.strip() in program
+
+
+def test_the_architecture_shows_the_loop_as_it_is() -> None:
+    source = (ROOT / "src/hybridflow/trainers/rl.py").read_text()
+    shown = blocks(ROOT / "docs/architecture.md", "python")[0]
+    assert "".join(f"    {line}\n" for line in shown.splitlines()) in source
+
+
+def test_the_readers_own_job_passes_its_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_files(ROOT / "docs/getting-started.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = list(check(load_config(RlConfig, "my/train.yaml", [f"model.path={CARRY}:tiny_qwen3"])))
+    assert any("3 rows" in line for line in said)
+    assert any(line.endswith("given as the answer scores 1") for line in said)
+
+
+def test_the_recipe_page_has_the_numbers_of_the_recipe() -> None:
+    page = (CARRY.parent / "README.md").read_text()
+    rows = {
+        name.strip(): (sft, rl) for name, sft, rl in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", page, re.M)
+    }
+    sft, rl = (yaml.safe_load((CARRY.parent / name).read_text()) for name in ("sft.yaml", "grpo.yaml"))
+    for said, config in zip(rows["Steps"], (sft, rl)):
+        assert str(config["train"]["steps"]) in said
+    assert str(sft["train"].get("stop_below_loss", "")) in rows["Steps"][0]
+    assert str(sft["train"]["sequences_per_update"]) in rows["A step"][0]
+    assert (
+        f"{rl['train']['prompts_per_step']} problems x {rl['train']['samples_per_prompt']} answers" in rows["A step"][1]
+    )
+    for said, config in zip(rows["AdamW"], (sft, rl)):
+        assert f"lr {config['optim']['lr']}, betas {', '.join(map(str, config['optim']['betas']))}" == said.strip()
+
+
+def test_the_page_of_keys_is_in_step() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert page == describe(), "run: python -m hybridflow.config.describe > docs/configuration.md"
+    assert all(f"`{key}`" in page or key == "data" for key in FIXED_KEYS)
+
+
+def test_doctests_of_the_source_pass() -> None:
+    tried = 0
+    for info in pkgutil.walk_packages(hybridflow.__path__, "hybridflow."):
+        source = importlib.util.find_spec(info.name)
+        assert source is not None
+        assert source.origin is not None
+        if ">>>" in Path(source.origin).read_text(encoding="utf-8"):
+            result = doctest.testmod(importlib.import_module(info.name))
+            assert result.failed == 0, info.name
+            tried += result.attempted
+    assert tried >= 4
