@@ -102,7 +102,7 @@ def problems(seed: int = 0, count: int = 4_000) -> list[dict[str, Any]]:
 
 def held_out_problems(count: int = 200) -> list[dict[str, Any]]:
     """The fixed evaluation set: the same for every seed."""
-    return [_problem(a, b) for a, b in pairs("held-out", held_out=True, count=count)]
+    return [_problem(a, b) for a, b in pairs("evaluation", held_out=True, count=count)]
 
 
 def score(response: str, ground_truth: str) -> float:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="ask a model", description="Ask a model.")
     generate.add_argument("model", help="Hugging Face folder, run folder, or file.py:function")
     generate.add_argument("prompts", nargs="+", help="what to ask; each is one message of the user")
-    generate.add_argument("--max-tokens", type=int, default=256, help="longest answer (default 256)")
+    generate.add_argument("--max-tokens", type=int, help="longest answer (default 256, less in a short context)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
@@ -87,28 +87,28 @@ def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
 
 
 def _train(given: argparse.Namespace) -> int:
+    config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
+    assert isinstance(config, RlConfig | SftConfig)
     from hybridflow.trainers.start import start
 
-    config = _load(given, KINDS[given.name])
-    assert isinstance(config, RlConfig | SftConfig)
     return start(config, again=given.again)
 
 
 def _eval(given: argparse.Namespace) -> int:
-    from hybridflow.trainers.ask import evaluate_model
-
     config = _load(given, EvalConfig)
     assert isinstance(config, EvalConfig)
+    from hybridflow.trainers.ask import evaluate_model
+
     for line in evaluate_model(config):
         print(line)
     return 0
 
 
 def _check(given: argparse.Namespace) -> int:
-    from hybridflow.trainers.check import check
-
     config = _load(given, _kind_of(Path(given.config)))
     assert isinstance(config, RlConfig | SftConfig | EvalConfig)
+    from hybridflow.trainers.check import check
+
     for line in check(config):
         print(line)
     print("all checks passed")

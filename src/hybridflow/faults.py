@@ -2,8 +2,8 @@
 
 ``HYBRIDFLOW_FAULT=kill@step3:update`` ends the process with SIGKILL at the point "update" of step 3, as a crash of the
 machine would. Points of a reinforcement-learning step, in order: gen, group (after every group that is journaled;
-``group:5`` is the fifth), update, publish, eval, record, save (a checkpoint is half written), saved. Supervised steps
-have update, save and saved.
+``group:5`` is the fifth), update, publish, eval, record, save (a checkpoint is half written), saved, finish (all is
+saved but the exported model). Supervised steps have update, save, saved and finish.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ class TrainEngine(Protocol):
         ...
 
     def update(self, batch: Batch, loss: Loss) -> Update:
-        """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`."""
+        """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
         ...
 
     def state(self) -> dict[str, Any]:

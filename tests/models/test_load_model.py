@@ -143,3 +143,31 @@ def test_adapters_start_as_nothing_and_come_back_from_disk(
     other = add_lora(load_model(f"{CARRY}:tiny_qwen3", seed=0)[0], LoraSection(rank=3), seed=5)
     with pytest.raises(UserError, match="another shape"):
         load_adapters(other, tmp_path)
+
+
+MODEL_WITH_DROPOUT = f"""
+import torch
+from hybridflow.config.locate import load_function
+
+def build():
+    model, tokenizer = load_function({str(CARRY)!r} + ":tiny_qwen3")()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = torch.nn.Sequential(mlp.down_proj, torch.nn.Dropout(0.5))
+    return model, tokenizer
+"""
+
+
+def test_dropout_is_off_so_that_the_trainer_scores_what_was_sampled(tmp_path: Path) -> None:
+    (tmp_path / "source.py").write_text(MODEL_WITH_DROPOUT)
+    model, _ = load_model(f"{tmp_path}/source.py:build")
+    model.train()
+    first, second = (score_tokens(model, ragged_batch(), temperature=1.0, entropy="no").logp_M for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_cut_weight_file_is_told_in_words(tmp_path: Path) -> None:
+    path = save(plain_model(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(path)

@@ -97,7 +97,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "fault",
     ["step1:gen", "step1:group:1", "step3:group:3", "step3:group:4", "step4:update", "step3:publish", "step2:eval",
-     "step4:record", "step2:save", "step2:saved", "step4:save"],
+     "step4:record", "step2:save", "step2:saved", "step4:save", "step4:finish"],
 )  # fmt: skip
 def test_a_killed_run_ends_bit_identical(fault: str, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
@@ -120,7 +120,7 @@ def test_journaled_groups_are_not_scored_again(uninterrupted: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["kill@step1:update", "kill@step3:update", "kill@step2:save", "kill@step2:saved"])
+@pytest.mark.parametrize("fault", ["kill@step3:update", "kill@step2:save", "kill@step2:saved", "kill@step4:finish"])
 def test_a_killed_fine_tuning_ends_bit_identical(fault: str, tmp_path: Path) -> None:
     reference, folder = tmp_path / "reference", tmp_path / "work"
     assert run(reference, "sft") == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,22 @@ class Journal:
             if int(path.stem.removeprefix("step-")) <= step:
                 path.unlink()
 
+    def clear(self) -> None:
+        """Deletes everything."""
+        for path in self.folder.glob("step-*.jsonl"):
+            path.unlink()
+
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.jsonl"
 
 
 def _line(group: Group) -> bytes:
-    text = json.dumps(asdict(group))
+    text = json.dumps(group, default=_fields)
     return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}  # asdict would copy every list, entry by entry
 
 
 def _group(value: dict[str, Any]) -> Group:

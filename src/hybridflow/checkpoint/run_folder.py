@@ -54,6 +54,15 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def exported_step(self) -> int | None:
+        """The step that ``model/`` was exported at; None before that."""
+        file = self.path / "model-step"
+        return int(file.read_text()) if file.is_file() else None
+
+    def note_export(self, step: int) -> None:
+        """Notes that ``model/`` holds the weights of this step."""
+        write_atomically(self.path / "model-step", str(step))
+
     def close(self) -> None:
         """Lets other processes have the folder."""
         if self._lock >= 0:

@@ -187,7 +187,7 @@ class SftTrainSection(Section):
 class EvalSection(Section):
     """Held-out evaluation with greedy decoding; it never touches training noise."""
 
-    every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: never.")
+    every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: only before and after training.")
     before_training: bool = Field(True, description="Whether to evaluate the untrained model too.")
     max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the evaluation data.")
 
@@ -250,6 +250,8 @@ class RlConfig(Section):
                 )
         if self.data.train is None:
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
+        if self.rollout.engine == "vllm" and self.model.lora is not None:
+            raise ValueError("rollout.engine vllm cannot sample from adapters (model.lora): set rollout.engine=inline")
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
         return self

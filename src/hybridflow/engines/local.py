@@ -68,6 +68,8 @@ class LocalEngine:
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """See `TrainEngine.update`."""
+        if not len(batch):
+            return Update({})  # nothing to learn from: no step, and the schedule stands still
         self.optimizer.zero_grad(set_to_none=True)
         sums = accumulate_gradient(
             self.model,

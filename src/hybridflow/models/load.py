@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ AttentionInterface.register(ATTENTION, attention)
 def load_model(
     path: str, *, seed: int = 0, base: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in float32 master weights and with ragged attention, and its tokenizer.
+    """The model, in float32 master weights, with ragged attention and without dropout, and its tokenizer.
 
     Args:
         path: a folder in Hugging Face format, or ``file.py:function``; the function is called with ``seed=`` (where it
@@ -46,7 +47,7 @@ def load_model(
         try:
             # Every model has eager attention; which attention is used is decided below.
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}",
                 fix="check that the folder is complete and holds a causal language model",
@@ -54,6 +55,9 @@ def load_model(
         tokenizer = load_tokenizer(path)
     _refuse_uncovered_attention(model)
     model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the trainer must score the very distribution that was sampled
     return model, tokenizer
 
 
@@ -116,4 +120,15 @@ def _refuse_uncovered_attention(model: PreTrainedModel) -> None:
             + (f": {', '.join(uncovered)}" if uncovered else ""),
             why="running it packed would silently attend across sequences",
             fix="use a model with full causal attention (Llama, Qwen2, Qwen3, ...)",
+        )
+
+
+def require_context(model: PreTrainedModel, tokens: int) -> None:
+    """Raises a UserError if sequences of so many tokens do not fit the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise UserError(
+            f"the longest possible sequence has {tokens} tokens, the model's context is {context}",
+            why="data.max_prompt_tokens + rollout.max_response_tokens",
+            fix="lower one of them, or take a model with a longer context",
         )

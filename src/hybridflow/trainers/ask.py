@@ -24,6 +24,8 @@ from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.trainers.evaluate import evaluate
 from hybridflow.trainers.lifecycle import pick_device
 
+DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
+
 
 def evaluate_model(config: EvalConfig) -> Iterator[str]:
     """Scores a model's greedy answers; writes evaluation.json and the answers into the run's folder.
@@ -60,7 +62,7 @@ def evaluate_model(config: EvalConfig) -> Iterator[str]:
 
 
 def ask(
-    model_path: str, prompts: Sequence[str], *, max_tokens: int, temperature: float, samples: int, seed: int
+    model_path: str, prompts: Sequence[str], *, max_tokens: int | None, temperature: float, samples: int, seed: int
 ) -> Iterator[str]:
     """Answers to prompts, as text, in their order.
 
@@ -68,7 +70,7 @@ def ask(
         UserError: the model cannot be loaded, or a prompt is longer than its context.
     """
     for name, value, low in [
-        ("--max-tokens", max_tokens, 1),
+        ("--max-tokens", 1 if max_tokens is None else max_tokens, 1),
         ("--samples", samples, 1),
         ("--temperature", temperature, 0),
         ("--seed", seed, 0),
@@ -80,14 +82,21 @@ def ask(
     model, tokenizer = load_model(model_path, seed=seed)
     require_template(tokenizer)
     model.to(pick_device("auto"))
-    sampling = Sampling(max_tokens, temperature, stop_ids(model, tokenizer))
-    requests = [
-        Request(tuple(render_prompt(tokenizer, prompt)[1]), sampling, NoiseKey(seed, "generate", i, sample))
-        for i, prompt in enumerate(prompts)
-        for sample in range(samples)
-    ]
+    stops, context = stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or math.inf
+    requests = []
+    for i, prompt in enumerate(prompts):
+        ids = tuple(render_prompt(tokenizer, prompt)[1])
+        limit = int(min(DEFAULT_TOKENS, context - len(ids))) if max_tokens is None else max_tokens
+        if len(ids) + limit > context or limit < 1:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model's context is {context}",
+                why=f"{limit} more do not fit" if limit > 0 else "",
+                fix="ask something shorter, or lower --max-tokens",
+            )
+        sampling = Sampling(limit, temperature, stops)
+        requests += [Request(ids, sampling, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
     results = generate(InlineEngine(model), requests)
     for i, result in enumerate(results):
-        mark = "" if result.finish_reason == "stop" else f"  [cut at {max_tokens} tokens]"
+        mark = "" if result.finish_reason == "stop" else f"  [cut at {len(result.token_ids)} tokens]"
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
         yield f"{prompts[i // samples]}{text}{mark}" if len(results) > 1 else f"{text}{mark}"

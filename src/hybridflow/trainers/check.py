@@ -15,7 +15,8 @@ from hybridflow.errors import UserError
 from hybridflow.models.load import load_tokenizer
 from hybridflow.rewards.function import load_reward
 
-MAX_ROWS = 20_000  # rows looked at; later ones are checked when they are drawn
+MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
+MAX_CONVERSATIONS = 2_000  # whole conversations take longer
 
 
 def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
@@ -85,8 +86,9 @@ def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> str:
 
 def _check_sft(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     data, t = load_sft(config.data, tokenizer, seed=config.run.seed), config.train
-    batch = data.batch(list(range(min(len(data), MAX_ROWS))))
-    yield f"data {data.source}: {len(data)} conversations, longest {int(batch.lengths().max())} tokens"
+    batch = data.batch(list(range(min(len(data), MAX_CONVERSATIONS))))
+    unseen = f" (the first {MAX_CONVERSATIONS} were read)" if len(data) > MAX_CONVERSATIONS else ""
+    yield f"data {data.source}: {len(data)} conversations{unseen}, longest {int(batch.lengths().max())} tokens"
     learned = [int(i) for i, m in zip(batch.rows("input_ids_T")[0], batch.rows("loss_mask_T")[0]) if m]
     yield f"  first conversation, token by token: {show_tokens(tokenizer, batch.rows('input_ids_T')[0].tolist())}"
     yield f"  of these the loss is on: {show_tokens(tokenizer, learned)}"

@@ -13,7 +13,6 @@ from hybridflow.batch import Batch
 from hybridflow.config.sections import AlgorithmSection, RlConfig
 from hybridflow.faults import fault_point
 from hybridflow.protocols import Group, Loss, Sampling
-from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.trainers.evaluate import evaluate
 from hybridflow.trainers.lifecycle import memory_metrics
@@ -32,29 +31,21 @@ def train(config: RlConfig) -> Path:
     with open_run(config) as run:
         if run.step == 0 and config.eval.before_training:
             record(run, 0, [], None, {})
-        try:
-            for step in run.steps():
-                groups = next_groups(run, step)
-                batch = estimate(run, groups)
-                metrics = update(run, batch)
-                publish_weights(run, step)
-                record(run, step, groups, batch, metrics)
-        except Stopped:
-            pass  # nothing of the unfinished step was trained on, and its finished groups are in the journal
-        return run.finish()
+        for step in run.steps():
+            groups = next_groups(run, step)
+            batch = estimate(run, groups)
+            metrics = update(run, batch)
+            publish_weights(run, step)
+            record(run, step, groups, batch, metrics)
+        run.finish()
+    return run.folder.path
 
 
 def next_groups(run: RlRun, step: int) -> list[Group]:
     """Draws the step's prompts and returns them answered and scored."""
     fault_point("gen", step)
-    drawn = run.sampler.drawn
-    draws = run.sampler.take(run.config.train.prompts_per_step)
-    try:
-        with run.clock.phase("gen"):
-            groups = run.source.collect(step, draws)
-    except Stopped:
-        run.sampler.drawn = drawn  # these prompts are drawn again
-        raise
+    with run.clock.phase("gen"):
+        groups = run.source.collect(step, run.sampler.take(run.config.train.prompts_per_step))
     run.clock.seconds["reward"] = run.source.reward_seconds
     run.clock.seconds["gen"] -= run.source.reward_seconds
     return groups

@@ -20,7 +20,7 @@ from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sampler import Sampler
 from hybridflow.engines.local import LocalEngine
-from hybridflow.models.load import load_model, stop_ids
+from hybridflow.models.load import load_model, require_context, stop_ids
 from hybridflow.models.lora import add_lora
 from hybridflow.protocols import RolloutEngine, Sampling
 from hybridflow.rewards.function import RewardFunction, load_reward
@@ -48,9 +48,9 @@ class RlRun(Session):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         self.rollout.close()
-        super().__exit__(kind, error, trace)
+        return super().__exit__(kind, error, trace)
 
     def texts_of(self, token_ids: list[int]) -> list[str]:
         """The text of every single token, special ones included."""
@@ -101,6 +101,7 @@ def _assemble(
 ) -> RlRun:
     seed, t = config.run.seed, config.train
     model, tokenizer = load_model(config.model.path, seed=seed)
+    require_context(model, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, seed=seed)
     assert config.data.train is not None
@@ -153,6 +154,8 @@ def _assemble(
         data_source=prompts.source,
         data_fingerprint=prompts.fingerprint,
     )
+    if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in folder.changed_keys):
+        journal.clear()  # its answers are of weights that the changed settings will not lead to
     run.restore()
     run.publish(run.step)
     run.trackers.start(run.step)

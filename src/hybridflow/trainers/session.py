@@ -17,7 +17,9 @@ from hybridflow.checkpoint.store import read_checkpoint, save_checkpoint, saved_
 from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.data.sampler import Sampler
 from hybridflow.errors import UserError
+from hybridflow.faults import fault_point
 from hybridflow.protocols import TrainEngine, Update
+from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
 
@@ -40,12 +42,14 @@ class Session:
     stop: StopRequest
     total_steps: int
     keep: int
+    longer: str = "raise train.steps"
     data_source: str
     data_fingerprint: str
     clock: Clock = field(default_factory=Clock)
     step: int = 0
     saved_step: int = 0
     nonfinite_in_a_row: int = 0
+    drawn_before: int = 0  # the sampler's count when the step now under way began
 
     def __enter__(self) -> Self:
         self.stop.__enter__()
@@ -53,12 +57,20 @@ class Session:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop.__exit__(kind, error, trace)
-        if error is not None and not isinstance(error, Interrupted):
-            self.trackers.events.append("failed", f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
-        self.trackers.close(failed=error is not None)
-        self.folder.close()
+    ) -> bool:
+        """Ends the run. A step that was stopped while it generated is undone, and what was done before is saved."""
+        try:
+            if isinstance(error, Stopped):
+                self.sampler.drawn = self.drawn_before  # these prompts are drawn again
+                self.finish()
+            elif error is not None and not isinstance(error, Interrupted):
+                text = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+                self.trackers.events.append("failed", text)
+        finally:
+            self.stop.__exit__(kind, error, trace)
+            self.trackers.close(failed=error is not None and not isinstance(error, Stopped))
+            self.folder.close()
+        return isinstance(error, Stopped)
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
@@ -67,6 +79,7 @@ class Session:
     def steps(self) -> Iterator[int]:
         """The steps still to do; each counts as done once the loop asks for the next."""
         while not self.done() and not self.stop.requested():
+            self.drawn_before = self.sampler.drawn
             yield self.step + 1
             self.step += 1
 
@@ -142,10 +155,10 @@ class Session:
             self.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
             self.load_extra(run_state)
             self.step = self.saved_step = steps[-1]
-        if self.done():
+        if self.done() and self.folder.exported_step() == self.step:
             raise UserError(
                 f"the run in {self.folder.path} is already done: {self.step} of {self.total_steps} steps",
-                fix="raise train.steps to train longer, or choose another run.folder",
+                fix=f"{self.longer} to train longer, or choose another run.folder",
             )
         if steps:
             self.trackers.events.append("resume", f"going on after step {self.step}")
@@ -165,8 +178,10 @@ class Session:
         """
         if self.step > self.saved_step:
             self.save(self.step)
+        fault_point("finish", self.step)
         if self.done():
             export_model(self.model, self.tokenizer, self.folder.path / "model")
+            self.folder.note_export(self.step)
             self.trackers.events.append("done", f"{self.step} steps")
         else:
             self.trackers.events.append("stopped", f"after step {self.step} of {self.total_steps}: {self.stop.reason}")

@@ -65,7 +65,8 @@ def train_sft(config: SftConfig) -> Path:
             batch = next_batch(run)
             metrics = update(run, batch, step)
             record(run, step, batch, metrics)
-        return run.finish()
+        run.finish()
+    return run.folder.path
 
 
 def next_batch(run: SftRun) -> Batch:
@@ -146,6 +147,7 @@ def open_sft(config: SftConfig) -> SftRun:
             stop=stop,
             total_steps=config.train.steps,
             keep=config.checkpoint.keep,
+            longer="raise train.steps or lower train.stop_below_loss",
             data_source=data.source,
             data_fingerprint=data.fingerprint,
         )
