@@ -291,7 +291,7 @@ def test_report_and_export_of_what_is_no_run(begun: bool, tmp_path: Path, capsys
         (["--temperature", "-1"], "--temperature is -1.0, it must be at least 0"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--seed", "-1"], "--seed is -1, it must be at least 0"),
-        (["--max-tokens", "300"], "prompt tokens and up to 300 new ones does not fit in 256 tokens"),
+        (["--max-tokens", "300"], "tokens, the model's context is 256"),
     ],
 )
 def test_generate_with_numbers_that_cannot_be(arguments: list[str], expected: str, capsys: Output) -> None:
@@ -387,3 +387,13 @@ def test_rows_that_change_before_the_first_checkpoint_are_noticed_too(tmp_path: 
     said = mistake(capsys, *arguments)
     assert "the journal of step 1 was written with other data: its prompt of row 0 differs" in said
     assert "why: going on would train on answers to prompts" in said and "fix: restore the data" in said
+
+
+def test_a_model_folder_that_is_not_there_is_not_looked_for_on_the_network(tmp_path: Path, capsys: Output) -> None:
+    said = mistake(capsys, "train", configuration(tmp_path, model={"path": "some/where"}))
+    assert "no model at some/where" in said and "fix: give a folder in Hugging Face format" in said
+
+
+def test_a_configuration_for_another_command_names_it(tmp_path: Path, capsys: Output) -> None:
+    said = mistake(capsys, "train", configuration(tmp_path, "sft"))
+    assert "is for another command" in said and "fix: hybridflow sft" in said

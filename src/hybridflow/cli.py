@@ -83,7 +83,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
-    return load_config(kind, given.config, given.overrides)
+    try:
+        return load_config(kind, given.config, given.overrides)
+    except UserError:
+        for name, other in KINDS.items():
+            if other is not kind and _loads(other, given):
+                raise UserError(
+                    f"{given.config} is for another command", fix=f"hybridflow {name} {given.config}"
+                ) from None
+        raise
+
+
+def _loads(kind: type[Section], given: argparse.Namespace) -> bool:
+    try:
+        load_config(kind, given.config, given.overrides)
+    except UserError:
+        return False
+    return True
 
 
 def _train(given: argparse.Namespace) -> int:

@@ -104,6 +104,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_tokenizer_without_end_is_refused(tmp_path: Path) -> None:
     tokenizer = load_function(f"{CARRY}:make_tokenizer")()
     tokenizer.eos_token = None
+    plain_model().config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_tokenizer(str(tmp_path))

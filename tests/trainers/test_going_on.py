@@ -23,7 +23,7 @@ def test_journaled_answers_of_weights_that_will_not_be_are_not_used(
     succeed(capsys, "train", config, "train.steps=1")
     journal = Journal(tmp_path / "run/journal")
     journal.append(3, Group(99, 0, [1], []))
-    (tmp_path / "run/exported-step").unlink()  # as if it had been killed just before its end
+    (tmp_path / "run/model-step").unlink()  # as if it had been killed just before its end
     with open_run(load_config(RlConfig, config, ["train.steps=1", override])) as run:
         assert bool(run.journal.read(3)) is kept
 

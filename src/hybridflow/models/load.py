@@ -37,13 +37,7 @@ def load_model(
     if is_function_reference(path):
         model, tokenizer = _from_function(path, seed)
     else:
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"no model at {path}",
-                why="a model folder has a config.json beside its weights",
-                fix="give a folder in Hugging Face format, or file.py:function that returns (model, tokenizer)",
-            )
+        folder = _require_folder(path)
         try:
             # Every model has eager attention; which attention is used is decided below.
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -71,7 +65,7 @@ def load_tokenizer(path: str, *, seed: int = 0) -> PreTrainedTokenizerBase:
         tokenizer = _from_function(path, seed)[1]
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(Path(path))
+            tokenizer = AutoTokenizer.from_pretrained(_require_folder(path))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no tokenizer in {path}: {str(error).splitlines()[0]}",
@@ -91,6 +85,17 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     configured = getattr(model.generation_config, "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, extra)}))
+
+
+def _require_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():  # asked before transformers is, which would look for it on the network
+        raise UserError(
+            f"no model at {path}",
+            why="a model folder has a config.json beside its weights",
+            fix="give a folder in Hugging Face format, or file.py:function that returns (model, tokenizer)",
+        )
+    return folder
 
 
 def _from_function(path: str, seed: int) -> tuple[Any, Any]:
