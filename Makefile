@@ -39,7 +39,7 @@ test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in eve
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm"
 
 test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
-	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -m vllm
+	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest tests/engines -m vllm
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
 	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm"
