@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections import LoraSection, ModelSection
 from hybridflow.errors import UserError
+from hybridflow.models.load import load_model
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrainedModel:
@@ -40,6 +42,16 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
             raise UserError(
                 f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
             ) from error
+
+
+def load_trainable(section: ModelSection, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
+
+    Raises:
+        UserError: see `load_model` and `add_lora`.
+    """
+    model, tokenizer = load_model(section.path, seed=seed)
+    return (model if section.lora is None else add_lora(model, section.lora, seed=seed)), tokenizer
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

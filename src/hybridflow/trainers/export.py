@@ -9,10 +9,9 @@ import yaml
 
 from hybridflow.checkpoint.store import read_checkpoint, saved_steps, step_folder
 from hybridflow.checkpoint.weights import export_model, read_weights
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections import ModelSection
 from hybridflow.errors import UserError
-from hybridflow.models.load import load_model
-from hybridflow.models.lora import add_lora
+from hybridflow.models.lora import load_trainable
 
 
 def export(run: Path, target: Path, *, step: int | None = None, dtype: str = "float32") -> Path:
@@ -38,9 +37,8 @@ def export(run: Path, target: Path, *, step: int | None = None, dtype: str = "fl
     folder = step_folder(run / "checkpoints", steps[-1] if step is None else step)
     read_checkpoint(folder)  # for its check of every file
     config = yaml.safe_load((run / "config.yaml").read_text())
-    model, tokenizer = load_model(config["model"]["path"], seed=config["run"]["seed"])
-    if config["model"]["lora"]:
-        model = add_lora(model, LoraSection.model_validate(config["model"]["lora"]), seed=config["run"]["seed"])
+    section = ModelSection.model_validate(config["model"])
+    model, tokenizer = load_trainable(section, seed=config["run"]["seed"])
     read_weights(model, folder)
     export_model(model, tokenizer, target, dtype=getattr(torch, dtype))
     return target

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -20,15 +19,15 @@ from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sampler import Sampler
 from hybridflow.engines.local import LocalEngine
-from hybridflow.models.load import load_model, require_context, stop_ids
-from hybridflow.models.lora import add_lora
+from hybridflow.models.load import require_context, stop_ids
+from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import RolloutEngine, Sampling
 from hybridflow.rewards.function import RewardFunction, load_reward
 from hybridflow.rollout.groups import GroupSource
 from hybridflow.rollout.inline import InlineEngine
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.lifecycle import StopRequest, pick_device
-from hybridflow.trainers.session import Session
+from hybridflow.trainers.session import Session, opening
 from hybridflow.weights.stream import verify
 
 
@@ -84,26 +83,16 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    stop = StopRequest(config.run.max_minutes)
-    resolved = config.model_dump(mode="json")
-    folder = RunFolder(Path(config.run.folder), resolved, resume=config.run.resume)
-    try:
+    with opening(config) as (folder, stop, resolved):
         return _assemble(config, folder, stop, resolved, reward)
-    except BaseException:
-        folder.close()
-        raise
 
 
 def _assemble(
     config: RlConfig, folder: RunFolder, stop: StopRequest, resolved: dict[str, Any], reward: Callable[..., Any] | None
 ) -> RlRun:
     seed, t = config.run.seed, config.train
-    model, tokenizer = load_model(config.model.path, seed=seed)
+    model, tokenizer = load_trainable(config.model, seed=seed)
     require_context(model, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
-    if config.model.lora is not None:
-        model = add_lora(model, config.model.lora, seed=seed)
     assert config.data.train is not None
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None

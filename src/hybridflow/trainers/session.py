@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import read_checkpoint, save_checkpoint, saved_steps, step_folder
 from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
+from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.data.sampler import Sampler
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
@@ -24,6 +27,25 @@ from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
 
 NONFINITE_LIMIT = 3  # updates in a row
+
+
+@contextmanager
+def opening(config: RlConfig | SftConfig) -> Iterator[tuple[RunFolder, StopRequest, dict[str, Any]]]:
+    """The run's folder, locked, its stop request and its plain configuration; the folder is let go of on an error.
+
+    Raises:
+        UserError: see `RunFolder`.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    stop = StopRequest(config.run.max_minutes)
+    resolved = config.model_dump(mode="json")
+    folder = RunFolder(Path(config.run.folder), resolved, resume=config.run.resume)
+    try:
+        yield folder, stop, resolved
+    except BaseException:
+        folder.close()
+        raise
 
 
 @dataclass(kw_only=True)

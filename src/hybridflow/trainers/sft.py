@@ -8,22 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.config.sections import SftConfig
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sft import SftSet, load_sft
 from hybridflow.engines.local import LocalEngine
 from hybridflow.faults import fault_point
-from hybridflow.models.load import load_model
-from hybridflow.models.lora import add_lora
+from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import StopRequest, memory_metrics, pick_device
-from hybridflow.trainers.session import Session
+from hybridflow.trainers.lifecycle import memory_metrics, pick_device
+from hybridflow.trainers.session import Session, opening
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
 
@@ -114,16 +110,9 @@ def open_sft(config: SftConfig) -> SftRun:
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    stop = StopRequest(config.run.max_minutes)
-    resolved = config.model_dump(mode="json")
-    folder = RunFolder(Path(config.run.folder), resolved, resume=config.run.resume)
-    try:
+    with opening(config) as (folder, stop, resolved):
         seed = config.run.seed
-        model, tokenizer = load_model(config.model.path, seed=seed)
-        if config.model.lora is not None:
-            model = add_lora(model, config.model.lora, seed=seed)
+        model, tokenizer = load_trainable(config.model, seed=seed)
         data = load_sft(config.data, tokenizer, seed=seed)
         engine = LocalEngine(
             model,
@@ -154,6 +143,3 @@ def open_sft(config: SftConfig) -> SftRun:
         run.restore()
         run.trackers.start(run.step)
         return run
-    except BaseException:
-        folder.close()
-        raise
