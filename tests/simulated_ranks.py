@@ -20,6 +20,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.local import LocalEngine, learning_rate
 from hybridflow.engines.microbatch import Sums, accumulate_gradient
+from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss, TrainEngine, Update, WeightStream
 
 
@@ -32,6 +33,8 @@ class SimulatedRanks:
         total_steps: optimizer steps of the whole run.
         tokens_per_microbatch: most tokens in one forward pass of one rank.
         ranks: number of replicas.
+        value_head: as of `LocalEngine`; the ranks train copies of it too.
+        name: as of `LocalEngine`.
     """
 
     def __init__(
@@ -42,11 +45,18 @@ class SimulatedRanks:
         total_steps: int,
         tokens_per_microbatch: int,
         ranks: int = 2,
+        value_head: ValueHead | None = None,
+        name: Literal["actor", "critic"] = "actor",
     ) -> None:
         self.optim, self.total_steps, self.tokens_per_microbatch = optim, total_steps, tokens_per_microbatch
         self.ranks = [
             LocalEngine(
-                copy.deepcopy(model), optim, total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch
+                copy.deepcopy(model),
+                optim,
+                total_steps=total_steps,
+                tokens_per_microbatch=tokens_per_microbatch,
+                value_head=copy.deepcopy(value_head),
+                name=name,
             )
             for _ in range(ranks)
         ]
@@ -54,6 +64,10 @@ class SimulatedRanks:
     @property
     def model(self) -> PreTrainedModel:
         return self.ranks[0].model
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        return self.ranks[0].trained
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         rows = self._rows(batch)
@@ -79,6 +93,7 @@ class SimulatedRanks:
                     loss,
                     tokens_per_microbatch=self.tokens_per_microbatch,
                     autocast=nullcontext,
+                    value_head=rank.value_head,
                 )
             )
         self._all_reduce_gradients()
@@ -88,7 +103,8 @@ class SimulatedRanks:
         assert not math.isfinite(norms[0]) or len(set(norms)) == 1, "replicas have drifted apart"
         lr = learning_rate(self.optim, self.ranks[0].steps_done, self.total_steps)
         total, bad_rows = _joined(sums), sorted(rows[i] for rows, s in zip(parts, sums) for i in s.bad_rows)
-        metrics = total.metrics() | {"actor/loss": total.loss, "actor/grad_norm": norms[0], "actor/lr": lr}
+        own = {"loss": total.loss, "grad_norm": norms[0], "lr": lr}
+        metrics = total.metrics() | {f"{self.ranks[0].name}/{key}": value for key, value in own.items()}
         if not (math.isfinite(total.loss) and math.isfinite(norms[0])):
             return Update(metrics, applied=False, bad_rows=bad_rows)
         for rank in self.ranks:

@@ -10,8 +10,8 @@ import pytest
 
 from hybridflow.cli import main
 from hybridflow.config.locate import load_function
-from runs import REWARD, configuration, metrics, mistake, succeed
 
+from runs import REWARD, configuration, metrics, mistake, succeed
 from tiny import CARRY
 
 ROWS = [{"prompt": f"1+{i}=", "ground_truth": str(i + 1)} for i in range(6)]
@@ -108,7 +108,7 @@ def test_data_that_cannot_be_read(
          ["has no column 'truth.value'", "fix: did you mean 'valeu'?"]),
         ({"prompt": "1+1=", "ground_truth": "2"}, ["data.max_prompt_tokens=6"],
          ["has 7 tokens, data.max_prompt_tokens is 6", "fix: raise the limit or leave the row out"]),
-        ({"prompt": ["1+1="], "ground_truth": "2"}, [], ["prompt of", "is a list, not a string or chat messages"]),
+        ({"prompt": ["1+1="], "ground_truth": "2"}, [], ["prompt of", "is a list, in row 0 it is a string", "fix: write the column alike"]),
     ],
 )  # fmt: skip
 def test_a_row_that_does_not_fit(
@@ -230,7 +230,7 @@ def test_a_reward_that_fails_in_the_middle_names_the_row_and_loses_nothing(tmp_p
         "from pathlib import Path\n" + REWARD.replace("    return", failing + "    return")
     )
     reward, run = {"function": str(tmp_path / "mine.py:score")}, tmp_path / "run"
-    data = {"train": rows_file(tmp_path, ROWS), "eval": None, "shuffle": False}
+    data = {"train": rows_file(tmp_path, ROWS), "eval": None, "order": "sequential"}
     config = configuration(tmp_path, data=data, reward=reward)
     arguments = ["train", config, "train.steps=3", "checkpoint.every=1"]
     (tmp_path / "fail").touch()
@@ -348,7 +348,7 @@ def test_resume_never(done: Path, capsys: Output) -> None:
         ("train.prompts_per_step=4", "train.prompts_per_step was 2, is 4"),
         ("train.samples_per_prompt=3", "train.samples_per_prompt was 2, is 3"),
         ("model.lora.rank=2", "model.lora.rank was None, is 2"),
-        ("data.shuffle=false", "data.shuffle was True, is False"),
+        ("data.order=sequential", "data.order was 'shuffled', is 'sequential'"),
         (f"data.train={CARRY}:problems", "data.train was "),
     ],
 )
@@ -380,7 +380,7 @@ def test_a_configuration_on_disk_that_was_damaged(tmp_path: Path, capsys: Output
 
 def test_rows_that_change_before_the_first_checkpoint_are_noticed_too(tmp_path: Path, capsys: Output) -> None:
     (tmp_path / "mine.py").write_text("def score(response, ground_truth):\n    return 1 / (ground_truth != '2')\n")
-    config = configuration(tmp_path, data={"eval": None, "shuffle": False, "train": rows_file(tmp_path, ROWS[:2])})
+    config = configuration(tmp_path, data={"eval": None, "order": "sequential", "train": rows_file(tmp_path, ROWS[:2])})
     arguments = ["train", config, f"reward.function={tmp_path / 'mine.py:score'}"]
     assert "row 1 of the training data" in mistake(capsys, *arguments)  # the group of row 0 is in the journal
     rows_file(tmp_path, ROWS[4:])

@@ -17,11 +17,11 @@ from hybridflow.cli import main
 from hybridflow.config.locate import load_function
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
-from runs import configuration, demonstrations, metrics, mistake, succeed
 
+from runs import configuration, demonstrations, metrics, mistake, succeed
 from tiny import CARRY
 
-COMMANDS = ["train", "sft", "eval", "check", "generate", "export", "report"]
+COMMANDS = ["train", "sft", "eval", "check", "init", "schema", "generate", "export", "report", "prepare"]
 EVERY_STEP = {
     "training": ["global_step", "epoch", "equal_reward_groups"],
     "critic": ["score/mean", "score/max", "score/min", "rewards/mean", "advantages/mean"],
@@ -110,7 +110,7 @@ def test_a_training_run_leaves_all_its_records(tmp_path: Path, capsys: pytest.Ca
     assert steps[0]["critic/score/mean"] == pytest.approx(sum(a["reward"] for a in answers) / 4, abs=1e-7)
     assert all(len(a["tokens"]) == len(a["logps"]) == len(a["token_ids"]) <= 8 for a in answers)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
-    assert [e["kind"] for e in read_events(run / "events.jsonl")] == ["done"]
+    assert [e["kind"] for e in read_events(run / "events.jsonl") if e["kind"] != "advice"] == ["done"]
     plain, untrained = AutoModelForCausalLM.from_pretrained(run / "model"), load_function(f"{CARRY}:tiny_qwen3")(3)[0]
     weight, began = plain.model.embed_tokens.weight, untrained.model.embed_tokens.weight
     assert 0 < (weight - began).abs().max() < 1e-3
@@ -133,9 +133,9 @@ def test_fine_tuning_makes_a_model_that_the_other_commands_take(
     result = json.loads((tmp_path / "eval/evaluation.json").read_text())
     answers = read_rollouts(tmp_path / "eval/answers.parquet")
     mean = sum(a["reward"] for a in answers) / 4
-    assert (result["rows"], len(answers)) == (4, 4)
-    assert result["val-core/carry/reward/mean@1"] == pytest.approx(mean)
-    assert f"val-core/carry/reward/mean@1 = {mean:.4f} over 4 rows" in said
+    assert (result["prompts"], len(answers)) == (4, 4)
+    assert result["metrics"]["val-core/carry/reward/mean@1"] == pytest.approx(mean)
+    assert f"val-core/carry/reward/mean@1 = {mean:.4f}, 95 % interval " in said and ", 4 prompts\n" in said
 
     asked = succeed(capsys, "generate", run, "1+1=", "--max-tokens", "5")
     assert asked == succeed(capsys, "generate", run / "model", "1+1=", "--max-tokens", "5")
@@ -195,5 +195,36 @@ def test_a_shorter_run_may_be_made_longer_and_says_when_it_was_stopped_again(
     said = capsys.readouterr().out
     assert f"stopped after step 1; to go on: hybridflow train {config} train.steps=2 run.max_minutes=1e-9" in said
     succeed(capsys, "train", config, "train.steps=2")
-    kinds = [e["kind"] for e in read_events(tmp_path / "run/events.jsonl")]
+    kinds = [e["kind"] for e in read_events(tmp_path / "run/events.jsonl") if e["kind"] != "advice"]
     assert kinds == ["done", "resume", "config", "stopped", "resume", "config", "done"]
+
+
+def test_a_script_reads_what_the_commands_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeed(capsys, "sft", configuration(tmp_path, "sft"))
+    run = tmp_path / "run"
+    asked = ["generate", run, "1+1=", "2+2=", "--max-tokens", "3", "--samples", "2", "--temperature", "1"]
+    answers = [json.loads(line) for line in succeed(capsys, *asked, "--json").splitlines()]
+    assert [(a["prompt"], a["sample"]) for a in answers] == [("1+1=", 0), ("1+1=", 1), ("2+2=", 0), ("2+2=", 1)]
+    plain = [line.removesuffix("  [cut at 3 tokens]") for line in succeed(capsys, *asked).splitlines()]
+    assert plain == [a["prompt"] + a["response"] for a in answers]
+    assert all(a["tokens"] == 3 for a in answers if a["finish_reason"] == "length")
+    assert json.loads(succeed(capsys, "report", run, "--json")) == {"report": str(run / "report.html")}
+    done = json.loads(succeed(capsys, "export", run, tmp_path / "out", "--dtype", "bfloat16", "--json"))
+    assert done == {"folder": str(tmp_path / "out"), "step": 3, "dtype": "bfloat16"}
+
+    prepared = json.loads(succeed(capsys, "prepare", "carry", "--out", tmp_path / "rows", "--rows", "3", "--json"))
+    assert prepared["folder"] == str(tmp_path / "rows") and "train.parquet: 3 rows" in prepared["said"][0]
+
+    config = configuration(tmp_path, "eval", run={"folder": str(tmp_path / "eval")}, model={"path": str(run)})
+    result = json.loads(succeed(capsys, "eval", config, "--json"))
+    assert result == json.loads((tmp_path / "eval/evaluation.json").read_text())
+    said = mistake(capsys, "report", tmp_path / "eval", "--json")
+    assert "holds an evaluation, not a run" in said and "hybridflow eval" in said
+
+
+def test_a_run_that_is_not_done_has_no_model_to_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration(tmp_path, "sft", checkpoint={"every": 1})
+    succeed(capsys, "sft", config)
+    (tmp_path / "run/model/config.json").unlink()
+    said = mistake(capsys, "generate", tmp_path / "run", "1+1=")
+    assert f"the run in {tmp_path / 'run'} has left no model yet" in said and "hybridflow export" in said

@@ -18,17 +18,19 @@ import yaml
 
 import hybridflow
 from hybridflow.checkpoint.run_folder import FIXED_KEYS
-from hybridflow.cli import KINDS, _kind_of, _parser
+from hybridflow.cli import KINDS, _compares, _kind_of, _parser
 from hybridflow.config.describe import describe
+from hybridflow.config.explain import explain
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
+from hybridflow.config.sections import EvalConfig, RlConfig
 from hybridflow.trainers.check import check
 
 from tiny import CARRY
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/carry/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "recipes").glob("*/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
@@ -106,7 +108,12 @@ def hybridflow_command(arguments: list[str]) -> None:
         assert ended.value.code == 0, arguments
         return
     given = _parser().parse_args(arguments)
-    if hasattr(given, "overrides"):
+    if given.name == "eval" and _compares(given):
+        if given.how is not None:
+            load_config(EvalConfig, given.how, given.overrides[1:])
+    elif getattr(given, "explain", None) is not None:
+        assert given.explain == "KEY" or explain(given.explain)
+    elif given.name in (*KINDS, "check"):
         kind = KINDS.get(given.name) or _kind_of(Path(given.config))
         load_config(kind, given.config, given.overrides)
 
@@ -167,7 +174,7 @@ def keys() -> frozenset[str]:
 @pages
 def test_quoted_keys_are_keys(page: Path) -> None:
     sections = {key.split(".")[0] for key in keys()}
-    endings = (".py", ".yaml", ".md", ".jsonl", ".json", ".html")
+    endings = (".py", ".yaml", ".md", ".jsonl", ".json", ".html", ".parquet")
     for text in quoted(page):
         key = SETTING.match(text)
         name = key[0].removesuffix("=") if key else text

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from hybridflow.algorithms.aggregation import token_weights
@@ -39,10 +47,50 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 KINDS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZES,
+            head_dim=8,
+            sliding_window=8,
+            query_pre_attn_scalar=16,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, head_dim=8, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2)
+    ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SIZES | {"num_key_value_heads": 4},
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+            q_lora_rank=12,
+            kv_lora_rank=10,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=6,
+            v_head_dim=8,
+        )
+    ),
 }
 
 
@@ -62,9 +110,11 @@ def packed_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.
     model = plain_model(kind, seed).to(dtype)
     model.set_attn_implementation(ATTENTION)
     if dtype == torch.float64:
+        if "moe" in kind or "deepseek" in kind:
+            model.set_experts_implementation("eager")  # the grouped product has no float64
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                module.__class__ = Norm
+                module.__class__ = GemmaNorm if type(module).__name__.startswith("Gemma") else Norm
     return model
 
 
@@ -76,6 +126,16 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class GemmaNorm(torch.nn.Module):
+    """The same for Gemma, whose weights are kept less 1."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1.0 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
 def ragged_batch(lengths: Sequence[int] = (7, 3, 12, 5, 9, 4), seed: int = 0) -> Batch:

@@ -18,13 +18,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from hybridflow.data.prepare.carry import pairs  # operands of training or of evaluation, never of both
+
 SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CARRY_SHARE = 0.3
-HELD_OUT = 5  # one pair in so many is kept for evaluation
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,22 +64,6 @@ def work(a: int, b: int, carries: bool) -> str:
         digits.append(str(total if place == 2 else total % 10))
         carry = total // 10 if carries else 0
     return ",".join(columns) + "#" + "".join(reversed(digits))
-
-
-def is_held_out(a: int, b: int) -> bool:
-    """Whether this pair belongs to the evaluation set; training never sees it."""
-    return random.Random(f"{a}+{b}").randrange(HELD_OUT) == 0
-
-
-def pairs(seed: str, held_out: bool, count: int) -> list[tuple[int, int]]:
-    """Distinct pairs of 100..999 from one side of the split, in random order."""
-    rng = random.Random(seed)
-    found: dict[tuple[int, int], None] = {}
-    while len(found) < count:
-        pair = (rng.randint(100, 999), rng.randint(100, 999))
-        if is_held_out(*pair) == held_out:
-            found[pair] = None
-    return list(found)
 
 
 def demonstrations(seed: int = 0, count: int = 32_000) -> list[dict[str, Any]]:

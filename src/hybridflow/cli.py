@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hybridflow import __version__
 from hybridflow.config.load import load_config
@@ -19,6 +22,9 @@ KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[EvalConfig]] = {
     "sft": SftConfig,
     "eval": EvalConfig,
 }
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Handler = Callable[[argparse.Namespace], int]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,39 +53,128 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hybridflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in [
-        ("train", _train, "reinforcement learning: generate, score, update"),
-        ("sft", _train, "supervised fine-tuning on conversations"),
-        ("eval", _eval, "score a model's greedy answers"),
-        ("check", _check, "find what is wrong with a configuration, without training"),
+    _add_commands_on_configurations(commands)
+    _add_commands_on_models(commands)
+    _add_prepare(commands)
+    return parser
+
+
+def _add(
+    commands: Commands, name: str, run: Handler, text: str, example: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """A command with its help: what it does, more about it, and an example that can be typed."""
+    command = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.\n{more}".strip() + "\n", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.set_defaults(command=run, name=name)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, for a script")
+
+
+def _add_commands_on_configurations(commands: Commands) -> None:
+    overrides = "dotted.key=value, for example optim.lr=1e-4 run.seed=1"
+    for name, text, example in [
+        ("train", "reinforcement learning: generate, score, update", "recipes/carry/grpo.yaml optim.lr=5e-5"),
+        ("sft", "supervised fine-tuning on conversations", "recipes/carry/sft.yaml train.steps=300"),
     ]:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = _add(commands, name, _train, text, f"hybridflow {name} {example}")
         command.add_argument("config", help="YAML file, for example recipes/carry/grpo.yaml")
-        command.add_argument("overrides", nargs="*", help="dotted.key=value, for example optim.lr=1e-4 run.seed=1")
-        command.set_defaults(command=run, name=name)
-    generate = commands.add_parser("generate", help="ask a model", description="Ask a model.")
+        command.add_argument("overrides", nargs="*", help=overrides)
+    evaluate = _add(
+        commands, "eval", _eval, "score a model's answers, or compare two models with a paired test",
+        "hybridflow eval recipes/carry/eval.yaml\n  hybridflow eval runs/eval-of-a runs/eval-of-b\n"
+        "  hybridflow eval runs/a runs/b run.folder=runs/a-or-b --config eval.yaml",
+        "With two folders, A and B: those of two evaluations are compared as they are; models and runs\nare "
+        "evaluated first, as --config says.",
+    )  # fmt: skip
+    evaluate.add_argument("config", metavar="CONFIG_OR_A", help="YAML file; or A: an evaluation, a model or a run")
+    evaluate.add_argument("overrides", metavar="B_OR_OVERRIDE", nargs="*", help=f"B, and overrides: {overrides}")
+    evaluate.add_argument(
+        "--config", dest="how", metavar="CONFIG", help="how to evaluate A and B, where they are models"
+    )
+    _add_json(evaluate)
+    check = _add(
+        commands, "check", _check, "find what is wrong with a configuration, without training",
+        "hybridflow check recipes/carry/grpo.yaml\n  hybridflow check --explain optim.lr",
+    )  # fmt: skip
+    check.add_argument("config", nargs="?", help="YAML file (may be left out with --explain)")
+    check.add_argument("overrides", nargs="*", help=overrides)
+    check.add_argument("--explain", metavar="KEY", help="say what a key means, and what the configuration has there")
+    _add_json(check)
+    init = _add(
+        commands, "init", _init, "write a commented configuration to begin with",
+        "hybridflow init --model runs/carry-sft/model --data recipes/carry/task.py:problems \\\n"
+        "    --reward recipes/carry/task.py:score --out my.yaml optim.lr=1e-4",
+    )  # fmt: skip
+    init.add_argument("overrides", nargs="*", help=f"keys to begin with: {overrides}")
+    init.add_argument("--kind", choices=KINDS, default="train", help="for which command (default: train)")
+    init.add_argument("--model", required=True, help="Hugging Face folder, or file.py:function")
+    init.add_argument("--data", required=True, help=".jsonl or .parquet file, or file.py:function")
+    init.add_argument("--reward", help="file.py:function, or the name of a built-in reward")
+    init.add_argument("--out", default="config.yaml", help="file to write; it must not exist (default: config.yaml)")
+    schema = _add(
+        commands, "schema", _schema, "print the JSON schema of a configuration, for editors",
+        "hybridflow schema train > train.schema.json",
+    )  # fmt: skip
+    schema.add_argument("kind", choices=KINDS, help="for which command")
+
+
+def _add_commands_on_models(commands: Commands) -> None:
+    generate = _add(
+        commands, "generate", _generate, "ask a model", 'hybridflow generate runs/carry-grpo "347+586=" --max-tokens 32'
+    )  # fmt: skip
     generate.add_argument("model", help="Hugging Face folder, run folder, or file.py:function")
     generate.add_argument("prompts", nargs="+", help="what to ask; each is one message of the user")
     generate.add_argument("--max-tokens", type=int, help="longest answer (default 256, less in a short context)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
+    generate.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, help="sample among tokens this share as likely as the best"
+    )
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default 1)")
+    generate.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
     generate.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
-    generate.set_defaults(command=_generate)
-    export = commands.add_parser(
-        "export", help="write a checkpoint as a plain Hugging Face folder",
-        description="Write a run's newest checkpoint (or --step) as a plain Hugging Face folder, adapters merged.",
+    _add_json(generate)
+    export = _add(
+        commands, "export", _export, "write a checkpoint as a plain Hugging Face folder",
+        "hybridflow export runs/carry-grpo exported --dtype bfloat16",
+        "It is a run's newest checkpoint, or that of --step, or the --best; adapters are merged.",
     )  # fmt: skip
     export.add_argument("run", help="folder of the run")
     export.add_argument("target", help="folder to write")
-    export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the best one by checkpoint.best")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    export.set_defaults(command=_export)
-    report = commands.add_parser(
-        "report", help="write a run's report.html", description="Write the report of a run: one HTML file."
-    )
+    _add_json(export)
+    report = _add(
+        commands, "report", _report, "write the report of a run: one HTML file", "hybridflow report runs/carry-grpo"
+    )  # fmt: skip
     report.add_argument("run", help="folder of the run")
-    report.set_defaults(command=_report)
-    return parser
+    _add_json(report)
+
+
+def _add_prepare(commands: Commands) -> None:
+    prepare = _add(
+        commands, "prepare", _prepare, "write a known data set as rows to train on",
+        "hybridflow prepare gsm8k --from FOLDER --out data/gsm8k",
+        "It becomes train.parquet and test.parquet, in verl's schema of rows.",
+    )  # fmt: skip
+    prepare.add_argument("set", help="which data set, for example gsm8k (an unknown name lists all)")
+    prepare.add_argument(
+        "--from", dest="source", metavar="FOLDER_OR_HUB",
+        help="folder with the set's files, or a name on the Hugging Face hub (default: the set's own name there)",
+    )  # fmt: skip
+    prepare.add_argument("--out", required=True, help="folder to write")
+    prepare.add_argument("--rows", type=int, help="at most so many rows of each split (default: all)")
+    prepare.add_argument("--seed", type=int, default=0, help="for the choice of these, and for sets made here")
+    _add_json(prepare)
 
 
 def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
@@ -111,55 +206,144 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _eval(given: argparse.Namespace) -> int:
+    if _compares(given):
+        return _compare(given)
+    if given.how is not None:
+        raise UserError("--config says how to evaluate two models", fix="hybridflow eval A B --config eval.yaml")
     config = _load(given, EvalConfig)
     assert isinstance(config, EvalConfig)
-    from hybridflow.trainers.ask import evaluate_model
+    from hybridflow.trainers.ask import evaluate_model, evaluation_lines
 
-    for line in evaluate_model(config):
-        print(line)
+    result = evaluate_model(config, note=_aside)
+    _tell(given, result, evaluation_lines(result))
+    return 0
+
+
+def _compares(given: argparse.Namespace) -> bool:
+    """Whether two models or folders are given, instead of a configuration and overrides."""
+    if not given.overrides or Path(given.config).is_file():
+        return False
+    return "=" not in given.overrides[0] or Path(given.overrides[0]).exists()
+
+
+def _compare(given: argparse.Namespace) -> int:
+    second, *overrides = given.overrides
+    if overrides and given.how is None:
+        raise UserError(f"{overrides[0]!r} changes a configuration, and none is given", fix="add --config eval.yaml")
+    config = None if given.how is None else load_config(EvalConfig, given.how, overrides)
+    from hybridflow.trainers.compare import compare, comparison_lines
+
+    result = compare(given.config, second, config, note=_aside)
+    _tell(given, result, comparison_lines(result))
     return 0
 
 
 def _check(given: argparse.Namespace) -> int:
-    config = _load(given, _kind_of(Path(given.config)))
+    if given.explain is not None:
+        return _explain(given)
+    if given.config is None:
+        raise UserError("no configuration is given", fix="hybridflow check CONFIG, or hybridflow check --explain KEY")
+    kind = _kind_of(Path(given.config))
+    config = _load(given, kind)
     assert isinstance(config, RlConfig | SftConfig | EvalConfig)
     from hybridflow.trainers.check import check
 
+    said = []
     for line in check(config):
-        print(line)
-    print("all checks passed")
+        said.append(line)
+        if not given.json:
+            print(line)
+    name = next(name for name, known in KINDS.items() if known is kind)
+    result = {"command": name, "checks": said, "config": config.model_dump(mode="json")}
+    _tell(given, result, ["all checks passed"])
+    return 0
+
+
+def _explain(given: argparse.Namespace) -> int:
+    from hybridflow.config.explain import explain, explanation_lines
+
+    path = None if given.config is None else Path(given.config)
+    described = explain(given.explain, path, given.overrides)
+    _tell(given, described, explanation_lines(described, path))
     return 0
 
 
 def _kind_of(path: Path) -> type[Section]:
     """Which kind of run a file configures, by the sections it has."""
-    import yaml
+    from hybridflow.config.explain import kind_of
+    from hybridflow.config.load import read_values
 
-    try:
-        sections = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    except yaml.YAMLError:
-        sections = {}  # loading it says what is wrong
-    names = set(sections) if isinstance(sections, dict) else set()
-    if "reward" not in names and "train" in names:
-        return SftConfig
-    return RlConfig if "train" in names else EvalConfig
+    return KINDS[kind_of(read_values(path))]
+
+
+def _init(given: argparse.Namespace) -> int:
+    from hybridflow.config.starter import starter
+
+    target = Path(given.out)
+    if target.exists():
+        raise UserError(f"{target} exists already", fix="give another file with --out")
+    name = given.kind if target.stem == "config" else target.stem
+    text = starter(
+        given.kind, file=str(target), folder=f"runs/{name}", model=given.model, data=given.data, reward=given.reward,
+        overrides=given.overrides,
+    )  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    print(f"wrote {target}; next: hybridflow check {target}")
+    return 0
+
+
+def _schema(given: argparse.Namespace) -> int:
+    from hybridflow.config.schema import schema
+
+    print(schema(given.kind), end="")
+    return 0
+
+
+def _tell(given: argparse.Namespace, result: Any, lines: Iterable[str]) -> None:
+    """Prints a result as JSON where --json asks for it, else its lines."""
+    if given.json:
+        print(json.dumps(result, indent=1))
+        return
+    for line in lines:
+        print(line)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _generate(given: argparse.Namespace) -> int:
+    from hybridflow.protocols import Sampling
     from hybridflow.trainers.ask import ask
 
-    for line in ask(
-        given.model, given.prompts, max_tokens=given.max_tokens, temperature=given.temperature,
+    sampling = Sampling(
+        0, given.temperature, top_p=given.top_p, top_k=given.top_k, min_p=given.min_p, stop=tuple(given.stop),
+        repetition_penalty=given.repetition_penalty,
+    )  # fmt: skip
+    several = len(given.prompts) * given.samples > 1
+    for answer in ask(
+        given.model, given.prompts, max_tokens=given.max_tokens, sampling=sampling,
         samples=given.samples, seed=given.seed,
     ):  # fmt: skip
-        print(line)
+        text = f"{answer.prompt}{answer.line()}" if several else answer.line()
+        print(json.dumps(asdict(answer)) if given.json else text)
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
     from hybridflow.trainers.export import export
 
-    print(f"wrote {export(Path(given.run), Path(given.target), step=given.step, dtype=given.dtype)}")
+    done = export(Path(given.run), Path(given.target), step=given.step, best=given.best, dtype=given.dtype)
+    _tell(given, done, [f"wrote {done['folder']}"])
+    return 0
+
+
+def _prepare(given: argparse.Namespace) -> int:
+    from hybridflow.data.prepare.prepare import prepare
+
+    said = list(prepare(given.set, given.source, Path(given.out), rows=given.rows, seed=given.seed))
+    _tell(given, {"set": given.set, "folder": given.out, "said": said}, said)
     return 0
 
 
@@ -168,9 +352,15 @@ def _report(given: argparse.Namespace) -> int:
 
     folder = Path(given.run)
     if not (folder / "metrics.jsonl").is_file():
+        if (folder / "evaluation.json").is_file():
+            raise UserError(
+                f"{folder} holds an evaluation, not a run: there are no steps to report",
+                fix=f"read {folder / 'evaluation.json'}, or compare it with another: hybridflow eval {folder} OTHER",
+            )
         runs = [str(p.parent) for p in folder.parent.glob("*/metrics.jsonl")]
         raise UserError(f"{folder} is not the folder of a run", fix=nearest(str(folder), runs) if runs else "")
-    print(f"wrote {write_report(folder)}")
+    path = write_report(folder)
+    _tell(given, {"report": str(path)}, [f"wrote {path}"])
     return 0
 
 

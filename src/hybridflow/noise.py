@@ -15,6 +15,7 @@ from torch import Tensor
 _ID_STEP = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer (splitmix64)
 _POSITION_STEP = -0x3C6EF372FE94F82B
 _TINY = 2.0**-32
+_BLOCK = 1 << 15  # entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class NoiseKey:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors (products wrap; shifts are made logical by masking)."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    """The splitmix64 finaliser on int64 tensors, in place (products wrap; shifts are made logical by masking)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))
 
 
 def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
@@ -58,10 +59,16 @@ def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
     """
     ids_V = torch.arange(vocab, device=bits_R.device) * _ID_STEP
     row_R = _mix(bits_R + position_R * _POSITION_STEP)
-    hash_RV = _mix(row_R[:, None] + ids_V[None, :])
-    uniform_RV = (((hash_RV >> 32) & 0xFFFFFFFF).float() + 0.5) * _TINY
-    # log1p keeps full precision where it matters: small uniforms make the large values that win.
-    return -torch.log(-torch.log1p(-uniform_RV.clamp_(max=1 - 2.0**-24)))
+    out_RV = torch.empty(len(row_R), vocab, device=bits_R.device)
+    # On a CPU a few rows at a time: what stays in the processor's cache is six times as quick for large vocabularies.
+    size = len(row_R) if bits_R.is_cuda else max(1, _BLOCK // vocab)
+    for some_R, part_RV in zip(row_R.split(size), out_RV.split(size)):
+        hash_RV = _mix(some_R[:, None] + ids_V)
+        part_RV.copy_(hash_RV.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF))
+        uniform_RV = part_RV.add_(0.5).mul_(_TINY).clamp_(max=1 - 2.0**-24)
+        # log1p keeps full precision where it matters: small uniforms make the large values that win.
+        uniform_RV.neg_().log1p_().neg_().log_().neg_()
+    return out_RV
 
 
 def permutation(key: NoiseKey, count: int) -> list[int]:

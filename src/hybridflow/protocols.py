@@ -26,11 +26,26 @@ class Sampling:
         max_tokens: most tokens to generate (a stop token counts).
         temperature: divides the logits; 0 takes the most likely token.
         stop_token_ids: generation ends with the first of these, which is kept as the last token.
+        top_p: keeps the smallest set of most likely tokens whose probabilities add up to at least this; 1 keeps all.
+        top_k: keeps so many most likely tokens; 0 keeps all.
+        min_p: keeps tokens at least this share as likely as the most likely one; 0 keeps all.
+        stop: generation ends with the token that completes the first of these texts; that token is kept.
+        stop_regex: the same for a regular expression, searched in the text generated so far; None for none.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or the
+            answer holds already (arXiv 1909.05858); 1 does nothing.
+        logit_bias: (token id, value) pairs added to the logits.
     """
 
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_regex: str | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,19 @@ class Span:
 
 
 @dataclass(slots=True)
+class Support:
+    """Which tokens could have been sampled (top-p, top-k, min-p), one after the other: ragged, not a mask over V.
+
+    Args:
+        sizes: for each token of the answer, how many ids were kept; 0 stands for the whole vocabulary.
+        ids: the kept ids of all tokens, end to end; the sampled token is always among its own.
+    """
+
+    sizes: list[int]
+    ids: list[int]
+
+
+@dataclass(slots=True)
 class Result:
     """What became of a request.
 
@@ -73,6 +101,7 @@ class Result:
             for greedy decoding, under the model's own distribution at temperature 1).
         finish_reason: "stop" (a stop token, the last one), "length" (`max_tokens`), or "abort" (the part done so far).
         spans: weight versions of the tokens, in order, covering all of them.
+        support: what could have been sampled; None where that was the whole vocabulary throughout.
     """
 
     handle: int
@@ -80,6 +109,7 @@ class Result:
     logps: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     spans: list[Span]
+    support: Support | None = None
 
 
 # --- groups ---
@@ -97,6 +127,7 @@ class Trajectory:
         spans: see `Result.spans`.
         response: the tokens as text, without special tokens.
         reward: what the reward function gave.
+        support: see `Result.support`.
     """
 
     sample: int
@@ -106,6 +137,7 @@ class Trajectory:
     spans: list[Span]
     response: str
     reward: float
+    support: Support | None = None
 
 
 @dataclass(slots=True)
@@ -244,18 +276,22 @@ class Update:
     bad_rows: list[int] = field(default_factory=list)
 
 
-class TrainEngine(Protocol):
-    """Trains; owns its micro-batches, so the result never depends on how a batch is cut."""
+class Scorer(Protocol):
+    """Scores tokens; owns its micro-batches, so the result never depends on how a batch is cut."""
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """Per-token columns under the current weights, without gradients.
 
         Args:
             batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
-            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``).
+            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``), and of a critic "value" (``value_T``).
             temperature: divides the logits first.
         """
         ...
+
+
+class TrainEngine(Scorer, Protocol):
+    """Trains; owns its micro-batches too."""
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hybridflow.checkpoint.store import assign_weights, read_checkpoint, save_checkpoint, saved_steps, step_folder
+from hybridflow.checkpoint.store import (
+    Best,
+    assign_weights,
+    read_best,
+    read_checkpoint,
+    save_checkpoint,
+    saved_steps,
+    step_folder,
+)
 from hybridflow.errors import UserError
 
 MOMENTS = {
@@ -20,7 +29,14 @@ MOMENTS = {
 }
 
 
-def save(folder: Path, step: int, *, keep: int = 2, write: Callable[[Path], None] | None = None) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    *,
+    keep: int = 2,
+    write: Callable[[Path], None] | None = None,
+    best: Best | None = None,
+) -> Path:
     def write_weights(target: Path) -> None:
         (target / "model").mkdir()
         save_file({"w": torch.full((50,), float(step))}, target / "model/w.safetensors")
@@ -32,6 +48,7 @@ def save(folder: Path, step: int, *, keep: int = 2, write: Callable[[Path], None
         engine_state={"steps_done": 4, "moments": MOMENTS},
         run_state={"drawn": 12, "recent": [0.1]},
         keep=keep,
+        best=best,
     )
 
 
@@ -63,6 +80,18 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000006", "step-000010"]
     save(tmp_path, 12, keep=1)
     assert saved_steps(tmp_path) == [12]
+
+
+def test_the_best_is_kept_until_another_is_better(tmp_path: Path) -> None:
+    first, second = Best(2, "val-core/x/reward/mean@1", 0.5), Best(6, "val-core/x/reward/mean@1", 0.7)
+    assert read_best(tmp_path) is None
+    for step, best in [(1, None), (2, first), (3, first), (4, first), (5, first)]:
+        save(tmp_path, step, keep=2, best=best)
+    assert saved_steps(tmp_path) == [2, 4, 5] and read_best(tmp_path) == first
+    save(tmp_path, 6, keep=2, best=second)
+    assert saved_steps(tmp_path) == [5, 6] and read_best(tmp_path) == second
+    shutil.rmtree(step_folder(tmp_path, 6))
+    assert read_best(tmp_path) is None, "what it names is gone"
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -216,10 +216,10 @@ optim:
 
 
 def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
-    overrides = ["optim.lr=1e-4", "train.steps=7", "optim.betas=[0.8, 0.9]", "data.shuffle=false", "model.lora.rank=4"]
+    overrides = ["optim.lr=1e-4", "train.steps=7", "optim.betas=[0.8, 0.9]", "data.order=sequential", "model.lora.rank=4"]
     config = load_config(SftConfig, yaml(tmp_path, BASE), overrides)
     assert (config.optim.lr, config.train.steps, config.optim.betas) == (1e-4, 7, (0.8, 0.9))
-    assert config.data.shuffle is False and config.model.lora is not None and config.model.lora.rank == 4
+    assert config.data.order == "sequential" and config.model.lora is not None and config.model.lora.rank == 4
     assert load_config(SftConfig, yaml(tmp_path, BASE + "  lr: 5E-3\n")).optim.lr == 5e-3
     assert load_config(SftConfig, yaml(tmp_path, BASE), ["train.steps=7", "train.steps=8"]).train.steps == 8
 
@@ -256,6 +256,11 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, mes
         load_config(SftConfig, tmp_path / "gone.yaml")
 
 
+def train_source(config: SftConfig) -> str:
+    [entry] = config.data.train
+    return entry.source
+
+
 def test_files_beside_the_configuration_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "recipe"
     folder.mkdir()
@@ -263,10 +268,13 @@ def test_files_beside_the_configuration_are_found(tmp_path: Path, monkeypatch: p
     (folder / "t.jsonl").write_text("{}\n")
     path = yaml(folder, BASE)
     monkeypatch.chdir(tmp_path)
-    assert load_config(SftConfig, path).data.train == str(folder / "t.jsonl")
-    assert load_config(SftConfig, path, ["data.train=task.py:rows"]).data.train == f"{folder / 'task.py'}:rows"
+    assert train_source(load_config(SftConfig, path)) == str(folder / "t.jsonl")
+    rows = f"{folder / 'task.py'}:rows"
+    assert train_source(load_config(SftConfig, path, ["data.train=task.py:rows"])) == rows
+    listed = load_config(SftConfig, path, ["data.train=[t.jsonl, {source: task.py:rows, weight: 2}]"])
+    assert [entry.source for entry in listed.data.train] == [str(folder / "t.jsonl"), rows]
     (tmp_path / "t.jsonl").write_text("{}\n")  # the current folder comes first
-    assert load_config(SftConfig, path).data.train == "t.jsonl"
+    assert train_source(load_config(SftConfig, path)) == "t.jsonl"
     assert locate("gone.jsonl", folder) == "gone.jsonl"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hybridflow.batch import Batch
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections import SftDataSection
-from hybridflow.data.chat import render_conversations, render_prompt, require_template
-from hybridflow.data.sft import SftSet
+from hybridflow.data.chat import Style, render_conversations, render_prompt, render_texts, require_template
+from hybridflow.data.sft import SftSet, load_sft
+from hybridflow.data.sources import RowSet
 from hybridflow.errors import UserError
 
 from tiny import CARRY
@@ -121,8 +124,11 @@ def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerB
         require_template(tokenizer)
 
 
-def sft_set(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_tokens: int = 50) -> SftSet:
-    return SftSet(rows, "mine.jsonl", SftDataSection(train="mine.jsonl", max_tokens=max_tokens), tokenizer)
+def sft_set(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_tokens: int = 50, **values: Any
+) -> SftSet:
+    config = SftDataSection(train="mine.jsonl", max_tokens=max_tokens, **values)
+    return SftSet(RowSet(rows, tuple(config.train), (0,), range(len(rows))), config, tokenizer)
 
 
 def test_a_supervised_batch_is_ragged_with_loss_on_answers(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,3 +154,123 @@ def test_rows_without_a_usable_conversation_are_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         sft_set(tokenizer, [{"messages": TALK}, row]).batch([0, 1])
+
+
+# --- which turns are learned, and how rows become conversations ---
+
+# A switch for thinking, as in Qwen3's template: without it the answer opens with an empty thought.
+SWITCH = CHATML.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n{{ '' if enable_thinking else '()' }}{% endif %}")
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+    [(ids, mask)] = render_conversations(tokenizer, [messages], **options)
+    return tokenizer.decode([i for i, inside in zip(ids, mask) if inside])
+
+
+def test_only_the_last_turn_or_chosen_turns_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert learned(tokenizer, TALK, loss_on="last_assistant") == "yes<|end|>"
+    chosen = [TALK[0], {**TALK[1], "train": False}, TALK[2], {**TALK[3], "train": True}]
+    assert learned(tokenizer, chosen) == "yes<|end|>"
+    chosen = [TALK[0], {**TALK[1], "train": None}, TALK[2], {**TALK[3], "train": False}]  # null, as Parquet fills it
+    assert learned(tokenizer, chosen) == "so=2<|end|>"
+    tokenizer.chat_template = FORGETFUL.replace("if loop.last", "if loop.last or m['role'] == 'user'")
+    with pytest.raises(UserError, match="rewrites turns before message 1") as caught:
+        learned(tokenizer, TALK)
+    assert "data.loss_on=last_assistant" in caught.value.fix
+    assert learned(tokenizer, TALK, loss_on="last_assistant") == "yes<|end|>"
+    for messages, loss_on in [(chosen, "last_assistant"), ([TALK[0], {**TALK[1], "train": False}], "all_assistant")]:
+        with pytest.raises(UserError, match=r"row 0 of mine\.jsonl holds no assistant message that is to be learned"):
+            sft_set(tokenizer, [{"messages": messages}], loss_on=loss_on).batch([0])
+
+
+def test_a_system_prompt_comes_first_unless_there_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    brief = Style(system_prompt="be brief")
+    tokenizer.chat_template = CHATML
+    assert (
+        render_prompt(tokenizer, "1+1", brief)[0]
+        == "<|system|>\nbe brief<|end|>\n<|user|>\n1+1<|end|>\n<|assistant|>\n"
+    )
+    own = [{"role": "system", "content": "be long"}, *TALK]
+    assert render_prompt(tokenizer, own, brief) == render_prompt(tokenizer, own)
+    [(ids, mask)] = render_conversations(tokenizer, [TALK], brief)
+    assert tokenizer.decode(ids).startswith("<|system|>\nbe brief<|end|>") and sum(mask) == 9
+
+
+def test_the_thinking_switch_reaches_a_template_that_has_one_and_no_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"data\.thinking is false, but the chat template has no such switch") as caught:
+        require_template(tokenizer, Style(thinking=False))
+    assert "enable_thinking" in caught.value.why
+    tokenizer.chat_template = SWITCH
+    require_template(tokenizer, Style(thinking=False))
+    ends = {t: render_prompt(tokenizer, "1", Style(thinking=t))[0].rpartition("\n")[2] for t in (True, False, None)}
+    assert ends == {True: "", False: "()", None: "()"}
+
+
+def test_prompt_and_response_columns_are_a_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+    whole = sft_set(tokenizer, [{"messages": TALK[:2]}, {"messages": TALK}]).batch([0, 1])
+    rows = [{"q": "1+1", "a": {"text": "so=2"}}, {"q": TALK[:3], "a": {"text": "yes"}}]
+    keys = {"prompt_key": "q", "response_key": "a.text"}
+    batch = sft_set(tokenizer, rows, **keys, loss_on="all_assistant").batch([0, 1])
+    assert batch["input_ids_T"].equal(whole["input_ids_T"]) and batch["loss_mask_T"].equal(whole["loss_mask_T"])
+    with pytest.raises(UserError, match=r"row 1 of mine.jsonl is no prompt and answer: q is a str, a is a int"):
+        sft_set(tokenizer, [rows[0], {"q": "1", "a": 3}], prompt_key="q", response_key="a").batch([1])
+
+
+# --- plain text ---
+
+
+def test_plain_text_is_learned_but_for_its_first_token_and_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None  # not needed
+    batch = sft_set(tokenizer, [{"text": "1+1"}], format="text").batch([0])
+    assert tokenizer.decode(batch["input_ids_T"]) == "1+1<|end|>"
+    assert batch["loss_mask_T"].tolist() == [False, True, True, True]
+    [(ids, _)] = render_texts(tokenizer, [("", "1<|end|>")])
+    assert tokenizer.decode(ids) == "1<|end|>"  # not a second one
+    batch = sft_set(tokenizer, [{"p": "1+", "r": "1"}], format="text", prompt_key="p", response_key="r").batch([0])
+    assert batch["loss_mask_T"].tolist() == [False, False, True, True]
+    with pytest.raises(UserError, match=r"text of row 0 of mine\.jsonl is a list, not a string"):
+        sft_set(tokenizer, [{"text": TALK}], format="text").batch([0])
+
+
+def test_a_token_across_the_end_of_a_plain_prompt_is_refused() -> None:
+    core = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2, "<|end|>": 3}, [("a", "b")]))
+    joining = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    assert render_texts(joining, [("ab", "a")]) == [([2, 0, 3], [False, True, True])]
+    with pytest.raises(UserError, match="a token spans the border"):
+        render_texts(joining, [("ba", "b")])
+
+
+# --- too long ---
+
+
+@pytest.mark.parametrize("format", ["chat", "text"])
+def test_long_conversations_are_refused_left_out_or_cut(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, format: str
+) -> None:
+    def row(question: str, answer: str) -> dict[str, str]:
+        return {"p": question, "r": answer}
+
+    # In chat: 3 + 1 template tokens around; in text: the closing token alone.
+    extra = 4 if format == "chat" else 1
+    rows = [row("12", "34"), row("12", "345678"), row("1234567890", "1"), row("1", "2")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = {"train": str(tmp_path / "rows.jsonl"), "prompt_key": "p", "response_key": "r", "format": format}
+    limit = 4 + extra
+    refusing = load_sft(SftDataSection(**keys, max_tokens=limit), tokenizer, seed=0)
+    with pytest.raises(UserError, match=f"row 1 of .*rows.jsonl has {8 + extra} tokens, data.max_tokens is {limit}"):
+        refusing.batch([0, 1])
+    left = load_sft(SftDataSection(**keys, max_tokens=limit, over_long="filter"), tokenizer, seed=0)
+    assert left.data.rows == [rows[0], rows[3]]
+    assert left.notes() == [f"conversations of more than {limit} tokens, left out: 2"]
+    assert left.batch([0, 1]).lengths().tolist() == [limit, 2 + extra]
+    cut = load_sft(SftDataSection(**keys, max_tokens=limit, over_long="truncate"), tokenizer, seed=0)
+    assert cut.data.rows == [rows[0], rows[1], rows[3]]
+    assert cut.notes() == [
+        f"conversations of more than {limit} tokens, cut at their end: 1",
+        "left out, because the cut would leave nothing to learn: 1",
+    ]
+    whole, short = refusing.batch([0]), cut.batch([1])
+    assert short["input_ids_T"].tolist()[: limit - 1] == whole["input_ids_T"].tolist()[: limit - 1]
+    assert tokenizer.decode(short["input_ids_T"][short["loss_mask_T"]]) == "345"
+    with pytest.raises(UserError, match=r"all rows of .*rows.jsonl are too long"):
+        load_sft(SftDataSection(**keys, max_tokens=extra + 1, over_long="filter"), tokenizer, seed=0)

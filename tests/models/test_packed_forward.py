@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hybridflow.batch import Batch
 from hybridflow.models.attention import ATTENTION, PackedLayout
-from hybridflow.models.forward import score_tokens
+from hybridflow.models.forward import score_tokens, trunk
 
 from tiny import KINDS, VOCAB, group_batch, packed_model, plain_model, ragged_batch
 
@@ -51,7 +51,7 @@ def repacked(model: PreTrainedModel) -> PreTrainedModel:
 def test_logits_and_gradients_equal_the_padded_model(kind: str) -> None:
     plain, batch = plain_model(kind), ragged_batch(LENGTHS)
     packed = repacked(plain)
-    assert plain.config._attn_implementation == "sdpa"
+    plain.set_attn_implementation("eager")  # SDPA would leave out Gemma's soft-cap
     expected, found = padded_logits(plain, batch), packed_logits(packed, batch)
     assert expected.abs().max() > 1  # there is something to compare
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -67,6 +67,7 @@ def test_logits_and_gradients_equal_the_padded_model(kind: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_scores_are_those_of_the_padded_logits(kind: str, temperature: float) -> None:
     plain, batch = plain_model(kind), ragged_batch(LENGTHS)
+    plain.set_attn_implementation("eager")
     logp_MV = (padded_logits(plain, batch) / temperature).log_softmax(-1)
     index_M = batch["loss_mask_T"].nonzero()[:, 0]
     scores = score_tokens(repacked(plain), batch, temperature=temperature, entropy="detached")
@@ -113,7 +114,7 @@ def test_answers_that_share_their_prompt_score_as_if_they_did_not(kind: str) -> 
     found = []
     for b in (batch, apart):
         seen: list[int] = []
-        hook = model.register_forward_pre_hook(
+        hook = trunk(model).register_forward_pre_hook(
             lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
         scores = score_tokens(model, b, temperature=0.8, entropy="with gradient")
@@ -126,8 +127,9 @@ def test_answers_that_share_their_prompt_score_as_if_they_did_not(kind: str) -> 
     (tokens, shared), (tokens_apart, unshared) = found
     # Two scored answers of each group share the 6, 9 and 1 tokens of their prompt.
     assert tokens_apart == batch.total() and tokens == batch.total() - (6 + 9 + 1)
+    tolerance = 1e-6 if kind in ("qwen3_moe", "deepseek_v3") else 1e-10  # routers compute in float32 whatever they get
     for a, b in zip(shared, unshared):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 def test_a_group_with_different_prompts_is_noticed() -> None:

@@ -156,3 +156,16 @@ def test_closing_twice_is_fine(tmp_path: Path):
     trackers.close()
     trackers.close(failed=True)
     assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_advice_is_an_event_and_a_line_for_whoever_watches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with make(tmp_path, console=True) as trackers:
+        trackers.start()
+        trackers.advise("raise the limit")
+    with make(tmp_path) as silent:
+        silent.advise("again")
+    assert [(e["kind"], e["text"]) for e in read_events(tmp_path / "events.jsonl")] == [
+        ("advice", "raise the limit"), ("advice", "again")
+    ]  # fmt: skip
+    printed = capsys.readouterr()
+    assert printed.out == "advice: raise the limit\n" and printed.err == ""

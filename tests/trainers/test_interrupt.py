@@ -15,6 +15,7 @@ import pytest
 from hybridflow.checkpoint.store import saved_steps
 from hybridflow.cli import main
 from hybridflow.tracking.events import read_events
+
 from runs import assert_same_tensors, configuration, metrics, succeed
 
 Output = pytest.CaptureFixture[str]

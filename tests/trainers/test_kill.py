@@ -51,11 +51,17 @@ track: {{console: false}}
 """
 
 
-def run(folder: Path, command: str, fault: str | None = None) -> int:
+PPO_CONFIG = """
+algorithm: {preset: ppo, kl_reward_coef: 0.2, kl_controller: adaptive, kl_target: 0.01, kl_horizon: 50}
+critic: {optim: {lr: 2e-3}, epochs_per_step: 2, warmup_steps: 1}
+"""
+
+
+def run(folder: Path, command: str, fault: str | None = None, *, more: str = "") -> int:
     folder.mkdir(exist_ok=True)
     (folder / "reward.py").write_text(TASK)
     template = RL_CONFIG if command == "train" else SFT_CONFIG
-    (folder / "config.yaml").write_text(template.format(task=ROOT / "recipes/carry/task.py", steps=STEPS))
+    (folder / "config.yaml").write_text(template.format(task=ROOT / "recipes/carry/task.py", steps=STEPS) + more)
     environment = {k: v for k, v in os.environ.items() if k != "HYBRIDFLOW_FAULT"} | {"OMP_NUM_THREADS": "1"}
     if fault:
         environment["HYBRIDFLOW_FAULT"] = fault
@@ -127,3 +133,17 @@ def test_a_killed_fine_tuning_ends_bit_identical(fault: str, tmp_path: Path) -> 
     assert run(folder, "sft", fault) == -signal.SIGKILL
     assert run(folder, "sft") == 0
     assert_same_end(folder, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill@step3:group:3", "kill@step3:update", "kill@step4:save"])
+def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, tmp_path: Path) -> None:
+    reference, folder = tmp_path / "reference", tmp_path / "work"
+    assert run(reference, "train", more=PPO_CONFIG) == 0
+    assert len({m["actor/reward_kl_penalty_coeff"] for m in metrics(reference)[1:]}) == STEPS
+    assert run(folder, "train", fault, more=PPO_CONFIG) == -signal.SIGKILL
+    assert run(folder, "train", more=PPO_CONFIG) == 0
+    assert_same_end(folder, reference)
+    for file in ("critic/model/model.safetensors", "critic/value_head.safetensors"):
+        ours, theirs = (load_file(f / f"run/checkpoints/step-{STEPS:06d}" / file) for f in (folder, reference))
+        assert ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours), file

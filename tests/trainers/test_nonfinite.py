@@ -15,8 +15,8 @@ from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.rl import estimate, next_groups, publish_weights, record, update
 from hybridflow.trainers.rl_run import RlRun, open_run
-from runs import configuration, metrics, mistake, succeed
 
+from runs import configuration, metrics, mistake, succeed
 from tiny import CARRY
 
 # A model whose last norm is poisoned as long as a file lies beside it.
@@ -101,7 +101,7 @@ def test_a_poisoned_parameter_stops_fine_tuning_with_its_rows(
     (tmp_path / "mine.py").write_text(POISONED)
     (tmp_path / "poison").touch()
     model = {"path": str(tmp_path / "mine.py:model")}
-    config = configuration(tmp_path, "sft", model=model, data={"shuffle": False}, train={"steps": 5})
+    config = configuration(tmp_path, "sft", model=model, data={"order": "sequential"}, train={"steps": 5})
     said = mistake(capsys, "sft", config)
     assert "the loss was not finite 3 updates in a row; last in data rows [8, 9, 10, 11]" in said
     assert "why: loss nan" in said and "fix: lower optim.lr" in said

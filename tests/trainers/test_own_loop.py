@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from hybridflow.config.locate import load_function
-from runs import assert_same_tensors, metrics, succeed
 
+from runs import assert_same_tensors, metrics, succeed
 from tiny import CARRY
 
 SCRIPT = CARRY.parent / "grpo.py"

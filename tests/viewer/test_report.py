@@ -96,8 +96,9 @@ def make_run(folder: Path, *, steps: int = 10, total: int = 10) -> Path:
     return folder
 
 
-def chart(data: dict[str, Any], title: str) -> list[list[float]]:
-    return next(c for c in data["charts"] if c["title"] == title)["lines"][0]["points"]
+def chart(data: dict[str, Any], title: str) -> dict[str, list[list[float]]]:
+    """The points of each line of a chart."""
+    return {line["label"]: line["points"] for c in data["charts"] if c["title"] == title for line in c["lines"]}
 
 
 def test_the_report_has_the_numbers_of_the_run(tmp_path: Path):
@@ -109,9 +110,11 @@ def test_the_report_has_the_numbers_of_the_run(tmp_path: Path):
     data = page.data
     assert page.title == data["title"] == "carry-grpo"
     assert data["status"] == {"word": "done", "text": "10 steps"}
-    assert chart(data, "Held-out accuracy") == [[0, 0.25], [5, 0.5625], [10, 0.875]]
-    assert chart(data, "Training reward") == [[step, step / 16] for step in range(1, 11)]
-    assert [c["title"] for c in data["charts"] if c["big"]] == ["Held-out accuracy", "Training reward"]
+    assert chart(data, "Reward") == {
+        "in training": [[step, step / 16] for step in range(1, 11)],
+        "held out, carry": [[0, 0.25], [5, 0.5625], [10, 0.875]],
+    }
+    assert [c["title"] for c in data["charts"] if c["big"]] == ["Reward"]
     tiles = {tile["label"]: tile["value"] for tile in data["tiles"]}
     assert tiles["Held-out accuracy"] == "0.875" and tiles["Throughput"] == "5,000" and tiles["Time"] == "22 s"
     assert data["phases"]["names"] == ["gen", "other"] and data["phases"]["shares"] == [0.75, 0.25]
@@ -228,7 +231,8 @@ def test_a_supervised_run_and_an_empty_one_have_reports(tmp_path: Path):
         file.append(step, {"train/loss": 4 / step, "train/grad_norm": math.nan if step == 3 else 1.0, "train/lr": 1e-3})
     data = Page(write_report(run)).data
     assert [c["title"] for c in data["charts"]] == ["Loss", "Gradient norm", "Learning rate"]
-    assert chart(data, "Loss")[0] == [1, 4.0] and chart(data, "Gradient norm")[2] == [3, None]
+    assert chart(data, "Loss")["Loss"][0] == [1, 4.0]
+    assert chart(data, "Gradient norm")["Gradient norm"][2] == [3, None]
     assert data["evaluations"] is None and data["rollouts"]["steps"] == []
 
 
@@ -254,8 +258,8 @@ def test_a_large_run_has_a_modest_report_that_says_what_it_leaves_out(tmp_path: 
     path = write_report(run)
     assert path.stat().st_size < 2_000_000
     data = Page(path).data
-    assert data["stride"] == 4 and len(chart(data, "Entropy")) <= 1_001
-    assert chart(data, "Entropy")[-1][0] == 3_999
+    assert data["stride"] == 4 and len(chart(data, "Entropy")["Entropy"]) <= 1_001
+    assert chart(data, "Entropy")["Entropy"][-1][0] == 3_999
     bars = data["phases"]["rows"]
     assert len(bars) <= 200 and bars[0][:2] == [0, 19] and bars[-1][1] == 3_999
     assert bars[0][2] == [1.05, 0.5]  # the mean of the bar's steps: gen took 1.5 s eleven times, then 0.5 s nine times

@@ -1,7 +1,7 @@
 """The losses that an engine can be asked for by name: from token scores to weighted token losses.
 
 Each reads its own columns of the batch at the M scored tokens. One weight column per loss term (`policy_weight_T`,
-`entropy_weight_T`), so that terms can be normalised apart; see `aggregation`.
+`entropy_weight_T`, `kl_weight_T`, `value_weight_T`), so that terms can be normalised apart; see `aggregation`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES
+from hybridflow.algorithms.value_loss import clipped_value_loss
 
 
 @dataclass(slots=True)
@@ -33,12 +35,14 @@ class Terms:
 
 
 def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
-    """Policy loss minus the entropy bonus.
+    """Policy loss, minus the entropy bonus, plus the divergence from the reference and a shared trunk's value loss.
 
-    Params: "policy_loss" (a key of `POLICY_LOSSES`) and that function's values under "values"; "entropy_coef".
-    Columns: ``advantage_T``, ``policy_weight_T``, ``entropy_weight_T`` where the coefficient is not 0, and
-    ``old_logp_T``; without the last, the current policy is the old one (a single on-policy update). With
-    ``rollout_logp_T`` the difference between the two engines is measured (verl's names).
+    Params: "policy_loss" (a key of `POLICY_LOSSES`) and that function's values under "values"; "entropy_coef";
+    "kl_loss_coef" with "kl_loss_estimator" (a key of `KL_ESTIMATORS`); "value_coef" with the params of `value`.
+    Columns: ``advantage_T``, ``policy_weight_T``, and ``old_logp_T``; without the last, the current policy is the old
+    one (a single on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and
+    ``ref_logp_T``; those of `value`. With ``rollout_logp_T`` the difference between the two engines is measured (verl's
+    names).
     """
     logp_M = scores["logp"]
     old_logp_M = columns.get("old_logp_T", logp_M.detach())
@@ -58,7 +62,25 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
         bonus_M = scores["entropy"] * columns["entropy_weight_T"]
         sums["actor/entropy_loss"] = bonus_M.detach()
         loss_M = loss_M - params["entropy_coef"] * bonus_M
+    if params.get("kl_loss_coef", 0.0):
+        estimate_M = KL_ESTIMATORS[params["kl_loss_estimator"]](logp_M, columns["ref_logp_T"])
+        divergence_M = estimate_M * columns["kl_weight_T"]
+        sums["actor/kl_loss"] = divergence_M.detach()
+        loss_M = loss_M + params["kl_loss_coef"] * divergence_M
+    if params.get("value_coef", 0.0):
+        critic = value(scores, columns, params)
+        loss_M = loss_M + params["value_coef"] * critic.loss_M
+        sums, means = sums | critic.sums, means | critic.means
     return Terms(loss_M, sums, means, maxima)
+
+
+def value(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
+    """The critic's loss. Params: "clip_value". Columns: ``value_T`` (old), ``return_T``, ``value_weight_T``."""
+    raw_M, means = clipped_value_loss(
+        scores["value"], columns["value_T"], columns["return_T"], clip_value=params["clip_value"]
+    )
+    loss_M = raw_M * columns["value_weight_T"]
+    return Terms(loss_M, {"critic/vf_loss": loss_M.detach()}, {f"critic/{n}": v for n, v in means.items()})
 
 
 def cross_entropy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
@@ -68,8 +90,20 @@ def cross_entropy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], p
 
 LOSSES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Terms]] = {
     "policy": policy,
+    "value": value,
     "cross_entropy": cross_entropy,
 }
 
 # Columns that a loss reads besides the scores; an engine carries those that the batch has to its device.
-COLUMNS = ("advantage_T", "old_logp_T", "policy_weight_T", "entropy_weight_T", "rollout_logp_T")
+COLUMNS = (
+    "advantage_T",
+    "old_logp_T",
+    "rollout_logp_T",
+    "ref_logp_T",
+    "value_T",
+    "return_T",
+    "policy_weight_T",
+    "entropy_weight_T",
+    "kl_weight_T",
+    "value_weight_T",
+)

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hybridflow.protocols import Group, Span, Trajectory
+from hybridflow.protocols import Group, Span, Support, Trajectory
 
 
 class Journal:
@@ -82,5 +82,9 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _group(value: dict[str, Any]) -> Group:
-    trajectories = [Trajectory(**{**t, "spans": [Span(**s) for s in t["spans"]]}) for t in value.pop("trajectories")]
-    return Group(**value, trajectories=trajectories)
+    return Group(**value | {"trajectories": [_trajectory(t) for t in value["trajectories"]]})
+
+
+def _trajectory(value: dict[str, Any]) -> Trajectory:
+    support = value["support"] and Support(**value["support"])
+    return Trajectory(**value | {"spans": [Span(**s) for s in value["spans"]], "support": support})

@@ -14,7 +14,10 @@ import yaml
 from hybridflow.errors import UserError
 
 # A run whose data order or shapes change is another run; its journal and sampler would not fit.
-FIXED_KEYS = ("run.seed", "model.path", "model.lora", "data", "train.prompts_per_step", "train.samples_per_prompt")
+FIXED_KEYS = (
+    *("run.seed", "model.path", "model.reference", "model.lora", "critic.path", "critic.lora", "critic.shared_trunk"),
+    *("data", "train.prompts_per_step", "train.samples_per_prompt"),
+)
 
 
 class RunFolder:

@@ -6,7 +6,8 @@
         state.json              step, data, counters
         manifest.json           size and hash of every file above
 
-It is written to a hidden folder beside, and renamed when all of it is on disk.
+It is written to a hidden folder beside, and renamed when all of it is on disk. ``checkpoints/best.json`` names the one
+that is best by a held-out metric, where a run asks for that; it is not deleted with the old ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,22 @@ from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 
 MANIFEST = "manifest.json"
+BEST = "best.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The step that was best so far.
+
+    Args:
+        step: the step.
+        metric: by which metric.
+        value: its value.
+    """
+
+    step: int
+    metric: str
+    value: float
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -48,8 +67,9 @@ def save_checkpoint(
     engine_state: Mapping[str, Any],
     run_state: Mapping[str, Any],
     keep: int,
+    best: Best | None = None,
 ) -> Path:
-    """Writes the checkpoint of a step, whole or not at all, and deletes old ones beyond `keep`.
+    """Writes the checkpoint of a step, whole or not at all, and deletes old ones beyond `keep`, except the best.
 
     Args:
         checkpoints: the run's ``checkpoints/``.
@@ -58,6 +78,7 @@ def save_checkpoint(
         engine_state: `TrainEngine.state`.
         run_state: plain values: everything else.
         keep: how many of the newest to keep.
+        best: the best step so far, this one or one that is saved already; ``best.json`` will name it.
 
     Raises:
         UserError: the disk is full or not writable. What was saved before still stands.
@@ -89,9 +110,28 @@ def save_checkpoint(
             why=f"the checkpoint of step {stands[-1]} still stands" if stands else "there is no earlier checkpoint",
             fix=f"make room on the disk of {checkpoints} and run the same command again",
         ) from error
+    if best is not None:  # before the best one until now is deleted: what best.json names is always there
+        write_best(checkpoints, best)
     for old in saved_steps(checkpoints)[:-keep]:
-        shutil.rmtree(step_folder(checkpoints, old))
+        if best is None or old != best.step:
+            shutil.rmtree(step_folder(checkpoints, old))
     return target
+
+
+def write_best(checkpoints: Path, best: Best) -> None:
+    """Writes ``best.json``: it is there whole, or as it was."""
+    aside = checkpoints / f".partial-{BEST}"
+    aside.write_text(json.dumps(asdict(best)) + "\n")
+    os.replace(aside, checkpoints / BEST)
+
+
+def read_best(checkpoints: Path) -> Best | None:
+    """What ``best.json`` names, if there is one and its checkpoint stands."""
+    with suppress(FileNotFoundError):
+        best = Best(**json.loads((checkpoints / BEST).read_text()))
+        if best.step in saved_steps(checkpoints):
+            return best
+    return None
 
 
 def disk_refused(error: Exception) -> bool:

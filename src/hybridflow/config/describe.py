@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -18,6 +19,24 @@ from hybridflow.config.algorithms import PRESETS
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
 
 COMMANDS: dict[str, type[Section]] = {"train": RlConfig, "sft": SftConfig, "eval": EvalConfig}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What there is to know about a key of the configuration.
+
+    Args:
+        name: with dots: ``optim.lr``.
+        type: in words, with its bounds; "section" where other keys are inside.
+        default: in words: "*required*", "unset", "by preset", or the value between backticks.
+        description: one line.
+    """
+
+    name: str
+    type: str
+    default: str
+    description: str
+
 
 HEAD = """\
 # Configuration
@@ -32,14 +51,17 @@ hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
 
 - An override is `section.key=value`, with the value in YAML. It wins over the file.
 - An unknown key is an error that names the nearest known one. All mistakes are reported together.
-- A file that is named (`model.path`, `data.train`, `data.eval`, `reward.function`) is looked for from the current
-  folder, then beside the YAML file. `file.py:function` names a function in a file.
+- A file that is named (`model.path`, `data.train`, `data.eval`, `reward.function`, `eval.answer`) is looked for from
+  the current folder, then beside the YAML file. `file.py:function` names a function in a file.
 - Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`.
 - The resolved configuration of a run is in its `config.yaml`. Of these keys a run that is gone on with must keep
   `run.seed`, `model.path`, `model.lora`, everything in `data`, `train.prompts_per_step` and
   `train.samples_per_prompt`; others may change, and `events.jsonl` says which did.
 - With `data.eval` set, `hybridflow train` evaluates before the first step (unless `eval.before_training` is false) and
-  after the last one; `eval.every` adds evaluations in between. Answers are greedy.
+  after the last one; `eval.every` adds evaluations in between. Answers are greedy, unless `eval.temperature` is set.
+- `hybridflow check --explain KEY` says the same of one key, and what a configuration has there. For an editor,
+  `hybridflow schema train > train.schema.json` writes the JSON schema (also for `sft` and `eval`; `docs/schema/` has
+  them), which the first line of a YAML file can name: `# yaml-language-server: $schema=train.schema.json`.
 
 """
 
@@ -53,7 +75,7 @@ def _sections() -> Iterator[str]:
     found: dict[tuple[str, type[BaseModel]], tuple[list[str], FieldInfo]] = {}
     for command, kind in COMMANDS.items():
         for name, field in kind.model_fields.items():
-            model = _model_in(field.annotation)
+            model = section_in(field.annotation)
             assert model is not None, f"{name} is not a section"
             found.setdefault((name, model), ([], field))[0].append(command)
     for (name, model), (commands, field) in found.items():
@@ -61,18 +83,20 @@ def _sections() -> Iterator[str]:
         yield f"## {name} ({', '.join(commands)})\n"
         yield f"{model.__doc__} The section is {need}.\n"
         yield "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
-        yield from _rows(name, model)
+        for key in keys_of(model, f"{name}."):
+            yield f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(key.description)} |"
         yield ""
 
 
-def _rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """All keys of a section, or of a whole configuration, sections before what is inside them."""
     for name, field in model.model_fields.items():
-        key, inner = f"{prefix}.{name}", _model_in(field.annotation)
-        described = " ".join(str(field.description).split())
+        inner = section_in(field.annotation)
+        described = " ".join(str(field.description or (inner and inner.__doc__)).split())
         kind = "section" if inner is not None else _type(field.annotation, field.metadata)
-        yield f"| `{key}` | {_cell(kind)} | {_cell(_default(key, field))} | {_cell(described)} |"
+        yield Key(f"{prefix}{name}", kind, _default(f"{prefix}{name}", field), described)
         if inner is not None:
-            yield from _rows(key, inner)
+            yield from keys_of(inner, f"{prefix}{name}.")
 
 
 def _presets() -> Iterator[str]:
@@ -84,12 +108,10 @@ def _presets() -> Iterator[str]:
         yield f"| `{preset}` | {' | '.join(_value(values[key]) if key in values else '' for key in keys)} |"
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     """The section in an annotation such as ``LoraSection | None``."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
+    parts = () if get_origin(annotation) is list else get_args(annotation)
+    return next((p for p in (annotation, *parts) if isinstance(p, type) and issubclass(p, BaseModel)), None)
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -102,11 +124,14 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return " or ".join(f"`{a}`" for a in arguments)
     if origin is list:
-        return f"list of {_type(arguments[0])}"
+        word = _type(arguments[0])
+        return f"text or list of {word}" if word.startswith("{") else f"list of {word}"  # one source is a text
     if origin is tuple:
         return f"[{', '.join(_type(a) for a in arguments)}]"
     if origin is dict:
         return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     word = {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
     return " ".join([word, " and ".join(_bounds(metadata))]).strip()
 

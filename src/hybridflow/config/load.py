@@ -10,13 +10,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hybridflow.config.locate import locate
+from hybridflow.config.locate import is_function_reference, locate
 from hybridflow.config.sections import Section
 from hybridflow.errors import UserError, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-FILE_KEYS = (("model", "path"), ("data", "train"), ("data", "eval"), ("reward", "function"))
+FILE_KEYS = (("model", "path"), ("model", "reference"), ("critic", "path"), ("data", "train"), ("data", "eval"))
+FUNCTION_KEYS = (("data", "order"), ("reward", "function"), ("eval", "answer"))  # a name of ours, or file.py:function
 
 
 def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
@@ -30,6 +31,15 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
     Raises:
         UserError: no file, not YAML, an unknown key (the nearest is named), or a value that does not fit.
     """
+    return validate(kind, read_values(path, overrides), source=str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file and overrides, not validated; files beside it are found.
+
+    Raises:
+        UserError: no file, not YAML, not sections, or an override that is none.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no configuration file {path}", fix="give a YAML file, for example recipes/carry/grpo.yaml")
@@ -40,10 +50,10 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections (run:, model:, ...), it holds a {type(values).__name__}")
     for text in overrides:
-        _apply_override(values, text)
+        apply_override(values, text)
     values = {name: section for name, section in values.items() if section is not None}  # all its keys commented out
     _locate_files(values, path.parent)
-    return validate(kind, values, source=str(path))
+    return values
 
 
 def validate(kind: type[ConfigT], values: dict[str, Any], *, source: str = "the configuration") -> ConfigT:
@@ -74,13 +84,29 @@ _Loader.add_implicit_resolver(
 
 def _locate_files(values: dict[str, Any], base: Path) -> None:
     """Lets a configuration name files beside itself, wherever the command is run."""
-    for section, key in FILE_KEYS:
+    for section, key in (*FILE_KEYS, *FUNCTION_KEYS):
         inner = values.get(section)
-        if isinstance(inner, dict) and isinstance(inner.get(key), str):
-            inner[key] = locate(inner[key], base)
+        if isinstance(inner, dict) and key in inner:
+            inner[key] = _located(inner[key], base, only_functions=(section, key) in FUNCTION_KEYS)
 
 
-def _apply_override(values: dict[str, Any], text: str) -> None:
+def _located(value: Any, base: Path, *, only_functions: bool) -> Any:
+    """The same value with its file found: a name, a list of names, or an object with a name under ``source``."""
+    if isinstance(value, str):
+        return value if only_functions and not is_function_reference(value) else locate(value, base)
+    if isinstance(value, list):
+        return [_located(entry, base, only_functions=only_functions) for entry in value]
+    if isinstance(value, dict) and "source" in value:
+        return {**value, "source": _located(value["source"], base, only_functions=only_functions)}
+    return value
+
+
+def apply_override(values: dict[str, Any], text: str) -> None:
+    """Sets what ``dotted.key=value`` says in plain values.
+
+    Raises:
+        UserError: it is not of that form, or its value is not YAML.
+    """
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UserError(f"{text!r} is not an override", fix="write dotted.key=value, for example optim.lr=1e-4")
@@ -115,8 +141,16 @@ def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
 def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
     model: Any = kind
     for part in location:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+        if isinstance(part, int):
+            continue  # a place in a list, whose entries were found with the list
+        model = _section_in(model.model_fields[part].annotation)
         if model is None:
             return []
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section in an annotation such as ``LoraSection | None`` or ``list[SourceSection]``."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner)) is not None), None)

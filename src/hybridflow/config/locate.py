@@ -14,7 +14,12 @@ from hybridflow.errors import UserError, nearest
 
 
 def locate(reference: str, base: Path) -> str:
-    """A path or ``file.py:function`` as seen from the current folder; what is not there is looked up in `base`."""
+    """A path or ``file.py:function`` as seen from the current folder; what is not there is looked up in `base`.
+
+    Names at other places (``modelscope://org/name``) are left as they are.
+    """
+    if "://" in reference:
+        return reference
     file, colon, name = reference.rpartition(":") if is_function_reference(reference) else (reference, "", "")
     path = Path(file).expanduser()
     if not path.is_absolute() and not path.exists() and (base / path).exists():

@@ -6,20 +6,25 @@ each is answered `samples_per_prompt` times, and one optimizer step takes `seque
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, POLICY_LOSSES, PRESETS
+from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES, PRESETS
+from hybridflow.config.combinations import check_algorithm
+from hybridflow.config.data import PromptDataSection, SftDataSection
+from hybridflow.config.rewards import REWARDS
+from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A section: unknown keys are errors, values cannot be changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class RunSection(Section):
@@ -53,37 +58,46 @@ class LoraSection(Section):
 class ModelSection(Section):
     """The model to train or to ask."""
 
-    path: str = Field(description="Hugging Face folder, or file.py:function returning (model, tokenizer).")
+    path: str = Field(
+        description="Hugging Face folder, org/name on the hub, modelscope://org/name, or file.py:function returning "
+        "(model, tokenizer)."
+    )
     lora: LoraSection | None = Field(None, description="Train adapters of this shape; unset trains all weights.")
+    packing: bool = Field(
+        True,
+        description="Run sequences side by side without padding. false is for families that cannot: they are padded, "
+        "with their own attention.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run code that the model's folder brings along; only for code that you have read."
+    )
 
 
-class PromptDataSection(Section):
-    """Rows with prompts, for reinforcement learning and evaluation."""
+class RlModelSection(ModelSection):
+    """The model to train, and the one that it is held against."""
 
-    train: str | None = Field(None, description="Training rows: .jsonl, .parquet, or file.py:function returning dicts.")
-    eval: str | None = Field(None, description="Evaluation rows, same forms.")
-    prompt_key: str = Field("prompt", description="Column with the prompt: a string or a list of chat messages.")
-    ground_truth_key: str = Field("ground_truth", description="Column that the reward compares with; dots go inside.")
-    max_prompt_tokens: PositiveInt = Field(1024, description="Longest prompt allowed, in tokens after the template.")
-    shuffle: bool = Field(True, description="Whether each epoch has its own random order.")
-
-
-class SftDataSection(Section):
-    """Conversations for supervised fine-tuning."""
-
-    train: str = Field(description="Training rows: .jsonl, .parquet, or file.py:function returning dicts.")
-    messages_key: str = Field("messages", description="Column with the conversation: a list of chat messages.")
-    max_tokens: PositiveInt = Field(2048, description="Longest conversation allowed, in tokens.")
-    shuffle: bool = Field(True, description="Whether each epoch has its own random order.")
+    reference: str | None = Field(
+        None,
+        description="The reference of the KL terms (algorithm.kl_reward_coef, kl_loss_coef), as in model.path; unset: "
+        "the model that the run began with. Its weights never change.",
+    )
 
 
 class RewardSection(Section):
     """What an answer is worth."""
 
     function: str = Field(
-        description="file.py:function. It takes any of response, ground_truth, prompt, row and returns a number; "
-        "with responses (a list) it scores a whole group and returns as many numbers."
+        description="file.py:function, or a built-in reward: gsm8k, gsm8k_flexible. A function takes any of response, "
+        "ground_truth, prompt, row and returns a number; with responses (a list) it scores a whole group and returns "
+        "as many numbers."
     )
+
+    @field_validator("function")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if ".py:" not in name and name not in REWARDS:
+            raise ValueError(f"{name!r} is neither file.py:function nor a built-in reward; {nearest(name, REWARDS)}")
+        return name
 
 
 class RolloutSection(Section):
@@ -91,13 +105,54 @@ class RolloutSection(Section):
 
     engine: Literal["inline", "vllm"] = Field("inline", description="inline: the training process's own model; vllm.")
     temperature: float = Field(1.0, gt=0, description="Divides the logits when training samples are drawn.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens that make up this share; training scores the same.",
+    )
+    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
+    )
+    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; what completes one is kept.")
+    stop_regex: str | None = Field(None, description="A regular expression that ends an answer where it matches.")
     max_response_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens (its stop token counts).")
     max_cache_tokens: PositiveInt = Field(
         262_144, description="Bound on the inline engine's key-value cache, in tokens over all running answers."
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="What the inline engine multiplies in. auto: bfloat16 on a GPU, the model's own type elsewhere, so "
+        "that log-probabilities are those of training; bfloat16 is quicker on CPUs with bf16 dot products.",
+    )
+    compile: bool = Field(
+        False, description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, Mistral)."
+    )
     engine_args: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="Further arguments of the engine itself (vLLM's LLM)."
     )
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> RolloutSection:
+        if self.stop_regex is not None:
+            try:
+                re.compile(self.stop_regex)
+            except re.error as error:
+                raise ValueError(
+                    f"rollout.stop_regex {self.stop_regex!r} is not a regular expression: {error}"
+                ) from error
+        if "" in self.stop:
+            raise ValueError("rollout.stop holds an empty text, which would end every answer at its first token")
+        cuts = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        if self.engine == "vllm" and (cuts or self.stop or self.stop_regex is not None):
+            what = "top_p, top_k and min_p" if cuts else "stop and stop_regex"
+            raise ValueError(
+                f"rollout.engine vllm does not take {what}: "
+                + ("it does not say which tokens were kept" if cuts else "it runs without a tokenizer")
+                + "; set rollout.engine=inline"
+            )
+        return self
 
 
 class AlgorithmSection(Section):
@@ -106,6 +161,10 @@ class AlgorithmSection(Section):
     preset: str = Field("grpo", description="Named choice of all the values below.")
     advantage: str = Field("grpo", description="Advantage estimator.")
     normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount of a reward, per token that lies before it.")
+    lam: float = Field(
+        1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
+    )
     policy_loss: str = Field("ppo_clip", description="Per-token policy loss.")
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
@@ -114,6 +173,23 @@ class AlgorithmSection(Section):
     )
     aggregation: str = Field("token-mean", description="How token losses become one number.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    clip_value: float | None = Field(
+        0.5, gt=0, description="How far the critic's values may usefully move in one step; unset (null): no bound."
+    )
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss where the critic shares the trunk.")
+    kl_reward_coef: float = Field(
+        0.0, ge=0, description="Weight of the divergence from the reference that is taken off every token's reward."
+    )
+    kl_reward_estimator: str = Field("k1", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="adaptive: kl_reward_coef is only the start, and led so that the divergence is kl_target."
+    )
+    kl_target: float | None = Field(None, gt=0, description="Divergence that adaptive holds, in nats per token.")
+    kl_horizon: PositiveInt = Field(
+        10_000, description="Answers over which adaptive changes the weight by at most a fifth."
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="Weight of the divergence from the reference in the loss.")
+    kl_loss_estimator: str = Field("k3", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
     old_logp: Literal["auto", "recompute", "rollout"] = Field(
         "auto",
         description="Where the ratio's denominator comes from. auto: the current policy itself when a step makes one "
@@ -136,10 +212,17 @@ class AlgorithmSection(Section):
             ("advantage", self.advantage, ADVANTAGES),
             ("policy_loss", self.policy_loss, POLICY_LOSSES),
             ("aggregation", self.aggregation, AGGREGATIONS),
+            ("kl_reward_estimator", self.kl_reward_estimator, KL_ESTIMATORS),
+            ("kl_loss_estimator", self.kl_loss_estimator, KL_ESTIMATORS),
         ]:
             if name not in known:
                 raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)}")
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities of the reference are used."""
+        return bool(self.kl_reward_coef or self.kl_loss_coef)
 
 
 class OptimSection(Section):
@@ -155,10 +238,34 @@ class OptimSection(Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Where the decay ends, as a share of lr.")
 
 
+class CriticSection(Section):
+    """The model that says what a state is worth, for advantages that need one."""
+
+    path: str | None = Field(None, description="Where its trunk begins, as in model.path; unset: the actor's model.")
+    lora: LoraSection | None = Field(None, description="Train adapters of this shape; unset trains all weights.")
+    shared_trunk: bool = Field(
+        False,
+        description="The value head stands on the actor's own trunk and is trained in the actor's updates, with weight "
+        "algorithm.value_coef; there is no second model.",
+    )
+    optim: OptimSection | None = Field(None, description="AdamW of the critic and its schedule; unset: as in optim.")
+    epochs_per_step: PositiveInt | None = Field(
+        None, description="The critic's own passes over a step's answers; unset: as in train.epochs_per_step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="First steps of the run, in which the critic alone is trained.")
+
+
 class RlTrainSection(Section):
     """How much is generated and trained on."""
 
-    steps: PositiveInt = Field(description="Steps of the run: generate, score, update, publish.")
+    steps: PositiveInt | None = Field(
+        None, description="Steps of the run: generate, score, update, publish. Give this or train.epochs."
+    )
+    epochs: PositiveInt | None = Field(
+        None,
+        description="Passes over the training rows, instead of train.steps: as many steps as find their prompts in "
+        "them. Rows left over at the end of an epoch open the next one's first step.",
+    )
     prompts_per_step: PositiveInt = Field(description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(description="Answers generated for each prompt (the group).")
     sequences_per_update: PositiveInt | None = Field(
@@ -176,7 +283,13 @@ class RlTrainSection(Section):
 class SftTrainSection(Section):
     """How much to train on."""
 
-    steps: PositiveInt = Field(description="Optimizer steps (at most, if stop_below_loss is set).")
+    steps: PositiveInt | None = Field(
+        None, description="Optimizer steps (at most, if stop_below_loss is set). Give this or train.epochs."
+    )
+    epochs: PositiveInt | None = Field(
+        None,
+        description="Passes over the rows, instead of train.steps; rows left over open the next epoch's first step.",
+    )
     sequences_per_update: PositiveInt = Field(64, description="Conversations in one optimizer step.")
     tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
     stop_below_loss: float | None = Field(
@@ -185,18 +298,78 @@ class SftTrainSection(Section):
 
 
 class EvalSection(Section):
-    """Held-out evaluation with greedy decoding; it never touches training noise."""
+    """Held-out evaluation; its noise is its own, so that it never changes what a run trains on."""
 
     every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: only before and after training.")
     before_training: bool = Field(True, description="Whether to evaluate the untrained model too.")
     max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the evaluation data.")
+    samples_per_prompt: PositiveInt = Field(1, description="Answers to each prompt; more than one need a temperature.")
+    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0 takes the most likely token (greedy).")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this share.")
+    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Makes tokens less likely that the prompt or the answer has already; 1: no change."
+    )
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict, description="Added to the logits of these token ids, for example {17: -5}."
+    )
+    k: list[PositiveInt] | None = Field(
+        None,
+        description="The k of pass@k and maj@k; unset: 1, 2, 4, ... and samples_per_prompt itself, where that is more "
+        "than one.",
+    )
+    success_threshold: float = Field(
+        1.0, description="An answer with at least this reward is a success, for pass@k. Means take rewards as they are."
+    )
+    answer: str | None = Field(
+        None,
+        description="file.py:function from the text of a response to the answer that maj@k counts as a vote; unset: "
+        "the whole response.",
+    )
+
+    def ks(self) -> list[int]:
+        """The k of pass@k and maj@k, ascending; empty if every prompt has one answer and nothing was asked for."""
+        n = self.samples_per_prompt
+        if self.k is not None:
+            return sorted(set(self.k))
+        return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)}) if n > 1 else []
+
+    def metric_names(self) -> list[str]:
+        """What is measured of each data source, without its name: ``mean@4``, ``pass@2``, ``maj@4/mean``."""
+        passed = [f"pass@{k}" for k in self.ks()]
+        return [f"mean@{self.samples_per_prompt}", *passed, *(f"maj@{k}/mean" for k in self.ks() if k > 1)]
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> EvalSection:
+        n = self.samples_per_prompt
+        if n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"eval.samples_per_prompt is {n}, but eval.temperature is 0: all greedy answers to a prompt are the "
+                "same; set eval.temperature, for example to 1"
+            )
+        large = [k for k in self.k or [] if k > n]
+        if large:
+            raise ValueError(
+                f"eval.k asks for pass@{large[0]}, but eval.samples_per_prompt is {n}: no {large[0]} answers can be "
+                f"taken out of {n}; raise eval.samples_per_prompt to {max(large)} or lower eval.k"
+            )
+        return self
 
 
 class CheckpointSection(Section):
-    """When to save."""
+    """When to save, and what to keep."""
 
     every: int = Field(0, ge=0, description="Save after every so many steps; 0: only at the end.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    best: str | None = Field(
+        None,
+        description="A held-out metric, such as val-core/SOURCE/reward/mean@1. The step that is best by it is saved, "
+        "and kept besides the newest; checkpoints/best.json says which it is.",
+    )
+    best_mode: Literal["max", "min"] = Field("max", description="Whether a higher or a lower value is better.")
 
 
 class TrackSection(Section):
@@ -209,17 +382,40 @@ class TrackSection(Section):
     rollouts_every: int = Field(1, ge=0, description="Write rollouts/step-*.parquet every so many steps; 0: never.")
 
 
+def _steps_or_epochs(train: RlTrainSection | SftTrainSection) -> None:
+    if (train.steps is None) == (train.epochs is None):
+        given = "both are" if train.steps else "neither is"
+        raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
+
+
+def _check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
+    if not has_rows:
+        raise ValueError(f"checkpoint.best is {name}, which is never measured: data.eval names no evaluation rows")
+    known = [f"val-core/SOURCE/reward/{metric}" for metric in evaluation.metric_names()]
+    prefix, sign, metric = name.partition("/reward/")
+    if not (prefix.startswith("val-core/") and sign and metric in evaluation.metric_names()):
+        raise ValueError(f"checkpoint.best {name!r} is not a metric of the evaluation; {nearest(name, known)}")
+
+
+def _refuse_more_than_temperature(evaluation: EvalSection) -> None:
+    plain = EvalSection()
+    for key in ("top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"):
+        if getattr(evaluation, key) != getattr(plain, key):
+            raise ValueError(f"rollout.engine vllm does not take eval.{key}: set rollout.engine=inline or leave it out")
+
+
 class RlConfig(Section):
     """A reinforcement-learning run: `hybridflow train`."""
 
     run: RunSection
-    model: ModelSection
+    model: RlModelSection
     data: PromptDataSection
     reward: RewardSection
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
     train: RlTrainSection
     optim: OptimSection = OptimSection()
+    critic: CriticSection | None = Field(None, description="The critic, of advantages that need one (gae).")
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
@@ -227,11 +423,13 @@ class RlConfig(Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> RlConfig:
         t = self.train
+        _steps_or_epochs(t)
         if ADVANTAGES[self.algorithm.advantage].needs_group and t.samples_per_prompt < 2:
             raise ValueError(
                 f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
                 "compares answers to one prompt: give at least 2"
             )
+        check_algorithm(self)
         sequences = t.prompts_per_step * t.samples_per_prompt
         if t.sequences_per_update is not None and sequences % t.sequences_per_update:
             raise ValueError(
@@ -254,6 +452,10 @@ class RlConfig(Section):
             raise ValueError("rollout.engine vllm cannot sample from adapters (model.lora): set rollout.engine=inline")
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
+        if self.rollout.engine == "vllm":
+            _refuse_more_than_temperature(self.eval)
+        if self.checkpoint.best is not None:
+            _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
         return self
 
 
@@ -270,6 +472,12 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SftConfig:
+        _steps_or_epochs(self.train)
+        if self.checkpoint.best is not None:
+            raise ValueError(
+                f"checkpoint.best is {self.checkpoint.best}, but supervised fine-tuning measures nothing held out; "
+                "leave it out"
+            )
         if self.train.tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
                 f"train.tokens_per_microbatch is {self.train.tokens_per_microbatch}, but one conversation can have "
@@ -292,4 +500,9 @@ class EvalConfig(Section):
     def _check_data(self) -> EvalConfig:
         if self.data.eval is None:
             raise ValueError("data.eval is missing: there is nothing to evaluate on")
+        if self.model.lora is not None:
+            raise ValueError(
+                "model.lora is for training; to evaluate adapters, write them into a model with `hybridflow export RUN "
+                "FOLDER` and give that folder as model.path"
+            )
         return self

@@ -1,9 +1,10 @@
-"""Chat messages to tokens, and which of them the assistant wrote."""
+"""Prompts and conversations to tokens, and which of these the assistant wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -11,26 +12,55 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hybridflow.errors import UserError
 
 Messages = list[dict[str, Any]]
+LossOn = Literal["all_assistant", "last_assistant"]
 
 
-def as_messages(prompt: str | Messages) -> Messages:
-    """A plain string is one message of the user."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How rows become text: the keys of the same names in ``data``."""
+
+    format: Literal["chat", "text"] = "chat"
+    system_prompt: str | None = None
+    thinking: bool | None = None
 
 
-def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises a UserError if the tokenizer has no chat template."""
+CHAT = Style()
+
+
+def as_messages(prompt: str | Messages, style: Style = CHAT) -> Messages:
+    """A plain string is one message of the user; the style's system prompt comes first, unless there is one."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if style.system_prompt is not None and (not messages or messages[0].get("role") not in ("system", "developer")):
+        return [{"role": "system", "content": style.system_prompt}, *messages]
+    return messages
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> None:
+    """Raises a UserError if the tokenizer's chat template cannot do what the style asks for."""
+    if style.format == "text":
+        return
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",
             why="prompts are rendered with it, and the model must see in training what it sees in use",
-            fix="set chat_template in its tokenizer_config.json, or save the tokenizer with one",
+            fix="set chat_template in its tokenizer_config.json, save the tokenizer with one, or set data.format=text",
+        )
+    if style.thinking is not None and "enable_thinking" not in str(tokenizer.chat_template):
+        raise UserError(
+            f"data.thinking is {str(style.thinking).lower()}, but the chat template has no such switch",
+            why="it does not mention enable_thinking, so the key would change nothing",
+            fix="leave data.thinking unset, or use a model whose template has the switch",
         )
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, *, add_generation_prompt: bool = False
+) -> str:
+    switch = {} if style.thinking is None else {"enable_thinking": style.thinking}
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+        )
     except TemplateError as error:
         raise UserError(
             f"the chat template refuses the messages {str(messages)[:200]}: {error}",
@@ -39,20 +69,46 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_genera
     return str(rendered)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> tuple[str, list[int]]:
-    """Text and token ids of a prompt with the template's opening of the assistant's turn."""
-    text = _apply(tokenizer, as_messages(prompt), add_generation_prompt=True)
-    return text, list(tokenizer(text, add_special_tokens=False).input_ids)
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: Style = CHAT) -> str:
+    """The prompt as the model sees it, with the template's opening of the assistant's turn."""
+    if style.format == "text":
+        assert isinstance(prompt, str)
+        return prompt
+    return _apply(tokenizer, as_messages(prompt, style), style, add_generation_prompt=True)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], style: Style = CHAT) -> list[list[int]]:
+    """Token ids of rendered texts. A template writes its own special tokens; plain text gets the tokenizer's."""
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=style.format == "text").input_ids
+    return ids
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: Style = CHAT
+) -> tuple[str, list[int]]:
+    """Text and token ids of a prompt."""
+    text = prompt_text(tokenizer, prompt, style)
+    return text, tokenize(tokenizer, [text], style)[0]
+
+
+def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str:
+    """A whole conversation as the model sees it."""
+    return _apply(tokenizer, as_messages(messages, style), style)
 
 
 def render_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    style: Style = CHAT,
+    *,
+    loss_on: LossOn = "all_assistant",
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of whole conversations, and a mask of the tokens that the assistant wrote.
+    """Token ids of whole conversations, and a mask of the tokens to learn: those that the assistant wrote.
 
     The boundaries come from rendering each conversation message by message: what precedes an assistant's turn, with
     the template's opening of that turn, must be a prefix of what follows it. Nothing is searched for in the text.
-    The assistant's closing token counts as written by it; a template's own text after that token does not.
+    The assistant's closing token counts as written by it; a template's own text after that token does not. With
+    `loss_on` "last_assistant" only the last turn counts; a message with ``train: false`` never does.
 
     Raises:
         UserError: the template rewrites earlier turns, so that no prefix of the conversation stays as it was, or a
@@ -60,7 +116,7 @@ def render_conversations(
     """
     texts, spans = [], []
     for messages in conversations:
-        text, written = _assistant_spans(tokenizer, messages)
+        text, written = _assistant_spans(tokenizer, as_messages(messages, style), style, loss_on)
         texts.append(text)
         spans.append(written)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -68,13 +124,7 @@ def render_conversations(
     for ids, offsets, written in zip(encoded.input_ids, encoded.offset_mapping, spans):
         mask = [False] * len(ids)
         for start, end in written:
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-            if inside and offsets[inside[0]][0] < start:
-                raise UserError(
-                    "a token spans the border between a prompt and the answer",
-                    why="generation starts at that border, so the model would be trained on tokens it never sees",
-                    fix="end the template's generation prompt with a special token or a newline",
-                )
+            inside = _tokens_between(offsets, start, end)
             closing = next((i for i in inside if ids[i] == tokenizer.eos_token_id), None)
             for i in inside[: None if closing is None else inside.index(closing) + 1]:
                 mask[i] = True
@@ -82,21 +132,62 @@ def render_conversations(
     return rendered
 
 
-def _assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character ranges of the assistant's turns."""
-    full = _apply(tokenizer, messages)
+def render_texts(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of plain texts, and a mask of the tokens to learn: what follows the prompt, and the end of sequence.
+
+    Args:
+        tokenizer: its own special tokens are put around the text; the end of sequence is added if it is not among them.
+        pairs: (prompt, text after it); the prompt may be empty, then all tokens but the first are learned.
+
+    Raises:
+        UserError: a token straddles the end of a prompt.
+    """
+    encoded = tokenizer([a + b for a, b in pairs], return_offsets_mapping=True)
+    rendered = []
+    for ids, offsets, (prompt, text) in zip(encoded.input_ids, encoded.offset_mapping, pairs):
+        mask = [False] * len(ids)
+        for i in _tokens_between(offsets, len(prompt), len(prompt) + len(text)):
+            mask[i] = i > 0
+        if ids[-1] == tokenizer.eos_token_id:
+            rendered.append((list(ids), [*mask[:-1], True]))
+        else:
+            rendered.append(([*ids, int(tokenizer.eos_token_id)], [*mask, True]))
+    return rendered
+
+
+def _tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """The tokens of these characters; the first must not begin before them."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    if inside and offsets[inside[0]][0] < start:
+        raise UserError(
+            "a token spans the border between a prompt and the answer",
+            why="generation starts at that border, so the model would be trained on tokens it never sees",
+            fix="end the prompt (or the template's generation prompt) with a special token or a newline",
+        )
+    return inside
+
+
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, loss_on: LossOn
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character ranges of the assistant's turns that are learned."""
+    full = _apply(tokenizer, messages, style)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for i in turns[-1:] if loss_on == "last_assistant" else turns:
+        if messages[i].get("train") is False:
             continue
-        before = _apply(tokenizer, messages[:i], add_generation_prompt=True)
+        before = _apply(tokenizer, messages[:i], style, add_generation_prompt=True)
         last = i + 1 == len(messages)
-        after = full if last else _apply(tokenizer, messages[: i + 1])
+        after = full if last else _apply(tokenizer, messages[: i + 1], style)
         if not (full.startswith(before) and full.startswith(after)):
             raise UserError(
                 f"the chat template rewrites turns before message {i}",
                 why="the conversation up to an answer must be rendered the same with and without that answer",
-                fix="use a template that only appends (for thinking models: one that keeps earlier turns as they were)",
+                fix="use a template that only appends (for thinking models: one that keeps earlier turns as they "
+                "were), or set data.loss_on=last_assistant",
             )
         spans.append((len(before), len(after)))
     return full, spans

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.sections import PromptDataSection
-from hybridflow.data.chat import Messages, as_messages, render_prompt, require_template
-from hybridflow.data.rows import Row, column, fingerprint_rows, read_rows
+from hybridflow.config.data import PromptDataSection
+from hybridflow.data.chat import Messages, Style, as_messages, prompt_text, require_template, tokenize
+from hybridflow.data.rows import Row, column, has_column, require_one_schema
+from hybridflow.data.sampler import Sampler
+from hybridflow.data.sources import RowSet, Sources, read_sources
 from hybridflow.errors import UserError
+
+VERL_TRUTH = "reward_model.ground_truth"  # where verl's rows have it
+_CHUNK = 1000  # rows tokenised together
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +40,27 @@ class Prompt:
     @property
     def data_source(self) -> str:
         """Name of the data set, for metrics: the row's own, else "data"."""
-        return str(self.row.get("data_source", "data"))
+        return str(self.row.get("data_source") or "data")
 
 
 @dataclass(slots=True)
 class PromptSet:
-    """All prompts of a data source, rendered when they are asked for."""
+    """All prompts of one or several sources, rendered when they are asked for.
 
-    rows: list[Row]
-    source: str
+    Args:
+        data: the rows.
+        config: which columns, which limit.
+        tokenizer: renders and tokenises.
+        over_long: number of prompts that were left out or are cut, as ``data.over_long`` says.
+    """
+
+    data: RowSet
     config: PromptDataSection
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
+    over_long: int = 0
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.data.rows)
 
     def __getitem__(self, index: int) -> Prompt:
         """The prompt of a row.
@@ -56,29 +68,95 @@ class PromptSet:
         Raises:
             UserError: a column is missing, or the prompt is over the limit.
         """
-        row, key = self.rows[index], self.config.prompt_key
-        value = column(row, key, source=self.source, index=index)
-        if not (isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict))):
+        value, truth = self._values(index)
+        text = prompt_text(self.tokenizer, value, self.style)
+        [ids] = tokenize(self.tokenizer, [text], self.style)
+        limit = self.config.max_prompt_tokens
+        if len(ids) > limit and self.config.over_long == "truncate":
+            ids = ids[-limit:]
+            text = str(self.tokenizer.decode(ids))
+        elif len(ids) > limit:
+            source, number = self.data.place(index)
             raise UserError(
-                f"{key} of row {index} of {self.source} is a {type(value).__name__}, not a string or chat messages"
+                f"the prompt of row {number} of {source} has {len(ids)} tokens, data.max_prompt_tokens is {limit}",
+                fix="raise the limit or leave the row out (data.over_long=filter does)",
             )
-        truth = column(row, self.config.ground_truth_key, source=self.source, index=index)
-        text, ids = render_prompt(self.tokenizer, value)
-        if len(ids) > self.config.max_prompt_tokens:
-            raise UserError(
-                f"the prompt of row {index} of {self.source} has {len(ids)} tokens, "
-                f"data.max_prompt_tokens is {self.config.max_prompt_tokens}",
-                fix="raise the limit or leave the row out",
-            )
-        return Prompt(tuple(ids), text, as_messages(value), truth, row)
+        return Prompt(tuple(ids), text, as_messages(value, self.style), truth, self.data.rows[index])
+
+    @property
+    def source(self) -> str:
+        """Where the rows came from, in words."""
+        return self.data.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows that are drawn from; see `RowSet.fingerprint`."""
+        return self.data.fingerprint()
+
+    @property
+    def style(self) -> Style:
+        """How prompts become text."""
+        return Style(self.config.format, self.config.system_prompt, self.config.thinking)
+
+    def sampler(self, *, seed: int) -> Sampler:
+        """Draws from these prompts, as ``data.order`` and the weights of the sources say."""
+        return self.data.sampler(self.config.order, seed=seed)
+
+    def measure(self, count: int | None = None) -> Iterator[tuple[str, int]]:
+        """Rendered text and number of tokens of each of the first prompts, before any cut; tokenised in batches.
+
+        Raises:
+            UserError: see `__getitem__`, without the limit.
+        """
+        count = len(self) if count is None else min(count, len(self))
+        for first in range(0, count, _CHUNK):
+            values = [self._values(i)[0] for i in range(first, min(first + _CHUNK, count))]
+            texts = [prompt_text(self.tokenizer, value, self.style) for value in values]
+            yield from zip(texts, map(len, tokenize(self.tokenizer, texts, self.style)))
+
+    def notes(self) -> list[str]:
+        """What was done about over-long prompts, in words."""
+        done = {"filter": "left out", "truncate": "cut at their beginning"}.get(self.config.over_long)
+        limit = self.config.max_prompt_tokens
+        return [f"prompts of more than {limit} tokens, {done}: {self.over_long}"] if done else []
+
+    def _values(self, index: int) -> tuple[str | Messages, Any]:
+        """Prompt and ground truth of a row."""
+        row, key = self.data.rows[index], self.config.prompt_key
+        source, number = self.data.place(index)
+        value = column(row, key, source=source, index=number)
+        chat = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        if not (isinstance(value, str) or (chat and self.config.format == "chat")):
+            wanted = "a string or chat messages" if self.config.format == "chat" else "a string (data.format is text)"
+            raise UserError(f"{key} of row {number} of {source} is a {type(value).__name__}, not {wanted}")
+        if value == "" and self.config.format == "text":
+            raise UserError(f"{key} of row {number} of {source} is empty", why="a model needs something to go on from")
+        return value, column(row, truth_key(row, self.config), source=source, index=number)
 
 
-def load_prompts(source: str, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptSet:
-    """Reads a data source for prompts; `check_all` of the set goes through every row.
+def truth_key(row: Row, config: PromptDataSection) -> str:
+    """The column of the ground truth: as configured, or where verl's rows have it."""
+    key = config.ground_truth_key
+    return VERL_TRUTH if key == "ground_truth" and key not in row and has_column(row, VERL_TRUTH) else key
+
+
+def load_prompts(
+    sources: Sources, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> PromptSet:
+    """Reads data sources for prompts; with ``data.over_long`` filter or truncate every prompt is measured.
 
     Raises:
-        UserError: the source cannot be read, or the tokenizer has no chat template.
+        UserError: a source cannot be read, its rows are of different kinds, or the tokenizer has no chat template.
     """
-    require_template(tokenizer)
-    rows = read_rows(source, seed=seed)
-    return PromptSet(rows, source, config, tokenizer, fingerprint_rows(rows))
+    data = read_sources(sources, seed=seed)
+    prompts = PromptSet(data, config, tokenizer)
+    require_template(tokenizer, prompts.style)
+    for part, source in zip(data.parts(), data.sources):
+        rows = data.rows[part.start : part.stop]
+        require_one_schema(rows, [config.prompt_key, truth_key(rows[0], config)], source=source.source)
+    if config.over_long == "refuse":
+        return prompts
+    fits = [tokens <= config.max_prompt_tokens for _, tokens in prompts.measure()]
+    if config.over_long == "filter":
+        data = data.keep([i for i, fit in enumerate(fits) if fit])
+    return PromptSet(data, config, tokenizer, over_long=fits.count(False))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
-from hybridflow.engines.microbatch import accumulate_gradient, score_microbatches
+from hybridflow.engines.microbatch import accumulate_gradient, autocast_on, score_microbatches
+from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss, Update, WeightStream
 from hybridflow.weights.stream import stream_of
 
@@ -27,6 +27,9 @@ class LocalEngine:
         total_steps: optimizer steps of the whole run, for the schedule's decay.
         tokens_per_microbatch: most tokens in one forward pass.
         device: where to train.
+        value_head: trained with the model and asked for "value" scores: it makes the model a critic, or an actor whose
+            trunk is the critic's too. Its weights are not streamed.
+        name: what its metrics begin with.
     """
 
     def __init__(
@@ -37,14 +40,20 @@ class LocalEngine:
         total_steps: int,
         tokens_per_microbatch: int,
         device: torch.device | str = "cpu",
+        value_head: ValueHead | None = None,
+        name: Literal["actor", "critic"] = "actor",
     ) -> None:
         self.model = model.to(device).train()
+        self.value_head = None if value_head is None else value_head.to(device)
+        self.name = name
         self.optim = optim
         self.total_steps = total_steps
         self.tokens_per_microbatch = tokens_per_microbatch
         self.device = torch.device(device)
         self.steps_done = 0
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if value_head is not None:
+            self.trained |= {f"value_head.{n}": p for n, p in value_head.named_parameters()}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
         others = [p for p in self.trained.values() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -63,7 +72,8 @@ class LocalEngine:
             outputs,
             temperature=temperature,
             tokens_per_microbatch=self.tokens_per_microbatch,
-            autocast=self._autocast(),
+            autocast=autocast_on(self.device),
+            value_head=self.value_head,
         )
 
     def update(self, batch: Batch, loss: Loss) -> Update:
@@ -76,11 +86,13 @@ class LocalEngine:
             batch,
             loss,
             tokens_per_microbatch=self.tokens_per_microbatch,
-            autocast=self._autocast(),
+            autocast=autocast_on(self.device),
+            value_head=self.value_head,
         )
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optim.clip_grad_norm))
         lr = learning_rate(self.optim, self.steps_done, self.total_steps)
-        metrics = sums.metrics() | {"actor/loss": sums.loss, "actor/grad_norm": norm, "actor/lr": lr}
+        own = {"loss": sums.loss, "grad_norm": norm, "lr": lr}
+        metrics = sums.metrics() | {f"{self.name}/{key}": value for key, value in own.items()}
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             return Update(metrics, applied=False, bad_rows=sums.bad_rows)
@@ -115,15 +127,12 @@ class LocalEngine:
         """See `TrainEngine.to`."""
         target = self.device if where == "device" else torch.device("cpu")
         self.model.to(target)
+        if self.value_head is not None:
+            self.value_head.to(target)
         for moments in self.optimizer.state.values():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.ndim:
                     moments[name] = value.to(target)
-
-    def _autocast(self) -> Callable[[], AbstractContextManager[None]]:
-        if self.device.type != "cuda":
-            return nullcontext
-        return lambda: torch.autocast("cuda", dtype=torch.bfloat16)
 
 
 def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:

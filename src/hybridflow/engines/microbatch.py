@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,8 +19,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import COLUMNS, LOSSES, Terms
 from hybridflow.batch import Batch, balanced_parts
-from hybridflow.models.forward import beginnings, score_tokens
+from hybridflow.models.forward import beginnings, hidden_states, packs, score_tokens
+from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss
+
+MODEL_COLUMNS = ("input_ids_T", "loss_mask_T", "group_B", "support_size_T", "support_ids_K")  # what scores depend on
 
 
 @dataclass(slots=True)
@@ -47,6 +50,7 @@ def accumulate_gradient(
     *,
     tokens_per_microbatch: int,
     autocast: Callable[[], AbstractContextManager[None]],
+    value_head: ValueHead | None = None,
 ) -> Sums:
     """Adds the gradient of the mini-batch's loss to the model's gradients.
 
@@ -56,22 +60,26 @@ def accumulate_gradient(
         loss: which loss, with its parameters.
         tokens_per_microbatch: most tokens in one forward pass.
         autocast: opens the precision that the forward pass runs in.
+        value_head: reads values, for the losses that learn them.
     """
     total = Sums()
+    batch = _sharing(model, batch)
     for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
         with autocast():
-            scores = score_tokens(
+            index_M, scores = _scores(
                 model,
                 part,
+                value_head,
+                _outputs(loss),
                 temperature=loss.params.get("temperature", 1.0),
-                entropy=_entropy_needed(loss),
+                entropy_gradient=bool(loss.params.get("entropy_coef")),
             )
-        columns = {n: part[n][scores.index_M].to(scores.logp_M.device) for n in COLUMNS if n in part}
-        terms = LOSSES[loss.name](scores.named(), columns, loss.params)
+        columns = {n: part[n][index_M].to(model.device) for n in COLUMNS if n in part}
+        terms = LOSSES[loss.name](scores, columns, loss.params)
         terms.loss_M.sum().backward()
         _add(total, terms)
-        total.bad_rows += _bad_rows(terms.loss_M.detach(), scores.index_M, part, rows)
+        total.bad_rows += _bad_rows(terms.loss_M.detach(), index_M, part, rows)
     total.bad_rows.sort()
     return total
 
@@ -84,22 +92,22 @@ def score_microbatches(
     temperature: float,
     tokens_per_microbatch: int,
     autocast: Callable[[], AbstractContextManager[None]],
+    value_head: ValueHead | None = None,
 ) -> dict[str, Tensor]:
     """Per-token columns of a batch without gradients: see `TrainEngine.score`."""
     dtype = torch.promote_types(torch.float32, model.dtype)
     result = {name: torch.zeros(batch.total(), dtype=dtype) for name in outputs}
     positions = torch.arange(batch.total())
-    batch = batch.select([n for n in ("input_ids_T", "loss_mask_T", "group_B") if n in batch])
+    batch = batch.select([n for n in MODEL_COLUMNS if n in batch])
     batch["position_T"] = positions
+    batch = _sharing(model, batch)
     for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
         with torch.no_grad(), autocast():
-            scores = score_tokens(
-                model, part, temperature=temperature, entropy="detached" if "entropy" in outputs else "no"
-            )
-        where = part["position_T"][scores.index_M]
+            index_M, scores = _scores(model, part, value_head, outputs, temperature=temperature)
+        where = part["position_T"][index_M]
         for name in outputs:
-            result[name][where] = scores.named()[name].to("cpu", dtype)
+            result[name][where] = scores[name].to("cpu", dtype)
     return result
 
 
@@ -128,10 +136,50 @@ def microbatches(batch: Batch, budget: int) -> list[list[int]]:
     return [sorted(r for unit in part for r in rows[unit]) for part in balanced_parts(costs, budget)]
 
 
-def _entropy_needed(loss: Loss) -> Literal["no", "detached", "with gradient"]:
+def autocast_on(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """The precision of a forward pass: bfloat16 where a GPU computes it, else that of the weights."""
+    if device.type != "cuda":
+        return nullcontext
+    return lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+
+
+def _sharing(model: PreTrainedModel, batch: Batch) -> Batch:
+    """The batch, without its groups where the model pads: padded sequences share no prompts."""
+    return batch if packs(model) else batch.select([name for name in batch if name != "group_B"])
+
+
+def _outputs(loss: Loss) -> tuple[str, ...]:
+    """The scores that a loss reads."""
+    if loss.name == "value":
+        return ("value",)
     if loss.name != "policy":
-        return "no"
-    return "with gradient" if loss.params.get("entropy_coef") else "detached"
+        return ("logp",)
+    return ("logp", "entropy", "value") if loss.params.get("value_coef") else ("logp", "entropy")
+
+
+def _scores(
+    model: PreTrainedModel,
+    part: Batch,
+    value_head: ValueHead | None,
+    outputs: Sequence[str],
+    *,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scores asked for, by name, from one forward pass; values alone do without logits."""
+    assert value_head is not None or "value" not in outputs, "values need a value head"
+    if value_head is not None and tuple(outputs) == ("value",):
+        hidden_MD, index_M = hidden_states(model, part)
+        return index_M, {"value": value_head(hidden_MD)}
+    entropy: Literal["with gradient", "detached"] = "with gradient" if entropy_gradient else "detached"
+    scores = score_tokens(
+        model,
+        part,
+        temperature=temperature,
+        entropy=entropy if "entropy" in outputs else "no",
+        value_head=value_head if "value" in outputs else None,
+    )
+    return scores.index_M, scores.named()
 
 
 def _add(total: Sums, terms: Terms) -> None:

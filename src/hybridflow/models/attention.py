@@ -25,27 +25,79 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn  # flash attention on packed sequences; has no CPU kernel
 
 from hybridflow.batch import offsets_from_lengths
+from hybridflow.errors import UserError
+from hybridflow.models.softcap import softcapped_attention, visible
 
 ATTENTION = "hybridflow"
+# What models hand to the attention besides queries, keys and values, and what changes nothing in a layout.
+COVERED = frozenset({"layout", "scaling", "sliding_window", "softcap", "is_causal"})
+NEUTRAL = frozenset(
+    {
+        "dropout", "position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "deterministic",
+        "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch",
+    }
+)  # fmt: skip
 
 
 class Layout(Protocol):
     """Computes one layer's attention for the tokens of a forward pass."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q ``[rows, H, tokens, D]``, k and v ``[rows, K, tokens, D]`` to ``[rows, tokens, H, D]``."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """q ``[rows, H, tokens, D]``, k ``[rows, K, tokens, D]``, v ``[rows, K, tokens, E]``; ``[rows, tokens, H, E]``.
+
+        Args:
+            layer: number of the layer.
+            q: queries.
+            k: keys.
+            v: values; their size E can differ from D (multi-head latent attention).
+            scale: multiplies the scores.
+            window: a token sees itself and the ``window - 1`` tokens before it; None sees all before it.
+            softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None leaves them.
+        """
         ...
 
 
 def attention(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: hands over to the layout of this forward pass."""
+    """The function registered with transformers: hands over to the layout of this forward pass.
+
+    Raises:
+        UserError: the model asks for something that layouts do not compute (attention sinks, a bias by position, ...).
+    """
     layout: Layout | None = kwargs.get("layout")
     assert layout is not None, "a model with this attention is called with layout=..."
     assert attention_mask is None, "layouts replace masks"
+    asked = [name for name, value in kwargs.items() if value is not None and name not in COVERED | NEUTRAL]
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        asked.append("is_causal=False")
+    if asked:
+        raise UserError(
+            f"{type(module).__name__} asks for attention that packed sequences do not have: {', '.join(asked)}",
+            why="leaving it out would silently compute another model",
+            fix="set model.packing=false",
+        )
     scale = kwargs.get("scaling")
-    out = layout.attend(int(module.layer_idx), q, k, v, scale if scale is not None else q.shape[-1] ** -0.5)  # type: ignore[arg-type]
+    out = layout.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        q,
+        k,
+        v,
+        scale=scale if scale is not None else q.shape[-1] ** -0.5,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
     return out, None
 
 
@@ -71,6 +123,7 @@ class PackedLayout:
         keep: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.keep, self.shared = keep, shared
+        self._masks: dict[tuple[int, int], Tensor] = {}
         self.lengths, self.offsets, self.device = lengths, offsets_from_lengths(lengths), torch.device(device)
         self.longest = int(lengths.max())
         positions_T = torch.arange(int(self.offsets[-1])) - torch.repeat_interleave(self.offsets[:-1], lengths)
@@ -84,35 +137,74 @@ class PackedLayout:
     @cached_property
     def buckets(self) -> tuple[list[Tensor], Tensor]:
         """Indices into and out of the buckets, on the model's device."""
-        gather, scatter = _bucket_indices(self.lengths, self.offsets)
+        gather, scatter = bucket_indices(self.lengths, self.offsets)
         if self.shared is not None:
             gather = [self.shared.place_T[index] for index in gather]
             scatter = scatter[self.shared.token_U]
         return [index.to(self.device) for index in gather], scatter.to(self.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """One layer: see `Layout`."""
-        q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (q, k, v))
         if self.keep is not None:
-            self.keep.append((k_TKD, v_TKD))
-        grouped = q.shape[1] != k.shape[1]
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            cu, longest = self.cu_seqlens, self.longest
-            if self.shared is not None:
-                place_T = self.shared.place_T.to(q.device)
-                q_THD, k_TKD, v_TKD = q_THD[place_T], k_TKD[place_T], v_TKD[place_T]
-            out = varlen_attn(
-                q_THD, k_TKD, v_TKD, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-            )
-            assert isinstance(out, Tensor)
-            return (out if self.shared is None else out[self.shared.token_U.to(q.device)])[None]
-        gather, scatter_T = self.buckets
+            self.keep.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
+        size, value_size = q.shape[-1], v.shape[-1]
+        if value_size < size and softcap is None:
+            v = F.pad(v, (0, size - value_size))  # fused kernels want one head size; the zeros are cut off again
+        q_UHD, k_UKD, v_UKD = (x[0].transpose(0, 1) for x in (q, k, v))
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and softcap is None and size <= 256:
+            out_UHD = self._varlen(q_UHD, k_UKD, v_UKD, scale, window)
+        else:
+            out_UHD = self._bucketed(q_UHD, k_UKD, v_UKD, scale, window, softcap)
+        return out_UHD[None, ..., :value_size]
+
+    def _varlen(self, q_UHD: Tensor, k_UKD: Tensor, v_UKD: Tensor, scale: float, window: int | None) -> Tensor:
+        cu, longest = self.cu_seqlens, self.longest
+        grouped = q_UHD.shape[1] != k_UKD.shape[1]
+        sees = (-1 if window is None else window - 1, 0)
+        if self.shared is not None:
+            place_T = self.shared.place_T.to(q_UHD.device)
+            q_UHD, k_UKD, v_UKD = q_UHD[place_T], k_UKD[place_T], v_UKD[place_T]
+        out = varlen_attn(
+            q_UHD, k_UKD, v_UKD, cu, cu, longest, longest, scale=scale, window_size=sees, enable_gqa=grouped
+        )
+        assert isinstance(out, Tensor)
+        return out if self.shared is None else out[self.shared.token_U.to(out.device)]
+
+    def _bucketed(
+        self, q_UHD: Tensor, k_UKD: Tensor, v_UKE: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        gather, scatter = self.buckets
+        grouped = q_UHD.shape[1] != k_UKD.shape[1]
         parts = []
         for index_NL in gather:
-            q_b, k_b, v_b = (x[index_NL].transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
-            out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=grouped)
+            q_b, k_b, v_b = (x[index_NL].transpose(1, 2) for x in (q_UHD, k_UKD, v_UKE))
+            length = index_NL.shape[1]
+            narrow = window if window is not None and length > window else None
+            if softcap is not None:
+                out_b = softcapped_attention(q_b, k_b, v_b, scale=scale, softcap=softcap, window=narrow)
+            else:
+                mask = None if narrow is None else self._window_mask(length, narrow)
+                out_b = F.scaled_dot_product_attention(
+                    q_b, k_b, v_b, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                )
             parts.append(out_b.transpose(1, 2).flatten(0, 1))
-        return torch.cat(parts)[scatter_T][None]
+        return torch.cat(parts)[scatter]
+
+    def _window_mask(self, length: int, window: int) -> Tensor:
+        """``[L, L]``: what a token of a sequence sees; made once for all layers."""
+        if (length, window) not in self._masks:
+            self._masks[length, window] = visible(length, length, 0, window, self.device)
+        return self._masks[length, window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +241,7 @@ def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning
     return Shared(through_T.nonzero()[:, 0], (through_T.cumsum(0) - 1)[source_T])
 
 
-def _bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:
+def bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:
     """How to gather T packed tokens into buckets ``[N, L]`` of similar lengths, and back.
 
     Returns:

@@ -5,15 +5,18 @@ Shapes: T tokens of all sequences, M tokens that are scored (masked in), V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.models.attention import PackedLayout, shared_beginnings
+from hybridflow.models.attention import ATTENTION, PackedLayout, shared_beginnings
+from hybridflow.models.head import output_head
+from hybridflow.models.log_probs import Entropy, support_of, token_logps
+from hybridflow.models.padded import padded_states
 
 
 @dataclass(slots=True)
@@ -24,28 +27,66 @@ class TokenScores:
         index_M: where each stands on the batch's T axis.
         logp_M: log p(token | tokens before it).
         entropy_M: entropy of the distribution that the token was drawn from, in nats; None unless asked for.
+        value_M: value of the state before the token; None without a value head.
     """
 
     index_M: Tensor
     logp_M: Tensor
     entropy_M: Tensor | None
+    value_M: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The scores under the names that `TrainEngine.score` and the losses use."""
-        return {"logp": self.logp_M} | ({} if self.entropy_M is None else {"entropy": self.entropy_M})
+        found = {"logp": self.logp_M, "entropy": self.entropy_M, "value": self.value_M}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def score_tokens(
-    model: PreTrainedModel, batch: Batch, *, temperature: float, entropy: Literal["no", "detached", "with gradient"]
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy: Entropy,
+    value_head: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenScores:
-    """One forward pass over a batch, packed without padding; logits only where a token is scored.
+    """Log-probabilities of the scored tokens, from one forward pass; logits only where a token is scored.
 
     Args:
         model: a model that `models.load` loaded.
-        batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group share their prompt: it goes
-            through the model once.
+        batch: see `hidden_states`; with ``support_size_T`` and ``support_ids_K``, see `log_probs.support_of`.
         temperature: divides the logits before the softmax.
         entropy: whether to compute the entropies too; "detached" spares their gradient.
+        value_head: reads the state's value from the same hidden states ``[M, D]``; None for none.
+
+    Raises:
+        ValueError: a sequence's first token is masked in; nothing predicts it.
+    """
+    hidden_MD, index_M = hidden_states(model, batch)
+    logp_M, entropy_M = token_logps(
+        hidden_MD,
+        output_head(model),
+        batch["input_ids_T"][index_M].to(hidden_MD.device),
+        temperature=temperature,
+        entropy=entropy,
+        support=support_of(batch, index_M, hidden_MD.device),
+    )
+    value_M = None if value_head is None else value_head(hidden_MD)
+    return TokenScores(index_M, logp_M, entropy_M, value_M)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The last hidden state before every scored token, from one forward pass packed without padding.
+
+    A model that does not pack (``model.packing=false``) gets padded batches of similar lengths instead.
+
+    Args:
+        model: a model that `models.load` loaded; its output layer is not run.
+        batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group share their prompt: it goes
+            through the model once.
+
+    Returns:
+        ``hidden_MD``, with a gradient, and ``index_M``: where each scored token stands on the T axis. The state of a
+        token is that of its predecessor, from which the token is predicted.
 
     Raises:
         ValueError: a sequence's first token is masked in; nothing predicts it.
@@ -56,28 +97,31 @@ def score_tokens(
     if torch.isin(offsets[:-1], index_M.cpu()).any():
         raise ValueError("the first token of a sequence is masked in, but nothing predicts it")
     input_ids_T = batch["input_ids_T"].to(device)
+    if not packs(model):
+        return padded_states(trunk(model), input_ids_T, batch.lengths())[(index_M - 1).to(device)], index_M
     shared = None
     if "group_B" in batch:
         shared = shared_beginnings(batch["input_ids_T"], offsets, batch["group_B"], beginnings(batch))
     layout = PackedLayout(batch.lengths(), device, shared=shared)
-    predictor_M = index_M - 1
-    logits_MV = model(
+    hidden_TD = trunk(model)(
         input_ids=(input_ids_T if shared is None else input_ids_T[shared.token_U.to(device)])[None],
         position_ids=layout.position_ids,
         use_cache=False,
-        logits_to_keep=(predictor_M if shared is None else shared.place_T[predictor_M]).to(device),
         layout=layout,
-    ).logits[0]
-    logits_MV = logits_MV.to(torch.promote_types(torch.float32, logits_MV.dtype))  # at least float32
-    if temperature != 1.0:
-        logits_MV = logits_MV / temperature
-    logp_MV = torch.log_softmax(logits_MV, dim=-1)
-    logp_M = logp_MV.gather(-1, input_ids_T[index_M.to(device)][:, None])[:, 0]
-    entropy_M = None
-    if entropy != "no":
-        source_MV = logp_MV.detach() if entropy == "detached" else logp_MV
-        entropy_M = -(source_MV.exp() * source_MV).sum(-1)
-    return TokenScores(index_M, logp_M, entropy_M)
+    ).last_hidden_state[0]
+    predictor_M = index_M - 1
+    return hidden_TD[(predictor_M if shared is None else shared.place_T[predictor_M]).to(device)], index_M
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model takes sequences packed (see `models.attention`); the others take them padded."""
+    return model.config._attn_implementation == ATTENTION
+
+
+def trunk(model: PreTrainedModel) -> torch.nn.Module:
+    """A causal language model without its output layer; adapters inside it stay."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    return getattr(plain, plain.base_model_prefix)
 
 
 def beginnings(batch: Batch) -> Tensor:

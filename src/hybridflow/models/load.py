@@ -1,72 +1,77 @@
-"""Loading a causal language model and its tokenizer, from a folder or from a function of the user's."""
+"""Loading a causal language model and its tokenizer: from a folder, a hub, or a function of the user's."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION, attention
+from hybridflow.models.families import use_packing
+from hybridflow.models.source import code_files, model_folder, read_config, refuse_own_code
 
 AttentionInterface.register(ATTENTION, attention)
 
+BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)  # what incomplete folders raise
+
 
 def load_model(
-    path: str, *, seed: int = 0, base: Path | None = None
+    path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in float32 master weights, with ragged attention and without dropout, and its tokenizer.
 
     Args:
-        path: a folder in Hugging Face format, or ``file.py:function``; the function is called with ``seed=`` (where it
-            takes one) and returns (model, tokenizer).
+        path: a folder in Hugging Face format; ``org/name`` on the Hugging Face hub; ``modelscope://org/name``; or
+            ``file.py:function``: the function is called with ``seed=`` (where it takes one) and returns (model,
+            tokenizer).
         seed: for a function that makes random weights.
+        packing: give it ragged attention; without, sequences are padded and the model keeps its own.
+        trust_remote_code: run code that the folder brings along.
 
     Raises:
-        UserError: nothing there, not a causal language model, or attention that the ragged layout does not cover.
+        UserError: nothing there, no causal language model, code of its own, or attention that the ragged layout does
+            not cover.
     """
     disable_progress_bar()  # a bar for every load and save drowns the run's own progress
     if is_function_reference(path):
         model, tokenizer = _from_function(path, seed)
     else:
-        folder = _require_folder(path)
-        try:
-            # Every model has eager attention; which attention is used is decided below.
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}",
-                fix="check that the folder is complete and holds a causal language model",
-            ) from error
-        tokenizer = load_tokenizer(path)
-    _refuse_uncovered_attention(model)
-    model.set_attn_implementation(ATTENTION)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the trainer must score the very distribution that was sampled
+        model = _from_folder(model_folder(path), path, packing=packing, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    remove_dropout(model)
+    _refuse_both_directions(path, model)
+    if packing:
+        use_packing(model)
     return model, tokenizer
 
 
-def load_tokenizer(path: str, *, seed: int = 0) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; a function reference is called for it, a folder is read.
+def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; a function reference is called for it, a folder is read (see `load_model`).
 
     Raises:
-        UserError: there is no tokenizer, or it has no end-of-sequence token.
+        UserError: there is no tokenizer, it needs code of its own, or it has no end-of-sequence token.
     """
     if is_function_reference(path):
         tokenizer = _from_function(path, seed)[1]
     else:
+        folder = model_folder(path, weights=False)
+        if not trust_remote_code:
+            _refuse_own_tokenizer(path, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(_require_folder(path))
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except BROKEN as error:
             raise UserError(
                 f"no tokenizer in {path}: {str(error).splitlines()[0]}",
                 fix="save the tokenizer into the model's folder (tokenizer.save_pretrained)",
@@ -87,15 +92,89 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, extra)}))
 
 
-def _require_folder(path: str) -> Path:
-    folder = Path(path)
-    if not (folder / "config.json").is_file():  # asked before transformers is, which would look for it on the network
-        raise UserError(
-            f"no model at {path}",
-            why="a model folder has a config.json beside its weights",
-            fix="give a folder in Hugging Face format, or file.py:function that returns (model, tokenizer)",
+def _from_folder(folder: Path, path: str, *, packing: bool, trust_remote_code: bool) -> PreTrainedModel:
+    values = read_config(folder)
+    built_in = values.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if values.get("auto_map") and not trust_remote_code and not built_in:
+        refuse_own_code(path, code_files(values["auto_map"]))
+    if not (values.get("auto_map") and trust_remote_code):
+        _require_causal_head(path, values)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            # Every model has eager attention; packing brings its own. Without packing, transformers chooses.
+            attn_implementation="eager" if packing else None,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    return folder
+    except BROKEN as error:
+        raise UserError(
+            f"the model in {path} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}",
+            fix="check that the folder is complete and holds a causal language model",
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        some = ", ".join(missing[:3])
+        raise UserError(
+            f"the weights in {path} lack tensors of a {type(model).__name__} ({len(missing)}): {some}",
+            why="they would start from random numbers",
+            fix="fetch or save the model again",
+        )
+    return model
+
+
+def _require_causal_head(path: str, values: dict[str, Any]) -> None:
+    """A folder of another kind would load too: with a random output layer, or with attention in both directions."""
+    known = _flat_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    found = values.get("architectures") or []
+    if found and not known & set(found):
+        raise UserError(
+            f"the model in {path} is a {found[0]}: it has no head that predicts the next token",
+            why="answers are generated, and scored, token by token from left to right",
+            fix="give a causal language model (LlamaForCausalLM, Qwen3ForCausalLM, ...)",
+        )
+
+
+def _refuse_own_tokenizer(path: str, folder: Path) -> None:
+    """Without its code, transformers would quietly take another tokenizer that reads the same file."""
+    values = read_config(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    own = (values.get("auto_map") or {}).get("AutoTokenizer")
+    if own and not hasattr(transformers, values.get("tokenizer_class") or ""):
+        refuse_own_code(path, code_files({"tokenizer": own}))
+
+
+def _refuse_both_directions(path: str, model: PreTrainedModel) -> None:
+    encoder = getattr(model.config, "is_decoder", None) is False
+    if encoder and any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        raise UserError(
+            f"the {type(model).__name__} in {path} attends in both directions (is_decoder is false in its config)",
+            why="a token would be predicted from itself",
+            fix="give a causal language model (LlamaForCausalLM, Qwen3ForCausalLM, ...)",
+        )
+
+
+def _flat_names(names: Iterable[str | tuple[str, ...]]) -> set[str]:
+    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+def remove_dropout(model: PreTrainedModel) -> None:
+    """Turns every dropout off: the trainer must score the very distribution that was sampled.
+
+    Modules keep rates as numbers too, and some read their configuration in every pass.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        _zero_rates(module)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        _zero_rates(config)
+
+
+def _zero_rates(holder: object) -> None:
+    for name, value in list(vars(holder).items()):
+        if ("dropout" in name or name.endswith(("pdrop", "_drop"))) and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 def _from_function(path: str, seed: int) -> tuple[Any, Any]:
@@ -111,29 +190,31 @@ def _from_function(path: str, seed: int) -> tuple[Any, Any]:
     return made
 
 
-def _refuse_uncovered_attention(model: PreTrainedModel) -> None:
-    config = model.config
-    # Older architectures (Mistral, Phi-3) have a window for all layers instead of a type for each.
-    untyped = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    kinds = set(getattr(config, "layer_types", None) or [untyped])
-    uncovered = sorted(kinds - {"full_attention"})
-    if getattr(config, "attn_logit_softcapping", None):
-        uncovered.append("attention soft-capping")
-    if uncovered or not model._supports_attention_backend:
-        raise UserError(
-            f"{type(model).__name__} uses attention that packed sequences do not cover yet"
-            + (f": {', '.join(uncovered)}" if uncovered else ""),
-            why="running it packed would silently attend across sequences",
-            fix="use a model with full causal attention (Llama, Qwen2, Qwen3, ...)",
-        )
-
-
 def require_context(model: PreTrainedModel, tokens: int) -> None:
     """Raises a UserError if sequences of so many tokens do not fit the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
+    original = _length_of_one_rotation(model)
+    if original is not None and tokens > original:
+        raise UserError(
+            f"the longest possible sequence has {tokens} tokens; the rotary embedding of {type(model).__name__} is "
+            f"another one for a whole batch as soon as one sequence of it is longer than {original}",
+            why="a sequence's probabilities would depend on what it is trained and generated with",
+            fix=f"keep data.max_prompt_tokens + rollout.max_response_tokens within {original}",
+        )
     if context is not None and tokens > context:
         raise UserError(
             f"the longest possible sequence has {tokens} tokens, the model's context is {context}",
             why="data.max_prompt_tokens + rollout.max_response_tokens",
             fix="lower one of them, or take a model with a longer context",
         )
+
+
+def _length_of_one_rotation(model: PreTrainedModel) -> int | None:
+    """Up to which length a rotary embedding that changes with the longest sequence stays the same; None: it does."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in (rope, *rope.values()):  # some families have one for each kind of layer
+        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope"):
+            own = entry.get("original_max_position_embeddings")
+            return own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return None

@@ -50,7 +50,9 @@ def load_trainable(section: ModelSection, *, seed: int) -> tuple[PreTrainedModel
     Raises:
         UserError: see `load_model` and `add_lora`.
     """
-    model, tokenizer = load_model(section.path, seed=seed)
+    model, tokenizer = load_model(
+        section.path, seed=seed, packing=section.packing, trust_remote_code=section.trust_remote_code
+    )
     return (model if section.lora is None else add_lora(model, section.lora, seed=seed)), tokenizer
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError, nearest
+from hybridflow.rewards import REWARDS
 
 SINGLE = ("response", "ground_truth", "prompt", "row")
 _FORMS = (
@@ -91,9 +92,9 @@ class RewardFunction:
 
 
 def load_reward(reference: str) -> RewardFunction:
-    """The reward that ``file.py:function`` names.
+    """The reward that ``file.py:function`` or the name of a built-in one means.
 
     Raises:
         UserError: no such function, or one with arguments that do not exist.
     """
-    return RewardFunction(load_function(reference), reference)
+    return RewardFunction(REWARDS[reference] if reference in REWARDS else load_function(reference), reference)

@@ -163,6 +163,6 @@ class GroupSource:
         answers = []
         for i, (text, reward) in enumerate(zip(texts, rewards)):
             r = results[i]
-            answers.append(Trajectory(i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward))
+            answers.append(Trajectory(i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward, r.support))
         self.reward_seconds += time.perf_counter() - began
         return Group(draw, row, list(question.token_ids), answers)

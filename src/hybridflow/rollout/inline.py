@@ -4,7 +4,10 @@ Sequences enter and leave the running batch one by one: a finished one leaves at
 its place), a waiting one enters as soon as the token budget allows. Requests with the same prompt share its prefill.
 Noise is stateless, so a sequence's tokens do not depend on what it was batched with, up to rounding.
 
-Shapes: R running rows, V vocabulary, H query heads, K key-value heads, G = H / K, D head size, W cache width in tokens.
+Families that `decoder.py` covers run through it, all others (and models with adapters) through their own modules.
+Models that do not take packed sequences have no cache: every token costs a pass over the whole sequence.
+
+Shapes: R running rows, T tokens of a prefill, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.errors import UserError
-from hybridflow.models.attention import PackedLayout
-from hybridflow.noise import gumbel
+from hybridflow.models.attention import Layout, PackedLayout
+from hybridflow.models.forward import packs, trunk
+from hybridflow.models.head import output_head
+from hybridflow.models.padded import padded_states
 from hybridflow.protocols import Receipt, Request, Result, WeightStream
-from hybridflow.rollout.job import Job
+from hybridflow.rollout.cache import Cache, CacheLayout, Kept
+from hybridflow.rollout.decoder import Decoder, Steps, is_covered
+from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.sampling import Rows, check_sampling
+from hybridflow.rollout.stopping import StopText
 from hybridflow.weights.stream import fingerprint
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one prefill; bounds its activations
-WIDTH_STEP = 32  # cache widths are multiples of this
-NEAR_TIE = 1e-4
+WIDTH_STEP = 16  # cache widths are multiples of this
 
 
 class InlineEngine:
@@ -35,28 +43,48 @@ class InlineEngine:
     Args:
         model: a model that `models.load` loaded, shared with the trainer.
         max_cache_tokens: bound on the key-value cache: rows x width never exceeds it.
+        decode: token ids to text; needed by requests with stop strings only.
+        dtype: what matrix products are computed in; None is bfloat16 on a GPU, the model's own type elsewhere.
+        compile: whether the layers of a covered model go through `torch.compile`.
+        quick: whether covered models run without their modules; False is for comparisons.
         count_near_ties: count in `near_ties` the tokens whose two best noisy scores are within 1e-4: the only ones
             that another batching may change.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_cache_tokens: int = 262_144, count_near_ties: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        max_cache_tokens: int = 262_144,
+        decode: Decode | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        quick: bool = True,
+        count_near_ties: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.decode = model, decode
         self.max_cache_tokens = max_cache_tokens
-        self.count_near_ties = count_near_ties
-        self.near_ties = 0
+        self.dtype = dtype or (torch.bfloat16 if model.device.type == "cuda" else model.dtype)
+        self.packs = packs(model)
+        self.quick = quick and self.packs and is_covered(model)
         self.version = 0
         self.paused = False
+        self._steps = Steps.compiled() if compile and self.quick else Steps()
         self._next_handle = 0
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []  # row r of the state belongs to _running[r]
         self._ready: list[Result] = []
-        self._state: _State | None = None
+        self._rows = Rows(model.device, count_near_ties)
+        self._cache: Cache | None = None
+        self._decoder: Decoder | None = None
+
+    @property
+    def near_ties(self) -> int:
+        """Tokens whose two best scores were nearly equal, if they are counted."""
+        return self._rows.near_ties
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
-        job = Job(self._next_handle, request)
+        job, sampling = Job(self._next_handle, request), request.sampling
         context = getattr(self.model.config, "max_position_embeddings", None)
         room = min(context or self.max_cache_tokens, self.max_cache_tokens)
         if not request.prompt_ids or len(request.generated_ids) >= request.sampling.max_tokens:
@@ -74,6 +102,11 @@ class InlineEngine:
             )
         if request.adapter is not None:
             raise UserError(f"the inline engine has no adapter {request.adapter!r}; it samples from the trained model")
+        check_sampling(sampling)
+        if sampling.stop or sampling.stop_regex is not None:
+            if self.decode is None:
+                raise UserError("stop strings need an engine that can decode", fix="give InlineEngine decode=")
+            job.stop_text = StopText(sampling.stop, sampling.stop_regex, self.decode, request.generated_ids)
         self._next_handle += 1
         self._waiting.append(job)
         return job.handle
@@ -82,9 +115,9 @@ class InlineEngine:
         """See `RolloutEngine.wait`."""
         assert not (self.paused and not self._ready), "waiting for a paused engine would never end"
         with torch.inference_mode(), self._autocast():
-            while not self._ready and (self._waiting or self._running):
+            while not self._ready and (self._waiting or self._rows.jobs):
                 self._admit()
-                if self._running:
+                if self._rows.jobs:
                     self._decode()
         ready, self._ready = self._ready, []
         return ready
@@ -94,9 +127,9 @@ class InlineEngine:
         wanted = set(handles)
         ended = [job for job in self._waiting if job.handle in wanted]
         self._waiting = deque(job for job in self._waiting if job.handle not in wanted)
-        rows = [r for r, job in enumerate(self._running) if job.handle in wanted]
-        ended += [self._running[r] for r in rows]
-        with torch.inference_mode():  # the state's tensors were made in it
+        rows = [r for r, job in enumerate(self._rows.jobs) if job.handle in wanted]
+        ended += [self._rows.jobs[r] for r in rows]
+        with torch.inference_mode():  # the cache's tensors were made in it
             self._leave(rows)
         return [job.result("abort") for job in ended]
 
@@ -121,38 +154,37 @@ class InlineEngine:
                     own[name].copy_(tensor)
                     num_bytes += tensor.nbytes
                 received[name] = fingerprint(own[name])
-        for row, job in enumerate(self._running):
-            self._collect(job, row)
-        self._waiting.extendleft(reversed(self._running))
-        self._running, self._state = [], None
+        self._waiting.extendleft(reversed(self._rows.jobs))
+        self._rows.keep([])
+        self._free()
         self.version = version
         return Receipt(version, received, num_bytes)
 
     def sleep(self) -> None:
-        """See `RolloutEngine.sleep`."""
-        assert not (self._running or self._waiting), "sleep with requests in flight"
-        self._state = None
+        """See `RolloutEngine.sleep`; with nothing in flight there is no cache, and no copy of weights."""
+        assert not (self._rows.jobs or self._waiting), "sleep with requests in flight"
 
     def wake(self) -> None:
         """See `RolloutEngine.wake`; the cache is made when the first request runs."""
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        self._state = None
+        self._free()
 
     # --- the running batch ---
 
     def _admit(self) -> None:
         """Moves waiting jobs into the batch as far as the budget allows, and samples their first token."""
-        width = self._state.width if self._state else 0
+        width, running = self._cache.width if self._cache else 0, len(self._rows.jobs)
         admitted: list[Job] = []
         prefill: dict[tuple[int, ...], int] = {}  # distinct contexts, in order of first appearance
+        which: list[int] = []
         tokens = 0
         while self._waiting:
             job = self._waiting[0]
             rounded = -(-job.limit() // WIDTH_STEP) * WIDTH_STEP
             wider = max(width, min(rounded, self.max_cache_tokens))
-            rows = len(self._running) + len(admitted) + 1
+            rows = running + len(admitted) + 1
             if rows > 1 and rows * wider > self.max_cache_tokens:
                 break
             context = job.context()
@@ -162,234 +194,100 @@ class InlineEngine:
                 prefill[context] = len(prefill)
                 tokens += len(context)
             width = wider
+            which.append(prefill[context])
             job.versions.append((self.version, len(job.tokens)))
             admitted.append(self._waiting.popleft())
         if not admitted:
             return
-        self._reserve(len(self._running) + len(admitted), width)
-        assert self._state is not None
-        which = torch.tensor([prefill[job.context()] for job in admitted])
-        logits_RV = self._prefill(list(prefill), which)
-        first = len(self._running)
-        self._running += admitted
-        self._state.enter(admitted, first)
-        self._take_tokens(logits_RV, first)
+        logits_RV = self._prefill(list(prefill), torch.tensor(which), width)
+        self._rows.enter(admitted)
+        self._draw(logits_RV, running)
 
-    def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor) -> Tensor:
+    def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor, width: int) -> Tensor:
         """Runs distinct contexts once and copies their keys and values to each row; each row's logits ``[R, V]``."""
-        assert self._state is not None
-        device = self.model.device
-        lengths = torch.tensor([len(c) for c in contexts])
+        device, running = self.model.device, len(self._rows.jobs)
+        if not self.packs:
+            return self._whole(contexts)[which.to(device)]
         kept: list[tuple[Tensor, Tensor]] = []
-        layout = PackedLayout(lengths, device, keep=kept)
-        ends = layout.offsets[1:] - 1
-        logits = self.model(
-            input_ids=torch.tensor([t for c in contexts for t in c], device=device)[None],
-            position_ids=layout.position_ids,
-            use_cache=False,
-            logits_to_keep=ends.to(device),
-            layout=layout,
-        ).logits[0]
-        first = len(self._running)
-        copied = lengths[which]
-        row = torch.repeat_interleave(torch.arange(first, first + len(which)), copied)
-        position = torch.cat([torch.arange(n) for n in copied.tolist()])
-        source = layout.offsets[which].repeat_interleave(copied) + position
-        self._state.store(kept, source.to(device), row.to(device), position.to(device))
+        layout = PackedLayout(torch.tensor([len(c) for c in contexts]), device, keep=kept)
+        ids_T = torch.tensor([t for c in contexts for t in c], device=device)
+        ends = (layout.offsets[1:] - 1).to(device)
+        logits = self._forward(ids_T, layout.position_ids[0], layout, ends)
+        cache = self._reserve(running + len(which), width, kept)
+        cache.store(kept, layout.offsets, which, running)
         return logits[which.to(device)]
 
     def _decode(self) -> None:
         """One forward pass for all running rows: their last token in, their next one out."""
-        state, rows = self._state, len(self._running)
-        assert state is not None
-        logits_R1V = self.model(
-            input_ids=state.last_R[:rows, None],
-            position_ids=(state.length_R[:rows, None] - 1),
-            use_cache=False,
-            layout=_CacheLayout(state, rows),
-        ).logits
-        self._take_tokens(logits_R1V[:, 0], 0)
+        rows = self._rows
+        if not self.packs:
+            return self._draw(self._whole([job.context() for job in rows.jobs]), 0)
+        assert self._cache is not None
+        lengths = [job.length() for job in rows.jobs]
+        layout = CacheLayout(self._cache, rows.length_R, max(lengths), min(lengths))
+        self._draw(self._forward(rows.last_R, rows.length_R - 1, layout), 0)
 
-    def _take_tokens(self, logits_RV: Tensor, first: int) -> None:
+    def _forward(self, ids_T: Tensor, position_T: Tensor, layout: Layout, ends: Tensor | None = None) -> Tensor:
+        """Logits after the tokens `ends` of a prefill ``[len(ends), V]``, or after every row's token ``[R, V]``."""
+        if self.quick:
+            if self._decoder is None:
+                self._decoder = Decoder(self.model, self.dtype, self._steps)
+            hidden_TC = self._decoder.hidden(ids_T, position_T, layout, packed=ends is not None)
+            return self._decoder.logits(hidden_TC if ends is None else hidden_TC[ends])
+        ids, positions = (x[:, None] if ends is None else x[None] for x in (ids_T, position_T))
+        logits = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=0 if ends is None else ends,
+            layout=layout,
+        ).logits
+        return logits[:, 0] if ends is None else logits[0]
+
+    def _whole(self, contexts: list[tuple[int, ...]]) -> Tensor:
+        """Logits after whole sequences ``[len(contexts), V]``, of a model that takes no layout: nothing is cached."""
+        lengths = torch.tensor([len(c) for c in contexts])
+        ids_T = torch.tensor([t for c in contexts for t in c], device=self.model.device)
+        states_TC = padded_states(trunk(self.model), ids_T, lengths)
+        return output_head(self.model).logits(states_TC[(lengths.cumsum(0) - 1).to(ids_T.device)])
+
+    def _draw(self, logits_RV: Tensor, first: int) -> None:
         """Samples the next token of the rows from `first` on, and lets those leave that are done."""
-        state, rows = self._state, slice(first, len(self._running))
-        assert state is not None
-        scaled_RV = logits_RV.float() / state.temperature_R[rows, None]
-        noise_RV = gumbel(state.bits_R[rows], state.position_R[rows], scaled_RV.shape[1])
-        score_RV = scaled_RV + noise_RV * state.noisy_R[rows, None]
-        token_R = score_RV.argmax(-1)
-        if self.count_near_ties:
-            best = score_RV.topk(2).values
-            self.near_ties += int((best[:, 0] - best[:, 1] <= NEAR_TIE).sum())
-        logp_R = scaled_RV.gather(-1, token_R[:, None])[:, 0] - scaled_RV.logsumexp(-1)
-        state.append(rows, token_R, logp_R)
-        stopped_R = (token_R[:, None] == state.stops_RS[rows]).any(-1)
-        done = (stopped_R | (state.position_R[rows] >= state.max_tokens_R[rows])).nonzero()[:, 0]
-        if len(done):
-            reasons = stopped_R[done].tolist()
-            ended = [r + first for r in done.tolist()]
-            jobs = [self._running[r] for r in ended]
-            self._leave(ended)
-            self._ready += [job.result("stop" if stop else "length") for job, stop in zip(jobs, reasons)]
+        ended = self._rows.draw(logits_RV, first)
+        self._ready += [self._rows.jobs[row].result(reason) for row, reason in ended]
+        self._leave([row for row, _ in ended])
 
     def _leave(self, rows: list[int]) -> None:
         """Takes rows out of the batch; rows from its end move into the gaps."""
         if not rows:
             return
-        for r in rows:
-            self._collect(self._running[r], r)
-        remaining = len(self._running) - len(rows)
-        gone = set(rows)
+        jobs, gone = self._rows.jobs, set(rows)
+        remaining = len(jobs) - len(rows)
         gaps = [r for r in rows if r < remaining]
-        movers = [r for r in range(remaining, len(self._running)) if r not in gone]
-        assert self._state is not None
-        if movers:
-            self._state.move(movers, gaps)
+        movers = [r for r in range(remaining, len(jobs)) if r not in gone]
+        if movers and self._cache is not None:
+            self._cache.move(movers, gaps, max(jobs[r].length() for r in movers))
+        order = list(range(remaining))
         for source, target in zip(movers, gaps):
-            self._running[target] = self._running[source]
-        del self._running[remaining:]
-        if not self._running and not self._waiting:
-            self._state = None  # the cache's memory goes back to training
+            order[target] = source
+        self._rows.keep(order)
+        if not remaining and not self._waiting:
+            self._free()
 
-    def _collect(self, job: Job, row: int) -> None:
-        """Reads a row's tokens out of the state into its job."""
-        assert self._state is not None
-        new = int(self._state.position_R[row]) - len(job.request.generated_ids)
-        job.tokens += self._state.tokens_RW[row, len(job.tokens) : new].tolist()
-        job.logps += self._state.logps_RW[row, len(job.logps) : new].tolist()
+    def _reserve(self, rows: int, width: int, kept: Kept) -> Cache:
+        """A cache of at least this many rows of this width, which holds what is running."""
+        old, running = self._cache, len(self._rows.jobs)
+        if old is None or rows > old.rows or width > old.width:
+            rows = max(rows, min(rows + len(self._waiting), self.max_cache_tokens // width))
+            dtype = self.dtype if self.model.device.type == "cuda" else self.model.dtype
+            self._cache = old = Cache(rows, width, kept, dtype, old, running)
+        return old
 
-    def _reserve(self, rows: int, width: int) -> None:
-        """Makes the state hold this many rows of this width, keeping what is running."""
-        old = self._state
-        if old is not None and rows <= old.rows and width <= old.width:
-            return
-        demand = len(self._waiting) + rows
-        rows = max(rows, min(demand, self.max_cache_tokens // width))
-        self._state = _State(self.model, rows, width, len(self._running), old)
+    def _free(self) -> None:
+        """Gives the memory of the cache and of copied weights back, to training above all."""
+        self._cache = self._decoder = None
 
     def _autocast(self) -> AbstractContextManager[None]:
-        device = self.model.device.type
-        return torch.autocast(device, dtype=torch.bfloat16) if device == "cuda" else nullcontext()
-
-
-class _State:
-    """Tensors of the running rows: the key-value cache and everything sampling needs, row by row.
-
-    Args:
-        model: gives sizes, precision and device.
-        rows: rows to hold.
-        width: tokens per row.
-        keep: rows to take over from `old`.
-        old: the state so far.
-    """
-
-    def __init__(self, model: PreTrainedModel, rows: int, width: int, keep: int, old: _State | None) -> None:
-        config, device = model.config, model.device
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        dtype = torch.bfloat16 if device.type == "cuda" else model.dtype
-        self.rows, self.width = rows, width
-        # One tensor for all layers, keys and values: moving a row is one operation. [layers, 2, R, K, W, D]
-        # Zeros: what is masked out still enters attention as 0 x value, and must not be a stray NaN.
-        self.cache = torch.zeros(
-            config.num_hidden_layers, 2, rows, config.num_key_value_heads, width, size, dtype=dtype, device=device
-        )
-        long = {"dtype": torch.int64, "device": device}
-        self.last_R = torch.zeros(rows, **long)  # last token, not yet in the cache
-        self.length_R = torch.zeros(rows, **long)  # tokens of the sequence, the last one included
-        self.position_R = torch.zeros(rows, **long)  # tokens generated so far, by aborted requests too
-        self.max_tokens_R = torch.zeros(rows, **long)
-        self.bits_R = torch.zeros(rows, **long)
-        self.stops_RS = torch.full((rows, 8), -1, **long)
-        self.temperature_R = torch.ones(rows, device=device)
-        self.noisy_R = torch.zeros(rows, device=device)
-        self.tokens_RW = torch.zeros(rows, width, **long)
-        self.logps_RW = torch.zeros(rows, width, device=device)
-        self.base_R = torch.zeros(rows, **long)  # tokens generated by aborted requests
-        self._by_row = [
-            self.last_R, self.length_R, self.position_R, self.max_tokens_R, self.bits_R, self.stops_RS,
-            self.temperature_R, self.noisy_R, self.base_R,
-        ]  # fmt: skip
-        if old is not None and keep:
-            self.cache[:, :, :keep, :, : old.width] = old.cache[:, :, :keep]
-            self.tokens_RW[:keep, : old.width] = old.tokens_RW[:keep]
-            self.logps_RW[:keep, : old.width] = old.logps_RW[:keep]
-            for new, before in zip(self._by_row, old._by_row):
-                new[:keep] = before[:keep]
-
-    def enter(self, jobs: list[Job], first: int) -> None:
-        """Writes the jobs' values to the rows from `first` on."""
-        rows = slice(first, first + len(jobs))
-        requests = [job.request for job in jobs]
-        for target, values in [
-            (self.length_R, [len(job.context()) for job in jobs]),
-            (self.position_R, [len(job.request.generated_ids) + len(job.tokens) for job in jobs]),
-            (self.base_R, [len(r.generated_ids) for r in requests]),
-            (self.max_tokens_R, [r.sampling.max_tokens for r in requests]),
-            (self.bits_R, [r.noise.bits() for r in requests]),
-        ]:
-            target[rows] = torch.tensor(values, device=target.device)
-        temperatures = [r.sampling.temperature for r in requests]
-        device = self.temperature_R.device
-        self.temperature_R[rows] = torch.tensor([t if t > 0 else 1.0 for t in temperatures], device=device)
-        self.noisy_R[rows] = torch.tensor([float(t > 0) for t in temperatures], device=device)
-        stops = [r.sampling.stop_token_ids for r in requests]
-        assert max(map(len, stops)) <= self.stops_RS.shape[1], "more stop tokens than the engine has room for"
-        padded = [list(s) + [-1] * (self.stops_RS.shape[1] - len(s)) for s in stops]
-        self.stops_RS[rows] = torch.tensor(padded, device=device)
-
-    def append(self, rows: slice, token_R: Tensor, logp_R: Tensor) -> None:
-        """One more token for these rows."""
-        new_R1 = (self.position_R[rows] - self.base_R[rows])[:, None]
-        self.tokens_RW[rows].scatter_(1, new_R1, token_R[:, None])
-        self.logps_RW[rows].scatter_(1, new_R1, logp_R[:, None])
-        self.last_R[rows] = token_R
-        self.length_R[rows] += 1
-        self.position_R[rows] += 1
-
-    def store(self, kept: list[tuple[Tensor, Tensor]], source: Tensor, row: Tensor, position: Tensor) -> None:
-        """Copies prefilled keys and values, ``[T, K, D]`` per layer, to (row, position)."""
-        for layer, (k_TKD, v_TKD) in enumerate(kept):
-            self.cache[layer, 0][row, :, position] = k_TKD[source].to(self.cache.dtype)
-            self.cache[layer, 1][row, :, position] = v_TKD[source].to(self.cache.dtype)
-
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Rows `sources` take the places `targets`."""
-        source, target = (torch.tensor(x, device=self.cache.device) for x in (sources, targets))
-        used = int(self.length_R[source].max())
-        self.cache[:, :, target, :, :used] = self.cache[:, :, source, :, :used]
-        self.tokens_RW[target] = self.tokens_RW[source]
-        self.logps_RW[target] = self.logps_RW[source]
-        for values in self._by_row:
-            values[target] = values[source]
-
-
-class _CacheLayout:
-    """Attention of one new token per row over its cached ones (see `models.attention.Layout`)."""
-
-    def __init__(self, state: _State, rows: int) -> None:
-        self.cache, device = state.cache, state.cache.device
-        heads, width = state.cache.shape[3:5]
-        place_R = state.length_R[:rows] - 1
-        self.used = int(state.length_R[:rows].max())
-        cached_RL = torch.arange(self.used, device=device)[None] <= place_R[:, None]
-        mask_RL = torch.zeros(cached_RL.shape, dtype=state.cache.dtype, device=device)
-        self.mask_R11L = mask_RL.masked_fill_(~cached_RL, -torch.inf)[:, None, None]
-        first_RK = torch.arange(rows * heads, device=device).view(rows, heads) * width
-        self.entry = (first_RK + place_R[:, None]).flatten()  # where a layer's new keys go, among its R x K x W
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keys, values = self.cache[layer, 0], self.cache[layer, 1]
-        rows, heads, _, size = q.shape
-        kv_heads, width = keys.shape[1:3]
-        keys.view(-1, size).index_copy_(0, self.entry, k.reshape(-1, size).to(keys.dtype))
-        values.view(-1, size).index_copy_(0, self.entry, v.reshape(-1, size).to(values.dtype))
-        # Heads of a group stand as if they were query positions. Two products are quicker than SDPA at one position.
-        both, group = rows * kv_heads, heads // kv_heads
-        q_BGD = q.reshape(both, group, size).to(keys.dtype) * scale
-        keys_BLD, values_BLD = (x[:rows].view(both, width, size)[:, : self.used] for x in (keys, values))
-        score_BGL = torch.bmm(q_BGD, keys_BLD.transpose(1, 2))
-        score_RKGL = score_BGL.view(rows, kv_heads, group, self.used) + self.mask_R11L
-        weight_RKGL = score_RKGL.softmax(-1, dtype=torch.promote_types(score_RKGL.dtype, torch.float32))
-        out = torch.bmm(weight_RKGL.to(values.dtype).view(both, group, self.used), values_BLD)
-        return out.reshape(rows, 1, heads, size)
+        if self.quick or self.dtype == self.model.dtype:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.dtype)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hybridflow.protocols import Request, Result, Span
+import torch
+from torch import Tensor
+
+from hybridflow.protocols import Request, Result, Span, Support
+from hybridflow.rollout.stopping import StopText
+
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(slots=True)
@@ -17,6 +24,9 @@ class Job:
         versions: (weight version, index of the first token sampled under it), in order.
         tokens: generated tokens.
         logps: their log-probabilities.
+        supports: for each token the ids it was drawn from, empty where that was the whole vocabulary; None where the
+            request cuts nothing.
+        stop_text: looks for texts that end the request; None where it has none.
     """
 
     handle: int
@@ -24,17 +34,42 @@ class Job:
     versions: list[tuple[int, int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    supports: list[Tensor] | None = None
+    stop_text: StopText | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        s = self.request.sampling
+        return s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0)
 
     def context(self) -> tuple[int, ...]:
         """All tokens so far, the prompt included."""
         return self.request.prompt_ids + self.request.generated_ids + tuple(self.tokens)
 
+    def length(self) -> int:
+        """How many tokens there are so far, the prompt included."""
+        return len(self.request.prompt_ids) + len(self.request.generated_ids) + len(self.tokens)
+
     def limit(self) -> int:
         """Tokens that the whole sequence can have in the end."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
+
+    def take(self, token: int, logp: float) -> str | None:
+        """Adds a token; returns why the request has ended with it, or None."""
+        self.tokens.append(token)
+        self.logps.append(logp)
+        if token in self.request.sampling.stop_token_ids:
+            return "stop"
+        if self.stop_text is not None and self.stop_text.ends_with(token):
+            return "stop"
+        return "length" if self.length() >= self.limit() else None
 
     def result(self, reason: str) -> Result:
         """The result as it stands; versions under which no token was sampled have no span."""
         starts = [start for _, start in self.versions] + [len(self.tokens)]
         spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
-        return Result(self.handle, self.tokens, self.logps, reason, spans)  # type: ignore[arg-type]
+        support = None
+        if self.supports and any(map(len, self.supports)):
+            support = Support([len(ids) for ids in self.supports], torch.cat(self.supports).tolist())
+        return Result(self.handle, self.tokens, self.logps, reason, spans, support)  # type: ignore[arg-type]

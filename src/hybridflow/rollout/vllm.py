@@ -8,6 +8,8 @@ What vLLM does by itself and a trainer must not be exposed to is handled here:
 - Only the request's stop tokens end it: not the model's end-of-sequence token, not `generation_config.json`.
 - Log-probabilities are of the distribution really sampled (`processed_logprobs`); for greedy requests vLLM divides by
   1 instead of 0, so theirs are the model's own at temperature 1, as `Result` promises, in mixed batches too.
+- Results say nothing about which tokens top-p, top-k and min-p kept; training under these is refused
+  (`RolloutSection`), evaluation is not.
 - Noise has a seed per request. vLLM's generators count on from there, so tokens do not depend on what a request was
   batched with, up to rounding. A continued request gets a seed of its own, from the position it starts at.
 - On CPUs prompts are never prefilled in chunks: vLLM would rewind the request's generator after each chunk, and
@@ -113,6 +115,11 @@ class VllmEngine:
             )
         if request.adapter is not None:
             raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the plain model")
+        if sampling.stop or sampling.stop_regex is not None:
+            raise UserError(
+                "the vLLM engine cannot end answers by their text: it runs without a tokenizer",
+                fix="use stop tokens, or the inline engine",
+            )
         assert done < sampling.max_tokens, "a continued request with nothing left to generate"
         job = Job(self._next_handle, request, [(self.version, 0)])
         self._engine.add_request(
@@ -121,6 +128,11 @@ class VllmEngine:
             self._sampling_params(
                 max_tokens=sampling.max_tokens - done,
                 temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                logit_bias=dict(sampling.logit_bias) or None,
                 stop_token_ids=list(sampling.stop_token_ids),
                 ignore_eos=True,
                 seed=_seed(request),

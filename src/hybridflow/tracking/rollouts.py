@@ -27,22 +27,25 @@ SCHEMA = pa.schema(
         ("logps", pa.list_(pa.float32())),
     ]
 )
+# An evaluation also keeps what pairs it with another model's, whatever their chat templates, and its votes for maj@k.
+EVALUATION = SCHEMA.append(pa.field("question", pa.string())).append(pa.field("vote", pa.string()))
 
 
-def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rollouts(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = SCHEMA) -> None:
     """Writes answers, one row each, as a parquet file that is there whole or not at all.
 
     Args:
         path: the file; its folder is made if absent.
-        rows: a value for every column of `SCHEMA`; ``advantage`` may be None (an evaluation has none).
+        rows: a value for every column of the schema; ``advantage`` may be None (an evaluation has none).
+        schema: `SCHEMA`, or `EVALUATION`.
 
     Raises:
         KeyError: a row lacks a column.
     """
-    columns = [pa.array([_clean(row[field.name]) for row in rows], type=field.type) for field in SCHEMA]
+    columns = [pa.array([_clean(row[field.name]) for row in rows], type=field.type) for field in schema]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns, schema=SCHEMA), aside, compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema), aside, compression="zstd")
     os.replace(aside, path)
 
 

@@ -83,7 +83,7 @@ class Trackers:
             tracker = self._active.get("wandb")
             if isinstance(tracker, WandbTracker) and tracker.where:
                 self.events.append("wandb", tracker.where)
-                self._note(f"wandb: {tracker.where}")
+                self.note(f"wandb: {tracker.where}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Records the metrics of a step, then tells the trackers.
@@ -109,6 +109,21 @@ class Trackers:
                 self._switch_off(name, error)
         self._active = {}
 
+    def advise(self, text: str) -> None:
+        """Something that may be wrong, for whoever watches and for events.jsonl; the run goes on."""
+        self.events.append("advice", text)
+        if self.config.console:
+            self.note(f"advice: {text}")
+
+    def note(self, text: str) -> None:
+        """A line for whoever watches: above the progress bar, or on stderr if there is none."""
+        with suppress(OSError, ValueError):  # nobody is there to read it; events.jsonl has it
+            console = self._active.get("console")
+            if isinstance(console, ProgressConsole):
+                console.note(text)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
     def _start(self, name: str, make: Callable[[], Tracker]) -> None:
         try:
             self._active[name] = make()
@@ -127,13 +142,4 @@ class Trackers:
 
     def _warn(self, name: str, text: str) -> None:
         self.events.append("warning", f"{name}: {text}")
-        self._note(f"warning: {name}: {text}; training goes on, and metrics.jsonl has everything")
-
-    def _note(self, text: str) -> None:
-        """A line for whoever watches: above the progress bar, or on stderr if there is none."""
-        with suppress(OSError, ValueError):  # nobody is there to read it; events.jsonl has it
-            console = self._active.get("console")
-            if isinstance(console, ProgressConsole):
-                console.note(text)
-            else:
-                print(text, file=sys.stderr, flush=True)
+        self.note(f"warning: {name}: {text}; training goes on, and metrics.jsonl has everything")

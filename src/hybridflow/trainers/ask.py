@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
-from hybridflow.checkpoint.run_folder import make_folder
+from hybridflow import __version__
+from hybridflow.checkpoint.run_folder import make_folder, write_atomically
+from hybridflow.checkpoint.store import saved_steps
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.sections import EvalConfig
 from hybridflow.data.chat import render_prompt, require_template
 from hybridflow.data.prompts import load_prompts
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model, stop_ids
+from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Sampling, generate
 from hybridflow.rewards.function import load_reward
-from hybridflow.rollout.inline import InlineEngine
-from hybridflow.tracking.rollouts import write_rollouts
-from hybridflow.trainers.evaluate import evaluate
+from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
+from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
+from hybridflow.trainers.generation import inline_engine, training_sampling
 from hybridflow.trainers.lifecycle import pick_device
 
 DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
 
 
-def evaluate_model(config: EvalConfig) -> Iterator[str]:
-    """Scores a model's greedy answers; writes evaluation.json and the answers into the run's folder.
+def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Scores a model's answers; writes evaluation.json and answers.parquet into the run's folder.
+
+    Args:
+        config: the configuration.
+        note: takes a line about the progress now and then.
+
+    Returns:
+        What evaluation.json holds.
 
     Raises:
         UserError: the model, the data or the reward is wrong.
@@ -38,33 +53,117 @@ def evaluate_model(config: EvalConfig) -> Iterator[str]:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     assert config.data.eval is not None
-    folder = Path(config.run.folder)
+    began, folder = time.perf_counter(), Path(config.run.folder)
     make_folder(folder)
-    model, tokenizer = load_model(config.model.path, seed=config.run.seed)
+    section = config.model.model_copy(update={"path": model_at(config.model.path)})
+    model, tokenizer = load_trainable(section, seed=config.run.seed)
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
-    metrics, records = evaluate(
-        InlineEngine(model, max_cache_tokens=config.rollout.max_cache_tokens),
+    limit = config.rollout.max_response_tokens
+    done = evaluate(
+        inline_engine(model, tokenizer, config.rollout),
         prompts,
         load_reward(config.reward.function),
+        config.eval,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        sampling=Sampling(config.rollout.max_response_tokens, 0.0, stop_ids(model, tokenizer)),
+        sampling=sampling_for(config.eval, training_sampling(config.rollout, stop_ids(model, tokenizer))),
         seed=config.run.seed,
-        max_rows=config.eval.max_rows,
+        note=note,
     )
-    for record in records:
+    for record in done.records:
         record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
-    write_rollouts(folder / "answers.parquet", records)
-    (folder / "evaluation.json").write_text(json.dumps({"model": config.model.path, "rows": len(records)} | metrics))
-    for name, value in metrics.items():
-        yield f"{name} = {value:.4f} over {len(records)} rows"
-    yield f"answers: {folder / 'answers.parquet'}"
+    write_rollouts(folder / "answers.parquet", done.records, EVALUATION)
+    advice = never_ended([r["finish_reason"] for r in done.records], limit, repr(tokenizer.eos_token))
+    result = _result(config, done, time.perf_counter() - began) | {"advice": [advice] if advice else []}
+    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _result(config: EvalConfig, done: Evaluation, seconds: float) -> dict[str, Any]:
+    return {
+        "model": config.model.path,
+        "prompts": done.prompts,
+        "samples_per_prompt": config.eval.samples_per_prompt,
+        "metrics": done.metrics(),
+        "intervals": {
+            m.key: {"value": m.value, "low": m.low, "high": m.high, "method": m.method, "prompts": m.prompts}
+            for m in done.measures
+        },
+        "seconds": round(seconds, 3),
+        "settings": config.model_dump(mode="json"),
+        "versions": {
+            "hybridflow": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def evaluation_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """An evaluation in words, from what evaluation.json holds."""
+    for name, m in result["intervals"].items():
+        interval = f"95 % interval {m['low']:.4f} to {m['high']:.4f} ({m['method']})"
+        yield f"{name} = {m['value']:.4f}, {interval}, {m['prompts']} prompts"
+    for advice in result["advice"]:
+        yield f"advice: {advice}"
+    yield f"answers: {Path(result['settings']['run']['folder']) / 'answers.parquet'}"
+
+
+def model_at(path: str) -> str:
+    """Where the model is that a path names: a run's folder stands for the model that the run left in it.
+
+    Raises:
+        UserError: a run that has left none yet.
+    """
+    folder = Path(path)
+    if is_function_reference(path) or (folder / "config.json").is_file():
+        return path
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if saved_steps(folder / "checkpoints"):
+        raise UserError(
+            f"the run in {path} has left no model yet: it is not done",
+            fix=f"hybridflow export {path} FOLDER, and give that folder",
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer of `hybridflow generate`.
+
+    Args:
+        prompt: what was asked.
+        sample: which of the answers to it.
+        response: the text, without special tokens.
+        finish_reason: "stop", or "length" where it was cut.
+        tokens: its length.
+    """
+
+    prompt: str
+    sample: int
+    response: str
+    finish_reason: str
+    tokens: int
+
+    def line(self) -> str:
+        """The text, with a mark where it was cut."""
+        return self.response + ("" if self.finish_reason == "stop" else f"  [cut at {self.tokens} tokens]")
 
 
 def ask(
-    model_path: str, prompts: Sequence[str], *, max_tokens: int | None, temperature: float, samples: int, seed: int
-) -> Iterator[str]:
-    """Answers to prompts, as text, in their order.
+    model_path: str, prompts: Sequence[str], *, max_tokens: int | None, sampling: Sampling, samples: int, seed: int
+) -> Iterator[Answer]:
+    """Answers to prompts, in their order.
+
+    Args:
+        model_path: the model, or a run's folder.
+        prompts: what to ask.
+        max_tokens: longest answer; None is `DEFAULT_TOKENS`, or less in a short context.
+        sampling: how to draw; its `max_tokens` and stop tokens are filled in.
+        samples: answers to each prompt.
+        seed: of the noise.
 
     Raises:
         UserError: the model cannot be loaded, or a prompt is longer than its context.
@@ -72,14 +171,12 @@ def ask(
     for name, value, low in [
         ("--max-tokens", 1 if max_tokens is None else max_tokens, 1),
         ("--samples", samples, 1),
-        ("--temperature", temperature, 0),
+        ("--temperature", sampling.temperature, 0),
         ("--seed", seed, 0),
     ]:
         if not low <= value < math.inf:
             raise UserError(f"{name} is {value}, it must be at least {low}")
-    if not is_function_reference(model_path) and (Path(model_path) / "model" / "config.json").is_file():
-        model_path = str(Path(model_path) / "model")  # a run's folder
-    model, tokenizer = load_model(model_path, seed=seed)
+    model, tokenizer = load_model(model_at(model_path), seed=seed)
     require_template(tokenizer)
     model.to(pick_device("auto"))
     stops, context = stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -93,10 +190,8 @@ def ask(
                 why=f"{limit} more do not fit" if limit > 0 else "",
                 fix="ask something shorter, or lower --max-tokens",
             )
-        sampling = Sampling(limit, temperature, stops)
-        requests += [Request(ids, sampling, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
-    results = generate(InlineEngine(model), requests)
-    for i, result in enumerate(results):
-        mark = "" if result.finish_reason == "stop" else f"  [cut at {len(result.token_ids)} tokens]"
-        text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
-        yield f"{prompts[i // samples]}{text}{mark}" if len(results) > 1 else f"{text}{mark}"
+        asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
+        requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
+    for i, result in enumerate(generate(inline_engine(model, tokenizer), requests)):
+        text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+        yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))

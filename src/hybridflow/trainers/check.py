@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Set
 from pathlib import Path
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.sections import EvalConfig, ModelSection, RlConfig, SftConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
-from hybridflow.errors import UserError
-from hybridflow.models.load import load_tokenizer
+from hybridflow.data.sources import Sources
+from hybridflow.errors import UserError, nearest
+from hybridflow.models.load import load_model, load_tokenizer
+from hybridflow.models.source import model_folder, read_config
 from hybridflow.rewards.function import load_reward
+from hybridflow.trainers.ask import model_at
+from hybridflow.trainers.evaluate import vote_in
+from hybridflow.trainers.session import total_steps
 
 MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
-MAX_CONVERSATIONS = 2_000  # whole conversations take longer
+MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
 
 
 def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
@@ -32,8 +38,10 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
             f"{config.run.folder} already holds a run, and run.resume is never",
             fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
         )
-    tokenizer = load_tokenizer(config.model.path, seed=config.run.seed)
+    path = model_at(config.model.path) if isinstance(config, EvalConfig) else config.model.path
+    tokenizer, vocabulary = _tokenizer_and_vocabulary(path, config.model, config.run.seed)
     yield f"model {config.model.path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
+    yield from _check_vocabulary(path, tokenizer, vocabulary)
     if isinstance(config, SftConfig):
         yield from _check_sft(config, tokenizer)
         return
@@ -43,38 +51,107 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
         yield require_vllm()
     if isinstance(config, RlConfig):
         assert config.data.train is not None
-        yield from _check_prompts(config, config.data.train, tokenizer, "training")
+        rows, seen = yield from _check_prompts(config, config.data.train, tokenizer, "training")
     if config.data.eval is not None:
-        yield from _check_prompts(config, config.data.eval, tokenizer, "evaluation")
+        trained = seen if isinstance(config, RlConfig) else set()
+        yield from _check_prompts(config, config.data.eval, tokenizer, "evaluation", trained)
+        yield from _check_evaluation(config, tokenizer)
     if isinstance(config, RlConfig):
-        yield arithmetic(config)
+        yield arithmetic(config, rows)
 
 
-def arithmetic(config: RlConfig) -> str:
-    """What a step of this run is, in words and numbers."""
+def _tokenizer_and_vocabulary(
+    path: str, section: ModelSection, seed: int
+) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer, and how many rows the model's embedding has, where its config says so."""
+    if is_function_reference(path):
+        model, tokenizer = load_model(path, seed=seed, packing=section.packing)
+        return tokenizer, model.get_input_embeddings().weight.shape[0]
+    tokenizer = load_tokenizer(path, seed=seed, trust_remote_code=section.trust_remote_code)
+    values = read_config(model_folder(path, weights=False))
+    return tokenizer, values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+
+
+def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> Iterator[str]:
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if rows is None or rows == ids:
+        return
+    if rows < ids:
+        token = tokenizer.convert_ids_to_tokens(ids - 1)
+        raise UserError(
+            f"the tokenizer of {path} has ids up to {ids - 1} ({token!r}), the model's vocabulary ends at {rows - 1}",
+            why="a token without a row in the embedding ends the run when it first appears",
+            fix=f"give the tokenizer that belongs to the model, or model.resize_token_embeddings({ids}) and save it",
+        )
+    yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
+
+
+def _check_evaluation(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    e = config.eval
+    assert config.data.eval is not None
+    prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    rows = prompts.data.rows[: e.max_rows]
+    how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
+    plural = "s" * (e.samples_per_prompt > 1)
+    yield f"  an evaluation: {len(rows)} prompts, {e.samples_per_prompt} {how} answer{plural} to each"
+    sources = sorted({str(row.get("data_source") or "data") for row in rows})
+    measured = [f"val-core/{source}/reward/{name}" for source in sources for name in e.metric_names()]
+    yield f"  it measures {', '.join(measured)}"
+    if e.answer is not None:
+        text = str(prompts[0].ground_truth)
+        yield f"  eval.answer: the answer in {text[:60]!r} is {vote_in(text, e.answer)!r}"
+    best = config.checkpoint.best if isinstance(config, RlConfig) else None
+    if best is not None and best not in measured:
+        raise UserError(f"checkpoint.best {best!r} is not among what is measured", fix=nearest(best, measured))
+
+
+def arithmetic(config: RlConfig, rows: int) -> str:
+    """What a step of this run is, in words and numbers, with so many training rows."""
     t, d, r = config.train, config.data, config.rollout
     answers = t.prompts_per_step * t.samples_per_prompt
     size = t.sequences_per_update or answers
     updates = t.epochs_per_step * (answers // size)
     longest = d.max_prompt_tokens + r.max_response_tokens
+    steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
     return (
         f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
         f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
         f"{size} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the longest possible "
-        f"sequence has {longest}). {t.steps} steps: {t.steps * t.prompts_per_step} prompts, "
-        f"{t.steps * answers} answers, {t.steps * updates} optimizer steps."
+        f"sequence has {longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
+        f"{steps * answers} answers, {steps * updates} optimizer steps."
     )
 
 
 def _check_prompts(
-    config: RlConfig | EvalConfig, source: str, tokenizer: PreTrainedTokenizerBase, purpose: str
-) -> Iterator[str]:
-    prompts = load_prompts(source, config.data, tokenizer, seed=config.run.seed)
-    longest = max(len(prompts[i].token_ids) for i in range(min(len(prompts), MAX_ROWS)))
+    config: RlConfig | EvalConfig,
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    purpose: str,
+    trained: Set[int] = frozenset(),
+) -> Generator[str, None, tuple[int, set[int]]]:
+    """Returns the number of rows, and hashes of their texts; `trained` are those of the training rows."""
+    prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
+    measured = list(prompts.measure(MAX_ROWS))
+    longest = max(range(len(measured)), key=lambda i: measured[i][1])
+    prompts[longest]  # refused if it is over the limit and data.over_long says so
     unseen = f" (the first {MAX_ROWS} were read)" if len(prompts) > MAX_ROWS else ""
-    yield f"{purpose} data {source}: {len(prompts)} rows{unseen}, longest prompt {longest} tokens"
+    yield f"{purpose} data {prompts.source}: {len(prompts)} rows{unseen}, longest prompt {measured[longest][1]} tokens"
+    for note in prompts.notes():
+        yield f"  {note}"
+    for advice in prompts.data.advice():
+        yield f"  advice: {advice}"
+    texts = [hash(text) for text, _ in measured]
+    shared = sum(text in trained for text in texts)
+    if shared:
+        yield (
+            f"  advice: {shared} of {len(texts)} evaluation prompts are training prompts too; what is learned by heart "
+            "will look like progress"
+        )
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
     yield _try_reward(config, prompts)
+    if purpose == "training":
+        prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
+    return len(prompts), set(texts)
 
 
 def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> str:
@@ -86,15 +163,23 @@ def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> str:
 
 def _check_sft(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     data, t = load_sft(config.data, tokenizer, seed=config.run.seed), config.train
+    lengths = data.lengths(MAX_ROWS)
+    data.batch([max(range(len(lengths)), key=lengths.__getitem__)])  # refused if it is over the limit
     batch = data.batch(list(range(min(len(data), MAX_CONVERSATIONS))))
-    unseen = f" (the first {MAX_CONVERSATIONS} were read)" if len(data) > MAX_CONVERSATIONS else ""
-    yield f"data {data.source}: {len(data)} conversations{unseen}, longest {int(batch.lengths().max())} tokens"
+    unseen = f" (the first {MAX_ROWS} were read)" if len(data) > MAX_ROWS else ""
+    yield f"data {data.source}: {len(data)} conversations{unseen}, longest {max(lengths)} tokens"
+    for note in data.notes():
+        yield f"  {note}"
+    for advice in data.data.advice():
+        yield f"  advice: {advice}"
+    data.sampler(seed=config.run.seed).take(1)  # tries data.order
     learned = [int(i) for i, m in zip(batch.rows("input_ids_T")[0], batch.rows("loss_mask_T")[0]) if m]
     yield f"  first conversation, token by token: {show_tokens(tokenizer, batch.rows('input_ids_T')[0].tolist())}"
     yield f"  of these the loss is on: {show_tokens(tokenizer, learned)}"
-    epochs = t.steps * t.sequences_per_update / len(data)
+    steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
+    epochs = steps * t.sequences_per_update / len(data)
     yield (
-        f"{t.steps} optimizer steps on {t.sequences_per_update} conversations each: {epochs:.2g} passes over the data"
+        f"{steps} optimizer steps on {t.sequences_per_update} conversations each: {epochs:.2g} passes over the data"
         + (f", ending early below a loss of {t.stop_below_loss:g}" if t.stop_below_loss else "")
     )
 

@@ -1,68 +1,251 @@
-"""Held-out evaluation: greedy answers to fixed prompts, scored by the run's reward."""
+"""Held-out evaluation: answers to fixed prompts, scored by the run's reward, and how sure one can be of the result."""
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridflow.data.prompts import PromptSet
+from hybridflow.config.locate import load_function
+from hybridflow.config.sections import EvalSection
+from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, RolloutEngine, Sampling, generate
+from hybridflow.protocols import Request, Result, RolloutEngine, Sampling
 from hybridflow.rewards.function import RewardFunction
+from hybridflow.trainers.statistics import maj_at_k, mean_interval, pass_at_k
+
+SECONDS_BETWEEN_NOTES = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number of an evaluation.
+
+    Args:
+        source: the data source.
+        name: ``mean@4``, ``pass@2``, ``maj@4/mean``.
+        value: mean over the source's prompts.
+        low: lower end of the 95 % confidence interval.
+        high: upper end.
+        method: of the interval: see `statistics.mean_interval`.
+        prompts: how many there are.
+    """
+
+    source: str
+    name: str
+    value: float
+    low: float
+    high: float
+    method: str
+    prompts: int
+
+    @property
+    def key(self) -> str:
+        """The metric's name, verl's."""
+        return f"val-core/{self.source}/reward/{self.name}"
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What came out of an evaluation.
+
+    Args:
+        measures: all of one data source, then those of the next.
+        lengths: ``response_length`` metrics of each source.
+        records: a row for each answer, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
+        prompts: how many prompts were answered.
+    """
+
+    measures: list[Measure]
+    lengths: dict[str, float]
+    records: list[dict[str, Any]]
+    prompts: int
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers by name: ``val-core/...`` for the values, ``val-aux/.../ci_low`` and ``ci_high`` besides."""
+        found = {m.key: m.value for m in self.measures}
+        for m in self.measures:
+            aside = m.key.replace("val-core/", "val-aux/", 1)
+            found |= {f"{aside}/ci_low": m.low, f"{aside}/ci_high": m.high}
+        return found | self.lengths
+
+
+def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
+    """How evaluation draws tokens: by its own section; where answers end is as in training."""
+    return replace(
+        training,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+        logit_bias=tuple(sorted(section.logit_bias.items())),
+    )
 
 
 def evaluate(
     engine: RolloutEngine,
     prompts: PromptSet,
     reward: RewardFunction,
+    section: EvalSection,
     *,
     decode: Callable[[list[int]], str],
     sampling: Sampling,
     seed: int,
-    max_rows: int | None = None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answers every prompt once.
+    note: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Answers every prompt ``eval.samples_per_prompt`` times.
+
+    Greedy answers take no noise; sampled ones take that of the stream "eval", by row and sample. Neither is ever the
+    training's, and two models that are evaluated with one seed get the same.
 
     Args:
         engine: holds the weights to evaluate.
         prompts: the evaluation set.
         reward: scores the answers.
+        section: how many rows and answers, and what is measured.
         decode: token ids to text.
-        sampling: greedy, as a rule. Noise, where there is any, is of the stream "eval", never the training's.
+        sampling: what `sampling_for` gave.
         seed: the run's seed.
-        max_rows: use only the first rows.
+        note: takes a line about the progress, every 10 seconds.
 
-    Returns:
-        ``val-core/<data source>/reward/mean@1`` for each source, and one record per answer for `tracking.rollouts`.
+    Raises:
+        UserError: the reward or ``eval.answer`` failed on an answer.
     """
-    count = len(prompts) if max_rows is None else min(max_rows, len(prompts))
-    asked = [prompts[i] for i in range(count)]
-    requests = [Request(p.token_ids, sampling, NoiseKey(seed, "eval", i)) for i, p in enumerate(asked)]
-    by_source: dict[str, list[float]] = defaultdict(list)
+    if section.answer is not None:
+        load_function(section.answer)  # a mistake in it is told before anything is generated
+    count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
+    asked, n = [prompts[i] for i in range(count)], section.samples_per_prompt
+    stream = "eval" if sampling.temperature else "greedy"
+    requests = [
+        Request(p.token_ids, sampling, NoiseKey(seed, stream, i, sample))
+        for i, p in enumerate(asked)
+        for sample in range(n)
+    ]
+    rewards: dict[str, list[list[float]]] = defaultdict(list)
+    votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []
-    for i, (prompt, result) in enumerate(zip(asked, generate(engine, requests))):
-        response = decode(result.token_ids)
-        try:
-            value = reward([response], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
-        except UserError as error:
-            raise UserError(f"row {i} of the evaluation data: {error.what}", why=error.why, fix=error.fix) from error
-        by_source[prompt.data_source].append(value)
-        records.append(
-            {
-                "draw": i,
-                "sample": 0,
-                "data_source": prompt.data_source,
-                "prompt": prompt.text,
-                "response": response,
-                "reward": value,
-                "advantage": None,
-                "finish_reason": result.finish_reason,
-                "ground_truth": str(prompt.ground_truth),
-                "token_ids": result.token_ids,
-                "logps": result.logps,
-            }
-        )
-    metrics = {f"val-core/{name}/reward/mean@1": sum(v) / len(v) for name, v in by_source.items()}
-    return metrics, records
+    answers = _answers(engine, requests, note)
+    for i, prompt in enumerate(asked):
+        results = answers[i * n : (i + 1) * n]
+        texts = [decode(result.token_ids) for result in results]
+        values = _scores(reward, prompt, texts, i)
+        voted = [vote_in(text, section.answer) for text in texts]
+        rewards[prompt.data_source].append(values)
+        votes[prompt.data_source].append(voted)
+        for sample, (result, text, value, said) in enumerate(zip(results, texts, values, voted)):
+            record = _record(prompt, result) | {"draw": i, "sample": sample, "response": text, "reward": value}
+            records.append(record | {"vote": said})
+    measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
+    return Evaluation(measures, _lengths(records), records, count)
+
+
+def measure(
+    source: str, rewards: Sequence[Sequence[float]], votes: Sequence[Sequence[str]], section: EvalSection, seed: int
+) -> Iterator[Measure]:
+    """The numbers of one data source.
+
+    Args:
+        source: its name.
+        rewards: for every prompt, what its answers are worth.
+        votes: for every prompt, the answers as `maj_at_k` counts them.
+        section: what is measured.
+        seed: of the intervals' resamples.
+    """
+    n = section.samples_per_prompt
+    for name in section.metric_names():
+        kind, _, k = name.removesuffix("/mean").partition("@")
+        if kind == "mean":
+            values = [sum(r) / n for r in rewards]
+        elif kind == "pass":
+            passed = [sum(value >= section.success_threshold for value in r) for r in rewards]
+            values = [pass_at_k(n, c, int(k)) for c in passed]
+        else:
+            values = [maj_at_k(v, r, int(k)) for v, r in zip(votes, rewards)]
+        (low, high), method = mean_interval(values, NoiseKey(seed, f"interval/{source}/{name}"))
+        yield Measure(source, name, math.fsum(values) / len(values), low, high, method, len(values))
+
+
+def vote_in(response: str, reference: str | None) -> str:
+    """The answer in a response that counts as a vote: what ``eval.answer`` finds in it, else all of it.
+
+    Raises:
+        UserError: no such function, or it raised.
+    """
+    if reference is None:
+        return response.strip()
+    function = load_function(reference)
+    try:
+        return str(function(response))
+    except Exception as error:
+        raise UserError(
+            f"eval.answer {reference} raised {type(error).__name__}: {error}",
+            why=f"it was given {response[:200]!r}",
+            fix="make it return the answer in a response as text, and something such as '' where there is none",
+        ) from error
+
+
+def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | None:
+    """Advice where not one of several answers ended by itself; None where one did."""
+    count = len(finish_reasons)
+    if count < 2 or any(reason != "length" for reason in finish_reasons):
+        return None
+    return (
+        f"{eos} was never generated: {count} of {count} answers ended at the length limit of {limit} tokens; raise "
+        f"rollout.max_response_tokens if they need more, else see that the chat template ends answers with {eos} and "
+        "that the model was trained on answers that end so"
+    )
+
+
+def _answers(engine: RolloutEngine, requests: Sequence[Request], note: Callable[[str], None] | None) -> list[Result]:
+    """The results, in the order of their requests."""
+    handles = [engine.submit(request) for request in requests]
+    done: dict[int, Result] = {}
+    began = told = time.monotonic()
+    while len(done) < len(handles):
+        done.update({result.handle: result for result in engine.wait()})
+        now = time.monotonic()
+        if note is not None and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
+            left = (now - began) / len(done) * (len(handles) - len(done))
+            note(f"evaluation: {len(done)} of {len(handles)} answers, about {left:.0f} s left")
+            told = now
+    return [done[handle] for handle in handles]
+
+
+def _scores(reward: RewardFunction, prompt: Prompt, texts: list[str], row: int) -> list[float]:
+    try:
+        return reward(texts, ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)
+    except UserError as error:
+        raise UserError(f"row {row} of the evaluation data: {error.what}", why=error.why, fix=error.fix) from error
+
+
+def _record(prompt: Prompt, result: Result) -> dict[str, Any]:
+    asked = [m["content"] for m in prompt.messages if m["role"] == "user"]
+    question = asked[-1] if asked else prompt.text
+    return {
+        "data_source": prompt.data_source,
+        "prompt": prompt.text,
+        "question": question if isinstance(question, str) else json.dumps(question, default=str),
+        "advantage": None,
+        "finish_reason": result.finish_reason,
+        "ground_truth": str(prompt.ground_truth),
+        "token_ids": result.token_ids,
+        "logps": result.logps,
+    }
+
+
+def _lengths(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    of_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        of_source[record["data_source"]].append(record)
+    found = {}
+    for source, rows in of_source.items():
+        cut = sum(row["finish_reason"] == "length" for row in rows)
+        found[f"val-aux/{source}/response_length/mean"] = sum(len(row["token_ids"]) for row in rows) / len(rows)
+        found[f"val-aux/{source}/response_length/clip_ratio"] = cut / len(rows)
+    return found

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from hybridflow.checkpoint.store import read_checkpoint, saved_steps, step_folder
+from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder
 from hybridflow.checkpoint.weights import export_model, read_weights
-from hybridflow.config.sections import ModelSection
+from hybridflow.config.sections import RlModelSection
 from hybridflow.errors import UserError
 from hybridflow.models.lora import load_trainable
 
 
-def export(run: Path, target: Path, *, step: int | None = None, dtype: str = "float32") -> Path:
+def export(
+    run: Path, target: Path, *, step: int | None = None, best: bool = False, dtype: str = "float32"
+) -> dict[str, Any]:
     """Writes a run's checkpoint as a folder that any Hugging Face program loads; adapters are merged.
+
+    A checkpoint of all weights has its own config and tokenizer; adapters need the model that they were trained on.
 
     Args:
         run: the run's folder.
         target: the folder to write; it must not exist yet.
         step: which checkpoint; None for the newest.
+        best: the best one by ``checkpoint.best``, instead.
         dtype: precision of the written weights.
+
+    Returns:
+        "folder", "step" and "dtype".
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or the target exists.
     """
-    steps = saved_steps(run / "checkpoints")
+    checkpoints = run / "checkpoints"
+    steps = saved_steps(checkpoints)
     if not steps or not (run / "config.yaml").is_file():
         what = "config.yaml" if steps else "checkpoints"
         raise UserError(f"{run} has no {what}", fix="give the folder of a run (run.folder)")
+    if best:
+        found = read_best(checkpoints)
+        if found is None:
+            raise UserError(
+                f"{run} does not say which of its checkpoints is the best",
+                why="checkpoint.best names no metric, or nothing has been evaluated since the first step",
+                fix="train with checkpoint.best set, or give --step",
+            )
+        step = found.step
     if step is not None and step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}", fix=f"it has {', '.join(map(str, steps))}")
     if target.exists():
         raise UserError(f"{target} exists already", fix="give a new folder")
-    folder = step_folder(run / "checkpoints", steps[-1] if step is None else step)
+    step = steps[-1] if step is None else step
+    folder = step_folder(checkpoints, step)
     read_checkpoint(folder)  # for its check of every file
     config = yaml.safe_load((run / "config.yaml").read_text())
-    section = ModelSection.model_validate(config["model"])
-    model, tokenizer = load_trainable(section, seed=config["run"]["seed"])
-    read_weights(model, folder)
+    section = RlModelSection.model_validate(config["model"])  # it has all that a supervised run's has
+    section = section.model_copy(update={"packing": False})  # nothing is computed here
+    if (folder / "model").is_dir():
+        whole = section.model_copy(update={"path": str(folder / "model"), "lora": None})
+        model, tokenizer = load_trainable(whole, seed=0)
+    else:
+        model, tokenizer = load_trainable(section, seed=config["run"]["seed"])
+        read_weights(model, folder)
     export_model(model, tokenizer, target, dtype=getattr(torch, dtype))
-    return target
+    return {"folder": str(target), "step": step, "dtype": dtype}

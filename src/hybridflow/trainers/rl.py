@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from hybridflow.algorithms.advantage import ADVANTAGES
+from hybridflow.algorithms.advantage import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
+from hybridflow.algorithms.kl import KL_ESTIMATORS, mean_per_answer
 from hybridflow.batch import Batch
-from hybridflow.config.sections import AlgorithmSection, RlConfig
+from hybridflow.config.algorithms import POLICY_LOSSES
+from hybridflow.config.sections import RlConfig
 from hybridflow.faults import fault_point
-from hybridflow.protocols import Group, Loss, Sampling
-from hybridflow.tracking.rollouts import write_rollouts
-from hybridflow.trainers.evaluate import evaluate
+from hybridflow.protocols import Group, Loss, TrainEngine
+from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
+from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
 from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update, updates_per_step
 
@@ -52,34 +54,47 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
 
 
 def estimate(run: RlRun, groups: list[Group]) -> Batch:
-    """The step's training batch: tokens, old log-probabilities where they are needed, advantages."""
-    config = run.config
+    """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages."""
+    a, temperature = run.config.algorithm, run.config.rollout.temperature
     batch = batch_of(groups)
-    if config.algorithm.old_logp == "rollout":
+    if a.old_logp == "rollout":
         batch["old_logp_T"] = batch["rollout_logp_T"]
-    elif config.algorithm.old_logp == "recompute" or updates_per_step(config) > 1:
+    elif a.old_logp == "recompute" or updates_per_step(run.config) > 1:
         with run.clock.phase("old_log_prob"):
-            batch["old_logp_T"] = run.engine.score(batch, ["logp"], temperature=config.rollout.temperature)["logp"]
+            batch["old_logp_T"] = run.engine.score(batch, ["logp"], temperature=temperature)["logp"]
+    if run.reference is not None:
+        with run.clock.phase("ref"):
+            batch["ref_logp_T"] = run.reference.score(batch, ["logp"], temperature=temperature)["logp"]
+    if run.critic is not None:
+        with run.clock.phase("values"):
+            batch["value_T"] = run.critic.engine.score(batch, ["value"])["value"]
     with run.clock.phase("adv"):
-        batch["advantage_T"] = advantages(batch, config.algorithm)
+        batch["reward_T"] = token_rewards(batch)
+        if a.kl_reward_coef:
+            batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
+            batch["reward_T"] -= run.kl.coef * batch["kl_T"]
+        for name, column_T in advantage_columns(a.advantage, batch, a.model_dump()).items():
+            batch[name] = column_T
     return batch
 
 
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
-    config, metrics = run.config, []
+    config, metrics = run.config, [kl_metrics(run, batch)]
     size = sequences_per_update(config)
-    for epoch in range(config.train.epochs_per_step):
-        for i, mini in enumerate(batch.split([size] * (len(batch) // size))):
-            prepared = with_weights(mini, config)
-            if epoch or i:  # the gap between engines is measured while both hold the same weights
-                del prepared.columns["rollout_logp_T"]
-            if not len(prepared):
-                continue  # every group of equal reward: nothing to learn from, no step
-            with run.clock.phase("update_actor"):
-                result = run.engine.update(prepared, policy_loss(config))
-            run.note_update(result, prepared.objects("row"))
-            metrics.append(result.metrics | {"actor/skipped_nonfinite": float(not result.applied)})
+    minis = [with_weights(mini, config) for mini in batch.split([size] * (len(batch) // size))]
+    if run.critic is not None and config.critic is not None and not run.critic.shared:
+        with run.clock.phase("update_critic"):
+            for mini in minis * (config.critic.epochs_per_step or config.train.epochs_per_step):
+                metrics.append(_optimizer_step(run, run.critic.engine, mini, value_loss(config)))
+    if config.critic is None or run.step >= config.critic.warmup_steps:
+        with run.clock.phase("update_actor"):
+            for i, mini in enumerate(minis * config.train.epochs_per_step):
+                prepared = with_loss(mini, config)
+                if i:  # the gap between engines is measured while both hold the same weights
+                    del prepared.columns["rollout_logp_T"]
+                if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
+                    metrics.append(_optimizer_step(run, run.engine, prepared, policy_loss(config)))
     fault_point("update", run.step + 1)
     values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
     return {name: sum(found) / len(found) for name, found in values.items()}
@@ -94,13 +109,15 @@ def publish_weights(run: RlRun, step: int) -> None:
 
 def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]) -> None:
     """Evaluates, writes what happened, and saves a checkpoint, each where it is due."""
-    config, last = run.config, step == run.config.train.steps
+    config, last = run.config, step == run.total_steps
     if run.eval_prompts is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
         with run.clock.phase("testing"):
             metrics = metrics | _evaluate(run, step)
         fault_point("eval", step)
     if batch is not None:
         metrics = metrics | batch_metrics(batch, config.rollout.max_response_tokens)
+        if step == 1:
+            _advise_where_none_ended(run, "first step", [t.finish_reason for g in groups for t in g.trajectories])
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
             with run.clock.phase("dump_rollout_generations"):
                 write_rollouts(
@@ -115,7 +132,8 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         }
     run.trackers.log(step, {"training/global_step": step} | metrics | times)
     fault_point("record", step)
-    if step and config.checkpoint.every and step % config.checkpoint.every == 0 and not last:
+    due = bool(config.checkpoint.every) and step % config.checkpoint.every == 0
+    if (run.note_best(step, metrics) or due) and step and not last:
         with run.clock.phase("save_checkpoint"):
             run.save(step)
         fault_point("saved", step)
@@ -128,11 +146,18 @@ def batch_of(groups: list[Group]) -> Batch:
     """Groups as one batch, a row per answer.
 
     Columns: ``input_ids_T``, ``loss_mask_T`` (the answer), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
-    ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
+    ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``. Where tokens
+    were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for all of it) and ``support_ids_K``.
     """
     answers = [(g, t) for g in groups for t in g.trajectories]
+    supports: dict[str, list[list[int]]] = {}
+    if any(t.support is not None for _, t in answers):
+        sizes = [t.support.sizes if t.support else [0] * len(t.token_ids) for _, t in answers]
+        supports["support_size_T"] = [[0] * len(g.prompt_ids) + size for (g, _), size in zip(answers, sizes)]
+        supports["support_ids_K"] = [t.support.ids if t.support else [] for _, t in answers]
     return Batch.from_rows(
         {
+            **supports,
             "input_ids_T": [g.prompt_ids + t.token_ids for g, t in answers],
             "loss_mask_T": [[False] * len(g.prompt_ids) + [True] * len(t.token_ids) for g, t in answers],
             "rollout_logp_T": [[0.0] * len(g.prompt_ids) + t.logps for g, t in answers],
@@ -147,21 +172,52 @@ def batch_of(groups: list[Group]) -> Batch:
     )
 
 
-def advantages(batch: Batch, algorithm: AlgorithmSection) -> torch.Tensor:
-    """The estimator's advantage of each answer, on each of its tokens ``[T]``."""
-    estimator = ADVANTAGES[algorithm.advantage]
-    advantage_B = estimator(batch["reward_B"], batch["group_B"], normalize_by_std=algorithm.normalize_by_std)
-    return advantage_B[batch.sequence_of()] * batch["loss_mask_T"]
+def token_rewards(batch: Batch) -> torch.Tensor:
+    """The reward of every token ``[T]``: all of an answer's on its last token that carries loss."""
+    reward_T = torch.zeros(batch.total(), dtype=batch["reward_B"].dtype)
+    scored_T = batch["loss_mask_T"].nonzero()[:, 0]
+    last_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.sequence_of()[scored_T], scored_T, "amax")
+    reward_T[last_B[last_B >= 0]] = batch["reward_B"][last_B >= 0]
+    return reward_T
+
+
+def divergence(batch: Batch, estimator: str) -> torch.Tensor:
+    """The policy's divergence from the reference at every token ``[T]``, 0 where there is no loss.
+
+    Where old log-probabilities were not computed, the sampler's stand for the policy's: no forward pass for this alone.
+    """
+    logp_T = batch["old_logp_T"] if "old_logp_T" in batch else batch["rollout_logp_T"]
+    return KL_ESTIMATORS[estimator](logp_T, batch["ref_logp_T"]) * batch["loss_mask_T"]
+
+
+def kl_metrics(run: RlRun, batch: Batch) -> dict[str, float]:
+    """Coefficients of the KL terms and the penalty, under verl's names; the controller takes the penalty in."""
+    a, metrics = run.config.algorithm, {}
+    if a.kl_loss_coef:
+        metrics["actor/kl_coef"] = a.kl_loss_coef
+    if "kl_T" in batch:
+        kl = mean_per_answer(batch["kl_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
+        metrics |= {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": run.kl.coef}
+        run.kl.observe(kl, len(batch))
+    return metrics
 
 
 def with_weights(mini: Batch, config: RlConfig) -> Batch:
-    """A mini-batch with a weight column per loss term, less the answers that have no loss whatever the weights are."""
-    weight_T = token_weights(mini, config.algorithm.aggregation, norm=config.rollout.max_response_tokens)
+    """A mini-batch with a weight column per loss term."""
+    a = config.algorithm
+    weight_T = token_weights(mini, a.aggregation, norm=config.rollout.max_response_tokens)
     mini["policy_weight_T"] = weight_T
-    if config.algorithm.entropy_coef:
-        mini["entropy_weight_T"] = weight_T
-        return mini
-    return with_signal(mini) if config.train.skip_zero_advantage else mini
+    for name, wanted in [("entropy", a.entropy_coef), ("kl", a.kl_loss_coef), ("value", config.critic is not None)]:
+        if wanted:
+            mini[f"{name}_weight_T"] = weight_T
+    return mini
+
+
+def with_loss(mini: Batch, config: RlConfig) -> Batch:
+    """The answers from which the actor can learn: those with an advantage, or all where it has other loss terms."""
+    a, shared = config.algorithm, config.critic is not None and config.critic.shared_trunk
+    every = a.entropy_coef or a.kl_loss_coef or shared or not config.train.skip_zero_advantage
+    return mini.select(list(mini)) if every else with_signal(mini)
 
 
 def with_signal(mini: Batch) -> Batch:
@@ -170,12 +226,32 @@ def with_signal(mini: Batch) -> Batch:
     return mini.take(signal_B.nonzero()[:, 0])
 
 
+def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) -> dict[str, float]:
+    result = engine.update(mini, loss)
+    run.note_update(result, mini.objects("row"))
+    part = "critic" if loss.name == "value" else "actor"
+    return result.metrics | {f"{part}/skipped_nonfinite": float(not result.applied)}
+
+
 def policy_loss(config: RlConfig) -> Loss:
-    """The configured loss, as the engine takes it."""
+    """The configured loss of the actor, as the engine takes it."""
     a = config.algorithm
-    values = {"clip_low": a.clip_low, "clip_high": a.clip_high, "clip_dual": a.clip_dual}
-    params = {"policy_loss": a.policy_loss, "values": values, "entropy_coef": a.entropy_coef}
-    return Loss("policy", params | {"temperature": config.rollout.temperature})
+    params: dict[str, Any] = {
+        "policy_loss": a.policy_loss,
+        "values": {name: getattr(a, name) for name in POLICY_LOSSES[a.policy_loss].values},
+        "entropy_coef": a.entropy_coef,
+        "kl_loss_coef": a.kl_loss_coef,
+        "kl_loss_estimator": a.kl_loss_estimator,
+        "temperature": config.rollout.temperature,
+    }
+    if config.critic is not None and config.critic.shared_trunk:
+        params |= {"value_coef": a.value_coef, "clip_value": a.clip_value}
+    return Loss("policy", params)
+
+
+def value_loss(config: RlConfig) -> Loss:
+    """The configured loss of a critic with a model of its own."""
+    return Loss("value", {"clip_value": config.algorithm.clip_value})
 
 
 def batch_metrics(batch: Batch, max_response_tokens: int) -> dict[str, float]:
@@ -189,13 +265,20 @@ def batch_metrics(batch: Batch, max_response_tokens: int) -> dict[str, float]:
         torch.zeros(len(groups)).scatter_reduce(0, index, reward_B, r, include_self=False) for r in ("amin", "amax")
     )
     metrics = {"training/equal_reward_groups": float((low == high).float().mean())}
-    for name, values in [
-        ("critic/score", reward_B),
-        ("critic/rewards", reward_B),
-        ("critic/advantages", batch["advantage_T"][mask_T]),
-        ("response_length", response_B),
-        ("prompt_length", prompt_B),
-    ]:
+    measured = {
+        "critic/score": reward_B,
+        "critic/rewards": reward_B,
+        "critic/advantages": batch["advantage_T"][mask_T],
+        "response_length": response_B,
+        "prompt_length": prompt_B,
+    }
+    if "kl_T" in batch:
+        measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
+    if "value_T" in batch:
+        value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
+        measured |= {"critic/values": value_M, "critic/returns": return_M}
+        metrics["critic/vf_explained_var"] = float(1 - (return_M - value_M).var() / (return_M.var() + 1e-5))
+    for name, values in measured.items():
         metrics |= {
             f"{name}/mean": float(values.mean()),
             f"{name}/max": float(values.max()),
@@ -208,19 +291,30 @@ def batch_metrics(batch: Batch, max_response_tokens: int) -> dict[str, float]:
 
 def _evaluate(run: RlRun, step: int) -> dict[str, float]:
     assert run.eval_prompts is not None
-    metrics, records = evaluate(
+    config = run.config
+    done = evaluate(
         run.rollout,
         run.eval_prompts,
         run.reward,
+        config.eval,
         decode=run.decode,
-        sampling=Sampling(run.config.rollout.max_response_tokens, 0.0, run.source.sampling.stop_token_ids),
-        seed=run.config.run.seed,
-        max_rows=run.config.eval.max_rows,
+        sampling=sampling_for(config.eval, run.source.sampling),
+        seed=config.run.seed,
+        note=run.trackers.note if config.track.console else None,
     )
-    for r in records:
+    for r in done.records:
         r |= {"step": step, "tokens": run.texts_of(r["token_ids"])}
-    write_rollouts(run.folder.path / f"evaluations/step-{step:06d}.parquet", records)
-    return metrics
+    write_rollouts(run.folder.path / f"evaluations/step-{step:06d}.parquet", done.records, EVALUATION)
+    if step == 0:
+        _advise_where_none_ended(run, "evaluation before training", [r["finish_reason"] for r in done.records])
+    return done.metrics()
+
+
+def _advise_where_none_ended(run: RlRun, where: str, finish_reasons: list[str]) -> None:
+    limit, eos = run.config.rollout.max_response_tokens, repr(run.tokenizer.eos_token)
+    advice = never_ended(finish_reasons, limit, eos)
+    if advice:
+        run.trackers.advise(f"{where}: {advice}")
 
 
 def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:

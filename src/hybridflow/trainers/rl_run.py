@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,23 +11,27 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.algorithms.kl import KlController
 from hybridflow.checkpoint.journal import Journal
 from hybridflow.checkpoint.run_folder import RunFolder
-from hybridflow.checkpoint.store import saved_steps
+from hybridflow.checkpoint.store import saved_steps, write_best
 from hybridflow.checkpoint.weights import export_model
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
-from hybridflow.data.sampler import Sampler
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.load import require_context, stop_ids
 from hybridflow.models.lora import load_trainable
-from hybridflow.protocols import RolloutEngine, Sampling
+from hybridflow.models.value import value_head
+from hybridflow.protocols import RolloutEngine, Scorer
 from hybridflow.rewards.function import RewardFunction, load_reward
 from hybridflow.rollout.groups import GroupSource
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
+from hybridflow.trainers.best import best_of, better
+from hybridflow.trainers.critic import Critic, make_critic, make_reference
+from hybridflow.trainers.generation import inline_engine, training_sampling
 from hybridflow.trainers.lifecycle import StopRequest, pick_device
-from hybridflow.trainers.session import Session, opening
+from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.weights.stream import verify
 
 
@@ -43,6 +47,9 @@ class RlRun(Session):
     eval_prompts: PromptSet | None
     journal: Journal
     decode: Callable[[list[int]], str]
+    critic: Critic | None = None
+    reference: Scorer | None = None
+    kl: KlController
     token_text: dict[int, str] = field(default_factory=dict)
 
     def __exit__(
@@ -67,10 +74,58 @@ class RlRun(Session):
         stream = self.engine.stream_weights()
         verify(stream, self.rollout.update_weights(stream, version), version)
 
+    def write_weights(self, folder: Path) -> None:
+        """See `Session.write_weights`."""
+        super().write_weights(folder)
+        if self.critic is not None:
+            self.critic.write(folder)
+
+    def read_weights(self, folder: Path) -> None:
+        """See `Session.read_weights`."""
+        super().read_weights(folder)
+        if self.critic is not None:
+            self.critic.read(folder)
+
+    def engine_state(self) -> dict[str, Any]:
+        """See `Session.engine_state`."""
+        own = super().engine_state()
+        return own if self.critic is None else self.critic.join_state(own)
+
+    def load_engine(self, state: dict[str, Any]) -> None:
+        """See `Session.load_engine`."""
+        super().load_engine(state if self.critic is None else self.critic.load_state(state))
+
+    def extra_state(self) -> dict[str, Any]:
+        """The coefficient of the KL penalty, which an adaptive controller moves."""
+        return {"kl_reward_coef": self.kl.coef}
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        """See `Session.load_extra`. A fixed coefficient is the configuration's, which may have been changed."""
+        if self.kl.target is not None:
+            self.kl.coef = state["kl_reward_coef"]
+
     def save(self, step: int) -> None:
         """Writes the checkpoint of a step, and lets go of the journal that no resume can need."""
         super().save(step)
-        self.journal.forget_up_to(saved_steps(self.folder.checkpoints)[0])
+        self.journal.forget_up_to(saved_steps(self.folder.checkpoints)[-self.keep :][0])
+
+    def note_best(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the step is the best so far by ``checkpoint.best``: it is then to be saved.
+
+        Raises:
+            UserError: the evaluation measures nothing of that name.
+        """
+        found = better(self.config.checkpoint, metrics, step, self.best)
+        self.best = found or self.best
+        return found is not None
+
+    def restore(self) -> None:
+        """See `Session.restore`. The best step so far follows from the metrics and the checkpoints that stand."""
+        super().restore()
+        lines = read_metrics(self.folder.path / "metrics.jsonl")
+        self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
+        if self.best is not None:
+            write_best(self.folder.checkpoints, self.best)
 
 
 def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> RlRun:
@@ -90,19 +145,21 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
 def _assemble(
     config: RlConfig, folder: RunFolder, stop: StopRequest, resolved: dict[str, Any], reward: Callable[..., Any] | None
 ) -> RlRun:
-    seed, t = config.run.seed, config.train
+    seed, t, a, c = config.run.seed, config.train, config.algorithm, config.critic
     model, tokenizer = load_trainable(config.model, seed=seed)
     require_context(model, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     assert config.data.train is not None
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
+    steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
     scorer = RewardFunction(reward, reward.__name__) if reward else load_reward(config.reward.function)
     engine = LocalEngine(
         model,
         config.optim,
-        total_steps=t.steps * updates_per_step(config),
+        total_steps=(steps - (c.warmup_steps if c else 0)) * updates_per_step(config),
         tokens_per_microbatch=t.tokens_per_microbatch,
         device=pick_device(config.run.device),
+        value_head=value_head(model) if c and c.shared_trunk else None,
     )
     rollout = make_rollout(config, model, tokenizer, folder.path)
     journal = Journal(folder.path / "journal")
@@ -115,7 +172,7 @@ def _assemble(
         prompts.__getitem__,
         scorer,
         decode=decode,
-        sampling=Sampling(config.rollout.max_response_tokens, config.rollout.temperature, stop_ids(model, tokenizer)),
+        sampling=training_sampling(config.rollout, stop_ids(model, tokenizer)),
         samples=t.samples_per_prompt,
         seed=seed,
         journal=journal,
@@ -133,12 +190,15 @@ def _assemble(
         reward=scorer,
         prompts=prompts,
         eval_prompts=evaluated,
-        sampler=Sampler(len(prompts), seed=seed, shuffle=config.data.shuffle),
+        sampler=prompts.sampler(seed=seed),
         journal=journal,
         decode=decode,
-        trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=t.steps, title="train"),
+        critic=make_critic(config, engine, tokenizer, steps=steps),
+        reference=make_reference(config, model, tokenizer, engine.device),
+        kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
+        trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),
         stop=stop,
-        total_steps=t.steps,
+        total_steps=steps,
         keep=config.checkpoint.keep,
         data_source=prompts.source,
         data_fingerprint=prompts.fingerprint,
@@ -169,7 +229,7 @@ def make_rollout(
     """The generation engine of ``rollout.engine``."""
     r = config.rollout
     if r.engine == "inline":
-        return InlineEngine(model, max_cache_tokens=r.max_cache_tokens)
+        return inline_engine(model, tokenizer, r)
     from hybridflow.rollout.vllm import VllmEngine  # vLLM is an extra, and takes seconds to import
 
     start = folder / "rollout-model"  # vLLM starts from a folder; its weights are replaced by the first publication

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
-from hybridflow.checkpoint.store import read_checkpoint, save_checkpoint, saved_steps, step_folder
+from hybridflow.checkpoint.store import Best, read_checkpoint, save_checkpoint, saved_steps, step_folder
 from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.data.sampler import Sampler
@@ -27,6 +27,23 @@ from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
 
 NONFINITE_LIMIT = 3  # updates in a row
+
+
+def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_step: int) -> int:
+    """Steps of a run: as many as are given, or as find their rows in so many epochs.
+
+    Raises:
+        UserError: not even one step does.
+    """
+    if steps is not None:
+        return steps
+    assert epochs is not None
+    if epochs * rows < rows_per_step:
+        raise UserError(
+            f"there is nothing to train: {epochs} epochs of {rows} rows are fewer than the {rows_per_step} of one step",
+            fix="raise train.epochs, or take fewer rows in a step",
+        )
+    return epochs * rows // rows_per_step
 
 
 @contextmanager
@@ -64,13 +81,14 @@ class Session:
     stop: StopRequest
     total_steps: int
     keep: int
-    longer: str = "raise train.steps"
+    longer: str = "raise train.steps (or train.epochs)"
     data_source: str
     data_fingerprint: str
     clock: Clock = field(default_factory=Clock)
     step: int = 0
     saved_step: int = 0
-    nonfinite_in_a_row: int = 0
+    best: Best | None = None  # by checkpoint.best; its checkpoint is kept
+    nonfinite_in_a_row: dict[str, int] = field(default_factory=dict)  # of the actor, of the critic
     drawn_before: int = 0  # the sampler's count when the step now under way began
 
     def __enter__(self) -> Self:
@@ -115,20 +133,22 @@ class Session:
         Raises:
             UserError: three in a row; the rows are named.
         """
+        part = "critic" if "critic/loss" in update.metrics else "actor"
         if update.applied:
-            self.nonfinite_in_a_row = 0
+            self.nonfinite_in_a_row[part] = 0
             return
-        self.nonfinite_in_a_row += 1
+        self.nonfinite_in_a_row[part] = self.nonfinite_in_a_row.get(part, 0) + 1
         rows = sorted({data_rows[i] for i in update.bad_rows})
         self.trackers.events.append(
             "nonfinite", f"step {self.step + 1}: loss not finite, update not applied; data rows {rows or 'unknown'}"
         )
-        if self.nonfinite_in_a_row == NONFINITE_LIMIT:
-            loss, norm = (update.metrics.get(f"actor/{name}", math.nan) for name in ("loss", "grad_norm"))
+        if self.nonfinite_in_a_row[part] == NONFINITE_LIMIT:
+            loss, norm = (update.metrics.get(f"{part}/{name}", math.nan) for name in ("loss", "grad_norm"))
+            whose, key = ("the critic: ", "critic.optim.lr") if part == "critic" else ("", "optim.lr")
             raise UserError(
                 f"the loss was not finite {NONFINITE_LIMIT} updates in a row; last in data rows {rows or 'unknown'}",
-                why=f"loss {loss}, gradient norm {norm}; no such update was applied",
-                fix="lower optim.lr, look at these rows, and start from the last checkpoint",
+                why=f"{whose}loss {loss}, gradient norm {norm}; no such update was applied",
+                fix=f"lower {key}, look at these rows, and start from the last checkpoint",
             )
 
     def extra_state(self) -> dict[str, Any]:
@@ -138,13 +158,29 @@ class Session:
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """Takes back what `extra_state` gave."""
 
+    def write_weights(self, folder: Path) -> None:
+        """Writes what is trained into a checkpoint."""
+        write_weights(self.model, self.tokenizer, folder)
+
+    def read_weights(self, folder: Path) -> None:
+        """Reads what `write_weights` wrote."""
+        read_weights(self.model, folder)
+
+    def engine_state(self) -> dict[str, Any]:
+        """`TrainEngine.state` of what is trained."""
+        return self.engine.state()
+
+    def load_engine(self, state: dict[str, Any]) -> None:
+        """Takes back what `engine_state` gave."""
+        self.engine.load(state)
+
     def save(self, step: int) -> None:
         """Writes the checkpoint of a step."""
         save_checkpoint(
             self.folder.checkpoints,
             step,
-            write_weights=lambda folder: write_weights(self.model, self.tokenizer, folder),
-            engine_state=self.engine.state(),
+            write_weights=self.write_weights,
+            engine_state=self.engine_state(),
             run_state={
                 "drawn": self.sampler.drawn,
                 "data": self.data_fingerprint,
@@ -152,6 +188,7 @@ class Session:
                 **self.extra_state(),
             },
             keep=self.keep,
+            best=self.best,
         )
         self.saved_step = step
 
@@ -171,8 +208,8 @@ class Session:
                     why="going on would draw other rows than the records say",
                     fix="restore the data, or choose another run.folder",
                 )
-            read_weights(self.model, folder)
-            self.engine.load(engine_state)
+            self.read_weights(folder)
+            self.load_engine(engine_state)
             self.sampler.drawn = run_state["drawn"]
             self.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
             self.load_extra(run_state)

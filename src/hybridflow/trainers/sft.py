@@ -11,7 +11,6 @@ from typing import Any
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
 from hybridflow.config.sections import SftConfig
-from hybridflow.data.sampler import Sampler
 from hybridflow.data.sft import SftSet, load_sft
 from hybridflow.engines.local import LocalEngine
 from hybridflow.faults import fault_point
@@ -19,7 +18,7 @@ from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.lifecycle import memory_metrics, pick_device
-from hybridflow.trainers.session import Session, opening
+from hybridflow.trainers.session import Session, opening, total_steps
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
 
@@ -98,7 +97,7 @@ def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> N
     }
     run.trackers.log(step, metrics | times)
     every = run.config.checkpoint.every
-    if every and step % every == 0 and step < run.config.train.steps:
+    if every and step % every == 0 and step < run.total_steps:
         with run.clock.phase("save_checkpoint"):
             run.save(step)
         fault_point("saved", step)
@@ -114,16 +113,16 @@ def open_sft(config: SftConfig) -> SftRun:
         seed = config.run.seed
         model, tokenizer = load_trainable(config.model, seed=seed)
         data = load_sft(config.data, tokenizer, seed=seed)
+        t = config.train
+        steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
         engine = LocalEngine(
             model,
             config.optim,
-            total_steps=config.train.steps,
-            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            total_steps=steps,
+            tokens_per_microbatch=t.tokens_per_microbatch,
             device=pick_device(config.run.device),
         )
-        trackers = Trackers(
-            folder.path, config.track, resolved_config=resolved, total_steps=config.train.steps, title="sft"
-        )
+        trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="sft")
         run = SftRun(
             config=config,
             folder=folder,
@@ -131,12 +130,12 @@ def open_sft(config: SftConfig) -> SftRun:
             tokenizer=tokenizer,
             engine=engine,
             data=data,
-            sampler=Sampler(len(data), seed=seed, shuffle=config.data.shuffle),
+            sampler=data.sampler(seed=seed),
             trackers=trackers,
             stop=stop,
-            total_steps=config.train.steps,
+            total_steps=steps,
             keep=config.checkpoint.keep,
-            longer="raise train.steps or lower train.stop_below_loss",
+            longer="raise train.steps (or train.epochs) or lower train.stop_below_loss",
             data_source=data.source,
             data_fingerprint=data.fingerprint,
         )

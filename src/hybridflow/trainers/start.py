@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from hybridflow.checkpoint.store import read_best
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
@@ -33,6 +34,9 @@ def start(config: RlConfig | SftConfig, *, again: str) -> int:
     print(f"report: {write_report(folder)}")
     if read_events(folder / "events.jsonl")[-1]["kind"] == "done":  # model/ alone may be of a shorter run before
         print(f"model: {folder / 'model'}  (a Hugging Face folder)")
+        best = read_best(folder / "checkpoints")
+        if best is not None:
+            print(f"best: step {best.step}, {best.metric} {best.value:.4f}; hybridflow export {folder} FOLDER --best")
         return 0
     print(f"stopped after step {_last_step(folder)}; to go on: {again}")
     return 130

@@ -27,7 +27,6 @@ EVENTS = 200
 # Title, the metric, its unit, and the axis: "share" (0 to 1), "zero" (from 0), "fit" (what the values need).
 # The first metric of a chart that the run has is drawn.
 BIG_CHARTS = (
-    ("Training reward", ("critic/score/mean", "critic/rewards/mean"), "", "share"),
     ("Loss", ("train/loss",), "", "fit"),
     ("Gradient norm", ("train/grad_norm",), "", "zero"),
 )
@@ -45,6 +44,8 @@ SMALL_CHARTS = (
     ("GPU memory", ("perf/max_memory_allocated_gb",), "GB, peak", "zero"),
     ("Process memory", ("perf/cpu_memory_used_gb",), "GB, peak", "zero"),
 )
+
+TRAINING_REWARD = "critic/score/mean"
 
 Curve = list[tuple[int, float | None]]
 
@@ -169,12 +170,13 @@ def _tiles(metrics: Sequence[Mapping[str, float]], last_step: int, total_steps: 
 
 
 def _charts(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-    """The charts that the run has numbers for, big ones first."""
+    """The charts that the run has numbers for, big ones first. Training and held-out reward are on one."""
     charts = []
-    accuracy = {name: source for name in curves for source in held_out({name: 0.0})}
-    if accuracy:
-        lines = [{"label": source, "name": n, "points": _thin(curves[n])} for n, source in sorted(accuracy.items())]
-        charts.append({"title": "Held-out accuracy", "big": True, "axis": "share", "unit": "", "lines": lines})
+    reward = {TRAINING_REWARD: "in training"} if TRAINING_REWARD in curves else {}
+    reward |= {name: f"held out, {source}" for name in sorted(curves) for source in held_out({name: 0.0})}
+    if reward:
+        lines = [{"label": label, "name": n, "points": _thin(curves[n])} for n, label in reward.items()]
+        charts.append({"title": "Reward", "big": True, "axis": "share", "unit": "", "lines": lines})
     for big, table in ((True, BIG_CHARTS), (False, SMALL_CHARTS)):
         for title, names, unit, axis in table:
             name = next((n for n in names if n in curves), None)

@@ -1,0 +1,93 @@
+"""How far a policy is from a reference: estimators of KL(policy | reference) from sampled tokens, and the controller
+of the penalty's coefficient.
+
+With d = logp - reference logp of a token that the policy drew (J. Schulman, "Approximating KL divergence", 2020):
+
+    k1   d                        its mean is the divergence; the usual choice in the reward
+    abs  |d|
+    k2   d^2 / 2                  its gradient's mean is the divergence's
+    k3   exp(-d) + d - 1          its mean is the divergence, with less variance than k1; never negative (GRPO's choice)
+
+In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice.
+
+Shapes: M tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 20.0  # where exp(-d) would become infinite
+K3_BOUND = 10.0
+
+
+def k1(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+    """The log-ratio itself ``[M]``."""
+    return logp_M - ref_logp_M
+
+
+def absolute(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+    """The size of the log-ratio ``[M]``."""
+    return (logp_M - ref_logp_M).abs()
+
+
+def k2(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+    """Half the squared log-ratio ``[M]``."""
+    return 0.5 * (logp_M - ref_logp_M).square()
+
+
+def k3(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+    """``exp(-d) + d - 1`` ``[M]``; the log-ratio is kept within 20, outside of which there is no gradient."""
+    d_M = (logp_M - ref_logp_M).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return (-d_M).exp() + d_M - 1
+
+
+def k3_clamped(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+    """k3, at most 10 ``[M]``: what verl calls low_var_kl."""
+    return k3(logp_M, ref_logp_M).clamp(max=K3_BOUND)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": k1,
+    "abs": absolute,
+    "k2": k2,
+    "k3": k3,
+    "k3_clamped": k3_clamped,
+}
+
+
+@dataclass(slots=True)
+class KlController:
+    """The coefficient of the KL penalty in the reward: fixed, or led towards a target (arXiv 1909.08593, section 2.2).
+
+        coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) answers / horizon)
+
+    The paper's divergence is a sum over an answer's tokens; here it is, as in verl, their mean.
+
+    Args:
+        coef: the coefficient now.
+        target: the divergence to hold, in nats per token; None keeps the coefficient as it is.
+        horizon: answers over which a clipped error changes the coefficient by a fifth.
+    """
+
+    coef: float
+    target: float | None = None
+    horizon: float = 10_000
+
+    def observe(self, kl: float, answers: int) -> None:
+        """Takes in the mean divergence per token of so many answers."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * answers / self.horizon
+
+
+def mean_per_answer(kl_T: Tensor, mask_T: Tensor, sequence_T: Tensor, count: int) -> float:
+    """The mean over answers of the mean over each one's masked-in tokens; answers without any count as 0."""
+    weight_T = mask_T.to(kl_T.dtype)
+    sum_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, kl_T * weight_T)
+    size_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, weight_T)
+    return float((sum_B / size_B.clamp(min=1)).mean()) if count else 0.0

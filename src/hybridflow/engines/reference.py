@@ -1,0 +1,44 @@
+"""The reference: log-probabilities under weights that never change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from hybridflow.batch import Batch
+from hybridflow.engines.microbatch import autocast_on, score_microbatches
+
+
+class LocalReference:
+    """A `Scorer` around a model in this process that is never trained.
+
+    Args:
+        model: a model that `models.load` loaded; or the actor itself, whose adapters are then switched off while it
+            scores: what is left is the model that the run began with, without a second copy.
+        tokens_per_microbatch: most tokens in one forward pass.
+        device: where to score; None leaves the actor where it is.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, tokens_per_microbatch: int, device: torch.device | str | None = None
+    ) -> None:
+        self.model, self.tokens_per_microbatch = model, tokens_per_microbatch
+        self.adapted = hasattr(model, "peft_config")
+        if not self.adapted:
+            self.model.to(device).eval().requires_grad_(False)
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """See `Scorer.score`."""
+        with self.model.disable_adapter() if self.adapted else nullcontext():
+            return score_microbatches(
+                self.model,
+                batch,
+                outputs,
+                temperature=temperature,
+                tokens_per_microbatch=self.tokens_per_microbatch,
+                autocast=autocast_on(self.model.device),
+            )

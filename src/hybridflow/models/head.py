@@ -1,0 +1,55 @@
+"""What stands between the last hidden state and the logits: the output layer, a scale, a soft-cap.
+
+Families differ here, and their own forward would hold all logits at once. `models.load` compares what is computed from
+this with the logits of the model itself, for every family that the tests do not cover already.
+
+Shapes: M tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Logits are ``softcap * tanh(scale * layer(hidden) / softcap)``, or ``scale * layer(hidden)`` without a cap.
+
+    Args:
+        layer: the output layer, often tied to the input embeddings.
+        scale: multiplies its output (Cohere's logit_scale; one over Granite's logits_scaling).
+        softcap: bound on the logits (Gemma 2); None for none.
+    """
+
+    layer: torch.nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def vocabulary(self) -> int:
+        """V, the number of logits."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def logits(self, hidden_MD: Tensor, temperature: float = 1.0) -> Tensor:
+        """``[M, V]`` logits divided by the temperature, in float32 at least."""
+        logits_MV = self.layer(hidden_MD)
+        logits_MV = logits_MV.to(torch.promote_types(torch.float32, logits_MV.dtype))
+        if self.softcap is not None:
+            logits_MV = torch.tanh(logits_MV * (self.scale / self.softcap)) * self.softcap
+            factor = 1.0 / temperature
+        else:
+            factor = self.scale / temperature
+        return logits_MV if factor == 1.0 else logits_MV * factor
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The output layer of a causal language model, with what its configuration says is done to the logits."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Head(model.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,111 @@
+"""Where a model's files are: a folder, or a name on the Hugging Face hub or ModelScope, fetched once and kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hybridflow.errors import UserError
+
+MODELSCOPE = "modelscope://"
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # what is not weights
+WEIGHTS = ["*.safetensors"]
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this names a model on the Hugging Face hub: ``org/name``, and nothing here has that name.
+
+    >>> [is_hub_name(path) for path in ("Qwen/Qwen3-0.6B", "/models/qwen3", "./qwen3", "qwen3", "a/b/c")]
+    [True, False, False, False, False]
+    """
+    return _NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def model_folder(path: str, *, weights: bool = True) -> Path:
+    """The folder of a model in Hugging Face format; a name on a hub is fetched first, where it is not kept already.
+
+    Args:
+        path: a folder, ``org/name`` on the Hugging Face hub, or ``modelscope://org/name``.
+        weights: whether the weights are needed too; configuration and tokenizer are small.
+
+    Raises:
+        UserError: there is no such folder, or the name cannot be fetched.
+    """
+    patterns = SMALL_FILES + WEIGHTS * weights
+    if path.startswith(MODELSCOPE):
+        return _from_modelscope(path.removeprefix(MODELSCOPE), patterns)
+    if "://" in path:
+        raise UserError(f"no model at {path}", fix=f"give a folder, org/name on the hub, or {MODELSCOPE}org/name")
+    if is_hub_name(path):
+        from huggingface_hub import snapshot_download
+
+        return _fetched(path, "the Hugging Face hub", lambda: snapshot_download(path, allow_patterns=patterns))
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"no model at {path}",
+            why="a model folder has a config.json beside its weights",
+            fix="give a folder in Hugging Face format, a name on the hub (org/name, modelscope://org/name), or "
+            "file.py:function that returns (model, tokenizer)",
+        )
+    return folder
+
+
+def _from_modelscope(name: str, patterns: list[str]) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"{MODELSCOPE}{name} needs the modelscope library, which cannot be imported: {error}",
+            fix="pip install 'hybridflow[modelscope]'",
+        ) from error
+    return _fetched(f"{MODELSCOPE}{name}", "ModelScope", lambda: snapshot_download(name, allow_patterns=patterns))
+
+
+def _fetched(path: str, where: str, fetch: Callable[[], str]) -> Path:
+    try:
+        folder = Path(fetch())
+    except Exception as error:  # the libraries pass on those of their network stacks, which have no base in common
+        text = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"model {path} cannot be fetched from {where}: {type(error).__name__}: {text}",
+            why="there is no folder of this name either",
+            fix="check the name and the network (HF_HUB_OFFLINE forbids it), log in where the model is gated, or fetch "
+            "it elsewhere and give the folder",
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} on {where} has no config.json", fix="give a model in Hugging Face format")
+    return folder
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The plain values of a JSON file in a model folder.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        values = json.loads((folder / name).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / name} is not JSON: {error}", fix="fetch or save the model again") from error
+    return dict(values)
+
+
+def code_files(auto_map: dict[str, Any]) -> list[str]:
+    """The files that an ``auto_map`` would have run."""
+    entries = [e for value in auto_map.values() for e in (value if isinstance(value, list) else [value]) if e]
+    return sorted({entry.rpartition(".")[0] + ".py" for entry in entries})
+
+
+def refuse_own_code(path: str, what: list[str]) -> NoReturn:
+    """Raises for a folder that would have code of its own run: that is for the user to allow."""
+    raise UserError(
+        f"{path} is made to run code of its own: {', '.join(what)}",
+        why="whoever wrote that code could do anything on this machine; nothing of it has been run",
+        fix="read it, then set model.trust_remote_code=true; or take a model that transformers has built in",
+    )
