@@ -1,13 +1,16 @@
 """The main job on fresh seeds: does reinforcement raise held-out accuracy, every time?
 
     python benchmarks/carry_seeds.py 1000 1010 benchmarks/results/carry_seeds.json
+    python benchmarks/carry_seeds.py 3000 3003 benchmarks/results/carry_ppo.json --algorithm ppo
 
 Each seed has its own random weights, demonstrations, problems, data order and noise. The held-out problems are the
-fixed set of the recipe, which no training data contains. Two seeds run at a time, each on one thread.
+fixed set of the recipe, which no training data contains. Each seed has one thread. ``--warm-ups FOLDER`` takes the
+warm-up runs ``FOLDER/carry-sft-SEED`` of the recipe, done before, instead of repeating them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -27,13 +30,12 @@ from hybridflow.errors import UserError
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/carry"))
 from demo import run_carry
 
-JOBS = 2
 
-
-def one_seed(seed: int) -> dict[str, Any]:
+def one_seed(seed: int, algorithm: str, warm_ups: Path | None) -> dict[str, Any]:
+    warm_up = warm_ups and warm_ups / f"carry-sft-{seed}"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = run_carry(Path(folder), seed, live=False)
+            result = run_carry(Path(folder), seed, algorithm=algorithm, warm_up=warm_up, live=False)
         except UserError as error:  # the gate: counts as a seed that gained nothing
             result = {"seed": seed, "before": 0.0, "after": 0.0, "error": error.what}
     gain = result["after"] - result["before"]
@@ -42,14 +44,29 @@ def one_seed(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    first, last, target = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    with ProcessPoolExecutor(JOBS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(one_seed, range(first, last)))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("first", type=int, help="first seed")
+    parser.add_argument("last", type=int, help="seed after the last")
+    parser.add_argument("target", type=Path, help="JSON file to write")
+    parser.add_argument("--algorithm", choices=["grpo", "ppo"], default="grpo", help="which recipe")
+    parser.add_argument("--warm-ups", type=Path, help="folder with the runs carry-sft-SEED")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
+    given = parser.parse_args()
+    target: Path = given.target
+    seeds = range(given.first, given.last)
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(one_seed, seed, given.algorithm, given.warm_ups) for seed in seeds]
+        results = [job.result() for job in jobs]
     gains = [r["after"] - r["before"] for r in results]
     record = {
-        "command": f"python benchmarks/carry_seeds.py {first} {last} {target}",
+        "command": " ".join(["python", "benchmarks/carry_seeds.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1, "seeds_at_a_time": JOBS},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+            "seeds_at_a_time": given.jobs,
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from measuring import record, run_alone
 
 TOKENS, WORDS, TEMPERATURE = 1_024, 151_936, 0.9
 CASES: dict[str, dict[str, Any]] = {
@@ -75,23 +73,18 @@ def measure(way: str, size: int, entropy: str, softcap: float | None) -> dict[st
     }
 
 
-def in_process(way: str, size: int, case: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", way, str(size), case]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SIZE", "CASE"))
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.measure:
         way, size, case = args.measure
         options = {"entropy": "no", "softcap": None} | CASES[case]
-        print(json.dumps(measure(way, int(size), **options)))
+        args.out.write_text(json.dumps(measure(way, int(size), **options)))
         return
     results = []
     for size in args.sizes:
@@ -99,36 +92,21 @@ def main() -> None:
             rounds: dict[str, list[dict[str, float]]] = {"plain": [], "tiled": []}
             for _ in range(args.rounds):
                 for way, found in rounds.items():
-                    found.append(in_process(way, size, case))
+                    found.append(run_alone([sys.executable, __file__, "--measure", way, str(size), case]))
             best = {way: min(found, key=lambda r: r["cpu_seconds"]) for way, found in rounds.items()}
             peaks = {way: max(r["peak_mb"] for r in found) for way, found in rounds.items()}
-            ratio = best["plain"]["cpu_seconds"] / best["tiled"]["cpu_seconds"]
+            before, after = (best[way]["cpu_seconds"] for way in rounds)
+            ratio = before / after
             results.append({"hidden_size": size, "case": case, "times_as_quick": ratio, "peak_mb": peaks} | rounds)
             print(
-                f"hidden {size}, {case}: peak {peaks['plain']:.0f} -> {peaks['tiled']:.0f} MB, CPU seconds "
-                f"{best['plain']['cpu_seconds']:.2f} -> {best['tiled']['cpu_seconds']:.2f} ({ratio:.2f} times as quick)",
+                f"hidden {size}, {case}: peak {peaks['plain']:.0f} -> {peaks['tiled']:.0f} MB, "
+                f"CPU seconds {before:.2f} -> {after:.2f} ({ratio:.2f} times as quick)",
                 flush=True,
             )
     if args.target:
-        import torch
-
-        record = {
-            "command": "OMP_NUM_THREADS=1 python " + " ".join(["benchmarks/log_probs.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": {
-                "processor": platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "load_average": os.getloadavg()[0],
-            },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "tokens": TOKENS,
-            "vocabulary": WORDS,
-            "dtype": "float32",
-            "temperature": TEMPERATURE,
-            "results": results,
-        }
-        args.target.write_text(json.dumps(record, indent=1) + "\n")
+        command = " ".join(["OMP_NUM_THREADS=1 python benchmarks/log_probs.py", *sys.argv[1:]])
+        workload = {"tokens": TOKENS, "vocabulary": WORDS, "dtype": "float32", "temperature": TEMPERATURE}
+        args.target.write_text(json.dumps(record(command, workload, results), indent=1) + "\n")
 
 
 if __name__ == "__main__":

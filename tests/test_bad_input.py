@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BloomConfig, BloomForCausalLM
 
 from hybridflow.cli import main
 from hybridflow.config.locate import load_function
@@ -179,10 +180,27 @@ def test_a_model_that_is_none(tmp_path: Path, capsys: Output) -> None:
     load_function(f"{CARRY}:make_tokenizer")().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
     said = mistake(capsys, "train", config, f"model.path={folder}")
-    assert f"the model in {folder} cannot be loaded" in said and "ViTConfig" in said
-    assert "fix: check that the folder is complete and holds a causal language model" in said
+    assert f"the model in {folder} is a ViTModel: it has no head" in said
+    assert "fix: give a causal language model (LlamaForCausalLM, Qwen3ForCausalLM, ...)" in said
     path = model_folder(tmp_path / "whole")  # a failed start leaves nothing that the mended one would run into
     assert "tokens" in succeed(capsys, "train", config, f"model.path={path}", "train.steps=1")
+
+
+def test_a_family_that_cannot_pack(tmp_path: Path, capsys: Output) -> None:
+    config, folder = configuration(tmp_path), tmp_path / "bloom"
+    tokenizer = load_function(f"{CARRY}:make_tokenizer")()
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    said = mistake(capsys, "train", config, f"model.path={folder}")
+    assert "BloomForCausalLM (bloom) cannot run on packed sequences: it has an attention of its own" in said
+    assert "why: training would silently score another model" in said and "fix: set model.packing=false" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    succeed(capsys, "train", config, f"model.path={folder}", "model.packing=false", "train.steps=2")
+    steps = metrics(tmp_path / "run")[1:]
+    # Padded training scores what was sampled: both see the same model.
+    assert len(steps) == 2 and all(s["training/rollout_probs_diff_max"] < 1e-5 for s in steps)
 
 
 # --- reward ---
@@ -333,7 +351,7 @@ def going_on(folder: Path, capsys: Output, *overrides: str) -> str:
 def test_a_run_that_is_done_is_an_error(done: Path, capsys: Output) -> None:
     said = going_on(done, capsys)
     assert f"the run in {done / 'run'} is already done: 2 of 2 steps" in said
-    assert "fix: raise train.steps to train longer, or choose another run.folder" in said
+    assert "fix: raise train.steps (or train.epochs) to train longer, or choose another run.folder" in said
 
 
 def test_resume_never(done: Path, capsys: Output) -> None:
@@ -390,8 +408,8 @@ def test_rows_that_change_before_the_first_checkpoint_are_noticed_too(tmp_path: 
 
 
 def test_a_model_folder_that_is_not_there_is_not_looked_for_on_the_network(tmp_path: Path, capsys: Output) -> None:
-    said = mistake(capsys, "train", configuration(tmp_path, model={"path": "some/where"}))
-    assert "no model at some/where" in said and "fix: give a folder in Hugging Face format" in said
+    said = mistake(capsys, "train", configuration(tmp_path, model={"path": "some/where/else"}))
+    assert "no model at some/where/else" in said and "fix: give a folder in Hugging Face format" in said
 
 
 def test_a_configuration_for_another_command_names_it(tmp_path: Path, capsys: Output) -> None:

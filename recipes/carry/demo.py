@@ -25,15 +25,33 @@ ACCURACY = "val-core/carry/reward/mean@1"
 GATE = 0.05  # the warm-up must have converged: reinforcement of a half-learned skill goes nowhere
 
 
-def run_carry(folder: Path, seed: int, *, live: bool = True, threads: int = 1) -> dict[str, Any]:
-    """Warm-up and reinforcement with one seed; returns the accuracies, the curve and the seconds of each phase."""
+def run_carry(
+    folder: Path,
+    seed: int,
+    *,
+    algorithm: str = "grpo",
+    warm_up: Path | None = None,
+    live: bool = True,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Warm-up and reinforcement with one seed; returns the accuracies, the curve and the seconds of each phase.
+
+    Args:
+        folder: where the runs go, ``sft`` and one named like the algorithm.
+        seed: of both runs.
+        algorithm: "grpo" or "ppo": the recipe beside this file.
+        warm_up: the folder of a warm-up run with this seed that is done already; None runs it.
+        live: show progress.
+        threads: torch threads.
+    """
     common = [f"run.seed={seed}", f"run.threads={threads}", f"track.console={str(live).lower()}"]
     wall, cpu = time.perf_counter(), time.process_time()
-    sft = load_config(SftConfig, HERE / "sft.yaml", [f"run.folder={folder / 'sft'}", *common])
-    train_sft(sft)
-    last = read_metrics(folder / "sft" / "metrics.jsonl")[-20:]
+    sft = warm_up or folder / "sft"
+    if warm_up is None:
+        train_sft(load_config(SftConfig, HERE / "sft.yaml", [f"run.folder={sft}", *common]))
+    last = read_metrics(sft / "metrics.jsonl")[-20:]
     loss = sum(m["train/loss"] for m in last) / len(last)
-    sft_wall, sft_cpu = time.perf_counter() - wall, time.process_time() - cpu
+    seconds = {"sft_wall_s": time.perf_counter() - wall, "sft_cpu_s": time.process_time() - cpu}
     if loss > GATE:
         raise UserError(
             f"the warm-up of seed {seed} ended at a loss of {loss:.3f}, above {GATE}",
@@ -41,19 +59,20 @@ def run_carry(folder: Path, seed: int, *, live: bool = True, threads: int = 1) -
             fix="raise train.steps in recipes/carry/sft.yaml",
         )
     wall, cpu = time.perf_counter(), time.process_time()
-    model = f"model.path={folder / 'sft' / 'model'}"
-    train(load_config(RlConfig, HERE / "grpo.yaml", [f"run.folder={folder / 'grpo'}", model, *common]))
-    curve = {int(m["step"]): m[ACCURACY] for m in read_metrics(folder / "grpo" / "metrics.jsonl") if ACCURACY in m}
+    run = folder / algorithm
+    train(
+        load_config(RlConfig, HERE / f"{algorithm}.yaml", [f"run.folder={run}", f"model.path={sft / 'model'}", *common])
+    )
+    curve = {int(m["step"]): m[ACCURACY] for m in read_metrics(run / "metrics.jsonl") if ACCURACY in m}
     return {
         "seed": seed,
         "sft_loss": loss,
         "before": curve[min(curve)],
         "after": curve[max(curve)],
         "curve": curve,
-        "sft_wall_s": sft_wall,
-        "sft_cpu_s": sft_cpu,
-        "grpo_wall_s": time.perf_counter() - wall,
-        "grpo_cpu_s": time.process_time() - cpu,
+        **(seconds if warm_up is None else {}),
+        f"{algorithm}_wall_s": time.perf_counter() - wall,
+        f"{algorithm}_cpu_s": time.process_time() - cpu,
     }
 
 

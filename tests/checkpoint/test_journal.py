@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.protocols import Group, Span, Trajectory
+from hybridflow.protocols import Group, Span, Support, Trajectory
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=4)
 trajectories = st.builds(
@@ -22,6 +22,7 @@ trajectories = st.builds(
     spans=st.lists(st.builds(Span, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), max_size=3),
     response=st.text(st.characters(codec=None), max_size=8),
     reward=st.floats(allow_nan=False),
+    support=st.none() | st.builds(Support, tokens, tokens),
 )
 groups = st.builds(
     Group,

@@ -65,9 +65,9 @@ def test_a_small_configuration_is_valid_and_frozen() -> None:
     validate(SftConfig, SFT)
 
 
-@pytest.mark.parametrize("name", ["grpo.yaml", "sft.yaml", "eval.yaml"])
+@pytest.mark.parametrize("name", ["grpo.yaml", "ppo.yaml", "sft.yaml", "eval.yaml"])
 def test_the_recipe_is_valid(name: str) -> None:
-    kind = {"grpo.yaml": RlConfig, "sft.yaml": SftConfig, "eval.yaml": EvalConfig}[name]
+    kind = {"grpo.yaml": RlConfig, "ppo.yaml": RlConfig, "sft.yaml": SftConfig, "eval.yaml": EvalConfig}[name]
     config = load_config(kind, CARRY.parent / name)
     assert isinstance(config, kind)
 
@@ -78,7 +78,7 @@ def test_the_recipe_is_valid(name: str) -> None:
         ({"train__promts_per_step": 4}, "train.promts_per_step: unknown key; did you mean 'prompts_per_step'?"),
         ({"optm__lr": 1}, "optm: unknown key; did you mean 'optim'?"),
         ({"model__lora": {"rnk": 4}}, "model.lora.rnk: unknown key; did you mean 'rank'?"),
-        ({"rollout__zzz": 1}, "rollout.zzz: unknown key; known: engine, engine_args"),
+        ({"rollout__zzz": 1}, "rollout.zzz: unknown key; known: compile, dtype, engine, "),
         ({"algorithm__preset": "grp"}, "unknown preset 'grp'; did you mean 'grpo'?"),
         ({"algorithm__advantage": "gropo"}, "unknown advantage 'gropo'; did you mean 'grpo'?"),
         ({"algorithm__policy_loss": "ppo-clip"}, "unknown policy_loss 'ppo-clip'; did you mean 'ppo_clip'?"),
@@ -216,7 +216,13 @@ optim:
 
 
 def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
-    overrides = ["optim.lr=1e-4", "train.steps=7", "optim.betas=[0.8, 0.9]", "data.order=sequential", "model.lora.rank=4"]
+    overrides = [
+        "optim.lr=1e-4",
+        "train.steps=7",
+        "optim.betas=[0.8, 0.9]",
+        "data.order=sequential",
+        "model.lora.rank=4",
+    ]
     config = load_config(SftConfig, yaml(tmp_path, BASE), overrides)
     assert (config.optim.lr, config.train.steps, config.optim.betas) == (1e-4, 7, (0.8, 0.9))
     assert config.data.order == "sequential" and config.model.lora is not None and config.model.lora.rank == 4

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Result, Sampling, Span, WeightStream, generate
+from hybridflow.rollout.sampling import biased, kept, penalised
 from hybridflow.rollout.vllm import VllmEngine
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
@@ -177,6 +179,26 @@ def test_samples_follow_the_probabilities_they_report(setup: Setup):
     statistic = sum((f - w) ** 2 / w for f, w in cells if w)
     degrees = len(cells) - 1
     assert statistic < degrees + 4 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "way", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}, {"logit_bias": ((7, 50.0),)}, {"repetition_penalty": 1.5}]
+)
+def test_filters_are_those_of_the_inline_engine(setup: Setup, way: dict[str, Any]):
+    """Log-probabilities of the sampled tokens, renormalised over what is kept, are those that sampling.py gives."""
+    base = replace(requests(1, seed=5)[0], sampling=Sampling(1, 0.9, **way))
+    results = generate(setup.engine, [replace(base, noise=NoiseKey(0, "train", draw)) for draw in range(60)])
+    with torch.no_grad():
+        score_1V = setup.model(torch.tensor([base.prompt_ids]), use_cache=False).logits[0, -1:].float()
+    if "logit_bias" in way:
+        score_1V = biased(score_1V, [way["logit_bias"]])
+    if "repetition_penalty" in way:
+        score_1V = penalised(score_1V, [way["repetition_penalty"]], [base.prompt_ids])
+    score_1V = score_1V / 0.9
+    logp_V = score_1V.masked_fill(~kept(score_1V, [base.sampling]), -torch.inf).log_softmax(-1)[0]
+    drawn = {r.token_ids[0]: r.logps[0] for r in results}
+    assert max(abs(float(logp_V[token]) - logp) for token, logp in drawn.items()) < TOLERANCE
 
 
 @pytest.mark.vllm
@@ -339,6 +361,8 @@ def test_requests_that_can_never_run_are_refused_in_words(setup: Setup):
     for temperature in (2.5, 0.001):  # vLLM would refuse the first, and raise the second to 0.01 in silence
         with pytest.raises(UserError, match=f"cannot sample at temperature {temperature}"):
             setup.engine.submit(replace(fits, sampling=Sampling(5, temperature)))
+    with pytest.raises(UserError, match="cannot end answers by their text"):
+        setup.engine.submit(replace(fits, sampling=Sampling(5, stop=("a",))))
     with pytest.raises(UserError, match="no adapter 'poet'"):
         setup.engine.submit(replace(fits, adapter="poet"))
     assert setup.engine.wait() == []

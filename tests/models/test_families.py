@@ -31,7 +31,7 @@ from transformers import (
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.checkpoint.weights import export_model
+from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections import LoraSection, OptimSection
 from hybridflow.engines.local import LocalEngine
@@ -104,6 +104,11 @@ def test_a_family_from_folder_to_export(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         scores = score_tokens(model, batch, temperature=1.0, entropy="no")
         torch.testing.assert_close(own_scores(exported, batch), scores.logp_M, atol=1e-5, rtol=0)
+        write_weights(model, tokenizer(), tmp_path / "checkpoint")  # type: ignore[arg-type]
+        fresh, _ = load_model(str(tmp_path / "start"))
+        read_weights(fresh, tmp_path / "checkpoint")
+        for (name, p), q in zip(model.state_dict().items(), fresh.state_dict().values()):
+            assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,6 +132,11 @@ def test_a_family_with_adapters(kind: str, tmp_path: Path) -> None:
         export_model(model, tokenizer(), tmp_path / "end")  # type: ignore[arg-type]
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
         torch.testing.assert_close(own_scores(exported, batch), adapted_M, atol=1e-5, rtol=0)
+        write_weights(model, tokenizer(), tmp_path / "checkpoint")  # type: ignore[arg-type]
+        fresh = add_lora(load_model(path)[0], LoraSection(rank=4), seed=1)
+        read_weights(fresh, tmp_path / "checkpoint")
+        resumed_M = score_tokens(fresh, batch, temperature=1.0, entropy="no").logp_M
+        assert torch.equal(resumed_M, adapted_M)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,6 +280,18 @@ def test_without_packing_the_scores_and_gradients_are_the_models_own(name: str, 
         if p.grad is not None:
             assert q.grad is not None
             torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=0, msg=label)
+
+
+def test_a_model_that_does_not_pack_generates_what_transformers_does(tmp_path: Path) -> None:
+    plain = randomized(REFUSED["linear biases"][0]())
+    model, _ = load_model(folder_of(plain, tmp_path), packing=False)
+    prompts = [(5, 9, 11), tuple(range(4, 24)), (7,)]
+    sampling = Sampling(max_tokens=9, temperature=0.0)
+    requests = [Request(prompt, sampling, NoiseKey(0, "train", draw, 0)) for draw, prompt in enumerate(prompts)]
+    for prompt, result in zip(prompts, generate(InlineEngine(model), requests)):
+        ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
+        expected = plain.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        assert result.token_ids == expected[0, len(prompt) :].tolist()
 
 
 # --- what is random or changes with the batch ---

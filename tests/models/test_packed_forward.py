@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridflow.batch import Batch
+from hybridflow.models import softcap
 from hybridflow.models.attention import ATTENTION, PackedLayout
 from hybridflow.models.forward import score_tokens, trunk
 
@@ -137,6 +138,28 @@ def test_a_group_with_different_prompts_is_noticed() -> None:
     batch["input_ids_T"][int(batch.offsets["T"][3])] += 1
     with pytest.raises(AssertionError, match="begin with different tokens"):
         score_tokens(packed_model(), batch, temperature=1.0, entropy="no")
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_soft_capped_attention_is_the_same_in_pieces(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences are computed a few queries at a time, and again in the backward pass."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 70, size, generator=rng).requires_grad_() for heads, size in ((4, 8), (2, 8), (2, 6))
+    )
+    scores = 3.0 * torch.tanh((q * 0.4) @ k.repeat_interleave(2, 1).transpose(-1, -2) / 3.0)
+    steps = torch.arange(70)
+    seen = (steps[None] <= steps[:, None]) & (steps[None] > steps[:, None] - (window or 70))
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    direction = torch.randn(expected.shape, generator=rng)
+    wanted = torch.autograd.grad((expected * direction).sum(), (q, k, v))
+    for piece in (2**22, 1):  # at once, and by 16 queries
+        monkeypatch.setattr(softcap, "PIECE", piece)
+        found = softcap.softcapped_attention(q, k, v, scale=0.4, softcap=3.0, window=window)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        gradients = torch.autograd.grad((found * direction).sum(), (q, k, v))
+        for a, b in zip(gradients, wanted):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_a_first_token_with_loss_is_refused() -> None:

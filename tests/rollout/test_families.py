@@ -83,7 +83,7 @@ def test_weights_that_stay_in_the_models_own_memory_give_the_same(kind: str, mon
 @pytest.mark.parametrize("quick", [True, False])
 def test_bfloat16_stays_near_float32(quick: bool) -> None:
     """Log-probabilities of the tokens that it samples differ from training's in float32 by its rounding only."""
-    asked, results, engine = sampled("qwen3", dtype=torch.bfloat16, quick=quick)
+    asked, results, _engine = sampled("qwen3", dtype=torch.bfloat16, quick=quick)
     plain = plain_model("qwen3")
     gaps = []
     for request, result in zip(asked, results):

@@ -17,7 +17,7 @@ from hybridflow.config.sections import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Group, Request, Result, Sampling, Trajectory, generate
+from hybridflow.protocols import Group, Request, Sampling, Trajectory, generate
 from hybridflow.rollout.inline import InlineEngine
 from hybridflow.rollout.sampling import kept
 from hybridflow.trainers.rl import batch_of

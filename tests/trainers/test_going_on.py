@@ -49,7 +49,7 @@ def test_a_fine_tuning_that_ended_early_says_how_to_make_it_longer(
 ) -> None:
     config = configuration(tmp_path, "sft", train={"steps": 50, "sequences_per_update": 4, "stop_below_loss": 100})
     succeed(capsys, "sft", config)
-    assert "raise train.steps or lower train.stop_below_loss" in mistake(capsys, "sft", config)
+    assert "raise train.steps (or train.epochs) or lower train.stop_below_loss" in mistake(capsys, "sft", config)
 
 
 def test_sequences_longer_than_the_context_are_refused_before_anything_runs(

@@ -16,10 +16,11 @@ from hybridflow.config.locate import load_function
 from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model
-from hybridflow.trainers.rl import estimate, next_groups, token_rewards, train, update, with_loss, with_weights
+from hybridflow.trainers.check import check
+from hybridflow.trainers.rl import estimate, next_groups, token_rewards, update, with_loss, with_weights
 from hybridflow.trainers.rl_run import RlRun, open_run
 
-from runs import assert_same_tensors, configuration, metrics, succeed
+from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 from tiny import CARRY
 
 Output = pytest.CaptureFixture[str]
@@ -176,17 +177,42 @@ def test_a_critic_whose_loss_is_not_finite_ends_the_run_although_the_actor_learn
     assert "the critic: loss nan" in caught.value.why and "lower critic.optim.lr" in caught.value.fix
 
 
-def test_a_reference_or_critic_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with one token more."""
+    folder = tmp_path_factory.mktemp("wider")
     model, tokenizer = load_function(f"{CARRY}:tiny_qwen3")()
     tokenizer.add_tokens(["<new>"])
     model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(tmp_path / "wider")
-    tokenizer.save_pretrained(tmp_path / "wider")
-    wider = str(tmp_path / "wider")
-    for sections in ({"model": {"reference": wider}}, {"critic": {"path": wider}}):
-        config = load_config(RlConfig, ppo(tmp_path / "work", **sections))
-        with pytest.raises(UserError, match=r"has another tokenizer than model\.path"):
-            train(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("section", "key"), [("model", "reference"), ("critic", "path")])
+def test_a_reference_or_critic_that_reads_other_tokens_is_refused(
+    section: str, key: str, wider: str, tmp_path: Path
+) -> None:
+    config = load_config(RlConfig, ppo(tmp_path, **{section: {key: wider}}))
+    for attempt in (lambda: list(check(config)), lambda: open_run(config)):
+        with pytest.raises(UserError, match=rf"{section}\.{key} .* has another tokenizer than model\.path"):
+            attempt()
+
+
+def test_the_check_says_what_stands_beside_the_actor(tmp_path: Path) -> None:
+    said = {kind: list(check(load_config(RlConfig, ppo(tmp_path, kind)))) for kind in KINDS}
+    own = f"critic: a model of its own, from {CARRY}:tiny_qwen3; it is trained alone in the first 1 steps"
+    assert own in said["critic of its own"]
+    assert "critic: a value head on the actor's own trunk" in said["shared trunk"]
+    assert f"reference: a second model that is never trained, {CARRY}:tiny_qwen3" in said["shared trunk"]
+    assert "reference: the actor with its adapters switched off" in said["adapters"]
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_critic(tmp_path: Path, capsys: Output) -> None:
+    config = ppo(tmp_path)
+    succeed(capsys, "train", config, "train.steps=2")
+    said = mistake(capsys, "train", config, "critic={shared_trunk: true}")
+    assert "holds a run with other settings: critic.shared_trunk was False, is True" in said
 
 
 def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:
@@ -198,3 +224,22 @@ def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:
         batch = estimate(run, next_groups(run, 1))
         run.engine.model.load_state_dict(load_model(str(tmp_path / "other"))[0].state_dict())
         torch.testing.assert_close(batch["ref_logp_T"], run.engine.score(batch, ["logp"])["logp"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", [{"optim": {"lr": 3e-3}, "epochs_per_step": 2}, {"shared_trunk": True}])
+def test_it_learns_from_one_answer_to_each_prompt(critic: dict[str, Any], tmp_path: Path, capsys: Output) -> None:
+    config = ppo(
+        tmp_path,
+        algorithm={"preset": "ppo"},
+        critic=critic,
+        data={"eval": None},
+        eval={"every": 0},
+        train={"steps": 25, "prompts_per_step": 32, "samples_per_prompt": 1},
+        optim={"lr": 3e-3, "betas": [0.9, 0.99]},
+    )
+    (tmp_path / "reward.py").write_text("def score(response):\n    return sum(c.isdigit() for c in response) / 8\n")
+    succeed(capsys, "train", config)
+    steps = metrics(tmp_path / "run")
+    scores = [m["critic/score/mean"] for m in metrics(tmp_path / "run")[1:]]
+    assert sum(scores[:3]) / 3 < 0.15 and sum(scores[-3:]) / 3 > 0.8, scores

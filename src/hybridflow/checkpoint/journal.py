@@ -86,5 +86,5 @@ def _group(value: dict[str, Any]) -> Group:
 
 
 def _trajectory(value: dict[str, Any]) -> Trajectory:
-    support = value["support"] and Support(**value["support"])
+    support = value.get("support") and Support(**value["support"])
     return Trajectory(**value | {"spans": [Span(**s) for s in value["spans"]], "support": support})

@@ -41,10 +41,9 @@ class Head:
         logits_MV = logits_MV.to(torch.promote_types(torch.float32, logits_MV.dtype))
         if self.softcap is not None:
             logits_MV = torch.tanh(logits_MV * (self.scale / self.softcap)) * self.softcap
-            factor = 1.0 / temperature
-        else:
-            factor = self.scale / temperature
-        return logits_MV if factor == 1.0 else logits_MV * factor
+        elif self.scale != 1.0:
+            logits_MV = logits_MV * self.scale
+        return logits_MV if temperature == 1.0 else logits_MV / temperature
 
 
 def output_head(model: PreTrainedModel) -> Head:

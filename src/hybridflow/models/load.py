@@ -48,6 +48,7 @@ def load_model(
     if is_function_reference(path):
         model, tokenizer = _from_function(path, seed)
     else:
+        causal_config(path, trust_remote_code=trust_remote_code)
         model = _from_folder(model_folder(path), path, packing=packing, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     remove_dropout(model)
@@ -85,6 +86,26 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
     return tokenizer
 
 
+def causal_config(path: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The plain values of a model's ``config.json``: what can be said of it without its weights.
+
+    Args:
+        path: a folder or a name on a hub, see `load_model`.
+        trust_remote_code: whether code that the folder brings along may be run.
+
+    Raises:
+        UserError: nothing there, code of its own, or no causal language model.
+    """
+    values = read_config(model_folder(path, weights=False))
+    own = values.get("auto_map")
+    if own and trust_remote_code:
+        return values  # what the code makes of it is known when it has run
+    if own and values.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        refuse_own_code(path, code_files(own))
+    _require_causal_head(path, values)
+    return values
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that end an answer: the tokenizer's end of sequence, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -93,12 +114,6 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _from_folder(folder: Path, path: str, *, packing: bool, trust_remote_code: bool) -> PreTrainedModel:
-    values = read_config(folder)
-    built_in = values.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if values.get("auto_map") and not trust_remote_code and not built_in:
-        refuse_own_code(path, code_files(values["auto_map"]))
-    if not (values.get("auto_map") and trust_remote_code):
-        _require_causal_head(path, values)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -1,7 +1,6 @@
 """The key-value cache of the inline engine, and attention of one new token per row over it.
 
-Keys are stored transposed: a product of few queries with them is then up to twice as quick on a CPU. Layers may have
-any sizes; those of equal sizes share one tensor, so that moving a row is one operation for all of them.
+Layers may have any sizes; those of equal sizes share one tensor, so that moving a row is one operation for all of them.
 
 Shapes: R running rows, H query heads, K key-value heads, G = H / K, D size of a query or key, E size of a value, W
 width in tokens, L longest running sequence.
@@ -34,7 +33,7 @@ class Cache:
         self, rows: int, width: int, kept: Kept, dtype: torch.dtype, old: Cache | None = None, keep: int = 0
     ) -> None:
         self.rows, self.width, self.dtype = rows, width, dtype
-        self.keys: list[Tensor] = []  # of each layer, [R, K, D, W]
+        self.keys: list[Tensor] = []  # of each layer, [R, K, W, D]
         self.values: list[Tensor] = []  # [R, K, W, E]
         self._stacks: list[tuple[Tensor, Tensor]] = []
         sizes = [(k.shape[1], k.shape[2], v.shape[2]) for k, v in kept]
@@ -42,7 +41,7 @@ class Cache:
         # Zeros: what is masked out still enters attention as 0 x value, and must not be a stray NaN.
         stacks = {
             (heads, d, e): (
-                torch.zeros(sizes.count((heads, d, e)), rows, heads, d, width, **make),
+                torch.zeros(sizes.count((heads, d, e)), rows, heads, width, d, **make),
                 torch.zeros(sizes.count((heads, d, e)), rows, heads, width, e, **make),
             )
             for heads, d, e in dict.fromkeys(sizes)
@@ -55,7 +54,7 @@ class Cache:
         self._stacks = list(stacks.values())
         if old is not None and keep:
             for (keys, values), (old_keys, old_values) in zip(self._stacks, old._stacks, strict=True):
-                keys[:, :keep, :, :, : old.width] = old_keys[:, :keep]
+                keys[:, :keep, :, : old.width] = old_keys[:, :keep]
                 values[:, :keep, :, : old.width] = old_values[:, :keep]
 
     def store(self, kept: Kept, offsets: Tensor, which: Tensor, first: int) -> None:
@@ -74,14 +73,14 @@ class Cache:
         device = self.keys[0].device
         index_CL, which, rows = index_CL.to(device), which.to(device), slice(first, first + len(which))
         for layer, (k_TKD, v_TKE) in enumerate(kept):
-            self.keys[layer][rows, :, :, :longest] = k_TKD.to(self.dtype)[index_CL].permute(0, 2, 3, 1)[which]
+            self.keys[layer][rows, :, :longest] = k_TKD.to(self.dtype)[index_CL].transpose(1, 2)[which]
             self.values[layer][rows, :, :longest] = v_TKE.to(self.dtype)[index_CL].transpose(1, 2)[which]
 
     def move(self, sources: list[int], targets: list[int], used: int) -> None:
         """Rows `sources` take the places `targets`; only their first `used` tokens matter."""
         source, target = (torch.tensor(x, device=self.keys[0].device) for x in (sources, targets))
         for keys, values in self._stacks:
-            keys[:, target, :, :, :used] = keys[:, source, :, :, :used]
+            keys[:, target, :, :used] = keys[:, source, :, :used]
             values[:, target, :, :used] = values[:, source, :, :used]
 
 
@@ -91,11 +90,10 @@ class CacheLayout:
     Args:
         cache: keys and values; those of the new tokens are written into it.
         length_R: tokens of each running row, the new one included.
-        longest: the largest of them.
-        shortest: the smallest.
     """
 
-    def __init__(self, cache: Cache, length_R: Tensor, longest: int, shortest: int) -> None:
+    def __init__(self, cache: Cache, length_R: Tensor) -> None:
+        shortest, longest = torch.stack(length_R.aminmax()).tolist()
         self.cache, self.used, self.equal = cache, longest, longest == shortest
         self.place_R, self.row_R = length_R - 1, torch.arange(len(length_R), device=length_R.device)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
@@ -115,21 +113,21 @@ class CacheLayout:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows, heads, _, size = q.shape
         kv_heads, width = keys.shape[1], self.cache.width
-        if self.equal:
-            keys[:rows, :, :, self.used - 1], values[:rows, :, self.used - 1] = k[:, :, 0], v[:, :, 0]
+        if self.equal:  # in one place: no index
+            keys[:rows, :, self.used - 1], values[:rows, :, self.used - 1] = k[:, :, 0], v[:, :, 0]
         else:
-            keys[self.row_R, :, :, self.place_R] = k[:, :, 0].to(keys.dtype)
+            keys[self.row_R, :, self.place_R] = k[:, :, 0].to(keys.dtype)
             values[self.row_R, :, self.place_R] = v[:, :, 0].to(values.dtype)
         # Heads of a group stand as if they were query positions. Two products are quicker than SDPA at one position.
         both, group = rows * kv_heads, heads // kv_heads
         q_BGD = q.reshape(both, group, size).to(keys.dtype)
-        keys_BDL = keys[:rows].view(both, size, width)[:, :, : self.used]
+        keys_BLD = keys[:rows].view(both, width, size)[:, : self.used]
         values_BLE = values[:rows].view(both, width, -1)[:, : self.used]
         mask_B1L = self._mask(kv_heads, window)
         if softcap is None:
-            score_BGL = torch.baddbmm(mask_B1L, q_BGD, keys_BDL, alpha=scale, beta=int(mask_B1L.numel() > 1))
+            score_BGL = torch.baddbmm(mask_B1L, q_BGD, keys_BLD.mT, alpha=scale, beta=int(mask_B1L.numel() > 1))
         else:
-            score_BGL = softcap * torch.tanh(torch.bmm(q_BGD, keys_BDL) * (scale / softcap)) + mask_B1L
+            score_BGL = softcap * torch.tanh(torch.bmm(q_BGD, keys_BLD.mT) * (scale / softcap)) + mask_B1L
         weight_BGL = score_BGL.softmax(-1, dtype=torch.promote_types(score_BGL.dtype, torch.float32))
         out = torch.bmm(weight_BGL.to(values.dtype), values_BLE)
         return out.view(rows, 1, heads, -1)

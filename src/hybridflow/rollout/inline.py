@@ -223,8 +223,7 @@ class InlineEngine:
         if not self.packs:
             return self._draw(self._whole([job.context() for job in rows.jobs]), 0)
         assert self._cache is not None
-        lengths = [job.length() for job in rows.jobs]
-        layout = CacheLayout(self._cache, rows.length_R, max(lengths), min(lengths))
+        layout = CacheLayout(self._cache, rows.length_R)
         self._draw(self._forward(rows.last_R, rows.length_R - 1, layout), 0)
 
     def _forward(self, ids_T: Tensor, position_T: Tensor, layout: Layout, ends: Tensor | None = None) -> Tensor:

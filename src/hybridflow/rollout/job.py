@@ -36,6 +36,10 @@ class Job:
     logps: list[float] = field(default_factory=list)
     supports: list[Tensor] | None = None
     stop_text: StopText | None = None
+    room: int = field(init=False)  # most tokens that it can generate
+
+    def __post_init__(self) -> None:
+        self.room = self.request.sampling.max_tokens - len(self.request.generated_ids)
 
     @property
     def cuts(self) -> bool:
@@ -63,7 +67,7 @@ class Job:
             return "stop"
         if self.stop_text is not None and self.stop_text.ends_with(token):
             return "stop"
-        return "length" if self.length() >= self.limit() else None
+        return "length" if len(self.tokens) >= self.room else None
 
     def result(self, reason: str) -> Result:
         """The result as it stands; versions under which no token was sampled have no span."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,34 @@ NEAR_TIE = 1e-4
 FIRST_SORTED = 256  # most likely tokens that top-p looks at first; a sort of a whole vocabulary takes far longer
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What some of a number of rows ask for; found once for as long as the batch stays as it is."""
+
+    samplings: list[Sampling]
+    bias: bool
+    penalty: bool
+    temperature: bool
+    cut: list[int]  # rows that keep a part of the vocabulary
+    noise: bool
+    greedy: bool
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Needs:
+        """What these rows need."""
+        s = [job.request.sampling for job in jobs]
+        temperatures = {x.temperature for x in s}
+        return cls(
+            s,
+            bias=any(x.logit_bias for x in s),
+            penalty=any(x.repetition_penalty != 1 for x in s),
+            temperature=not temperatures <= {0, 1},
+            cut=[row for row, job in enumerate(jobs) if job.cuts],
+            noise=any(temperatures),
+            greedy=0 in temperatures,
+        )
+
+
 class Rows:
     """What sampling needs of every running row, on the device.
 
@@ -37,6 +66,7 @@ class Rows:
 
     def __init__(self, device: torch.device, count_near_ties: bool = False) -> None:
         self.jobs: list[Job] = []
+        self._needs: Needs | None = None  # of all rows
         self.count_near_ties, self.near_ties = count_near_ties, 0
         # newest token (not yet in the cache), tokens of the sequence with it, tokens generated, bits of the noise
         self.numbers_4R = torch.zeros(4, 0, dtype=torch.int64, device=device)
@@ -55,6 +85,7 @@ class Rows:
     def enter(self, jobs: Sequence[Job]) -> None:
         """Adds rows at the end."""
         self.jobs += jobs
+        self._needs = None
         numbers = [(0, j.length(), len(j.request.generated_ids) + len(j.tokens), j.request.noise.bits()) for j in jobs]
         temperatures = [j.request.sampling.temperature for j in jobs]
         device = self.numbers_4R.device
@@ -68,6 +99,7 @@ class Rows:
     def keep(self, order: list[int]) -> None:
         """These rows stay, in this order."""
         self.jobs = [self.jobs[r] for r in order]
+        self._needs = None
         index = torch.tensor(order, dtype=torch.int64, device=self.numbers_4R.device)
         self.numbers_4R, self.floats_2R = self.numbers_4R[:, index], self.floats_2R[:, index]
 
@@ -78,23 +110,25 @@ class Rows:
             The rows that have ended with it, ascending, and why.
         """
         jobs = self.jobs[first:]
-        samplings = [job.request.sampling for job in jobs]
+        if first or self._needs is None:
+            self._needs = Needs.of(jobs)
+        needs = self._needs
         _, _, position_R, bits_R = self.numbers_4R[:, first:]
         temperature_R, noisy_R = self.floats_2R[:, first:]
         score_RV = logits_RV.float()
-        if any(s.logit_bias for s in samplings):
-            score_RV = biased(score_RV, [s.logit_bias for s in samplings])
-        if any(s.repetition_penalty != 1 for s in samplings):
-            score_RV = penalised(score_RV, [s.repetition_penalty for s in samplings], [j.context() for j in jobs])
-        if any(s.temperature not in (0, 1) for s in samplings):
+        if needs.bias:
+            score_RV = biased(score_RV, [s.logit_bias for s in needs.samplings])
+        if needs.penalty:
+            penalties = [s.repetition_penalty for s in needs.samplings]
+            score_RV = penalised(score_RV, penalties, [job.context() for job in jobs])
+        if needs.temperature:
             score_RV = score_RV / temperature_R[:, None]
-        cut = [row for row, job in enumerate(jobs) if job.cuts]
-        if cut:
-            score_RV = self._cut(score_RV, cut, jobs)
+        if needs.cut:
+            score_RV = self._cut(score_RV, needs.cut, jobs)
         best_RV = score_RV
-        if any(s.temperature for s in samplings):
+        if needs.noise:
             best_RV = gumbel(bits_R, position_R, score_RV.shape[1])
-            if not all(s.temperature for s in samplings):
+            if needs.greedy:
                 best_RV *= noisy_R[:, None]
             best_RV += score_RV
         token_R = best_RV.max(-1).indices
@@ -104,6 +138,8 @@ class Rows:
         logp_R = score_RV.gather(-1, token_R[:, None])[:, 0] - score_RV.logsumexp(-1)
         self.numbers_4R[0, first:] = token_R
         self.numbers_4R[1:3, first:] += 1
+        if first:
+            self._needs = None
         reasons = [job.take(token, logp) for job, token, logp in zip(jobs, token_R.tolist(), logp_R.tolist())]
         return [(first + row, reason) for row, reason in enumerate(reasons) if reason is not None]
 

@@ -14,10 +14,10 @@ from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
 from hybridflow.errors import UserError, nearest
-from hybridflow.models.load import load_model, load_tokenizer
-from hybridflow.models.source import model_folder, read_config
+from hybridflow.models.load import causal_config, load_model, load_tokenizer
 from hybridflow.rewards.function import load_reward
 from hybridflow.trainers.ask import model_at
+from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import vote_in
 from hybridflow.trainers.session import total_steps
 
@@ -50,6 +50,7 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
 
         yield require_vllm()
     if isinstance(config, RlConfig):
+        yield from check_companions(config, tokenizer)
         assert config.data.train is not None
         rows, seen = yield from _check_prompts(config, config.data.train, tokenizer, "training")
     if config.data.eval is not None:
@@ -67,8 +68,8 @@ def _tokenizer_and_vocabulary(
     if is_function_reference(path):
         model, tokenizer = load_model(path, seed=seed, packing=section.packing)
         return tokenizer, model.get_input_embeddings().weight.shape[0]
+    values = causal_config(path, trust_remote_code=section.trust_remote_code)
     tokenizer = load_tokenizer(path, seed=seed, trust_remote_code=section.trust_remote_code)
-    values = read_config(model_folder(path, weights=False))
     return tokenizer, values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
 
 

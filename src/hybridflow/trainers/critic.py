@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hybridflow.config.sections import ModelSection, RlConfig
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
-from hybridflow.models.load import load_model, require_context
+from hybridflow.models.load import load_model, load_tokenizer, require_context
 from hybridflow.models.lora import has_adapters, load_trainable
 from hybridflow.models.value import ValueHead, read_value_head, value_head, write_value_head
 
@@ -73,6 +73,27 @@ class Critic:
         self.engine.load({**state["critic"], "moments": own})
         moments = {n: kept for n, kept in state["moments"].items() if not n.startswith(PREFIX)}
         return {key: value for key, value in state.items() if key != "critic"} | {"moments": moments}
+
+
+def check_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Says what stands beside the actor, before anything is loaded.
+
+    Raises:
+        UserError: one of them reads other tokens than the actor.
+    """
+    c, reference = config.critic, config.model.reference
+    for key, path in (("critic.path", c.path if c else None), ("model.reference", reference)):
+        if path is not None:
+            _require_same_tokens(load_tokenizer(path, seed=config.run.seed), tokenizer, f"{key} {path}")
+    if c is not None and c.shared_trunk:
+        yield "critic: a value head on the actor's own trunk"
+    elif c is not None:
+        alone = f"; it is trained alone in the first {c.warmup_steps} steps" if c.warmup_steps else ""
+        yield f"critic: a model of its own, from {c.path or config.model.path}{alone}"
+    if config.algorithm.needs_reference and reference is None and config.model.lora is not None:
+        yield "reference: the actor with its adapters switched off"
+    elif config.algorithm.needs_reference:
+        yield f"reference: a second model that is never trained, {reference or config.model.path}"
 
 
 def make_critic(
