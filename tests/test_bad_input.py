@@ -109,7 +109,8 @@ def test_data_that_cannot_be_read(
          ["has no column 'truth.value'", "fix: did you mean 'valeu'?"]),
         ({"prompt": "1+1=", "ground_truth": "2"}, ["data.max_prompt_tokens=6"],
          ["has 7 tokens, data.max_prompt_tokens is 6", "fix: raise the limit or leave the row out"]),
-        ({"prompt": ["1+1="], "ground_truth": "2"}, [], ["prompt of", "is a list, in row 0 it is a string", "fix: write the column alike"]),
+        ({"prompt": ["1+1="], "ground_truth": "2"}, [],
+         ["prompt of", "is a list, in row 0 it is a string", "fix: write the column alike"]),
     ],
 )  # fmt: skip
 def test_a_row_that_does_not_fit(

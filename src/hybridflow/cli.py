@@ -63,8 +63,9 @@ def _add(
     commands: Commands, name: str, run: Handler, text: str, example: str, more: str = ""
 ) -> argparse.ArgumentParser:
     """A command with its help: what it does, more about it, and an example that can be typed."""
+    said = f"{text[0].upper()}{text[1:]}.\n{more}".strip() + "\n"
     command = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.\n{more}".strip() + "\n", epilog=f"example:\n  {example}",
+        name, help=text, description=said, epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     command.set_defaults(command=run, name=name)
@@ -140,6 +141,8 @@ def _add_commands_on_models(commands: Commands) -> None:
     generate.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
     generate.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    generate.add_argument("--no-packing", action="store_true", help="for a family that cannot run packed; slower")
+    generate.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
     _add_json(generate)
     export = _add(
         commands, "export", _export, "write a checkpoint as a plain Hugging Face folder",
@@ -325,6 +328,7 @@ def _generate(given: argparse.Namespace) -> int:
     for answer in ask(
         given.model, given.prompts, max_tokens=given.max_tokens, sampling=sampling,
         samples=given.samples, seed=given.seed,
+        packing=not given.no_packing, trust_remote_code=given.trust_remote_code,
     ):  # fmt: skip
         text = f"{answer.prompt}{answer.line()}" if several else answer.line()
         print(json.dumps(asdict(answer)) if given.json else text)

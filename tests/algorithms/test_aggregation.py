@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import golden_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.algorithms.aggregation import AGGREGATIONS, token_weights
 from hybridflow.batch import Batch
+
+from golden import golden_batch
 
 # Masks of sequences, and the trajectory that each belongs to.
 batches = st.lists(

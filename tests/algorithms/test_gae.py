@@ -6,13 +6,14 @@ import statistics
 
 import pytest
 import torch
-from golden import LENGTHS, REWARD
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.algorithms.advantage.gae import gae, raw_gae
 from hybridflow.algorithms.whitening import whiten
 from hybridflow.batch import offsets_from_lengths
+
+from golden import LENGTHS, REWARD
 
 # Sequences of (reward, value, whether it carries loss).
 number = st.floats(-3, 3)

@@ -6,11 +6,12 @@ import statistics
 
 import pytest
 import torch
-from golden import golden_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.algorithms.advantage.grpo import grpo
+
+from golden import golden_batch
 
 groups = st.lists(st.lists(st.floats(-10, 10), min_size=2, max_size=6), min_size=1, max_size=5)
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from golden import golden_batch
 
 from hybridflow.algorithms.kl import KL_ESTIMATORS, KlController, mean_per_answer
+
+from golden import golden_batch
 
 REF = [[0.02, 0.01, -0.03], [0, 0.05, -0.02, 0.01], [-0.1, 0.1], [0.04, -0.04, 0, 0.2]]  # above the old log-probs
 

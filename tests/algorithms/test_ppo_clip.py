@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from golden import golden_batch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hybridflow.algorithms.advantage.grpo import grpo
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.policy_loss.ppo_clip import ppo_clip
+
+from golden import golden_batch
 
 settings = st.fixed_dictionaries(
     {"clip_low": st.floats(0, 0.9), "clip_high": st.floats(0, 2)},

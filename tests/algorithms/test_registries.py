@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from golden import golden_batch
 
 from hybridflow.algorithms.advantage import ADVANTAGES, advantage_columns
 from hybridflow.algorithms.aggregation import AGGREGATIONS
@@ -15,6 +14,8 @@ from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES
 from hybridflow.config import algorithms as tables
 from hybridflow.config.sections import AlgorithmSection
+
+from golden import golden_batch
 
 
 def test_tables_and_registries_have_the_same_keys() -> None:

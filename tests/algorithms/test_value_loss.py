@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import golden_batch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.value_loss import clipped_value_loss
+
+from golden import golden_batch
 
 VALUE = [[0.1, 0.2, 0.3], [0, 0.1, 0.2, 0.1], [0.4, 0.3], [-0.1, 0, 0.1, 0.2]]
 CHANGE = [[0.7, -0.1, 0.2], [0, 0.6, -0.3, 0.1], [0.2, 0.2], [-0.6, 0.1, 0, 0.3]]

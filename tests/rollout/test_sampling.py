@@ -186,6 +186,7 @@ def test_many_stop_tokens(trained_model: PreTrainedModel) -> None:
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"logit_bias": ((100, 1.0),)}, "names token 100, the model's tokens are 0 to 99"),
         ({"stop": ("",)}, "a stop string is empty"),
         ({"stop_regex": "(a"}, "not a regular expression"),
         ({"stop": ("a",)}, "need an engine that can decode"),

@@ -240,6 +240,5 @@ def test_it_learns_from_one_answer_to_each_prompt(critic: dict[str, Any], tmp_pa
     )
     (tmp_path / "reward.py").write_text("def score(response):\n    return sum(c.isdigit() for c in response) / 8\n")
     succeed(capsys, "train", config)
-    steps = metrics(tmp_path / "run")
     scores = [m["critic/score/mean"] for m in metrics(tmp_path / "run")[1:]]
     assert sum(scores[:3]) / 3 < 0.15 and sum(scores[-3:]) / 3 > 0.8, scores

@@ -127,7 +127,9 @@ class RolloutSection(Section):
         "that log-probabilities are those of training; bfloat16 is quicker on CPUs with bf16 dot products.",
     )
     compile: bool = Field(
-        False, description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, Mistral)."
+        False,
+        description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, "
+        "Mistral). It gained nothing on CPUs.",
     )
     engine_args: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="Further arguments of the engine itself (vLLM's LLM)."

@@ -86,7 +86,7 @@ def attention(
         raise UserError(
             f"{type(module).__name__} asks for attention that packed sequences do not have: {', '.join(asked)}",
             why="leaving it out would silently compute another model",
-            fix="set model.packing=false",
+            fix="set model.packing=false (generate: --no-packing)",
         )
     scale = kwargs.get("scaling")
     out = layout.attend(

@@ -93,5 +93,6 @@ def _refusal(model: PreTrainedModel, why: str) -> UserError:
     return UserError(
         f"{type(model).__name__} ({model.config.model_type}) cannot run on packed sequences: {why}",
         why="training would silently score another model than this one",
-        fix=f"set model.packing=false, or take one of the families known to pack: {', '.join(KNOWN)}",
+        fix="set model.packing=false (generate: --no-packing), or take one of the families known to pack: "
+        + ", ".join(KNOWN),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-PIECE = 2**22  # most scores at once
+PIECE = 2**20  # most scores at once
 
 
 def softcapped_attention(
@@ -22,7 +22,8 @@ def softcapped_attention(
     sequences, heads, length = q_NHLD.shape[:3]
     step = max(16, PIECE // (sequences * heads * length))
     parts = []
-    for start in range(0, length, step):
+    # The last queries see the most keys: begun with them, later pieces find room in what earlier ones gave back.
+    for start in reversed(range(0, length, step)):
         stop = min(start + step, length)
         first = 0 if window is None else max(0, start - window + 1)
         piece = q_NHLD[:, :, start:stop], k_NKLD[:, :, first:stop], v_NKLE[:, :, first:stop]
@@ -34,7 +35,7 @@ def softcapped_attention(
             if again
             else _piece(*arguments)
         )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts[::-1], dim=2)
 
 
 def _piece(

@@ -107,5 +107,6 @@ def refuse_own_code(path: str, what: list[str]) -> NoReturn:
     raise UserError(
         f"{path} is made to run code of its own: {', '.join(what)}",
         why="whoever wrote that code could do anything on this machine; nothing of it has been run",
-        fix="read it, then set model.trust_remote_code=true; or take a model that transformers has built in",
+        fix="read it, then set model.trust_remote_code=true (generate: --trust-remote-code); or take a model that "
+        "transformers has built in",
     )

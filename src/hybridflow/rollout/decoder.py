@@ -150,7 +150,8 @@ def _before(
     both, v_TKD = heads[:, : queries + pairs], heads[:, queries + pairs :]
     if layer.heads_norm is not None:
         both = F.rms_norm(both, (size,), None, eps) * layer.heads_norm
-    both = torch.addcmul(both * cos_T1D, both.roll(size // 2, -1), sin_T1D)
+    left, right = both.chunk(2, -1)
+    both = torch.addcmul(both * cos_T1D, torch.cat([right, left], -1), sin_T1D)
     return both[:, :queries], both[:, queries:], v_TKD
 
 

@@ -102,7 +102,7 @@ class InlineEngine:
             )
         if request.adapter is not None:
             raise UserError(f"the inline engine has no adapter {request.adapter!r}; it samples from the trained model")
-        check_sampling(sampling)
+        check_sampling(sampling, output_head(self.model).vocabulary())
         if sampling.stop or sampling.stop_regex is not None:
             if self.decode is None:
                 raise UserError("stop strings need an engine that can decode", fix="give InlineEngine decode=")

@@ -110,9 +110,8 @@ class Rows:
             The rows that have ended with it, ascending, and why.
         """
         jobs = self.jobs[first:]
-        if first or self._needs is None:
-            self._needs = Needs.of(jobs)
-        needs = self._needs
+        needs = Needs.of(jobs) if first or self._needs is None else self._needs
+        self._needs = None if first else needs
         _, _, position_R, bits_R = self.numbers_4R[:, first:]
         temperature_R, noisy_R = self.floats_2R[:, first:]
         score_RV = logits_RV.float()
@@ -138,8 +137,6 @@ class Rows:
         logp_R = score_RV.gather(-1, token_R[:, None])[:, 0] - score_RV.logsumexp(-1)
         self.numbers_4R[0, first:] = token_R
         self.numbers_4R[1:3, first:] += 1
-        if first:
-            self._needs = None
         reasons = [job.take(token, logp) for job, token, logp in zip(jobs, token_R.tolist(), logp_R.tolist())]
         return [(first + row, reason) for row, reason in enumerate(reasons) if reason is not None]
 
@@ -217,7 +214,7 @@ def _likeliest(score_PV: Tensor, top_k_P: Tensor, top_p_P: Tensor) -> Tensor:
     return above_PV | edge_PV
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: Sampling, vocab: int) -> None:
     """Raises a UserError for parameters that mean nothing."""
     for name, value, good, allowed in [
         ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more"),
@@ -228,6 +225,9 @@ def check_sampling(sampling: Sampling) -> None:
     ]:
         if not good:
             raise UserError(f"{name} is {value}, it must be {allowed}")
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < vocab:
+            raise UserError(f"logit_bias names token {token}, the model's tokens are 0 to {vocab - 1}")
     if "" in sampling.stop:
         raise UserError("a stop string is empty", why="it would end every answer at its first token")
     if sampling.stop_regex is not None:

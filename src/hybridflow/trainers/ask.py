@@ -153,7 +153,15 @@ class Answer:
 
 
 def ask(
-    model_path: str, prompts: Sequence[str], *, max_tokens: int | None, sampling: Sampling, samples: int, seed: int
+    model_path: str,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int | None,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    packing: bool = True,
+    trust_remote_code: bool = False,
 ) -> Iterator[Answer]:
     """Answers to prompts, in their order.
 
@@ -164,6 +172,8 @@ def ask(
         sampling: how to draw; its `max_tokens` and stop tokens are filled in.
         samples: answers to each prompt.
         seed: of the noise.
+        packing: see ``model.packing``.
+        trust_remote_code: see ``model.trust_remote_code``.
 
     Raises:
         UserError: the model cannot be loaded, or a prompt is longer than its context.
@@ -176,7 +186,7 @@ def ask(
     ]:
         if not low <= value < math.inf:
             raise UserError(f"{name} is {value}, it must be at least {low}")
-    model, tokenizer = load_model(model_at(model_path), seed=seed)
+    model, tokenizer = load_model(model_at(model_path), seed=seed, packing=packing, trust_remote_code=trust_remote_code)
     require_template(tokenizer)
     model.to(pick_device("auto"))
     stops, context = stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or math.inf
