@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hybridflow.config.algorithms import ADVANTAGES, POLICY_LOSSES, PRESETS
 
 if TYPE_CHECKING:  # the sections check themselves with this file
-    from hybridflow.config.sections import AlgorithmSection, CriticSection, RlConfig
+    from hybridflow.config.learning import AlgorithmSection
+    from hybridflow.config.sections import CriticSection, RlConfig
 
 
 def check_algorithm(config: RlConfig) -> None:

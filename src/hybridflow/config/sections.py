@@ -17,9 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES, PRESETS
+from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.combinations import check_algorithm
 from hybridflow.config.data import PromptDataSection, SftDataSection
+from hybridflow.config.learning import AlgorithmSection as AlgorithmSection
+from hybridflow.config.learning import FilterSection, ReweightSection
+from hybridflow.config.pieces import needs_of
 from hybridflow.config.rewards import REWARDS
 from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
@@ -89,8 +92,14 @@ class RewardSection(Section):
     function: str = Field(
         description="file.py:function, or a built-in reward: gsm8k, gsm8k_flexible. A function takes any of response, "
         "ground_truth, prompt, row and returns a number; with responses (a list) it scores a whole group and returns "
-        "as many numbers."
+        "as many numbers. Instead of a number it may return a dict with `score` and further numbers by name."
     )
+    overlong_buffer: PositiveInt | None = Field(
+        None,
+        description="In training, the last so many tokens before rollout.max_response_tokens lower the reward step by "
+        "step (DAPO's soft punishment); unset: they do not.",
+    )
+    overlong_penalty: float = Field(1.0, gt=0, description="By how much at most.")
 
     @field_validator("function")
     @classmethod
@@ -155,76 +164,6 @@ class RolloutSection(Section):
                 + "; set rollout.engine=inline"
             )
         return self
-
-
-class AlgorithmSection(Section):
-    """The three pieces of the algorithm and their values. A preset fills what is not given."""
-
-    preset: str = Field("grpo", description="Named choice of all the values below.")
-    advantage: str = Field("grpo", description="Advantage estimator.")
-    normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount of a reward, per token that lies before it.")
-    lam: float = Field(
-        1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
-    )
-    policy_loss: str = Field("ppo_clip", description="Per-token policy loss.")
-    clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
-    clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
-    clip_dual: float | None = Field(
-        None, gt=1, description="Bound c of the dual clip for negative advantages; unset: none."
-    )
-    aggregation: str = Field("token-mean", description="How token losses become one number.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-    clip_value: float | None = Field(
-        0.5, gt=0, description="How far the critic's values may usefully move in one step; unset (null): no bound."
-    )
-    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss where the critic shares the trunk.")
-    kl_reward_coef: float = Field(
-        0.0, ge=0, description="Weight of the divergence from the reference that is taken off every token's reward."
-    )
-    kl_reward_estimator: str = Field("k1", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
-    kl_controller: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="adaptive: kl_reward_coef is only the start, and led so that the divergence is kl_target."
-    )
-    kl_target: float | None = Field(None, gt=0, description="Divergence that adaptive holds, in nats per token.")
-    kl_horizon: PositiveInt = Field(
-        10_000, description="Answers over which adaptive changes the weight by at most a fifth."
-    )
-    kl_loss_coef: float = Field(0.0, ge=0, description="Weight of the divergence from the reference in the loss.")
-    kl_loss_estimator: str = Field("k3", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
-    old_logp: Literal["auto", "recompute", "rollout"] = Field(
-        "auto",
-        description="Where the ratio's denominator comes from. auto: the current policy itself when a step makes one "
-        "update, else recompute; recompute: a forward pass before the step's updates; rollout: the sampler's.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        preset = values.get("preset", "grpo")
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}; {nearest(str(preset), PRESETS)}")
-        return {**PRESETS[preset], **values, "preset": preset}
-
-    @model_validator(mode="after")
-    def _check_names(self) -> AlgorithmSection:
-        for what, name, known in [
-            ("advantage", self.advantage, ADVANTAGES),
-            ("policy_loss", self.policy_loss, POLICY_LOSSES),
-            ("aggregation", self.aggregation, AGGREGATIONS),
-            ("kl_reward_estimator", self.kl_reward_estimator, KL_ESTIMATORS),
-            ("kl_loss_estimator", self.kl_loss_estimator, KL_ESTIMATORS),
-        ]:
-            if name not in known:
-                raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)}")
-        return self
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether log-probabilities of the reference are used."""
-        return bool(self.kl_reward_coef or self.kl_loss_coef)
 
 
 class OptimSection(Section):
@@ -415,6 +354,8 @@ class RlConfig(Section):
     reward: RewardSection
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
+    filter: FilterSection = FilterSection()
+    reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
     train: RlTrainSection
     optim: OptimSection = OptimSection()
     critic: CriticSection | None = Field(None, description="The critic, of advantages that need one (gae).")
@@ -426,7 +367,7 @@ class RlConfig(Section):
     def _check_sizes(self) -> RlConfig:
         t = self.train
         _steps_or_epochs(t)
-        if ADVANTAGES[self.algorithm.advantage].needs_group and t.samples_per_prompt < 2:
+        if needs_of(self.algorithm.advantage, ADVANTAGES).needs_group and t.samples_per_prompt < 2:
             raise ValueError(
                 f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
                 "compares answers to one prompt: give at least 2"
