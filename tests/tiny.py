@@ -164,6 +164,14 @@ def group_batch(prompts: Sequence[int] = (6, 9, 1), answers: int = 4, seed: int 
     return Batch.from_rows({**rows, "trajectory_B": list(range(len(prompts) * answers))})
 
 
+def weights_of(batch: Batch, mode: str) -> Tensor:
+    """The weight of every token; where the batch has no groups, pairs of sequences are some for the weights alone."""
+    grouped = batch.select(list(batch))
+    if "group_B" not in grouped:
+        grouped["group_B"] = grouped["trajectory_B"] // 2
+    return token_weights(grouped, mode, norm=16)
+
+
 def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", seed: int = 1) -> Batch:
     """The batch with what the policy loss reads: off-policy old log-probs, advantages, weights."""
     rng = torch.Generator().manual_seed(seed)
@@ -173,7 +181,7 @@ def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", 
     batch["old_logp_T"] = logp_T + 0.3 * noise_T
     batch["rollout_logp_T"] = logp_T - 0.1 * noise_T
     batch["advantage_T"] = advantage_B[batch.sequence_of()] * batch["loss_mask_T"]
-    batch["policy_weight_T"] = token_weights(batch, mode, norm=16)
+    batch["policy_weight_T"] = weights_of(batch, mode)
     batch["entropy_weight_T"] = token_weights(batch, "token-mean", norm=16)
     return batch
 

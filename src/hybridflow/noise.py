@@ -71,6 +71,31 @@ def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
     return out_RV
 
 
+def token_keys(bits_B: Tensor, lengths_B: Tensor) -> Tensor:
+    """A number for every token of B sequences ``[T]`` (int64), which depends on its sequence's key and its place alone.
+
+    Args:
+        bits_B: `NoiseKey.bits` of each sequence.
+        lengths_B: its number of tokens.
+    """
+    start_B = lengths_B.cumsum(0) - lengths_B
+    place_T = torch.arange(int(lengths_B.sum())) - start_B.repeat_interleave(lengths_B)
+    return _mix(bits_B.repeat_interleave(lengths_B) + place_T * _POSITION_STEP)
+
+
+def uniform(key: NoiseKey, *ids_R: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) ``[R]`` (float64), each a function of the key and of its row's identity alone.
+
+    Args:
+        key: whose noise it is.
+        ids_R: what tells rows apart, one or more columns of integers (int64).
+    """
+    hash_R = torch.full_like(ids_R[0], key.bits())
+    for id_R in ids_R:
+        hash_R = _mix(hash_R + id_R * _ID_STEP)
+    return (((hash_R >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # 53 bits could round to 1
+
+
 def permutation(key: NoiseKey, count: int) -> list[int]:
     """A random order of ``range(count)`` that depends on the key alone."""
     hashes = _mix(torch.arange(count) * _ID_STEP + key.bits())

@@ -128,6 +128,7 @@ class Trajectory:
         response: the tokens as text, without special tokens.
         reward: what the reward function gave.
         support: see `Result.support`.
+        components: further numbers that the reward function gave, by name.
     """
 
     sample: int
@@ -138,6 +139,7 @@ class Trajectory:
     response: str
     reward: float
     support: Support | None = None
+    components: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -149,12 +151,14 @@ class Group:
         row: index of the row in the data.
         prompt_ids: token ids of the prompt.
         trajectories: the answers, in order of `sample`.
+        baseline: the reward of a greedy answer to the prompt; None where none was asked for.
     """
 
     draw: int
     row: int
     prompt_ids: list[int]
     trajectories: list[Trajectory]
+    baseline: float | None = None
 
 
 # --- weights ---

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridflow.algorithms.kl import KL_ESTIMATORS, KlController, mean_per_answer
 
@@ -14,14 +16,28 @@ from golden import golden_batch
 REF = [[0.02, 0.01, -0.03], [0, 0.05, -0.02, 0.01], [-0.1, 0.1], [0.04, -0.04, 0, 0.2]]  # above the old log-probs
 
 
-@pytest.mark.parametrize(
-    ("name", "total"), [("k1", 0.38), ("abs", 3.24), ("k2", 0.6433), ("k3", 0.648909), ("k3_clamped", 0.648909)]
-)
-def test_golden_sums(name: str, total: float) -> None:
+GOLDEN = {"k1": 0.38, "abs": 3.24, "k2": 0.6433, "k3": 0.648909, "k3_clamped": 0.648909}
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_golden_sums(name: str) -> None:
     batch = golden_batch()
     ref_T = batch["old_T"] + torch.tensor([x for row in REF for x in [0.0, *row]])
     found_T = KL_ESTIMATORS[name](batch["new_T"], ref_T)
-    assert float(found_T[batch["loss_mask_T"]].sum()) == pytest.approx(total, abs=2e-6)
+    assert float(found_T[batch["loss_mask_T"]].sum()) == pytest.approx(GOLDEN[name.rstrip("+")], abs=2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in KL_ESTIMATORS if name.endswith("+")])
+@given(rows=st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_straight_through_forms_have_the_estimators_value_and_the_log_ratio_as_gradient(
+    name: str, rows: list[tuple[float, float]]
+) -> None:
+    logp_M, ref_M = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows))
+    value_M = KL_ESTIMATORS[name](logp_M.requires_grad_(), ref_M)
+    assert value_M.tolist() == KL_ESTIMATORS[name.rstrip("+")](logp_M, ref_M).tolist()
+    (slope_M,) = torch.autograd.grad(value_M.sum(), logp_M)
+    assert slope_M.tolist() == [logp - ref for logp, ref in rows]
 
 
 def test_means_of_k1_and_k3_and_the_gradient_of_k2_are_those_of_the_divergence() -> None:
@@ -46,9 +62,9 @@ def test_log_ratios_of_any_size_are_finite(name: str) -> None:
     value.sum().backward()
     assert logp.grad is not None
     assert value.isfinite().all() and logp.grad.isfinite().all()
-    if name != "k1":
+    if name not in ("k1", "k1+"):
         assert value.min() >= 0
-    if name == "k3_clamped":
+    if name.startswith("k3_clamped"):
         assert value.max() == 10
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridflow.algorithms.advantage import advantage_columns
-from hybridflow.algorithms.aggregation import AGGREGATIONS, token_weights
+from hybridflow.algorithms.aggregation import AGGREGATIONS
 from hybridflow.algorithms.value_loss import clipped_value_loss
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
@@ -20,7 +20,7 @@ from hybridflow.models.value import ValueHead, value_head
 from hybridflow.protocols import Loss, Update
 
 from simulated_ranks import SimulatedRanks
-from tiny import packed_model, ragged_batch, with_policy_columns
+from tiny import packed_model, ragged_batch, weights_of, with_policy_columns
 
 LENGTHS = (7, 3, 12, 5, 9, 4, 2, 16)
 ORDERS = (range(8), range(8)[::-1], (3, 0, 7, 5, 1, 6, 2, 4))
@@ -66,7 +66,7 @@ def batch_for(mode: str, *, double: bool = True) -> Batch:
     for name, column_T in advantage_columns("gae", batch, GAE).items():
         batch[name] = column_T
     batch["kl_weight_T"] = batch["policy_weight_T"]
-    batch["value_weight_T"] = token_weights(batch, mode, norm=16)
+    batch["value_weight_T"] = weights_of(batch, mode)
     return batch
 
 

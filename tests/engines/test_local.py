@@ -25,7 +25,7 @@ from hybridflow.rollout.inline import InlineEngine
 from hybridflow.weights.stream import verify
 
 from simulated_ranks import SimulatedRanks
-from tiny import group_batch, packed_model, ragged_batch, sft_losses_and_model, with_policy_columns
+from tiny import group_batch, packed_model, ragged_batch, sft_losses_and_model, weights_of, with_policy_columns
 
 LENGTHS = (7, 3, 12, 5, 9, 4, 2, 16)
 ORDERS = {"as it is": range(8), "reversed": range(8)[::-1], "mixed": (3, 0, 7, 5, 1, 6, 2, 4)}
@@ -86,7 +86,7 @@ def test_the_policy_update_is_the_same_however_it_is_cut(mode: str, entropy_coef
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_the_supervised_update_is_the_same_however_it_is_cut(mode: str) -> None:
     batch = ragged_batch(LENGTHS)
-    batch["policy_weight_T"] = token_weights(batch, mode, norm=16)
+    batch["policy_weight_T"] = weights_of(batch, mode)
     whole = outcome(engine_of(), batch, Loss("cross_entropy"))
     for cut in CUTS:
         for order in ORDERS.values():

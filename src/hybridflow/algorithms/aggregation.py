@@ -1,50 +1,120 @@
 """How token losses become one number: a weight for every token, computed once per mini-batch.
 
+    token-mean                sum of all / number of tokens                          DAPO, arXiv 2503.14476, as verl has it
+    token-sum                 sum of all
+    seq-mean-token-sum        mean over trajectories of their sums                   REINFORCE, RLOO, arXiv 2402.14740
+    seq-mean-token-mean       mean over trajectories of their means                  GRPO, arXiv 2402.03300
+    seq-mean-token-sum-norm   mean over trajectories of their sums / norm            Dr.GRPO, arXiv 2503.20783
+    prompt-mean               mean over groups of the mean of all their tokens       ScaleRL, arXiv 2510.13786, section 3.2
+
 An engine only sums weight x loss, over micro-batches and ranks, so the result cannot depend on how work is split.
-Denominators count the whole mini-batch. Shapes: T tokens, B sequences, N trajectories (one or more sequences each).
+Denominators count the whole mini-batch; a trajectory or a group without any loss token counts in them too, as one whose
+loss is 0. verl leaves such trajectories out where a micro-batch counts its own, not where it is told the global number,
+and multiplies by the number of data-parallel ranks; its norm is the padded width unless configured.
+
+Shapes: T tokens, B sequences, N trajectories (one or more sequences each), G groups.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridflow.algorithms.pieces import call, piece
 from hybridflow.batch import Batch
+from hybridflow.errors import UserError
 
 
 def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
-    """The weight of every token, ``[T]`` (float64 would be wasted: float32); 0 where ``loss_mask_T`` is False.
+    """The weight of every token, ``[T]``; 0 where ``loss_mask_T`` is False.
+
+    In float64, whatever the batch's own precision: a loss in float64 then loses nothing, one in float32 is summed in
+    float64 at no cost that shows, and its gradient is float32 as it was.
 
     Args:
-        batch: one mini-batch, whole: ``loss_mask_T`` and ``trajectory_B``.
-        mode: a key of `AGGREGATIONS`.
+        batch: one mini-batch, whole: ``loss_mask_T``, ``trajectory_B``, and ``group_B`` for "prompt-mean".
+        mode: a key of `AGGREGATIONS`, or ``file.py:function``: see there.
         norm: the constant of "seq-mean-token-sum-norm", `max_response_tokens` unless configured.
+
+    Raises:
+        UserError: a function of the user's own asks for what there is not, or returns no weight per trajectory.
     """
     mask_T = batch["loss_mask_T"]
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
     trajectory_T = trajectory_B[batch.sequence_of()]
     count = int(trajectory_B.max()) + 1 if len(batch) else 0
-    length_N = torch.zeros(count).index_add_(0, trajectory_T, mask_T.float())
-    return AGGREGATIONS[mode](length_N, norm)[trajectory_T] * mask_T
+
+    def given(parameter: str) -> Any:
+        if parameter == "norm":
+            return norm
+        if parameter == "length_N":
+            return torch.bincount(trajectory_T[mask_T], minlength=count).double()
+        column_B = batch[f"{parameter[:-1]}B"]
+        return column_B.new_empty(count).index_copy_(0, trajectory_B, column_B)
+
+    function = piece(AGGREGATIONS, mode)
+    for name, parameter in inspect.signature(function).parameters.items():
+        known = name in ("norm", "length_N") or (name.endswith("_N") and f"{name[:-1]}B" in batch)
+        if not known and parameter.default is parameter.empty:
+            raise UserError(f"the aggregation {mode} asks for {name}, which there is not", fix=EXPECTED)
+    weight_N = call(function, given)
+    if not isinstance(weight_N, Tensor) or weight_N.shape != (count,):
+        what = f"a tensor {list(weight_N.shape)}" if isinstance(weight_N, Tensor) else repr(weight_N)
+        raise UserError(f"the aggregation {mode} returned {what} for {count} trajectories", fix=EXPECTED)
+    return weight_N.double()[trajectory_T] * mask_T
 
 
-def _token_mean(length_N: Tensor, norm: float) -> Tensor:
-    return torch.full_like(length_N, 1.0) / length_N.sum().clamp(min=1)
+def token_mean(length_N: Tensor) -> Tensor:
+    """Every loss token of the mini-batch counts the same ``[N]``."""
+    return torch.ones_like(length_N) / length_N.sum().clamp(min=1)
 
 
-def _seq_mean_token_mean(length_N: Tensor, norm: float) -> Tensor:
+def token_sum(length_N: Tensor) -> Tensor:
+    """Every loss token counts 1 ``[N]``."""
+    return torch.ones_like(length_N)
+
+
+def seq_mean_token_sum(length_N: Tensor) -> Tensor:
+    """Every loss token counts the same, however many there are: 1 / N ``[N]``."""
+    return torch.ones_like(length_N) / max(len(length_N), 1)
+
+
+def seq_mean_token_mean(length_N: Tensor) -> Tensor:
+    """Every trajectory counts the same ``[N]``."""
     return 1.0 / (len(length_N) * length_N.clamp(min=1))
 
 
-def _seq_mean_token_sum_norm(length_N: Tensor, norm: float) -> Tensor:
-    return torch.full_like(length_N, 1.0 / (max(len(length_N), 1) * norm))
+def seq_mean_token_sum_norm(length_N: Tensor, *, norm: float) -> Tensor:
+    """Every loss token counts 1 / (N norm) ``[N]``."""
+    return torch.ones_like(length_N) / (max(len(length_N), 1) * norm)
 
 
-# Each maps the trajectories' numbers of loss tokens to one weight per trajectory, the same for all its tokens.
-AGGREGATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "token-mean": _token_mean,  # DAPO, arXiv 2503.14476
-    "seq-mean-token-mean": _seq_mean_token_mean,  # GRPO, arXiv 2402.03300
-    "seq-mean-token-sum-norm": _seq_mean_token_sum_norm,  # Dr.GRPO, arXiv 2503.20783
+def prompt_mean(length_N: Tensor, group_N: Tensor) -> Tensor:
+    """Every group counts the same, and within it every loss token ``[N]``.
+
+    A group that is spread over two mini-batches counts in each of them.
+    """
+    groups, index_N = torch.unique(group_N, return_inverse=True)
+    length_G = length_N.new_zeros(len(groups)).index_add_(0, index_N, length_N)
+    return 1.0 / (len(groups) * length_G.clamp(min=1))[index_N]
+
+
+EXPECTED = (
+    "an aggregation is a function such as weights(length_N, group_N, *, norm) that returns a tensor [N], the weight of every "
+    "token of each of N trajectories; it may ask for length_N (loss tokens), group_N or another column, and norm"
+)
+
+# Each maps what its parameters name to one weight per trajectory, the same for all its tokens: `length_N` is the number
+# of loss tokens of each (float64), `x_N` the column `x_B`, `norm` a number.
+AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
+    "token-mean": token_mean,
+    "token-sum": token_sum,
+    "seq-mean-token-sum": seq_mean_token_sum,
+    "seq-mean-token-mean": seq_mean_token_mean,
+    "seq-mean-token-sum-norm": seq_mean_token_sum_norm,
+    "prompt-mean": prompt_mean,
 }

@@ -8,7 +8,8 @@ With d = logp - reference logp of a token that the policy drew (J. Schulman, "Ap
     k2   d^2 / 2                  its gradient's mean is the divergence's
     k3   exp(-d) + d - 1          its mean is the divergence, with less variance than k1; never negative (GRPO's choice)
 
-In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice.
+In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form, whose
+name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
 
 Shapes: M tokens.
 """
@@ -51,12 +52,24 @@ def k3_clamped(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
     return k3(logp_M, ref_logp_M).clamp(max=K3_BOUND)
 
 
+def _with_gradient_of_k2(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def straight_through(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
+        slope_M = k2(logp_M, ref_logp_M)
+        return estimator(logp_M, ref_logp_M).detach() + (slope_M - slope_M.detach())  # the bracket is exactly 0
+
+    return straight_through
+
+
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k1": k1,
     "abs": absolute,
     "k2": k2,
     "k3": k3,
     "k3_clamped": k3_clamped,
+    "k1+": _with_gradient_of_k2(k1),
+    "abs+": _with_gradient_of_k2(absolute),
+    "k3+": _with_gradient_of_k2(k3),
+    "k3_clamped+": _with_gradient_of_k2(k3_clamped),
 }
 
 

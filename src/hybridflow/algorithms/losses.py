@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from hybridflow.algorithms.kl import KL_ESTIMATORS
+from hybridflow.algorithms.pieces import call, columns_read, piece
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES
 from hybridflow.algorithms.value_loss import clipped_value_loss
+from hybridflow.protocols import Loss
 
 
 @dataclass(slots=True)
@@ -37,24 +39,34 @@ class Terms:
 def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
     """Policy loss, minus the entropy bonus, plus the divergence from the reference and a shared trunk's value loss.
 
-    Params: "policy_loss" (a key of `POLICY_LOSSES`) and that function's values under "values"; "entropy_coef";
-    "kl_loss_coef" with "kl_loss_estimator" (a key of `KL_ESTIMATORS`); "value_coef" with the params of `value`.
-    Columns: ``advantage_T``, ``policy_weight_T``, and ``old_logp_T``; without the last, the current policy is the old
-    one (a single on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and
-    ``ref_logp_T``; those of `value`. With ``rollout_logp_T`` the difference between the two engines is measured (verl's
-    names).
+    Params: "policy_loss" (a key of `POLICY_LOSSES`, or ``file.py:function``) and that function's values under
+    "values"; "entropy_coef"; "kl_loss_coef" with "kl_loss_estimator" (a key of `KL_ESTIMATORS`); "value_coef" with the
+    params of `value`; "measure_gap".
+    Columns: ``advantage_T``, ``policy_weight_T``, ``sequence_T`` (which sequence of the micro-batch a token belongs
+    to), what the policy loss reads, and ``old_logp_T``; without the last, the current policy is the old one (a single
+    on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and ``ref_logp_T``; those
+    of `value`. ``rollout_weight_T`` multiplies the policy loss alone. With "measure_gap" the difference between the
+    two engines is measured (verl's names), from ``rollout_logp_T``.
     """
     logp_M = scores["logp"]
-    old_logp_M = columns.get("old_logp_T", logp_M.detach())
-    raw_M, means = POLICY_LOSSES[params["policy_loss"]](
-        logp_M, old_logp_M, columns["advantage_T"], **params.get("values", {})
-    )
-    loss_M = raw_M * columns["policy_weight_T"]
+
+    def given(parameter: str) -> Any:
+        if parameter == "logp_M":
+            return logp_M
+        if parameter == "old_logp_M":
+            return columns.get("old_logp_T", logp_M.detach())
+        return columns[f"{parameter[:-1]}T"] if parameter.endswith("_M") else params.get("values", {})[parameter]
+
+    raw_M, means = call(piece(POLICY_LOSSES, params["policy_loss"]), given)
+    weight_M = columns["policy_weight_T"]
+    if "rollout_weight_T" in columns:
+        weight_M = weight_M * columns["rollout_weight_T"]
+    loss_M = raw_M * weight_M
     sums = {"actor/pg_loss": loss_M.detach()}
     means = {f"actor/{name}": value for name, value in means.items()}
     means["actor/entropy"] = scores["entropy"].detach()
     maxima = {}
-    if "rollout_logp_T" in columns:  # the gap between the engine that sampled and the one that trains
+    if params.get("measure_gap") and "rollout_logp_T" in columns:
         gap_M = (logp_M.detach().exp() - columns["rollout_logp_T"].exp()).abs()
         means["training/rollout_probs_diff_mean"] = maxima["training/rollout_probs_diff_max"] = gap_M
         means["rollout_corr/kl"] = columns["rollout_logp_T"] - logp_M.detach()
@@ -94,11 +106,11 @@ LOSSES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[
     "cross_entropy": cross_entropy,
 }
 
-# Columns that a loss reads besides the scores; an engine carries those that the batch has to its device.
+# Columns that losses read besides the scores and what a policy loss asks for by its signature.
 COLUMNS = (
-    "advantage_T",
     "old_logp_T",
     "rollout_logp_T",
+    "rollout_weight_T",
     "ref_logp_T",
     "value_T",
     "return_T",
@@ -107,3 +119,9 @@ COLUMNS = (
     "kl_weight_T",
     "value_weight_T",
 )
+
+
+def columns_of(loss: Loss) -> list[str]:
+    """The columns of the batch that a loss may read; an engine carries those that the batch has to its device."""
+    own = columns_read(piece(POLICY_LOSSES, loss.params["policy_loss"])) if loss.name == "policy" else []
+    return list(dict.fromkeys([*COLUMNS, *own]))

@@ -78,7 +78,7 @@ POLICY_LOSSES: dict[str, Needs] = {
 
 # The values of the functions that make a loss's columns from the whole mini-batch; they count as the loss's own.
 STATISTICS: dict[str, tuple[str, ...]] = {
-    "clip_cov": ("clip_cov_share", "cov_low", "cov_high"),
+    "clip_cov": (*CLIPS, "clip_cov_share", "cov_low", "cov_high"),
     "kl_cov": ("kl_cov_share",),
 }
 

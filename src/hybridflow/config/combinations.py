@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hybridflow.config.algorithms import ADVANTAGES, POLICY_LOSSES, PRESETS
+from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, POLICY_LOSSES, PRESETS, STATISTICS
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.pieces import needs_of, signature_of
 
 if TYPE_CHECKING:  # the sections check themselves with this file
     from hybridflow.config.learning import AlgorithmSection
@@ -18,26 +20,35 @@ def check_algorithm(config: RlConfig) -> None:
     Raises:
         ValueError: they do not fit; all that is wrong is told at once.
     """
-    problems = [
-        *_unread_values(config.algorithm),
-        *_critic(config.algorithm, config.critic),
-        *_divergence(config.algorithm),
-    ]
+    a = config.algorithm
+    problems = [*_own_functions(a)]
+    if not problems:  # what a function needs is known from its signature
+        problems += [*_unread_values(a), *_critic(a, config.critic), *_divergence(a), *_modes(a), *_correction(a)]
     critic, steps = config.critic, config.train.steps
     if critic is not None and steps is not None and critic.warmup_steps >= steps:
         problems.append(
             f"critic.warmup_steps is {critic.warmup_steps}, but train.steps is {steps}: no actor is trained"
         )
-    if config.model.reference is not None and not config.algorithm.needs_reference:
+    if config.model.reference is not None and not a.needs_reference:
         problems.append("model.reference is set, but algorithm.kl_reward_coef and kl_loss_coef are 0: nothing uses it")
+    r = config.reward
+    if r.overlong_buffer is not None and r.overlong_buffer > config.rollout.max_response_tokens:
+        problems.append(
+            f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens "
+            f"{config.rollout.max_response_tokens}: every answer would be punished"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 
 
 def _unread_values(a: AlgorithmSection) -> Iterator[str]:
     """Values that were given and that none of the chosen pieces takes."""
-    read = {*ADVANTAGES[a.advantage].values, *POLICY_LOSSES[a.policy_loss].values}
+    read = {*needs_of(a.advantage, ADVANTAGES).values, *needs_of(a.policy_loss, POLICY_LOSSES).values}
+    read |= {*STATISTICS.get(a.policy_loss, ()), *needs_of(a.aggregation, AGGREGATIONS).values}
     every = {name for table in (ADVANTAGES, POLICY_LOSSES) for needs in table.values() for name in needs.values}
+    every |= {name for values in STATISTICS.values() for name in values}
+    for name in sorted(set(a.values) - read):
+        yield f"algorithm.values.{name} is set, but no function of your own takes a keyword-only parameter of that name"
     for name in sorted(every - read):
         value, default = getattr(a, name), type(a).model_fields[name].default
         if value not in (default, PRESETS[a.preset].get(name, default)):
@@ -48,7 +59,7 @@ def _unread_values(a: AlgorithmSection) -> Iterator[str]:
 
 
 def _critic(a: AlgorithmSection, critic: CriticSection | None) -> Iterator[str]:
-    needed = ADVANTAGES[a.advantage].needs_critic
+    needed = needs_of(a.advantage, ADVANTAGES).needs_critic
     if needed and critic is None:
         yield f"the {a.advantage} advantage needs a critic: give a critic section (`critic: {{}}` is enough)"
     if critic is None:
@@ -84,3 +95,62 @@ def _divergence(a: AlgorithmSection) -> Iterator[str]:
         for key in ("kl_target", "kl_horizon"):
             if getattr(a, key) != fields[key].default:
                 yield f"algorithm.{key} is for algorithm.kl_controller adaptive; it is fixed"
+
+
+def _modes(a: AlgorithmSection) -> Iterator[str]:
+    modes = needs_of(a.policy_loss, POLICY_LOSSES).modes
+    if modes and a.aggregation not in modes:
+        yield (
+            f"the {a.policy_loss} policy loss has no meaning with algorithm.aggregation={a.aggregation}; "
+            f"set {' or '.join(modes)}"
+        )
+
+
+def _correction(a: AlgorithmSection) -> Iterator[str]:
+    c = a.correction
+    if c.mode == "bypass":
+        if a.old_logp == "recompute":
+            yield "algorithm.correction.mode=bypass takes the sampler's log-probabilities: leave out algorithm.old_logp"
+        if c.weights != "none" and a.policy_loss != "reinforce" and not is_function_reference(a.policy_loss):
+            yield (
+                f"algorithm.correction weighs by {c.weights} in bypass mode, but the ratio of {a.policy_loss} to the "
+                "sampler is that weight already: set algorithm.policy_loss=reinforce, or correction.weights=none"
+            )
+        if needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp:
+            yield f"the {a.policy_loss} policy loss tells the step's first policy from the sampler: not in bypass mode"
+    elif a.old_logp == "rollout" and (c.active or needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp):
+        what = "algorithm.correction" if c.active else f"the {a.policy_loss} policy loss"
+        yield f"{what} holds the step's first policy against the sampler: algorithm.old_logp=rollout makes them one"
+    if not c.active and (c.weight_floor is not None or c.normalize):
+        yield "algorithm.correction has weight_floor or normalize, but its weights are none: they change nothing"
+
+
+FORMS = {
+    "advantage": "def mine(reward_N, group_N, *, my_value=1.0): an advantage per trajectory; or with mask_T: per token",
+    "policy_loss": "def mine(logp_M, old_logp_M, advantage_M, *, my_value=1.0): (loss_M, {name: metric_M})",
+    "aggregation": "def mine(length_N, group_N, norm): a weight per trajectory",
+}
+ENDINGS = {"advantage": ("_N", "_NK", "_T"), "policy_loss": ("_M",), "aggregation": ("_N",)}
+PLAIN = {"advantage": ("offsets",), "policy_loss": (), "aggregation": ("norm",)}
+
+
+def _own_functions(a: AlgorithmSection) -> Iterator[str]:
+    """What is wrong with functions of the user's own, as far as their signature says."""
+    for what, endings in ENDINGS.items():
+        name = getattr(a, what)
+        if not is_function_reference(name):
+            continue
+        try:
+            positional, keywords = signature_of(name)
+        except ValueError as error:
+            yield f"algorithm.{what}: {error}"
+            continue
+        strange = [p for p in positional if not p.endswith(endings) and p not in PLAIN[what]]
+        given = (*a.values, *type(a).model_fields)
+        unknown = [k for k, has_default in keywords.items() if not has_default and k not in given]
+        if what == "policy_loss" and "logp_M" not in positional:
+            yield f"algorithm.{what}: {name} does not take logp_M, so it has no gradient; write {FORMS[what]}"
+        if strange:
+            yield f"algorithm.{what}: {name} takes {strange[0]!r}, and nothing is called that; write {FORMS[what]}"
+        for key in unknown:
+            yield f"algorithm.{what}: {name} takes {key!r}: give it a default, or algorithm.values.{key}"

@@ -27,8 +27,8 @@ class CorrectionSection(Section):
     preset: str = Field("disabled", description="Named choice of the values below, by verl's names.")
     mode: Literal["decoupled", "bypass"] = Field(
         "decoupled",
-        description="decoupled: the policy at the start of the step is computed and held against the sampler; bypass: the "
-        "sampler's log-probabilities stand for it, and the current policy is held against them.",
+        description="decoupled: the policy at the start of the step is computed and held against the sampler; bypass: "
+        "the sampler's log-probabilities stand for it, and the current policy is held against them.",
     )
     weights: Literal["none", "token", "sequence"] = Field(
         "none", description="Importance weights on the policy loss: of each token, or one of a whole answer."
@@ -40,9 +40,9 @@ class CorrectionSection(Section):
     normalize: bool = Field(False, description="Divide the weights by their mean.")
     reject: dict[str, list[float]] = Field(
         default_factory=dict,
-        description="Tokens or answers that do not count, by level: token_, seq_sum_, seq_mean_ or seq_max_ with k1, k2 or "
-        "k3. For k1 the two bounds of the ratio, such as {seq_mean_k1: [0.9, 1.1]}, or an upper one, whose reciprocal is "
-        "the lower; for k2 and k3 an upper bound.",
+        description="Tokens or answers that do not count, by level: token_, seq_sum_, seq_mean_ or seq_max_ with k1, "
+        "k2 or k3. For k1 the two bounds of the ratio, such as {seq_mean_k1: [0.9, 1.1]}, or an upper one, whose "
+        "reciprocal is the lower; for k2 and k3 an upper bound.",
     )
 
     @model_validator(mode="before")
@@ -90,7 +90,8 @@ class FilterSection(Section):
     )
     max_rounds: PositiveInt = Field(
         10,
-        description="Rounds of drawing prompts for one step, the first included; the step then goes on with what it has.",
+        description="Rounds of drawing prompts for one step, the first included; the step then goes on with what it "
+        "has.",
     )
     overlong: bool = Field(False, description="Answers cut at rollout.max_response_tokens carry no loss.")
 
@@ -110,8 +111,8 @@ class ReweightSection(Section):
     """Training on some answers of a step more than on others (PF-PPO, arXiv 2409.06957)."""
 
     method: Literal["pow", "max_min", "max_random"] = Field(
-        description="pow: answers are drawn again in proportion to the size of their score to the power; max_min: of every "
-        "group its best and its worst; max_random: of every group its best and another one."
+        description="pow: answers are drawn again in proportion to the size of their score to the power; max_min: of "
+        "every group its best and its worst; max_random: of every group its best and another one."
     )
     power: float = Field(2.0, ge=0, description="The power of pow.")
 
@@ -163,7 +164,8 @@ class AlgorithmSection(Section):
     behaviour_cap: float | None = Field(
         None,
         gt=1,
-        description="Bound on the ratio of the step's first policy to the sampler (decoupled_ppo); unset: none.",
+        description="Tokens learn nothing where the ratio of the step's first policy to the sampler is above this "
+        "(decoupled_ppo); unset: no bound.",
     )
     sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage (sppo).")
     aggregation: str = Field("token-mean", description="How token losses become one number, or file.py:function.")
@@ -190,8 +192,8 @@ class AlgorithmSection(Section):
     kl_loss_coef: float = Field(0.0, ge=0, description="Weight of the divergence from the reference in the loss.")
     kl_loss_estimator: str = Field(
         "k3",
-        description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped; with a plus sign, such as k3+, the value "
-        "is that of the estimator and the gradient that of k2.",
+        description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped; with a plus sign, such as k3+, the "
+        "value is that of the estimator and the gradient that of k2.",
     )
     old_logp: Literal["auto", "recompute", "rollout"] = Field(
         "auto",

@@ -17,7 +17,14 @@ from hybridflow.errors import UserError, nearest
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 FILE_KEYS = (("model", "path"), ("model", "reference"), ("critic", "path"), ("data", "train"), ("data", "eval"))
-FUNCTION_KEYS = (("data", "order"), ("reward", "function"), ("eval", "answer"))  # a name of ours, or file.py:function
+FUNCTION_KEYS = (  # a name of ours, or file.py:function
+    ("data", "order"),
+    ("reward", "function"),
+    ("eval", "answer"),
+    ("algorithm", "advantage"),
+    ("algorithm", "policy_loss"),
+    ("algorithm", "aggregation"),
+)
 
 
 def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:

@@ -26,11 +26,20 @@ def needs_of(name: str, table: Mapping[str, Needs]) -> Needs:
     """
     if not is_function_reference(name):
         return table.get(name, Needs())
+    parameters, values = signature_of(name)
+    return needs_from(parameters, values)
+
+
+def signature_of(name: str) -> tuple[list[str], dict[str, bool]]:
+    """The positional parameters of ``file.py:function``, and its keyword-only ones with whether they have a default.
+
+    Raises:
+        ValueError: no such file, or no such function in it.
+    """
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"no file {file} (for {name}); give file.py:function, relative to the configuration")
-    parameters, values = _signature(file, function, Path(file).stat().st_mtime_ns)
-    return needs_from(parameters, values)
+    return _signature(file, function, Path(file).stat().st_mtime_ns)
 
 
 def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
@@ -50,8 +59,7 @@ def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
 
 
 @cache
-def _signature(file: str, function: str, changed: int) -> tuple[list[str], tuple[str, ...]]:
-    """The positional parameters and the keyword-only ones of a function, from its source."""
+def _signature(file: str, function: str, changed: int) -> tuple[list[str], dict[str, bool]]:
     try:
         tree = ast.parse(Path(file).read_text())
     except SyntaxError as error:
@@ -61,4 +69,4 @@ def _signature(file: str, function: str, changed: int) -> tuple[list[str], tuple
         raise ValueError(f"{file} has no function {function!r}; {nearest(function, functions)}")
     arguments = functions[function]
     positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
-    return positional, tuple(a.arg for a in arguments.kwonlyargs)
+    return positional, {a.arg: d is not None for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults)}

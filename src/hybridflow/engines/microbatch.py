@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.algorithms.losses import COLUMNS, LOSSES, Terms
+from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
 from hybridflow.batch import Batch, balanced_parts
 from hybridflow.models.forward import beginnings, hidden_states, packs, score_tokens
 from hybridflow.models.value import ValueHead
@@ -75,7 +75,8 @@ def accumulate_gradient(
                 temperature=loss.params.get("temperature", 1.0),
                 entropy_gradient=bool(loss.params.get("entropy_coef")),
             )
-        columns = {n: part[n][index_M].to(model.device) for n in COLUMNS if n in part}
+        columns = {n: part[n][index_M].to(model.device) for n in columns_of(loss) if n in part}
+        columns["sequence_T"] = part.sequence_of()[index_M].to(model.device)
         terms = LOSSES[loss.name](scores, columns, loss.params)
         terms.loss_M.sum().backward()
         _add(total, terms)

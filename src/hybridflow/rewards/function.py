@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hybridflow.config.locate import load_function
@@ -15,7 +15,8 @@ from hybridflow.rewards import REWARDS
 SINGLE = ("response", "ground_truth", "prompt", "row")
 _FORMS = (
     "def score(response: str, ground_truth) -> float, with any of the arguments response, ground_truth, prompt, row; "
-    "or def score(responses: list[str], ...) -> list[float] for a whole group"
+    "or def score(responses: list[str], ...) -> list[float] for a whole group; a dict of numbers with 'score' among "
+    "them may stand for a number"
 )
 
 
@@ -52,15 +53,15 @@ class RewardFunction:
 
     def __call__(
         self, responses: Sequence[str], *, ground_truth: Any, prompt: list[dict[str, Any]], row: dict[str, Any]
-    ) -> list[float]:
-        """One finite number per answer.
+    ) -> list[float | dict[str, float]]:
+        """One finite number per answer, or finite numbers by name, of which "score" is the reward.
 
         Raises:
-            UserError: the function raised, or returned something else than finite numbers, one per answer.
+            UserError: the function raised, or returned something else.
         """
         context = {"ground_truth": ground_truth, "prompt": prompt, "row": row}
         if not self.whole_group:
-            return [self._number(self._call(context | {"response": r}), r) for r in responses]
+            return [self._reward(self._call(context | {"response": r}), r) for r in responses]
         scores = self._call(context | {"responses": list(responses)})
         if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != len(responses):
             found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
@@ -68,7 +69,7 @@ class RewardFunction:
                 f"the reward {self.name} was given {len(responses)} responses and returned {found}",
                 fix="return a list with one number for each response, in their order",
             )
-        return [self._number(s, r) for s, r in zip(scores, responses)]
+        return [self._reward(s, r) for s, r in zip(scores, responses)]
 
     def _call(self, context: dict[str, Any]) -> Any:
         try:
@@ -81,6 +82,16 @@ class RewardFunction:
                 fix="make it return a number for every answer, however malformed",
             ) from error
 
+    def _reward(self, value: Any, response: str) -> float | dict[str, float]:
+        if not isinstance(value, Mapping):
+            return self._number(value, response)
+        if "score" not in value:
+            raise UserError(
+                f"the reward {self.name} returned a dict without 'score' in it: {dict(value)!r}"[:300],
+                fix="name the reward itself 'score'; the others are its components",
+            )
+        return {str(name): self._number(number, response) for name, number in value.items()}
+
     def _number(self, value: Any, response: str) -> float:
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
@@ -89,6 +100,11 @@ class RewardFunction:
             why=f"it was scoring {response[:200]!r}",
             fix=f"write {_FORMS}",
         )
+
+
+def score_of(reward: float | Mapping[str, float]) -> float:
+    """The reward itself, of a number or of numbers by name."""
+    return reward["score"] if isinstance(reward, Mapping) else reward
 
 
 def load_reward(reference: str) -> RewardFunction:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from hybridflow.errors import UserError
@@ -57,7 +58,8 @@ class Stopped(Exception):
     """Generation ended early because the run was asked to stop; nothing of the step has been trained on."""
 
 
-Reward = Callable[..., Sequence[float]]
+Reward = Callable[..., Sequence[float | Mapping[str, float]]]
+GREEDY = -1  # stands for the number of the greedy answer among the samples
 
 
 class GroupSource:
@@ -66,10 +68,12 @@ class GroupSource:
     Args:
         engine: where answers come from.
         question: the prompt of a row index.
-        reward: called as ``reward(responses, ground_truth=, prompt=, row=)``.
+        reward: called as ``reward(responses, ground_truth=, prompt=, row=)``; it gives a number for each response, or
+            numbers by name, of which "score" is the reward.
         decode: token ids to text.
         sampling: how answers are drawn.
         samples: answers per prompt.
+        greedy: whether every prompt is answered once more, greedily, for a baseline.
         seed: the run's seed.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
@@ -88,12 +92,14 @@ class GroupSource:
         sampling: Sampling,
         samples: int,
         seed: int,
+        greedy: bool = False,
         journal: GroupStore | None = None,
         whole_step: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine, self.question, self.reward, self.decode = engine, question, reward, decode
-        self.sampling, self.samples, self.seed = sampling, samples, seed
+        self.sampling, self.seed = sampling, seed
+        self.samples = [*range(samples), *([GREEDY] if greedy else [])]
         self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
         self.reward_seconds = 0.0
 
@@ -127,9 +133,8 @@ class GroupSource:
         rows = dict(again)
         owner: dict[int, tuple[int, int]] = {}
         for draw, _ in again:
-            for sample in range(self.samples):
-                noise = NoiseKey(self.seed, "train", draw, sample)
-                owner[self.engine.submit(Request(questions[draw].token_ids, self.sampling, noise))] = (draw, sample)
+            for sample in self.samples:
+                owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
         arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
         journaled = 0
         while owner:
@@ -139,13 +144,19 @@ class GroupSource:
             for result in self.engine.wait():
                 draw, sample = owner.pop(result.handle)
                 arrived[draw][sample] = result
-                if len(arrived[draw]) == self.samples and draw not in done:
+                if len(arrived[draw]) == len(self.samples) and draw not in done:
                     done[draw] = self._score(draw, rows[draw], questions[draw], arrived.pop(draw))
                     if self.journal is not None:
                         self.journal.append(step, done[draw])
                     journaled += 1
                     fault_point("group", step, journaled)
         return [done[draw] for draw, _ in draws]
+
+    def _request(self, question: Question, draw: int, sample: int) -> Request:
+        if sample != GREEDY:
+            return Request(question.token_ids, self.sampling, NoiseKey(self.seed, "train", draw, sample))
+        greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+        return Request(question.token_ids, greedy, NoiseKey(self.seed, "greedy", draw))
 
     def _score(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> Group:
         if not all(math.isfinite(logp) for result in results.values() for logp in result.logps):
@@ -155,14 +166,28 @@ class GroupSource:
                 fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
             )
         began = time.perf_counter()
-        texts = [self.decode(results[i].token_ids) for i in range(self.samples)]
+        greedy = results.pop(GREEDY, None)
+        texts = [self.decode(results[i].token_ids) for i in range(len(results))]
+        answers = []
+        for i, (text, (reward, components)) in enumerate(zip(texts, self._rewards(texts, question, row))):
+            r = results[i]
+            answers.append(
+                Trajectory(
+                    i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward, r.support, components=components
+                )
+            )
+        # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
+        baseline = None if greedy is None else self._rewards([self.decode(greedy.token_ids)], question, row)[0][0]
+        self.reward_seconds += time.perf_counter() - began
+        return Group(draw, row, list(question.token_ids), answers, baseline)
+
+    def _rewards(self, texts: list[str], question: Question, row: int) -> list[tuple[float, dict[str, float]]]:
+        """The reward of each text, and its components."""
         try:
-            rewards = self.reward(texts, ground_truth=question.ground_truth, prompt=question.messages, row=question.row)
+            found = self.reward(texts, ground_truth=question.ground_truth, prompt=question.messages, row=question.row)
         except UserError as error:
             raise UserError(f"row {row} of the training data: {error.what}", why=error.why, fix=error.fix) from error
-        answers = []
-        for i, (text, reward) in enumerate(zip(texts, rewards)):
-            r = results[i]
-            answers.append(Trajectory(i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward, r.support))
-        self.reward_seconds += time.perf_counter() - began
-        return Group(draw, row, list(question.token_ids), answers)
+        return [
+            (r["score"], {n: v for n, v in r.items() if n != "score"}) if isinstance(r, Mapping) else (r, {})
+            for r in found
+        ]

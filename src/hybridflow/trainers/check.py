@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.locate import is_function_reference
+from hybridflow.config.algorithms import ADVANTAGES
+from hybridflow.config.locate import is_function_reference, load_function
+from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import EvalConfig, ModelSection, RlConfig, SftConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
 from hybridflow.errors import UserError, nearest
 from hybridflow.models.load import causal_config, load_model, load_tokenizer
-from hybridflow.rewards.function import load_reward
+from hybridflow.rewards.function import load_reward, score_of
 from hybridflow.trainers.ask import model_at
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import vote_in
@@ -50,6 +52,7 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
 
         yield require_vllm()
     if isinstance(config, RlConfig):
+        yield from _check_own_functions(config)
         yield from check_companions(config, tokenizer)
         assert config.data.train is not None
         rows, seen = yield from _check_prompts(config, config.data.train, tokenizer, "training")
@@ -85,6 +88,14 @@ def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, rows: int |
             fix=f"give the tokenizer that belongs to the model, or model.resize_token_embeddings({ids}) and save it",
         )
     yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
+
+
+def _check_own_functions(config: RlConfig) -> Iterator[str]:
+    a = config.algorithm
+    for what, name in [("advantage", a.advantage), ("policy loss", a.policy_loss), ("aggregation", a.aggregation)]:
+        if is_function_reference(name):
+            load_function(name)
+            yield f"{what} {name}: found"
 
 
 def _check_evaluation(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -158,8 +169,37 @@ def _check_prompts(
 def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> str:
     reward, prompt = load_reward(config.reward.function), prompts[0]
     answer = str(prompt.ground_truth)
-    value = reward([answer], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
-    return f"  reward {reward.name}: the first row's ground truth {answer[:60]!r} given as the answer scores {value:g}"
+    found = reward([answer], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
+    components = set(found) - {"score"} if isinstance(found, dict) else set()
+    if isinstance(config, RlConfig):
+        _require_components(config, components)
+    more = f" (components: {', '.join(sorted(components))})" if components else ""
+    return (
+        f"  reward {reward.name}: the first row's ground truth {answer[:60]!r} given as the answer scores "
+        f"{score_of(found):g}{more}"
+    )
+
+
+def _require_components(config: RlConfig, found: set[str]) -> None:
+    """Holds the components that a configuration names against those that the reward returns.
+
+    Raises:
+        UserError: one is missing.
+    """
+    a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
+    if needs.needs_components and not found:
+        raise UserError(
+            f"the {a.advantage} advantage works on the components of a reward, and {config.reward.function} has none",
+            fix='return a dict from it: {"score": ..., "correct": ..., "format": ...}',
+        )
+    named = {"filter.metric": [config.filter.metric] if config.filter.metric != "reward" else []}
+    named["algorithm.reward_weights"] = list(a.reward_weights or {})
+    for key, names in named.items():
+        for name in names:
+            if name not in found:
+                raise UserError(
+                    f"{key} names {name!r}, which {config.reward.function} does not return", fix=nearest(name, found)
+                )
 
 
 def _check_sft(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

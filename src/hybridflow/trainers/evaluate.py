@@ -16,7 +16,7 @@ from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Result, RolloutEngine, Sampling
-from hybridflow.rewards.function import RewardFunction
+from hybridflow.rewards.function import RewardFunction, score_of
 from hybridflow.trainers.statistics import maj_at_k, mean_interval, pass_at_k
 
 SECONDS_BETWEEN_NOTES = 10.0
@@ -219,9 +219,10 @@ def _answers(engine: RolloutEngine, requests: Sequence[Request], note: Callable[
 
 def _scores(reward: RewardFunction, prompt: Prompt, texts: list[str], row: int) -> list[float]:
     try:
-        return reward(texts, ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)
+        found = reward(texts, ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)
     except UserError as error:
         raise UserError(f"row {row} of the evaluation data: {error.what}", why=error.why, fix=error.fix) from error
+    return [score_of(value) for value in found]
 
 
 def _record(prompt: Prompt, result: Result) -> dict[str, Any]:

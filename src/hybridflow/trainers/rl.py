@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,33 @@ import torch
 
 from hybridflow.algorithms.advantage import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
+from hybridflow.algorithms.filtering import overlong_penalty_N
 from hybridflow.algorithms.kl import KL_ESTIMATORS, mean_per_answer
 from hybridflow.batch import Batch
 from hybridflow.config.algorithms import POLICY_LOSSES
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.faults import fault_point
 from hybridflow.protocols import Group, Loss, TrainEngine
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
+from hybridflow.trainers.learning import (
+    component_names,
+    corrected,
+    nothing_passed,
+    old_logp_is,
+    part_sizes,
+    passing,
+    piece_values,
+    policy_outputs,
+    rejected,
+    reweighted,
+    trainable,
+    with_current,
+)
 from hybridflow.trainers.lifecycle import memory_metrics
-from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update, updates_per_step
+from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update
 
 
 def train(config: RlConfig) -> Path:
@@ -44,24 +62,40 @@ def train(config: RlConfig) -> Path:
 
 
 def next_groups(run: RlRun, step: int) -> list[Group]:
-    """Draws the step's prompts and returns them answered and scored."""
+    """Draws prompts until the step has its groups, answered, scored and passed by the filter."""
     fault_point("gen", step)
+    f, wanted = run.config.filter, run.config.train.prompts_per_step
+    groups: list[Group] = []
+    dropped: Counter[str] = Counter()
+    rounds, reward_seconds = 0, 0.0
     with run.clock.phase("gen"):
-        groups = run.source.collect(step, run.sampler.take(run.config.train.prompts_per_step))
-    run.clock.seconds["reward"] = run.source.reward_seconds
-    run.clock.seconds["gen"] -= run.source.reward_seconds
+        while len(groups) < wanted and rounds < (f.max_rounds if f.active else 1):
+            found = run.source.collect(step, run.sampler.take(wanted - len(groups)))
+            groups += passing(found, f, dropped)
+            reward_seconds += run.source.reward_seconds
+            rounds += 1
+    run.clock.seconds["reward"] = reward_seconds
+    run.clock.seconds["gen"] -= reward_seconds
+    if not groups:
+        raise nothing_passed(f, dropped)
+    if f.active:
+        run.measured |= {f"training/filtered_groups/{reason}": float(n) for reason, n in dropped.items()}
+        run.measured |= {"training/num_gen_batches": float(rounds), "training/groups": float(len(groups))}
     return groups
 
 
 def estimate(run: RlRun, groups: list[Group]) -> Batch:
     """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages."""
-    a, temperature = run.config.algorithm, run.config.rollout.temperature
+    config, a, temperature = run.config, run.config.algorithm, run.config.rollout.temperature
+    groups, counts = trainable(groups, config)
     batch = batch_of(groups)
-    if a.old_logp == "rollout":
-        batch["old_logp_T"] = batch["rollout_logp_T"]
-    elif a.old_logp == "recompute" or updates_per_step(run.config) > 1:
+    outputs = policy_outputs(config)
+    if outputs:
         with run.clock.phase("old_log_prob"):
-            batch["old_logp_T"] = run.engine.score(batch, ["logp"], temperature=temperature)["logp"]
+            for name, column_T in run.engine.score(batch, outputs, temperature=temperature).items():
+                batch["old_logp_T" if name == "logp" else f"{name}_T"] = column_T
+    if old_logp_is(config) == "rollout":
+        batch["old_logp_T"] = batch["rollout_logp_T"]
     if run.reference is not None:
         with run.clock.phase("ref"):
             batch["ref_logp_T"] = run.reference.score(batch, ["logp"], temperature=temperature)["logp"]
@@ -69,20 +103,24 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
         with run.clock.phase("values"):
             batch["value_T"] = run.critic.engine.score(batch, ["value"])["value"]
     with run.clock.phase("adv"):
-        batch["reward_T"] = token_rewards(batch)
+        if a.correction.active and a.correction.mode == "decoupled":
+            batch, found = corrected(batch, batch["old_logp_T"], a)
+            counts |= found
+        batch["reward_T"] = token_rewards(batch, shaped_rewards(batch, config))
         if a.kl_reward_coef:
             batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
             batch["reward_T"] -= run.kl.coef * batch["kl_T"]
-        for name, column_T in advantage_columns(a.advantage, batch, a.model_dump()).items():
+        values = piece_values(a, component_names(groups))
+        for name, column_T in advantage_columns(a.advantage, batch, values).items():
             batch[name] = column_T
-    return batch
+    run.measured |= counts
+    return reweighted(rejected(batch), config, run.step + 1)
 
 
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(run, batch)]
-    size = sequences_per_update(config)
-    minis = [with_weights(mini, config) for mini in batch.split([size] * (len(batch) // size))]
+    minis = [with_weights(mini, config) for mini in batch.split(part_sizes(len(batch), sequences_per_update(config)))]
     if run.critic is not None and config.critic is not None and not run.critic.shared:
         with run.clock.phase("update_critic"):
             for mini in minis * (config.critic.epochs_per_step or config.train.epochs_per_step):
@@ -90,11 +128,12 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
     if config.critic is None or run.step >= config.critic.warmup_steps:
         with run.clock.phase("update_actor"):
             for i, mini in enumerate(minis * config.train.epochs_per_step):
-                prepared = with_loss(mini, config)
-                if i:  # the gap between engines is measured while both hold the same weights
-                    del prepared.columns["rollout_logp_T"]
+                current, found = with_current(mini, config, run.engine)
+                prepared = with_loss(current, config)
+                metrics.append(found)
                 if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
-                    metrics.append(_optimizer_step(run, run.engine, prepared, policy_loss(config)))
+                    # The gap between engines is measured while both hold the same weights.
+                    metrics.append(_optimizer_step(run, run.engine, prepared, policy_loss(config, measure_gap=i == 0)))
     fault_point("update", run.step + 1)
     values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
     return {name: sum(found) / len(found) for name, found in values.items()}
@@ -115,7 +154,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
             metrics = metrics | _evaluate(run, step)
         fault_point("eval", step)
     if batch is not None:
-        metrics = metrics | batch_metrics(batch, config.rollout.max_response_tokens)
+        metrics = metrics | run.take_measured() | batch_metrics(groups, batch, config.rollout.max_response_tokens)
         if step == 1:
             _advise_where_none_ended(run, "first step", [t.finish_reason for g in groups for t in g.trajectories])
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
@@ -146,8 +185,10 @@ def batch_of(groups: list[Group]) -> Batch:
     """Groups as one batch, a row per answer.
 
     Columns: ``input_ids_T``, ``loss_mask_T`` (the answer), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
-    ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``. Where tokens
-    were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for all of it) and ``support_ids_K``.
+    ``sample_B``, ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
+    Where the reward has components: ``components_BK``, in the order of `component_names`. Where greedy answers were
+    asked for: ``baseline_B``. Where tokens were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for
+    all of it) and ``support_ids_K``.
     """
     answers = [(g, t) for g in groups for t in g.trajectories]
     supports: dict[str, list[list[int]]] = {}
@@ -155,14 +196,22 @@ def batch_of(groups: list[Group]) -> Batch:
         sizes = [t.support.sizes if t.support else [0] * len(t.token_ids) for _, t in answers]
         supports["support_size_T"] = [[0] * len(g.prompt_ids) + size for (g, _), size in zip(answers, sizes)]
         supports["support_ids_K"] = [t.support.ids if t.support else [] for _, t in answers]
+    names = component_names(groups)
+    dense: dict[str, list[Any]] = {}
+    if names:
+        dense["components_BK"] = [[t.components[name] for name in names] for _, t in answers]
+    if any(g.baseline is not None for g in groups):
+        dense["baseline_B"] = [g.baseline for g, _ in answers]
     return Batch.from_rows(
         {
             **supports,
+            **dense,
             "input_ids_T": [g.prompt_ids + t.token_ids for g, t in answers],
             "loss_mask_T": [[False] * len(g.prompt_ids) + [True] * len(t.token_ids) for g, t in answers],
             "rollout_logp_T": [[0.0] * len(g.prompt_ids) + t.logps for g, t in answers],
             "reward_B": [t.reward for _, t in answers],
             "group_B": [g.draw for g, _ in answers],
+            "sample_B": [t.sample for _, t in answers],
             "trajectory_B": list(range(len(answers))),
             "span_version_S": [[s.version for s in t.spans] for _, t in answers],
             "span_start_S": [[s.start for s in t.spans] for _, t in answers],
@@ -172,12 +221,22 @@ def batch_of(groups: list[Group]) -> Batch:
     )
 
 
-def token_rewards(batch: Batch) -> torch.Tensor:
+def shaped_rewards(batch: Batch, config: RlConfig) -> torch.Tensor:
+    """The reward of every answer ``[B]``, less what ``reward.overlong_buffer`` takes off long ones."""
+    r, reward_B = config.reward, batch["reward_B"]
+    if r.overlong_buffer is None:
+        return reward_B
+    length_B = torch.zeros_like(reward_B).index_add_(0, batch.sequence_of(), batch["loss_mask_T"].to(reward_B.dtype))
+    limit = config.rollout.max_response_tokens
+    return reward_B + overlong_penalty_N(length_B, limit, r.overlong_buffer, r.overlong_penalty)
+
+
+def token_rewards(batch: Batch, reward_B: torch.Tensor) -> torch.Tensor:
     """The reward of every token ``[T]``: all of an answer's on its last token that carries loss."""
-    reward_T = torch.zeros(batch.total(), dtype=batch["reward_B"].dtype)
+    reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
     scored_T = batch["loss_mask_T"].nonzero()[:, 0]
     last_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.sequence_of()[scored_T], scored_T, "amax")
-    reward_T[last_B[last_B >= 0]] = batch["reward_B"][last_B >= 0]
+    reward_T[last_B[last_B >= 0]] = reward_B[last_B >= 0]
     return reward_T
 
 
@@ -204,7 +263,7 @@ def kl_metrics(run: RlRun, batch: Batch) -> dict[str, float]:
 
 def with_weights(mini: Batch, config: RlConfig) -> Batch:
     """A mini-batch with a weight column per loss term."""
-    a = config.algorithm
+    a, mini = config.algorithm, mini.select(list(mini))
     weight_T = token_weights(mini, a.aggregation, norm=config.rollout.max_response_tokens)
     mini["policy_weight_T"] = weight_T
     for name, wanted in [("entropy", a.entropy_coef), ("kl", a.kl_loss_coef), ("value", config.critic is not None)]:
@@ -217,12 +276,14 @@ def with_loss(mini: Batch, config: RlConfig) -> Batch:
     """The answers from which the actor can learn: those with an advantage, or all where it has other loss terms."""
     a, shared = config.algorithm, config.critic is not None and config.critic.shared_trunk
     every = a.entropy_coef or a.kl_loss_coef or shared or not config.train.skip_zero_advantage
+    every = every or is_function_reference(a.policy_loss) or needs_of(a.policy_loss, POLICY_LOSSES).every_answer
     return mini.select(list(mini)) if every else with_signal(mini)
 
 
 def with_signal(mini: Batch) -> Batch:
     """The answers whose advantage is not zero everywhere. Weights were computed before, so the gradient is the same."""
-    signal_B = torch.zeros(len(mini)).index_add_(0, mini.sequence_of(), mini["advantage_T"].abs())
+    size_T = mini["advantage_T"].abs() * mini["loss_mask_T"]
+    signal_B = size_T.new_zeros(len(mini)).index_add_(0, mini.sequence_of(), size_T)
     return mini.take(signal_B.nonzero()[:, 0])
 
 
@@ -233,12 +294,13 @@ def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) ->
     return result.metrics | {f"{part}/skipped_nonfinite": float(not result.applied)}
 
 
-def policy_loss(config: RlConfig) -> Loss:
-    """The configured loss of the actor, as the engine takes it."""
+def policy_loss(config: RlConfig, *, measure_gap: bool = True) -> Loss:
+    """The configured loss of the actor, as the engine takes it; see `losses.policy`."""
     a = config.algorithm
     params: dict[str, Any] = {
         "policy_loss": a.policy_loss,
-        "values": {name: getattr(a, name) for name in POLICY_LOSSES[a.policy_loss].values},
+        "values": a.values | {n: getattr(a, n) for n in needs_of(a.policy_loss, POLICY_LOSSES).values if hasattr(a, n)},
+        "measure_gap": measure_gap,
         "entropy_coef": a.entropy_coef,
         "kl_loss_coef": a.kl_loss_coef,
         "kl_loss_estimator": a.kl_loss_estimator,
@@ -254,31 +316,30 @@ def value_loss(config: RlConfig) -> Loss:
     return Loss("value", {"clip_value": config.algorithm.clip_value})
 
 
-def batch_metrics(batch: Batch, max_response_tokens: int) -> dict[str, float]:
-    """Rewards, advantages and lengths of a step, under verl's names."""
-    mask_T = batch["loss_mask_T"]
-    response_B = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), mask_T.float())
-    prompt_B = batch.lengths() - response_B
-    reward_B = batch["reward_B"].float()
-    groups, index = torch.unique(batch["group_B"], return_inverse=True)
-    low, high = (
-        torch.zeros(len(groups)).scatter_reduce(0, index, reward_B, r, include_self=False) for r in ("amin", "amax")
-    )
-    metrics = {"training/equal_reward_groups": float((low == high).float().mean())}
+def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -> dict[str, float]:
+    """Rewards and lengths of a step's answers, advantages of those that are trained on, under verl's names."""
+    mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
+    response_B = torch.tensor([len(t.token_ids) for t in answers], dtype=torch.float32)
+    equal = [len({t.reward for t in g.trajectories}) == 1 for g in groups]
+    metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
     measured = {
-        "critic/score": reward_B,
-        "critic/rewards": reward_B,
+        "critic/score": torch.tensor([t.reward for t in answers]),
+        "critic/rewards": torch.tensor([t.reward for t in answers]),
         "critic/advantages": batch["advantage_T"][mask_T],
         "response_length": response_B,
-        "prompt_length": prompt_B,
+        "prompt_length": torch.tensor([len(g.prompt_ids) for g in groups for _ in g.trajectories]).float(),
     }
-    if "kl_T" in batch:
+    for name in component_names(groups):
+        measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in answers])
+    if "reward_T" in batch:  # with penalties, of the answers that are trained on
         measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
     if "value_T" in batch:
         value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
         measured |= {"critic/values": value_M, "critic/returns": return_M}
         metrics["critic/vf_explained_var"] = float(1 - (return_M - value_M).var() / (return_M.var() + 1e-5))
     for name, values in measured.items():
+        if not len(values):
+            continue
         metrics |= {
             f"{name}/mean": float(values.mean()),
             f"{name}/max": float(values.max()),
@@ -318,9 +379,11 @@ def _advise_where_none_ended(run: RlRun, where: str, finish_reasons: list[str]) 
 
 
 def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
-    advantage = iter(
+    names = zip(batch["group_B"].tolist(), batch["sample_B"].tolist())
+    means = (
         float(a[m].mean()) if m.any() else 0.0 for a, m in zip(batch.rows("advantage_T"), batch.rows("loss_mask_T"))
     )
+    advantage = dict(zip(names, means))  # answers that are not trained on have none
     records = []
     for g in groups:
         prompt = run.prompts[g.row]
@@ -334,7 +397,7 @@ def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[d
                     "prompt": prompt.text,
                     "response": t.response,
                     "reward": t.reward,
-                    "advantage": next(advantage),
+                    "advantage": advantage.get((g.draw, t.sample)),
                     "finish_reason": t.finish_reason,
                     "ground_truth": str(prompt.ground_truth),
                     "token_ids": t.token_ids,

@@ -16,6 +16,8 @@ from hybridflow.checkpoint.journal import Journal
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import saved_steps, write_best
 from hybridflow.checkpoint.weights import export_model
+from hybridflow.config.algorithms import ADVANTAGES
+from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.engines.local import LocalEngine
@@ -51,6 +53,7 @@ class RlRun(Session):
     reference: Scorer | None = None
     kl: KlController
     token_text: dict[int, str] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)  # of the step under way, besides its updates' metrics
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -64,6 +67,11 @@ class RlRun(Session):
             if i not in self.token_text:
                 self.token_text[i] = str(self.tokenizer.decode([i]))
         return [self.token_text[i] for i in token_ids]
+
+    def take_measured(self) -> dict[str, float]:
+        """What was measured of the step under way, which is then forgotten."""
+        found, self.measured = self.measured, {}
+        return found
 
     def publish(self, version: int) -> None:
         """Sends the trainer's weights to the generation engine and holds its receipt against what was sent.
@@ -175,6 +183,7 @@ def _assemble(
         sampling=training_sampling(config.rollout, stop_ids(model, tokenizer)),
         samples=t.samples_per_prompt,
         seed=seed,
+        greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
         journal=journal,
         whole_step=config.rollout.engine == "inline",
         should_stop=stop.requested,

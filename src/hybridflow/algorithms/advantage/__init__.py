@@ -3,11 +3,15 @@
 | parameter | what it is given |
 | --- | --- |
 | ``reward_N`` | the reward of each trajectory, less its KL penalty |
-| ``x_N``, such as ``group_N`` | the column ``x_B``, one entry per trajectory |
+| ``length_N`` | its number of tokens with loss |
+| ``x_N``, such as ``group_N``, ``baseline_N``; ``components_NK`` | the column ``x_B``, one entry per trajectory |
+| ``trajectory_T`` | which of the N trajectories a token belongs to |
 | ``mask_T`` | ``loss_mask_T`` |
 | ``x_T``, such as ``reward_T``, ``value_T`` | the column of that name, ragged: see ``offsets`` |
 | ``offsets`` | ``[B + 1]`` where each sequence begins and ends on the T axis |
 | anything else | the key of that name in the ``algorithm`` section |
+
+A column that there is not leaves a parameter at its default.
 
 An estimator that takes ``mask_T`` returns an advantage per token ``[T]``, any other one per trajectory ``[N]``. One
 that trains a critic returns (advantage, return): the return ``[T]`` is what the critic learns.
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from hybridflow.algorithms.advantage.gae import gae
 from hybridflow.algorithms.advantage.grpo import grpo
+from hybridflow.algorithms.pieces import call, piece
 from hybridflow.batch import Batch
 
 ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {"gae": gae, "grpo": grpo}
@@ -33,30 +38,34 @@ def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dic
     """``advantage_T``, and ``return_T`` where the estimator trains a critic; 0 where ``loss_mask_T`` is False.
 
     Args:
-        name: a key of `ADVANTAGES`.
+        name: a key of `ADVANTAGES`, or ``file.py:function``.
         batch: the whole step's answers: ``loss_mask_T``, ``reward_T``, ``trajectory_B``, and what the estimator needs.
         values: the keys of the ``algorithm`` section.
     """
-    estimator = ADVANTAGES[name]
+    estimator = piece(ADVANTAGES, name)
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
     count = int(trajectory_B.max()) + 1 if len(batch) else 0
     trajectory_T, mask_T = trajectory_B[batch.sequence_of()], batch["loss_mask_T"]
 
     def given(parameter: str) -> Any:
-        if parameter == "reward_N":  # a sum with zeros: exact where no token but the last has a reward
-            return batch["reward_T"].new_zeros(count).index_add_(0, trajectory_T, batch["reward_T"])
-        if parameter == "mask_T":
-            return mask_T
-        if parameter == "offsets":
-            return batch.offsets["T"]
-        if parameter.endswith("_N"):
-            column_B = batch[parameter.removesuffix("N") + "B"]
-            return column_B.new_empty(count).index_copy_(0, trajectory_B, column_B)
-        return batch[parameter] if parameter.endswith("_T") else values[parameter]
+        own: dict[str, Callable[[], Any]] = {
+            # A sum with zeros: exact where no token but the last has a reward.
+            "reward_N": lambda: batch["reward_T"].new_zeros(count).index_add_(0, trajectory_T, batch["reward_T"]),
+            "length_N": lambda: torch.bincount(trajectory_T[mask_T], minlength=count),
+            "mask_T": lambda: mask_T,
+            "trajectory_T": lambda: trajectory_T,
+            "offsets": lambda: batch.offsets["T"],
+        }
+        if parameter in own:
+            return own[parameter]()
+        name, _, axes = parameter.rpartition("_")
+        if axes.startswith("N"):
+            column_B = batch[f"{name}_B{axes[1:]}"]
+            return column_B.new_empty(count, *column_B.shape[1:]).index_copy_(0, trajectory_B, column_B)
+        return batch[parameter] if axes.startswith("T") else values[parameter]
 
-    parameters = inspect.signature(estimator).parameters
-    found = estimator(**{parameter: given(parameter) for parameter in parameters})
+    found = call(estimator, given)
     advantage, return_T = found if isinstance(found, tuple) else (found, None)
-    advantage_T = advantage if "mask_T" in parameters else advantage[trajectory_T]
+    advantage_T = advantage if "mask_T" in inspect.signature(estimator).parameters else advantage[trajectory_T]
     columns = {"advantage_T": advantage_T * mask_T}
     return columns if return_T is None else columns | {"return_T": return_T * mask_T}

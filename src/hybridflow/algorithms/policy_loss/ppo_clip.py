@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOG_RATIO_BOUND = 20.0  # exp(20) is far outside any clip; the bound keeps a broken ratio from becoming inf - inf
+from hybridflow.algorithms.policy_loss.ratio import bounded
 
 
 def ppo_clip(
@@ -34,7 +34,7 @@ def ppo_clip(
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         clip_dual: bound c > 1 on the ratio for negative advantages; None for no bound.
     """
-    log_ratio_M = (logp_M - old_logp_M).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    log_ratio_M = bounded(logp_M - old_logp_M)
     ratio_M = log_ratio_M.exp()
     plain_M = -advantage_M * ratio_M
     clipped_M = -advantage_M * ratio_M.clamp(1 - clip_low, 1 + clip_high)

@@ -1,0 +1,64 @@
+"""What is left out or punished before anything is learnt.
+
+    dynamic sampling      groups whose answers are all worth the same teach nothing     DAPO, arXiv 2503.14476, equation 11
+    a band                so do prompts that are too hard or too easy by their mean
+    overlong punishment   -penalty min(1, max(0, length - (limit - buffer)) / buffer)   DAPO, equation 13
+    overlong filtering    answers cut at the limit carry no loss                        DAPO, section 3.4
+
+DAPO's penalty is 1 where an answer is longer than the limit; answers here cannot be. verl's goes on growing there.
+
+Shapes: T tokens, B sequences, N trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+
+def drop_reason(
+    values: Sequence[float], *, equal_rewards: bool, min_mean: float | None, max_mean: float | None
+) -> Literal["equal", "too hard", "too easy"] | None:
+    """Why a group is left out, or None if it is trained on. A mean out of the band is named before equal values.
+
+    Args:
+        values: what is looked at, of each answer of the group; there must be one.
+        equal_rewards: whether groups are left out whose values are all the same; a single answer is one of these.
+        min_mean: groups with a mean below this are too hard; None for no bound.
+        max_mean: groups with a mean above this are too easy; None for no bound.
+    """
+    low, high = min(values), max(values)
+    mean = low if low == high else sum(values) / len(values)  # the sum of equal values may round
+    if min_mean is not None and mean < min_mean:
+        return "too hard"
+    if max_mean is not None and mean > max_mean:
+        return "too easy"
+    return "equal" if equal_rewards and low == high else None
+
+
+def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """What is added to the reward of each answer ``[N]``: 0 down to ``-penalty``, float32 unless lengths are float64.
+
+    Args:
+        length_N: number of generated tokens.
+        max_response_tokens: the limit.
+        buffer: the penalty grows over this many tokens before the limit.
+        penalty: what it is at the limit.
+    """
+    dtype = length_N.dtype if length_N.is_floating_point() else None
+    excess_N = length_N - (max_response_tokens - buffer)
+    share_N = excess_N.float() if dtype is None else excess_N
+    return -penalty * (share_N / buffer).clamp(0, 1)
+
+
+def without_overlong(loss_mask_T: Tensor, cut_B: Tensor, sequence_T: Tensor) -> Tensor:
+    """The mask ``[T]`` without the tokens of answers that were cut at the limit.
+
+    Args:
+        loss_mask_T: which tokens carry loss.
+        cut_B: whether a sequence belongs to an answer that was cut.
+        sequence_T: sequence of each token.
+    """
+    return loss_mask_T & ~cut_B[sequence_T]

@@ -1,0 +1,47 @@
+"""Pieces of an algorithm by name, each given what its signature asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from hybridflow.config.locate import is_function_reference, load_function
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def piece(registry: Mapping[str, FunctionT], name: str) -> FunctionT | Callable[..., Any]:
+    """The function of a registered name, or the user's own that ``file.py:function`` names.
+
+    Raises:
+        UserError: no such file or function.
+    """
+    return load_function(name) if is_function_reference(name) else registry[name]
+
+
+def call(function: Callable[..., Any], given: Callable[[str], Any]) -> Any:
+    """Calls a function with what there is for each of its parameters.
+
+    Args:
+        function: any function of named parameters.
+        given: the value for a parameter's name; raises KeyError where there is none, and the parameter's default is
+            taken.
+
+    Raises:
+        KeyError: there is nothing for a parameter without a default.
+    """
+    arguments = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        try:
+            arguments[name] = given(name)
+        except KeyError:
+            if parameter.default is parameter.empty:
+                raise
+    return function(**arguments)
+
+
+def columns_read(function: Callable[..., Any]) -> list[str]:
+    """The columns ``x_T`` that a policy loss reads besides the scores: its parameters ``x_M``."""
+    own = ("logp_M", "sequence_M")
+    return [f"{p[:-1]}T" for p in inspect.signature(function).parameters if p.endswith("_M") and p not in own]

@@ -1,0 +1,154 @@
+"""Losses on pairs of answers, or on answers that are good or bad: pure functions of their log-probabilities.
+
+With x = log pi(x) - log pi_ref(x) of a chosen (c) and a rejected (r) answer, sums over their tokens; sigma the logistic
+function; and m the mean log-probability of an answer's tokens:
+
+    DPO    -(1 - s) log sigma(beta (c - r)) - s log sigma(-beta (c - r))       arXiv 2305.18290, equation 7; s: see `dpo`
+    IPO    (c - r - 1 / (2 tau))^2                                             arXiv 2310.12036, equation 17
+    SimPO  -log sigma(beta (m_c - m_r) - gamma)                                arXiv 2405.14734, equation 6
+    ORPO   -m_c - lam log sigma(log odds(m_c) - log odds(m_r))                 arXiv 2403.07691, equations 6 and 7
+           odds(m) = exp(m) / (1 - exp(m))
+    KTO    w_good (1 - sigma(beta (x - z))), w_bad (1 - sigma(beta (z - x)))   arXiv 2402.01306, section 4
+
+A loss is that of each pair (of each answer for KTO); whoever averages over the mini-batch does so. TRL averages an
+answer's tokens for IPO, where the paper sums them, and takes ORPO's first term over the prompt's tokens too.
+
+Shapes: N pairs, or N answers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+HIGHEST_MEAN_LOGP = -1e-6  # odds are infinite at 0
+
+
+def dpo(
+    policy_chosen_N: Tensor,
+    policy_rejected_N: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair ``[N]``, and per-pair diagnostics ``[N]``: see `_rewards`.
+
+    Args:
+        policy_chosen_N: summed log-probability of the chosen answer (with gradient).
+        policy_rejected_N: of the rejected one (with gradient).
+        ref_chosen_N: the same under the reference.
+        ref_rejected_N: the same under the reference.
+        beta: how closely the policy keeps to the reference.
+        label_smoothing: probability that a pair's labels are swapped (conservative DPO, E. Mitchell, 2023), below 0.5.
+    """
+    chosen_N, rejected_N = policy_chosen_N - ref_chosen_N, policy_rejected_N - ref_rejected_N
+    margin_N = beta * (chosen_N - rejected_N)
+    loss_N = -(1 - label_smoothing) * logsigmoid(margin_N) - label_smoothing * logsigmoid(-margin_N)
+    return loss_N, _rewards(beta * chosen_N, beta * rejected_N)
+
+
+def ipo(
+    policy_chosen_N: Tensor, policy_rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, *, tau: float = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair ``[N]``, and per-pair diagnostics; arguments as for `dpo`, all sums.
+
+    Args:
+        policy_chosen_N: see `dpo`.
+        policy_rejected_N: see `dpo`.
+        ref_chosen_N: see `dpo`.
+        ref_rejected_N: see `dpo`.
+        tau: the margin that is sought is ``1 / (2 tau)`` nats.
+    """
+    chosen_N, rejected_N = policy_chosen_N - ref_chosen_N, policy_rejected_N - ref_rejected_N
+    return (chosen_N - rejected_N - 0.5 / tau).square(), _rewards(tau * chosen_N, tau * rejected_N)
+
+
+def simpo(
+    chosen_mean_N: Tensor, rejected_mean_N: Tensor, *, beta: float = 2.0, gamma: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair ``[N]``, and per-pair diagnostics; without a reference.
+
+    Args:
+        chosen_mean_N: mean log-probability of the chosen answer's tokens (with gradient).
+        rejected_mean_N: of the rejected one's (with gradient).
+        beta: scale of the rewards.
+        gamma: the margin by which the chosen answer's reward should be ahead; half of beta in the paper.
+    """
+    loss_N = -logsigmoid(beta * (chosen_mean_N - rejected_mean_N) - gamma)
+    return loss_N, _rewards(beta * chosen_mean_N, beta * rejected_mean_N)
+
+
+def orpo(chosen_mean_N: Tensor, rejected_mean_N: Tensor, *, lam: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Likelihood of the chosen answer and odds against the rejected one: loss of each pair ``[N]``, and diagnostics.
+
+    Mean log-probabilities above -1e-6 have the odds of that bound, without a gradient.
+
+    Args:
+        chosen_mean_N: mean log-probability of the chosen answer's tokens (with gradient).
+        rejected_mean_N: of the rejected one's (with gradient).
+        lam: weight of the odds against the likelihood.
+    """
+    log_odds_N = _log_odds(chosen_mean_N) - _log_odds(rejected_mean_N)
+    metrics = _rewards(lam * chosen_mean_N, lam * rejected_mean_N) | {"log_odds_ratio": log_odds_N.detach()}
+    return -chosen_mean_N - lam * logsigmoid(log_odds_N), metrics
+
+
+def kto(
+    policy_N: Tensor,
+    ref_N: Tensor,
+    good_N: Tensor,
+    divergence: Tensor,
+    *,
+    beta: float = 0.1,
+    weight_good: float = 1.0,
+    weight_bad: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each answer ``[N]``, and per-answer diagnostics ``[N]``: its "rewards".
+
+    Args:
+        policy_N: summed log-probability of the answer (with gradient).
+        ref_N: the same under the reference.
+        good_N: whether the answer is a good one.
+        divergence: the paper's z, one number ``[]``: `kto_divergence` of the whole mini-batch.
+        beta: how quickly gains and losses saturate.
+        weight_good: weight of good answers.
+        weight_bad: weight of the others; where one kind is rarer, a larger weight of it makes up for that.
+    """
+    gain_N = beta * (policy_N - ref_N - divergence)
+    loss_N = torch.where(good_N, weight_good * torch.sigmoid(-gain_N), weight_bad * torch.sigmoid(gain_N))
+    return loss_N, {"rewards": beta * (policy_N - ref_N).detach()}
+
+
+def kto_divergence(policy_N: Tensor, ref_N: Tensor) -> Tensor:
+    """The policy's divergence from the reference, as KTO estimates it: one number ``[]``, never negative, no gradient.
+
+    Args:
+        policy_N: summed log-probabilities of answers each to another one's prompt, of the whole mini-batch.
+        ref_N: the same under the reference.
+    """
+    return (policy_N - ref_N).detach().mean().clamp(min=0)
+
+
+def _log_odds(mean_N: Tensor) -> Tensor:
+    mean_N = mean_N.clamp(max=HIGHEST_MEAN_LOGP)
+    # log(1 - exp(m)), each of the two where it is precise; the other one gets a harmless value, as its gradient counts.
+    near_N = mean_N > -math.log(2)
+    near = torch.where(near_N, mean_N, -1.0).expm1().neg().log()
+    far = torch.where(near_N, -1.0, mean_N).exp().neg().log1p()
+    return mean_N - torch.where(near_N, near, far)
+
+
+def _rewards(chosen_N: Tensor, rejected_N: Tensor) -> dict[str, Tensor]:
+    """Per-pair diagnostics under TRL's names."""
+    chosen_N, rejected_N = chosen_N.detach(), rejected_N.detach()
+    return {
+        "rewards/chosen": chosen_N,
+        "rewards/rejected": rejected_N,
+        "rewards/margins": chosen_N - rejected_N,
+        "rewards/accuracies": (chosen_N > rejected_N).to(chosen_N.dtype),
+    }

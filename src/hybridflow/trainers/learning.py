@@ -1,0 +1,240 @@
+"""What becomes of a step's answers between their rewards and the loss: filters, outputs, corrections, statistics.
+
+Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridflow.algorithms.correction import correct
+from hybridflow.algorithms.filtering import drop_reason
+from hybridflow.algorithms.pieces import call
+from hybridflow.algorithms.policy_loss import STATISTICS
+from hybridflow.algorithms.reweighting import pf_ppo_rows
+from hybridflow.batch import Batch
+from hybridflow.config.algorithms import ADVANTAGES, POLICY_LOSSES
+from hybridflow.config.learning import AlgorithmSection, FilterSection
+from hybridflow.config.pieces import needs_of
+from hybridflow.config.sections import RlConfig
+from hybridflow.errors import UserError
+from hybridflow.noise import NoiseKey, token_keys
+from hybridflow.protocols import Group, TrainEngine
+from hybridflow.trainers.rl_run import updates_per_step
+
+# --- groups ---
+
+
+def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[str]) -> list[Group]:
+    """The groups that pass the filter; why the others do not is counted in `dropped`."""
+    kept = []
+    for group in groups:
+        values = [t.reward if section.metric == "reward" else t.components[section.metric] for t in group.trajectories]
+        reason = drop_reason(
+            values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
+        )
+        if reason is None:
+            kept.append(group)
+        else:
+            dropped[reason] += 1
+    return kept
+
+
+def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
+    """What is said where no group of a step passes the filter."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    return UserError(
+        f"no group of {dropped.total()} passed the filter: {counts}",
+        why=f"filter.max_rounds={section.max_rounds} rounds of prompts gave nothing to learn from",
+        fix="look at critic/score/mean: the data may be too hard or solved; change the data, the filter, or "
+        "rollout.temperature, and go on from the last checkpoint",
+    )
+
+
+def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], dict[str, float]]:
+    """The groups without the answers that were cut at the limit, where ``filter.overlong`` asks for it.
+
+    A group that is left with a single answer has nothing to be compared with: where the advantage needs groups, it is
+    dropped, and counted.
+    """
+    if not config.filter.overlong:
+        return list(groups), {}
+    whole = [replace(g, trajectories=[t for t in g.trajectories if t.finish_reason != "length"]) for g in groups]
+    least = 2 if needs_of(config.algorithm.advantage, ADVANTAGES).needs_group else 1
+    kept = [g for g in whole if len(g.trajectories) >= least]
+    counts = {
+        "training/overlong_answers": sum(len(g.trajectories) for g in groups) - sum(len(g.trajectories) for g in whole),
+        "training/single_answer_groups": sum(len(g.trajectories) == 1 for g in whole) if least == 2 else 0,
+    }
+    return kept, {name: float(count) for name, count in counts.items()}
+
+
+def component_names(groups: Sequence[Group]) -> list[str]:
+    """The names of the rewards' components, in order; all answers must have the same.
+
+    Raises:
+        UserError: they have not.
+    """
+    found = {tuple(sorted(t.components)) for g in groups for t in g.trajectories}
+    if len(found) > 1:
+        first, second = sorted(found)[:2]
+        raise UserError(
+            f"the reward returned components {list(first)} for one answer and {list(second)} for another",
+            fix="return the same names for every answer",
+        )
+    return list(found.pop()) if found else []
+
+
+# --- before the step's updates ---
+
+
+def old_logp_is(config: RlConfig) -> str:
+    """Where the ratio's denominator comes from: "rollout", "recompute", or "current" (the policy of the update)."""
+    a = config.algorithm
+    if a.old_logp == "rollout" or a.correction.mode == "bypass":
+        return "rollout"
+    needed = (
+        updates_per_step(config) > 1
+        or a.correction.active
+        or needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp
+        or "logp" in needs_of(a.advantage, ADVANTAGES).outputs
+    )
+    return "recompute" if a.old_logp == "recompute" or needed else "current"
+
+
+def policy_outputs(config: RlConfig) -> list[str]:
+    """What the policy is asked for before the step's updates; nothing spares the forward pass."""
+    wanted = [o for o in needs_of(config.algorithm.advantage, ADVANTAGES).outputs if o != "logp"]
+    return ["logp", *wanted] if old_logp_is(config) == "recompute" else wanted
+
+
+def piece_values(a: AlgorithmSection, components: Sequence[str]) -> dict[str, Any]:
+    """The values that estimators take, by name; weights of reward components stand in the components' order."""
+    values = a.model_dump() | a.values
+    if a.reward_weights is not None:
+        values["reward_weights"] = [a.reward_weights.get(name, 0.0) for name in components]
+    return values
+
+
+def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch, dict[str, float]]:
+    """The batch with the importance weights and without what ``algorithm.correction`` rejects, and its metrics.
+
+    Args:
+        batch: whole answers with ``rollout_logp_T``.
+        logp_T: the policy's log-probabilities of their tokens.
+        a: the algorithm.
+    """
+    c, batch = a.correction, batch.select(list(batch))
+    found = correct(
+        logp_T,
+        batch["rollout_logp_T"],
+        batch["loss_mask_T"],
+        batch.sequence_of(),
+        len(batch),
+        weights=c.weights,
+        weight_cap=c.weight_cap,
+        weight_floor=c.weight_floor,
+        normalize=c.normalize,
+        reject=c.reject,
+    )
+    if c.weights != "none":
+        batch["rollout_weight_T"] = found.weight_T
+    batch["keep_T"] = found.keep_T
+    return batch, {f"rollout_corr/{name}": value for name, value in found.metrics.items()}
+
+
+def rejected(batch: Batch) -> Batch:
+    """The batch whose loss is on the tokens alone that the correction keeps."""
+    batch = batch.select(list(batch))
+    if "keep_T" in batch:
+        batch["loss_mask_T"] = batch["loss_mask_T"] & batch["keep_T"]
+        del batch.columns["keep_T"]
+    return batch
+
+
+def reweighted(batch: Batch, config: RlConfig, step: int) -> Batch:
+    """The step's answers, some of them again and some not at all (``reweight``)."""
+    if config.reweight is None or not len(batch):
+        return batch
+    rows = pf_ppo_rows(
+        batch["reward_B"],
+        batch["group_B"],
+        batch["sample_B"],
+        key=NoiseKey(config.run.seed, "reweight", step),
+        method=config.reweight.method,
+        power=config.reweight.power,
+    )
+    batch = batch.take(rows)
+    batch["trajectory_B"] = torch.arange(len(batch))  # a copy counts as an answer of its own
+    return batch
+
+
+# --- before each update ---
+
+
+def part_sizes(answers: int, size: int) -> list[int]:
+    """The sizes of a step's mini-batches; where filters left fewer answers, the last one is smaller."""
+    rest = [answers % size] if answers % size else []
+    return [size] * (answers // size) + rest
+
+
+def needs_current(a: AlgorithmSection) -> bool:
+    """Whether an update needs the current policy's log-probabilities of the whole mini-batch beforehand."""
+    bypass = a.correction.mode == "bypass" and a.correction.active
+    return bypass or needs_of(a.policy_loss, POLICY_LOSSES).statistics
+
+
+def with_current(mini: Batch, config: RlConfig, engine: TrainEngine) -> tuple[Batch, dict[str, float]]:
+    """The mini-batch with what depends on the current policy over all of it: one forward pass, where that is needed.
+
+    With ``algorithm.correction.mode=bypass`` these are the importance weights and what is rejected; for the losses in
+    `STATISTICS` the columns that they read.
+    """
+    a = config.algorithm
+    metrics: dict[str, float] = {}
+    if not needs_current(a) or not len(mini):
+        return mini, metrics
+    logp_T = engine.score(mini, ["logp"], temperature=config.rollout.temperature)["logp"]
+    if a.correction.mode == "bypass" and a.correction.active:
+        mini, metrics = corrected(mini, logp_T, a)
+        mini = rejected(mini)
+    if a.policy_loss in STATISTICS:
+        mini = mini.select(list(mini))
+        for name, column_T in statistics_columns(mini, logp_T, a.policy_loss, a.model_dump(), config.run.seed).items():
+            mini[name] = column_T
+    return mini, metrics
+
+
+def statistics_columns(
+    mini: Batch, logp_T: Tensor, loss: str, values: Mapping[str, Any], seed: int
+) -> dict[str, Tensor]:
+    """The columns that a policy loss makes of a whole mini-batch under the current policy.
+
+    Args:
+        mini: the mini-batch: ``loss_mask_T``, ``advantage_T``, ``group_B``, ``sample_B``.
+        logp_T: the current policy's log-probabilities.
+        loss: a key of `STATISTICS`.
+        values: the keys of the ``algorithm`` section.
+        seed: the run's seed, of random picks.
+    """
+
+    def given(parameter: str) -> Any:
+        if parameter == "logp_T":
+            return logp_T
+        if parameter == "mask_T":
+            return mini["loss_mask_T"]
+        if parameter == "old_logp_T":
+            return mini["old_logp_T"] if "old_logp_T" in mini else logp_T
+        if parameter == "token_key_T":
+            names = zip(mini["group_B"].tolist(), mini["sample_B"].tolist())
+            bits = [NoiseKey(seed, loss, draw, sample).bits() for draw, sample in names]
+            return token_keys(torch.tensor(bits, dtype=torch.int64), mini.lengths())
+        return mini[parameter] if parameter.endswith("_T") else values[parameter]
+
+    return dict(call(STATISTICS[loss], given))
