@@ -83,7 +83,8 @@ def written_files(page: Path, folder: Path) -> None:
 
 @pages
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written_files(ROOT / "docs/getting-started.md", tmp_path)
+    for page_with_files in ("docs/getting-started.md", "docs/extending.md"):
+        written_files(ROOT / page_with_files, tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     for words in commands(page):
@@ -219,7 +220,8 @@ def test_the_architecture_shows_the_loop_as_it_is() -> None:
 
 
 def test_the_readers_own_job_passes_its_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written_files(ROOT / "docs/getting-started.md", tmp_path)
+    for page_with_files in ("docs/getting-started.md", "docs/extending.md"):
+        written_files(ROOT / page_with_files, tmp_path)
     monkeypatch.chdir(tmp_path)
     said = list(check(load_config(RlConfig, "my/train.yaml", [f"model.path={CARRY}:tiny_qwen3"])))
     assert any("3 rows" in line for line in said)

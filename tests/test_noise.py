@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.noise import NoiseKey, gumbel, permutation
+from hybridflow.noise import NoiseKey, gumbel, permutation, uniform
 
 KEY = NoiseKey(seed=3, stream="train", draw=5, sample=2)
 EULER = 0.5772156649
@@ -94,6 +94,29 @@ def test_permutations_of_epochs_differ_and_every_place_is_as_likely() -> None:
         assert chi_square(counts, torch.full((6,), 1 / 6)) < 22.5  # 5 degrees of freedom, p = 0.0004
 
 
+@given(st.permutations(range(12)), st.integers(0, 12))
+def test_uniform_numbers_go_by_identity_and_not_by_place(order: list[int], cut: int) -> None:
+    ids = torch.tensor([[i // 4 - 1, i % 4 * 2**40] for i in range(12)])
+    whole = uniform(KEY, *ids.T)
+    parts = [ids[part].T for part in (order[:cut], order[cut:])]
+    assert torch.equal(torch.cat([uniform(KEY, *part) for part in parts]), whole[order])
+    assert len(whole.unique()) == 12
+
+
+def test_uniform_numbers_are_uniform_in_every_id_and_key() -> None:
+    ids = torch.arange(20_000)
+    for values in (
+        uniform(KEY, ids),
+        uniform(KEY, ids, torch.zeros_like(ids)),
+        uniform(KEY, torch.zeros_like(ids), ids),
+        torch.stack([uniform(replace(KEY, draw=d), ids[:1])[0] for d in range(20_000)]),
+    ):
+        assert 0 < float(values.min()) < 1e-3 and 1 - 1e-3 < float(values.max()) < 1
+        counts = (values * 16).long().bincount(minlength=16)
+        assert chi_square(counts, torch.full((16,), 1 / 16)) < 37.7  # 15 degrees of freedom, p = 0.001
+        assert abs(float(torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1])) < 0.03
+
+
 def test_the_largest_values_which_decide_samples_are_precise() -> None:
     noise = noise_of([KEY] * 100, list(range(100)), 10_000)
     for place in noise.flatten().topk(20).indices.tolist():
@@ -110,6 +133,8 @@ def test_known_values() -> None:
         [-1.0132989, -0.1273191, 0.7857570, -0.0586442, -0.0891732, 1.5767459, 0.3864743, -0.4558830], abs=1e-6
     )
     assert permutation(NoiseKey(0, "shuffle", 1), 8) == [1, 5, 7, 2, 3, 0, 6, 4]
+    ids = [(0, 0), (3, -5)]
+    assert uniform(KEY, *torch.tensor(ids).T).tolist() == [_uniform_reference(KEY, pair) for pair in ids]
     assert noise == pytest.approx([_reference(k, p, v) for k, p in zip(keys, positions) for v in range(4)], abs=2e-6)
 
 
@@ -118,6 +143,13 @@ def _reference(key: NoiseKey, position: int, token: int) -> float:
     row = _splitmix(key.bits() - position * 0x3C6EF372FE94F82B)
     uniform = ((_splitmix(row + token * 0x9E3779B97F4A7C15) >> 32) + 0.5) / 2**32
     return -math.log(-math.log1p(-uniform))
+
+
+def _uniform_reference(key: NoiseKey, ids: tuple[int, ...]) -> float:
+    value = key.bits()
+    for i in ids:
+        value = _splitmix(value + i * 0x9E3779B97F4A7C15)
+    return ((value >> 12) + 0.5) / 2**52
 
 
 def _splitmix(x: int) -> int:

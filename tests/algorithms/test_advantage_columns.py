@@ -36,7 +36,8 @@ def test_one_value_per_trajectory_goes_to_all_tokens_with_loss() -> None:
 def test_one_value_per_token_and_a_return() -> None:
     batch = batch_of_three()
     columns = advantage_columns("gae", batch, {"gamma": 0.9, "lam": 0.8, "clip_low": 0.2})
-    expected = gae(batch["reward_T"], batch["value_T"], batch["loss_mask_T"], batch.offsets["T"], gamma=0.9, lam=0.8)
+    trajectory_T = torch.tensor([1, 1, 1, 1, 1, 0, 0])
+    expected = gae(batch["reward_T"], batch["value_T"], batch["loss_mask_T"], trajectory_T, gamma=0.9, lam=0.8)
     assert columns["advantage_T"].equal(expected[0]) and columns["return_T"].equal(expected[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -76,7 +77,7 @@ def test_kl_cov_penalises_the_highest_covariances_and_of_equal_ones_the_smallest
     found = kl_cov_columns(logp_T, advantage_T, mask_T, key_T, kl_cov_share=share)["cov_penalty_T"]
     cov = covariances(logp_T, advantage_T, mask_T)
     values = sorted(cov.values())
-    assume(all(b == a or b - a > 1e-6 for a, b in zip(values, values[1:])))  # else rounding ranks them
+    assume(all(b == a or b - a > 1e-6 for a, b in itertools.pairwise(values)))  # else rounding ranks them
     ranked = sorted(cov, key=lambda i: (-cov[i], int(key_T[i])))
     chosen = set(ranked[: max(1, int(share * len(cov)))])
     assert found.tolist() == [float(i in chosen) for i in range(len(rows))]

@@ -1,11 +1,11 @@
 """How token losses become one number: a weight for every token, computed once per mini-batch.
 
-    token-mean                sum of all / number of tokens                          DAPO, arXiv 2503.14476, as verl has it
+    token-mean                sum of all / number of tokens                      DAPO, arXiv 2503.14476
     token-sum                 sum of all
-    seq-mean-token-sum        mean over trajectories of their sums                   REINFORCE, RLOO, arXiv 2402.14740
-    seq-mean-token-mean       mean over trajectories of their means                  GRPO, arXiv 2402.03300
-    seq-mean-token-sum-norm   mean over trajectories of their sums / norm            Dr.GRPO, arXiv 2503.20783
-    prompt-mean               mean over groups of the mean of all their tokens       ScaleRL, arXiv 2510.13786, section 3.2
+    seq-mean-token-sum        mean over trajectories of their sums               RLOO, arXiv 2402.14740
+    seq-mean-token-mean       mean over trajectories of their means              GRPO, arXiv 2402.03300
+    seq-mean-token-sum-norm   mean over trajectories of their sums / norm        Dr.GRPO, arXiv 2503.20783
+    prompt-mean               mean over groups of the mean of all their tokens   ScaleRL, arXiv 2510.13786, section 3.2
 
 An engine only sums weight x loss, over micro-batches and ranks, so the result cannot depend on how work is split.
 Denominators count the whole mini-batch; a trajectory or a group without any loss token counts in them too, as one whose
@@ -104,8 +104,8 @@ def prompt_mean(length_N: Tensor, group_N: Tensor) -> Tensor:
 
 
 EXPECTED = (
-    "an aggregation is a function such as weights(length_N, group_N, *, norm) that returns a tensor [N], the weight of every "
-    "token of each of N trajectories; it may ask for length_N (loss tokens), group_N or another column, and norm"
+    "an aggregation is a function such as weights(length_N, group_N, *, norm) that returns a tensor [N], the weight of "
+    "every token of each of N trajectories; it may ask for length_N (loss tokens), group_N or another column, and norm"
 )
 
 # Each maps what its parameters name to one weight per trajectory, the same for all its tokens: `length_N` is the number

@@ -1,9 +1,9 @@
 """What is left out or punished before anything is learnt.
 
-    dynamic sampling      groups whose answers are all worth the same teach nothing     DAPO, arXiv 2503.14476, equation 11
-    a band                so do prompts that are too hard or too easy by their mean
-    overlong punishment   -penalty min(1, max(0, length - (limit - buffer)) / buffer)   DAPO, equation 13
-    overlong filtering    answers cut at the limit carry no loss                        DAPO, section 3.4
+    dynamic sampling      groups whose answers are all worth the same        DAPO, arXiv 2503.14476, equation 11
+    a band                groups whose mean says that they are too hard or too easy
+    overlong punishment   -penalty clip((length - (limit - buffer)) / buffer, 0, 1)            DAPO, equation 13
+    overlong filtering    answers cut at the limit carry no loss                               DAPO, section 3.4
 
 DAPO's penalty is 1 where an answer is longer than the limit; answers here cannot be. verl's goes on growing there.
 
@@ -39,7 +39,7 @@ def drop_reason(
 
 
 def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, penalty: float) -> Tensor:
-    """What is added to the reward of each answer ``[N]``: 0 down to ``-penalty``, float32 unless lengths are float64.
+    """What is added to the reward of each answer ``[N]``: 0 down to ``-penalty``.
 
     Args:
         length_N: number of generated tokens.
@@ -47,10 +47,7 @@ def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, 
         buffer: the penalty grows over this many tokens before the limit.
         penalty: what it is at the limit.
     """
-    dtype = length_N.dtype if length_N.is_floating_point() else None
-    excess_N = length_N - (max_response_tokens - buffer)
-    share_N = excess_N.float() if dtype is None else excess_N
-    return -penalty * (share_N / buffer).clamp(0, 1)
+    return penalty * ((max_response_tokens - buffer - length_N) / buffer).clamp(-1, 0)
 
 
 def without_overlong(loss_mask_T: Tensor, cut_B: Tensor, sequence_T: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ With d = logp - reference logp of a token that the policy drew (J. Schulman, "Ap
     k2   d^2 / 2                  its gradient's mean is the divergence's
     k3   exp(-d) + d - 1          its mean is the divergence, with less variance than k1; never negative (GRPO's choice)
 
-In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form, whose
-name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
+In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form,
+whose name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
 
 Shapes: M tokens.
 """

@@ -1,9 +1,9 @@
 """Losses on pairs of answers, or on answers that are good or bad: pure functions of their log-probabilities.
 
-With x = log pi(x) - log pi_ref(x) of a chosen (c) and a rejected (r) answer, sums over their tokens; sigma the logistic
-function; and m the mean log-probability of an answer's tokens:
+With x = log pi - log pi_ref of an answer, summed over its tokens, c and r those of a chosen and a rejected one, sigma
+the logistic function, s the smoothing of labels, and m the mean log-probability of an answer's tokens:
 
-    DPO    -(1 - s) log sigma(beta (c - r)) - s log sigma(-beta (c - r))       arXiv 2305.18290, equation 7; s: see `dpo`
+    DPO    -(1 - s) log sigma(beta (c - r)) - s log sigma(-beta (c - r))       arXiv 2305.18290, equation 7
     IPO    (c - r - 1 / (2 tau))^2                                             arXiv 2310.12036, equation 17
     SimPO  -log sigma(beta (m_c - m_r) - gamma)                                arXiv 2405.14734, equation 6
     ORPO   -m_c - lam log sigma(log odds(m_c) - log odds(m_r))                 arXiv 2403.07691, equations 6 and 7
@@ -53,7 +53,12 @@ def dpo(
 
 
 def ipo(
-    policy_chosen_N: Tensor, policy_rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, *, tau: float = 0.1
+    policy_chosen_N: Tensor,
+    policy_rejected_N: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    *,
+    tau: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each pair ``[N]``, and per-pair diagnostics; arguments as for `dpo`, all sums.
 
@@ -77,7 +82,7 @@ def simpo(
         chosen_mean_N: mean log-probability of the chosen answer's tokens (with gradient).
         rejected_mean_N: of the rejected one's (with gradient).
         beta: scale of the rewards.
-        gamma: the margin by which the chosen answer's reward should be ahead; half of beta in the paper.
+        gamma: the margin by which the chosen answer's reward should be ahead.
     """
     loss_N = -logsigmoid(beta * (chosen_mean_N - rejected_mean_N) - gamma)
     return loss_N, _rewards(beta * chosen_mean_N, beta * rejected_mean_N)

@@ -1,24 +1,24 @@
-"""PRIME's implicit process reward (arXiv 2502.01456): a language model phi, trained on outcomes alone, rewards every token.
+"""PRIME's implicit process reward (arXiv 2502.01456): a language model phi, trained on outcomes, rewards every token.
 
-    r_t  = beta (log phi(y_t) - log ref(y_t))                                     the reward of a token
-    r(y) = sum of r_t                                                             the reward of an answer
-    loss = -o log sigma(r(y)) - (1 - o) log(1 - sigma(r(y)))                      o: the outcome, 1 for a right answer
-    A_t  = sum_{s >= t} gamma^(s - t) (r_s - mean of m(y') over the others)  +  o - mean of o' over the others
-           m(y) = mean of r_t over the answer's tokens; the others are the rest of the group
+    r_t  = beta (log phi(y_t) - log ref(y_t))                             the reward of a token
+    r(y) = sum of r_t                                                     the reward of an answer
+    loss = -o log sigma(r(y)) - (1 - o) log(1 - sigma(r(y)))              o: the outcome, 1 for a right answer
+    A_t  = sum_{s >= t} gamma^(s - t) (r_s - mean of m' over the others)  +  o - mean of o' over the others
 
-Time runs over the tokens that carry loss. verl's recipe scales r_s, too, by n / (n - 1) in a group of n, and whitens the
-advantages afterwards; the paper does neither.
+m is the mean of r_t over an answer's tokens; the others are the rest of the group. Time runs over the tokens of a
+trajectory that carry loss. verl's recipe also scales r_s by n / (n - 1) in a group of n and whitens the advantages; the
+paper does neither.
 
 Shapes: T tokens of a batch, M scored tokens of a micro-batch, S sequences, N trajectories.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from hybridflow.algorithms.advantage.gae import raw_gae
+from hybridflow.algorithms.advantage.rloo import rloo
+from hybridflow.algorithms.advantage.timeline import Timeline, discounted_sums
 from hybridflow.algorithms.segments import segment_count, segment_mean, segment_sum
 
 
@@ -58,11 +58,10 @@ def prime(
     group_N: Tensor,
     trajectory_T: Tensor,
     mask_T: Tensor,
-    offsets: Tensor,
     *,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Advantage of each token ``[T]``, 0 where `mask_T` is False. What follows a token is that of its own sequence.
+    """Advantage of each token ``[T]``, 0 where `mask_T` is False.
 
     Args:
         process_reward_T: see `process_rewards`; those of tokens without loss are not read.
@@ -70,24 +69,13 @@ def prime(
         group_N: group of each trajectory (any integers).
         trajectory_T: trajectory of each token.
         mask_T: which tokens carry loss.
-        offsets: ``[B + 1]``, where each sequence begins and ends.
         gamma: discount for each token that carries loss.
 
     Raises:
         ValueError: a group has one member only: there is nothing to compare it with.
     """
+    time = Timeline.of(mask_T, trajectory_T)
     mean_N = segment_mean(process_reward_T[mask_T], trajectory_T[mask_T], len(reward_N))
-    ahead_T = process_reward_T - _mean_of_others(mean_N, group_N)[trajectory_T]
-    return_T = raw_gae(ahead_T, torch.zeros_like(ahead_T), mask_T, offsets, gamma=gamma, lam=1.0)
-    outcome_N = reward_N - _mean_of_others(reward_N, group_N)
-    return (return_T + outcome_N[trajectory_T]) * mask_T
-
-
-def _mean_of_others(value_N: Tensor, group_N: Tensor) -> Tensor:
-    _, index_N, size_G = torch.unique(group_N, return_inverse=True, return_counts=True)
-    if len(size_G) and int(size_G.min()) < 2:
-        raise ValueError("a group has a single trajectory; group baselines need at least two")
-    lowest_G = torch.full_like(value_N[: len(size_G)], torch.inf).scatter_reduce_(0, index_N, value_N, "amin")
-    lowest_N = lowest_G[index_N]
-    above_N = value_N - lowest_N  # so that the mean of equal values is exactly that value
-    return lowest_N + (segment_sum(above_N, index_N, len(size_G))[index_N] - above_N) / (size_G[index_N] - 1)
+    others_N = mean_N - rloo(mean_N, group_N)
+    return_M = discounted_sums(time.take(process_reward_T - others_N[trajectory_T]), time.length_N, gamma)
+    return time.put(return_M) + rloo(reward_N, group_N)[trajectory_T] * mask_T

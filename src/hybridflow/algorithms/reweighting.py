@@ -4,9 +4,9 @@
     max_min      of every group its best answer and its worst (the paper's BW)
     max_random   of every group its best answer and another one at random (the paper's BR)
 
-The paper filters every prompt's answers, which gives the last two; pow is verl's. There max_min and max_random are draws
-from the whole batch too: of the answers with its one best score (and worst, or others at a quarter of the weight), so
-that some prompts are not trained on at all; and they depend on the process's random state and the order of the rows.
+The paper filters every prompt's answers, which gives the last two; pow is verl's. There max_min and max_random are
+draws from the whole batch too: of the answers with its one best score (and its worst, or all others at a quarter of the
+weight), so that some prompts are not trained on at all. And all three go by the process's random state.
 
 Shapes: B answers.
 """
@@ -32,8 +32,8 @@ def pf_ppo_rows(
 ) -> Tensor:
     """Indices of the answers to train on (int64), ascending; with "pow" they may repeat.
 
-    Which answers they are is a function of the key, of groups, samples and scores, not of the order of the rows. A group
-    with a single answer gives it once. Advantages are computed before, from whole groups.
+    Which answers they are is a function of the key, of groups, samples and scores, not of the order of the rows. A
+    group with a single answer gives it once. Advantages are computed before, from whole groups.
 
     Args:
         score_B: score of each answer.

@@ -128,7 +128,7 @@ def _correction(a: AlgorithmSection) -> Iterator[str]:
 FORMS = {
     "advantage": "def mine(reward_N, group_N, *, my_value=1.0): an advantage per trajectory; or with mask_T: per token",
     "policy_loss": "def mine(logp_M, old_logp_M, advantage_M, *, my_value=1.0): (loss_M, {name: metric_M})",
-    "aggregation": "def mine(length_N, group_N, norm): a weight per trajectory",
+    "aggregation": "def mine(length_N, group_N, *, norm): the weight of every token of a trajectory",
 }
 ENDINGS = {"advantage": ("_N", "_NK", "_T"), "policy_loss": ("_M",), "aggregation": ("_N",)}
 PLAIN = {"advantage": ("offsets",), "policy_loss": (), "aggregation": ("norm",)}
@@ -146,7 +146,7 @@ def _own_functions(a: AlgorithmSection) -> Iterator[str]:
             yield f"algorithm.{what}: {error}"
             continue
         strange = [p for p in positional if not p.endswith(endings) and p not in PLAIN[what]]
-        given = (*a.values, *type(a).model_fields)
+        given = (*a.values, *type(a).model_fields, *PLAIN[what])
         unknown = [k for k, has_default in keywords.items() if not has_default and k not in given]
         if what == "policy_loss" and "logp_M" not in positional:
             yield f"algorithm.{what}: {name} does not take logp_M, so it has no gradient; write {FORMS[what]}"

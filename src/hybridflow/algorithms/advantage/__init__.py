@@ -26,12 +26,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridflow.algorithms.advantage.distillation import distillation
 from hybridflow.algorithms.advantage.gae import gae
+from hybridflow.algorithms.advantage.gdpo import gdpo
+from hybridflow.algorithms.advantage.gigpo import gigpo
+from hybridflow.algorithms.advantage.gpg import gpg
 from hybridflow.algorithms.advantage.grpo import grpo
+from hybridflow.algorithms.advantage.grpo_passk import grpo_passk
+from hybridflow.algorithms.advantage.maxrl import maxrl
+from hybridflow.algorithms.advantage.opo import opo
+from hybridflow.algorithms.advantage.optimal_token_baseline import optimal_token_baseline, tir_optimal_token_baseline
+from hybridflow.algorithms.advantage.reinforce_plus_plus import reinforce_plus_plus
+from hybridflow.algorithms.advantage.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
+from hybridflow.algorithms.advantage.remax import remax
+from hybridflow.algorithms.advantage.rloo import rloo
+from hybridflow.algorithms.advantage.vapo_gae import vapo_gae
 from hybridflow.algorithms.pieces import call, piece
 from hybridflow.batch import Batch
 
-ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {"gae": gae, "grpo": grpo}
+ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
+    "gae": gae,
+    "vapo_gae": vapo_gae,
+    "grpo": grpo,
+    "grpo_passk": grpo_passk,
+    "rloo": rloo,
+    "opo": opo,
+    "gpg": gpg,
+    "maxrl": maxrl,
+    "gdpo": gdpo,
+    "gigpo": gigpo,
+    "remax": remax,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "optimal_token_baseline": optimal_token_baseline,
+    "tir_optimal_token_baseline": tir_optimal_token_baseline,
+    "distillation": distillation,
+}
 
 
 def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ A loss is given what its signature names. Positional parameters are data of a mi
     x_M           any other column ``x_T`` of the batch, such as rollout_logp_M or cov_keep_M
 
 Keyword-only parameters are values of the same name in the algorithm section. It returns the loss of each token ``[M]``
-and a dict of diagnostics ``[M]`` whose means become metrics "actor/<name>". It takes no mean itself: the engine multiplies
-by a weight column (see `aggregation`), which makes the result the same however a mini-batch is split. A loss of a whole
-sequence is given to each of its tokens.
+and a dict of diagnostics ``[M]`` whose means become metrics "actor/<name>". It takes no mean itself: the engine
+multiplies by a weight column (see `aggregation`), which makes the result the same however a mini-batch is split. A loss
+of a whole sequence is given to each of its tokens.
 
 `STATISTICS` are called before an update with the whole mini-batch under the current policy, at the cost of one forward
-pass: parameters logp_T (current), old_logp_T, advantage_T, mask_T (which tokens have a loss), token_key_T (int64 noise of
-each token), and values as above. They return columns, which the loss of the same name reads.
+pass: parameters logp_T (current), old_logp_T, advantage_T, mask_T (which tokens have a loss), token_key_T (int64 noise
+of each token), and values as above. They return columns, which the loss of the same name reads.
 """
 
 from __future__ import annotations

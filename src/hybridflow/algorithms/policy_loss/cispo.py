@@ -3,7 +3,8 @@
     r = exp(logp - old_logp)
     loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp
 
-sg stops the gradient. The paper sets no lower bound (the preset's 0.99 is none in effect); verl's default is 0.2 for both.
+sg stops the gradient. The paper sets no lower bound (the preset's 0.99 is none in effect); verl's default is 0.2 for
+both.
 
 Shapes: M scored tokens.
 """

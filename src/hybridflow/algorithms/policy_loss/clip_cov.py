@@ -4,9 +4,9 @@
     keep = 0 for max(1, int(clip_cov_share x loss tokens)) of them drawn at random, else 1
     loss = keep max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-The covariance is that of the current policy, so it takes a forward pass before each update. verl takes every micro-batch
-for a batch of its own (each drops at least one token) and draws with the process's random state; its pg_clipfrac is the
-cov_clipfrac here.
+The covariance is that of the current policy, so it takes a forward pass before each update. verl takes every
+micro-batch for a batch of its own (each drops at least one token) and draws with the process's random state; its
+pg_clipfrac is the cov_clipfrac here.
 
 Shapes: T tokens of the mini-batch, M scored tokens.
 """

@@ -2,8 +2,8 @@
 
     cov = (A - mean A) (logp - mean logp), means over the mini-batch's loss tokens
 
-The picks of `clip_cov` and `kl_cov` do not depend on the order of the tokens: what is drawn at random goes by the tokens'
-keys, and so do ties.
+The picks of `clip_cov` and `kl_cov` do not depend on the order of the tokens: what is drawn at random goes by the
+tokens' keys, and so do ties.
 
 Shapes: T tokens of the mini-batch, C candidates.
 """

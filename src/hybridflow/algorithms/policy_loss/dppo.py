@@ -9,8 +9,8 @@ with p = exp(logp), q = exp(old_logp), and of the two outcomes "this token" and 
     dppo_tv  D = |p - q|
     dppo_kl  D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
 
-sg stops the gradient. verl takes the thresholds from its clip ratios, and its actor's dual clip of 3 for ratio_cap, where
-the paper advises a large one; it adds 1e-8 to 1 - p and 1 - q, here they are exact to the last digit.
+sg stops the gradient. verl takes the thresholds from its clip ratios, and its actor's dual clip of 3 for ratio_cap,
+where the paper advises a large one; it adds 1e-8 to 1 - p and 1 - q, here they are exact to the last digit.
 
 Shapes: M scored tokens.
 """

@@ -3,7 +3,8 @@
     loss = -(A logp - dro_beta / 2 (logp - old_logp)^2)
 
 The paper regresses the whole answer's log-ratio, with a learned value; this is the form per token, as in verl, whose
-advantage stands for reward minus value. Its minimum is at logp - old_logp = A / dro_beta; tokens with A = 0 are tethered.
+advantage stands for reward minus value. Its minimum is at logp - old_logp = A / dro_beta; tokens with A = 0 are
+tethered.
 
 Shapes: M scored tokens.
 """

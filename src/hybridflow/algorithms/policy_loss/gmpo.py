@@ -3,8 +3,8 @@
     d = logp - old_logp, cut at clip_high from above where A > 0, and at -clip_low from below where A < 0
     loss = -A exp(mean over the answer of d), one value for the answer
 
-The clips are bounds of the log-ratio: 0.4 lets ratios go from exp(-0.4) to exp(0.4), as in the paper. An answer's loss is
-given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over answers. An answer whose tokens have
+The clips are bounds of the log-ratio: 0.4 lets ratios go from exp(-0.4) to exp(0.4), as in the paper. An answer's loss
+is given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over answers. An answer whose tokens have
 several advantages has their mean.
 
 verl (geo_mean) takes the plain mean over the micro-batch whatever the aggregation, so that a step depends on how it is

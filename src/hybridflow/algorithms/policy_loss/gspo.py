@@ -44,9 +44,13 @@ def gspo(
     count = segment_count(sequence_M)
     ratio_B = bounded(segment_mean(log_ratio_M, sequence_M, count)).exp()
     advantage_B = segment_mean(advantage_M, sequence_M, count)
-    loss_B, clipped_B = _clipped(ratio_B, advantage_B, clip_low, clip_high)
-    metrics = {"pg_clipfrac": clipped_B[sequence_M], "ppo_kl": -log_ratio_M.detach()}
-    return loss_B[sequence_M], metrics
+    plain_B = -advantage_B * ratio_B
+    clipped_B = -advantage_B * ratio_B.clamp(1 - clip_low, 1 + clip_high)
+    metrics = {
+        "pg_clipfrac": (clipped_B > plain_B).float()[sequence_M],
+        "ppo_kl": -log_ratio_M.detach(),
+    }
+    return torch.maximum(plain_B, clipped_B)[sequence_M], metrics
 
 
 def gspo_token(
@@ -59,16 +63,11 @@ def gspo_token(
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each token ``[M]`` with its own advantage; arguments and diagnostics as in `gspo`."""
-    log_ratio_M = (logp_M - old_logp_M).detach()
-    mean_B = segment_mean(log_ratio_M, sequence_M, segment_count(sequence_M))
-    # exp(logp - sg(logp)) is 1 with the gradient of logp, and so is what is added here.
-    ratio_M = bounded(mean_B).exp_()[sequence_M] * (1 + logp_M - logp_M.detach())
-    loss_M, clipped_M = _clipped(ratio_M, advantage_M, clip_low, clip_high)
-    return loss_M, {"pg_clipfrac": clipped_M, "ppo_kl": -log_ratio_M}
-
-
-def _clipped(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate, and 1 where the clip took over."""
-    plain = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(plain, clipped), (clipped > plain).float()
+    log_ratio_M = logp_M.detach() - old_logp_M
+    ratio_B = bounded(segment_mean(log_ratio_M, sequence_M, segment_count(sequence_M))).exp_()
+    plain_M = -advantage_M * ratio_B[sequence_M]
+    clipped_M = -advantage_M * ratio_B.clamp(1 - clip_low, 1 + clip_high)[sequence_M]
+    over_M = clipped_M > plain_M
+    unit_M = 1 + (logp_M - logp_M.detach())  # 1 with the gradient of logp, as exp(logp - sg(logp)) is
+    metrics = {"pg_clipfrac": over_M.float(), "ppo_kl": log_ratio_M.neg_()}
+    return torch.where(over_M, clipped_M, plain_M * unit_M), metrics

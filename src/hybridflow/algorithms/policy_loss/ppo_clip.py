@@ -36,12 +36,13 @@ def ppo_clip(
     """
     log_ratio_M = bounded(logp_M - old_logp_M)
     ratio_M = log_ratio_M.exp()
-    plain_M = -advantage_M * ratio_M
-    clipped_M = -advantage_M * ratio_M.clamp(1 - clip_low, 1 + clip_high)
+    cost_M = -advantage_M
+    plain_M = cost_M * ratio_M
+    clipped_M = cost_M * ratio_M.clamp(1 - clip_low, 1 + clip_high)
     loss_M = torch.maximum(plain_M, clipped_M)
     metrics = {"pg_clipfrac": (clipped_M > plain_M).float(), "ppo_kl": -log_ratio_M.detach()}
     if clip_dual is not None:
-        bound_M = -advantage_M * clip_dual
+        bound_M = cost_M * clip_dual
         metrics["pg_clipfrac_lower"] = ((advantage_M < 0) & (loss_M > bound_M)).float()
         loss_M = torch.where(advantage_M < 0, torch.minimum(loss_M, bound_M), loss_M)
     return loss_M, metrics

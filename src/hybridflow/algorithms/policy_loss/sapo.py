@@ -3,8 +3,8 @@
     r = exp(logp - old_logp)
     loss = -A sigmoid(tau (r - 1)) 4 / tau,   tau = tau_positive where A > 0, else tau_negative
 
-At r = 1 the gradient is that of REINFORCE. The paper averages within an answer, then over answers: "seq-mean-token-mean",
-which verl takes whatever it is told; here the configured aggregation holds.
+At r = 1 the gradient is that of REINFORCE. The paper averages within an answer, then over answers:
+"seq-mean-token-mean", which verl takes whatever it is told; here the configured aggregation holds.
 
 Shapes: M scored tokens.
 """

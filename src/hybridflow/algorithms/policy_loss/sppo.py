@@ -3,8 +3,8 @@
     loss = (sum over the answer of (logp - old_logp) - sppo_eta A)^2, one value for the answer
 
 The paper's A is the share of answers that this one beats, minus 1/2: with that share as the reward, its difference from
-the group's mean. An answer's loss is given to each of its tokens, and "seq-mean-token-mean" is the mean over answers; no
-other aggregation has a meaning here. The paper's sppo_eta is 1000, verl's recipe and the default 1.
+the group's mean. An answer's loss is given to each of its tokens, and "seq-mean-token-mean" is the mean over answers;
+no other aggregation has a meaning here. The paper's sppo_eta is 1000, verl's recipe and the default 1.
 
 Shapes: M scored tokens, B sequences.
 """

@@ -1,0 +1,273 @@
+"""The gradient of a mini-batch is the same however its sequences are split, packed, ordered and dealt to ranks.
+
+Held for every pair of policy loss, aggregation and correction, and for random triples, through the trainer's own
+functions, extra passes included, on a linear model in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from hybridflow.algorithms.advantage import advantage_columns
+from hybridflow.batch import Batch
+from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
+from hybridflow.config.sections import OptimSection, RlConfig
+from hybridflow.engines.local import LocalEngine
+from hybridflow.trainers.learning import corrected, old_logp_is, piece_values, rejected, with_current
+from hybridflow.trainers.rl import policy_loss, token_rewards, with_loss, with_weights
+
+from linear import WORDS, linear_model
+from simulated_ranks import SimulatedRanks
+
+# --- what is combined ---
+
+# Values at which a loss does something to this batch: shares so large that tokens are picked, bounds that bind.
+VALUES: dict[str, dict[str, Any]] = {
+    "ppo_clip": {"clip_dual": 1.5},
+    "clip_cov": {"clip_cov_share": 0.2, "cov_low": 0.1},
+    "kl_cov": {"kl_cov_share": 0.2},
+    "dppo_tv": {"divergence_low": 0.02, "divergence_high": 0.02, "ratio_cap": 1.5},
+    "dppo_kl": {"divergence_low": 0.01, "divergence_high": 0.01},
+    "decoupled_ppo": {"behaviour_cap": 1.5},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "token, normalised": {"weights": "token", "normalize": True},
+    "sequence, normalised, two levels": {
+        "weights": "sequence",
+        "normalize": True,
+        "reject": {"token_k1": [0.5, 2.0], "seq_max_k3": [1.0]},
+    },
+    "three levels": {"mode": "bypass", "reject": {"token_k2": [0.5], "seq_mean_k3": [0.2], "seq_max_k2": [2.0]}},
+    "bypass, normalised, one level": {
+        "mode": "bypass",
+        "weights": "token",
+        "normalize": True,
+        "reject": {"seq_sum_k1": [0.3, 3.0]},
+    },
+}
+ALL_CORRECTIONS = {name: {"preset": name} for name in CORRECTIONS} | MORE
+
+
+def configured(loss: str, aggregation: str, correction: str, **more: Any) -> RlConfig:
+    algorithm = {"policy_loss": loss, "aggregation": aggregation, "correction": ALL_CORRECTIONS[correction]}
+    return RlConfig.model_validate(
+        {
+            "run": {"folder": "run"},
+            "model": {"path": "model"},
+            "data": {"train": "prompts", "max_prompt_tokens": 16},
+            "reward": {"function": "reward.py:score"},
+            "rollout": {"max_response_tokens": 16, "temperature": more.pop("temperature", 1.0)},
+            "train": {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4},
+            "algorithm": algorithm | VALUES.get(loss, {}) | more,
+        }
+    )
+
+
+def allowed(loss: str, aggregation: str, correction: str) -> bool:
+    try:
+        configured(loss, aggregation, correction)
+    except ValidationError:
+        return False
+    return True
+
+
+def pairs_of(triple: tuple[str, str, str]) -> set[tuple[str, str]]:
+    """The pairs that a triple shows; no name is in two tables."""
+    return set(itertools.combinations(triple, 2))
+
+
+def covering() -> Iterator[tuple[str, str, str]]:
+    """Allowed triples that hold every pair which any of them holds; the aggregations take turns."""
+    seen: set[tuple[str, str]] = set()
+    for shift in range(len(AGGREGATIONS)):
+        for (i, loss), (j, correction) in itertools.product(enumerate(POLICY_LOSSES), enumerate(ALL_CORRECTIONS)):
+            triple = loss, list(AGGREGATIONS)[(i + j + shift) % len(AGGREGATIONS)], correction
+            if pairs_of(triple) - seen and allowed(*triple):
+                seen |= pairs_of(triple)
+                yield triple
+
+
+def random_triples(count: int) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    """Other triples, with further terms of the loss, another estimator, another temperature."""
+    rng = random.Random("triples")
+    while count:
+        triple = tuple(rng.choice(list(names)) for names in (POLICY_LOSSES, AGGREGATIONS, ALL_CORRECTIONS))
+        if allowed(*triple):
+            count -= 1
+            terms: dict[str, Any] = {"advantage": rng.choice(["grpo", "rloo", "opo", "reinforce_plus_plus"])}
+            terms["temperature"] = rng.choice([0.7, 1.0])
+            if rng.random() < 0.5:
+                terms["entropy_coef"] = 0.1
+            if rng.random() < 0.5:
+                terms |= {"kl_loss_coef": 0.1, "kl_loss_estimator": rng.choice(KL_ESTIMATORS)}
+            yield triple, terms
+
+
+PAIRS = list(covering())
+
+# --- the batch ---
+
+EQUAL = 2  # the group of equal rewards
+CUT_UP = {(0, 1): 2, (1, 0): 3, (3, 1): 2}  # trajectories, by group and sample, of several sequences
+SCALES = (0.02, 0.1, 0.4, 1.0)  # how far the step's first policy and the sampler are from the current one, by sequence
+
+
+@functools.cache
+def step_answers(seed: int = 0) -> Batch:
+    """Ragged answers of four groups; prompts as long as their group's number + 2, whose tokens carry no loss.
+
+    A sequence that goes on with a trajectory has a context of its own length. One sequence has no loss token at all,
+    some answers have a single token, some have tokens without loss in between.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Any]] = {}
+    for group, size in enumerate((4, 3, 3, 4)):
+        prompt = torch.randint(WORDS, (group + 2,), generator=rng)
+        for sample in range(size):
+            parts = CUT_UP.get((group, sample), 1)
+            for part in range(parts):
+                length = 1 if sample == 2 else int(torch.randint(2, 9, (1,), generator=rng))
+                mask = torch.rand(length, generator=rng) < 0.85
+                mask[0] = True
+                mask &= (group, sample, part) != (1, 0, 1)
+                context = torch.randint(WORDS, (8 + 2 * sample + part,), generator=rng) if part else prompt
+                reward = 0.5 if group == EQUAL else float(torch.rand((), generator=rng, dtype=torch.float64))
+                row = {
+                    "input_ids_T": torch.cat([context, torch.randint(WORDS, (length,), generator=rng)]),
+                    "loss_mask_T": torch.cat([torch.zeros(len(context), dtype=torch.bool), mask]),
+                    "reward_B": reward if part == parts - 1 else 0.0,
+                    "group_B": 70 - group,
+                    "sample_B": sample,
+                    "trajectory_B": 10 * (7 * group % 5) + sample,
+                }
+                for name, value in row.items():
+                    rows.setdefault(name, []).append(value)
+    batch = Batch.from_rows(rows)
+    batch["reward_B"] = batch["reward_B"].double()
+    logp_T = engine_of(ONE).score(batch, ["logp"])["logp"]
+    for name in ("old_logp_T", "rollout_logp_T", "ref_logp_T"):
+        noise_T = torch.randn(batch.total(), generator=rng, dtype=torch.float64)
+        for i, noise in enumerate(noise_T.split(batch.lengths().tolist())):
+            mask = batch.rows("loss_mask_T")[i]
+            if i % 2 and mask.any():  # these keep the mean of their log-ratios near 0: they pass geometric levels
+                noise -= noise[mask].mean()
+            noise *= SCALES[i % len(SCALES)]
+        batch[name] = (logp_T + noise_T).clamp(max=-0.01) * batch["loss_mask_T"]
+    return batch
+
+
+def shuffled(batch: Batch, seed: int) -> Batch:
+    """Its sequences in another order, those of one trajectory still one after the other in time."""
+    order = random.Random(seed).sample(range(len(batch)), len(batch))
+    names = batch["trajectory_B"].tolist()
+    waiting = {name: iter([i for i in range(len(batch)) if names[i] == name]) for name in names}
+    return batch.take([next(waiting[names[i]]) for i in order])
+
+
+# --- the ways to split ---
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How an update is computed."""
+
+    tokens: int
+    ranks: int = 1
+    packing: bool = True
+    order: int | None = None
+    sharing: bool = True
+
+
+ONE = Way(tokens=10_000)
+WAYS = {
+    "two micro-batches": Way(tokens=110),
+    "other order": Way(tokens=10_000, order=1),
+    "every sequence alone, other order": Way(tokens=22, order=2),
+    "two ranks, micro-batches": Way(tokens=60, ranks=2, order=3),
+    "three ranks": Way(tokens=10_000, ranks=3, order=4),
+    "no sharing of prompts, micro-batches": Way(tokens=90, sharing=False),
+    "padded": Way(tokens=10_000, packing=False, order=5),
+}
+
+
+@functools.cache
+def model_of(packing: bool) -> Any:
+    return linear_model(packing=packing)
+
+
+def engine_of(way: Way) -> LocalEngine | SimulatedRanks:
+    """A fresh engine; its first update leaves gradients as they were accumulated, and moves the weights next to not."""
+    model, optim = copy.deepcopy(model_of(way.packing)), OptimSection(lr=1e-12, clip_grad_norm=1e9)
+    if way.ranks > 1:
+        return SimulatedRanks(model, optim, total_steps=1, tokens_per_microbatch=way.tokens, ranks=way.ranks)
+    return LocalEngine(model, optim, total_steps=1, tokens_per_microbatch=way.tokens)
+
+
+def outcome(config: RlConfig, batch: Batch, way: Way) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient of the whole batch as one mini-batch, and all metrics: what `trainers.rl` does of it in a step."""
+    a, engine = config.algorithm, engine_of(way)
+    batch = batch if way.order is None else shuffled(batch, way.order)
+    batch = batch.select(list(batch))
+    metrics: dict[str, float] = {}
+    if old_logp_is(config) == "rollout":
+        batch["old_logp_T"] = batch["rollout_logp_T"]
+    elif a.correction.active:
+        batch, metrics = corrected(batch, batch["old_logp_T"], a)
+    batch["reward_T"] = token_rewards(batch, batch["reward_B"])
+    for name, column_T in advantage_columns(a.advantage, batch, piece_values(a, [])).items():
+        batch[name] = column_T
+    mini = with_weights(rejected(batch), config)
+    mini, found = with_current(mini, config, engine)
+    prepared = with_loss(mini, config)
+    if not way.sharing:
+        prepared = prepared.select([name for name in prepared if name != "group_B"])
+    update = engine.update(prepared, policy_loss(config))
+    assert update.applied
+    gradients = {n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None}
+    return gradients, metrics | found | update.metrics
+
+
+def assert_same_for_every_way(config: RlConfig, batch: Batch) -> dict[str, float]:
+    """Holds every way to split against one micro-batch, to 1e-10 of the gradient's size; returns the metrics."""
+    gradients, metrics = outcome(config, batch, ONE)
+    assert gradients and all(float(g.abs().max()) > 1e-9 for g in gradients.values()), "no gradient: shows nothing"
+    for name, way in WAYS.items():
+        other, other_metrics = outcome(config, batch, way)
+        assert other.keys() == gradients.keys()
+        for parameter, gradient in gradients.items():
+            bound = 1e-10 * float(gradient.abs().max()) + 1e-12
+            difference = float((other[parameter] - gradient).abs().max())
+            assert difference <= bound, f"{name}: gradient of {parameter} differs by {difference:.2g}"
+        assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-9), name
+    return metrics
+
+
+# --- losses, aggregations, corrections ---
+
+
+def test_the_cases_hold_every_allowed_pair() -> None:
+    every = [t for t in itertools.product(POLICY_LOSSES, AGGREGATIONS, ALL_CORRECTIONS) if allowed(*t)]
+    assert set().union(*map(pairs_of, every)) == set().union(*map(pairs_of, PAIRS))
+    assert {t[0] for t in every} == POLICY_LOSSES.keys() and {t[2] for t in every} == ALL_CORRECTIONS.keys()
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=" x ".join)
+def test_the_gradient_is_the_same_however_the_mini_batch_is_split(case: tuple[str, str, str]) -> None:
+    assert_same_for_every_way(configured(*case), step_answers())
+
+
+@pytest.mark.parametrize(("case", "terms"), random_triples(60))
+def test_the_gradient_is_the_same_with_other_terms_too(case: tuple[str, str, str], terms: dict[str, Any]) -> None:
+    assert_same_for_every_way(configured(*case, **terms), step_answers())
