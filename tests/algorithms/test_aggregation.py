@@ -101,7 +101,7 @@ OWN = """
 import torch
 
 def shorter_counts_more(length_N, group_N, *, norm, power=2.0):
-    assert group_N.tolist() == [7, 6]
+    assert group_N.tolist() == [7, 6, 6]
     return norm / length_N ** power
 
 def curious(length_N, reward_N): return length_N
@@ -114,14 +114,14 @@ def number(length_N): return 1.0
 def test_an_aggregation_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    batch = batch_of([([True, True], 0), ([True, False], 2), ([True, True, True], 2)])
+    batch = batch_of([([True, True], 0), ([True, False], 2), ([False], 3), ([True, True, True], 2)])
     weight_T = token_weights(batch, f"{file}:shorter_counts_more", norm=8)
-    assert weight_T.tolist() == [2, 2, 0.5, 0, 0.5, 0.5, 0.5]
+    assert weight_T.tolist() == [2, 2, 0.5, 0, 0, 0.5, 0.5, 0.5]  # not even that of no tokens is infinite
     for name, said in [
         ("curious", "asks for reward_N, which there is not"),
         ("eager", "asks for power, which there is not"),
-        ("short", r"returned a tensor \[1\] for 2 trajectories"),
-        ("number", "returned 1.0 for 2 trajectories"),
+        ("short", r"returned a tensor \[1\] for 3 trajectories"),
+        ("number", "returned 1.0 for 3 trajectories"),
     ]:
         with pytest.raises(UserError, match=said) as raised:
             token_weights(batch, f"{file}:{name}", norm=8)

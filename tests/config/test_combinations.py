@@ -49,7 +49,7 @@ def test_what_goes_together(changed: dict[str, Any]) -> None:
         ({"critic": None}, "the gae advantage needs a critic: give a critic section (`critic: {}` is enough)"),
         ({"algorithm": {"preset": "ppo", "advantage": "grpo"},
           "train": {"steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2}},
-         "there is a critic section, but the grpo advantage uses no critic (these do: gae)"),
+         "there is a critic section, but the grpo advantage uses no critic (these do: gae, vapo_gae)"),
         ({"critic": {"shared_trunk": True, "path": "c"}}, "critic.path is set, but with critic.shared_trunk"),
         ({"critic": {"shared_trunk": True, "optim": {}}}, "critic.optim is set, but with critic.shared_trunk"),
         ({"critic": {"shared_trunk": True, "warmup_steps": 2}}, "critic.warmup_steps needs a critic of its own"),
@@ -67,7 +67,7 @@ def test_what_goes_together(changed: dict[str, Any]) -> None:
          "algorithm.kl_controller adaptive needs algorithm.kl_target"),
         ({"algorithm": {"preset": "ppo", "kl_reward_coef": 1, "kl_target": 1}}, "it is fixed"),
         ({"algorithm": {"preset": "ppo", "kl_loss_coef": 1, "kl_loss_estimator": "k4"}},
-         "unknown kl_loss_estimator 'k4'; known: abs, k1, k2, k3, k3_clamped"),
+         "unknown kl_loss_estimator 'k4'; known: abs, abs+, k1, k1+, k2, k3, k3+, "),
         ({"model": {"path": "m", "reference": "r"}}, "model.reference is set, but"),
     ],
 )  # fmt: skip

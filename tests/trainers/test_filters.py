@@ -109,6 +109,16 @@ def test_answers_that_were_cut_are_left_out_and_single_ones_counted(tmp_path: Pa
         assert run.measured["training/single_answer_groups"] == sum(len(answers) == 1 for answers in whole)
 
 
+def test_a_step_without_a_whole_answer_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = filtered(tmp_path, filter={"overlong": True}, rollout={"max_response_tokens": 1})
+    succeed(capsys, "train", path)
+    lines = metrics(tmp_path / "run")[1:]
+    assert [m["training/overlong_answers"] for m in lines] == [4, 4]
+    assert all("actor/grad_norm" not in m and m["response_length/clip_ratio"] == 1 for m in lines)
+    assert [r["advantage"] for r in read_rollouts(tmp_path / "run/rollouts/step-000001.parquet")] == [None] * 4
+    succeed(capsys, "report", tmp_path / "run")
+
+
 def test_the_last_tokens_before_the_limit_cost(tmp_path: Path) -> None:
     reward = {"function": f"{tmp_path / 'parts.py'}:score", "overlong_buffer": 6, "overlong_penalty": 0.5}
     with opened(tmp_path, reward=reward, train={"samples_per_prompt": 16}, rollout={"max_response_tokens": 12}) as run:
@@ -156,6 +166,8 @@ def test_components_are_measured_and_weighed(tmp_path: Path, capsys: pytest.Capt
         ({"algorithm": {"preset": "gdpo"}}, ["gdpo advantage works on the components", "has none"]),
         ({"filter": {"metric": "vowel"}}, ["filter.metric names 'vowel'", "does not return"]),
         ({"filter": {"min_mean": 0.5, "max_mean": 0.5}}, ["min_mean 0.5 is not below max_mean 0.5"]),
+        ({"filter": {"equal_rewards": True}, "train": {"steps": None, "epochs": 1}}, ["give train.steps"]),
+        ({"algorithm": {"preset": "distillation"}}, ["against a teacher: name it in model.reference"]),
         ({"reward": {"overlong_buffer": 9}}, ["overlong_buffer is 9, more than rollout.max_response_tokens 8"]),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: Output) -> None:
             {"policy_loss": "sppo", "aggregation": "token-mean"},
             ["sppo", "aggregation=token-mean", "seq-mean-token-mean"],
         ),
-        ({"policy_loss": "gspoo"}, ["'gspoo' is neither a known policy_loss nor file.py:function", "'gspo'"]),
+        ({"policy_loss": "gspoo"}, ["unknown policy_loss 'gspoo'; did you mean 'gspo'? (or give file.py:function)"]),
         ({"advantage": "rlooo"}, ["'rlooo'", "'rloo'"]),
         ({"advantage": "gae"}, ["gae advantage needs a critic"]),
         ({"cov_low": 5.0, "cov_high": 1.0, "policy_loss": "clip_cov"}, ["cov_low 5 is not below cov_high 1"]),

@@ -43,16 +43,14 @@ def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
     Raises:
         UserError: a function of the user's own asks for what there is not, or returns no weight per trajectory.
     """
-    mask_T = batch["loss_mask_T"]
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
-    trajectory_T = trajectory_B[batch.sequence_of()]
     count = int(trajectory_B.max()) + 1 if len(batch) else 0
 
     def given(parameter: str) -> Any:
         if parameter == "norm":
             return norm
         if parameter == "length_N":
-            return torch.bincount(trajectory_T[mask_T], minlength=count).double()
+            return torch.zeros(count, dtype=torch.float64).index_add_(0, trajectory_B, _loss_tokens(batch))
         column_B = batch[f"{parameter[:-1]}B"]
         return column_B.new_empty(count).index_copy_(0, trajectory_B, column_B)
 
@@ -65,7 +63,15 @@ def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
     if not isinstance(weight_N, Tensor) or weight_N.shape != (count,):
         what = f"a tensor {list(weight_N.shape)}" if isinstance(weight_N, Tensor) else repr(weight_N)
         raise UserError(f"the aggregation {mode} returned {what} for {count} trajectories", fix=EXPECTED)
-    return weight_N.double()[trajectory_T] * mask_T
+    weight_T = torch.repeat_interleave(weight_N.double()[trajectory_B], batch.lengths())
+    return weight_T.masked_fill_(~batch["loss_mask_T"], 0.0)  # also where the weight of no token is no number
+
+
+def _loss_tokens(batch: Batch) -> Tensor:
+    """How many tokens of each sequence carry loss ``[B]`` (float64)."""
+    passed_T = batch["loss_mask_T"].cumsum(0, dtype=torch.int32)
+    passed_B = torch.cat([passed_T.new_zeros(1), passed_T])[batch.offsets["T"]]  # before each sequence and behind all
+    return passed_B.diff().double()
 
 
 def token_mean(length_N: Tensor) -> Tensor:

@@ -31,6 +31,13 @@ def check_algorithm(config: RlConfig) -> None:
         )
     if config.model.reference is not None and not a.needs_reference:
         problems.append("model.reference is set, but algorithm.kl_reward_coef and kl_loss_coef are 0: nothing uses it")
+    if a.advantage == "distillation" and config.model.reference is None:
+        problems.append("the distillation advantage holds every token against a teacher: name it in model.reference")
+    if config.filter.active and config.train.epochs is not None:
+        problems.append(
+            "train.epochs says how often the rows are gone through, but a filter draws as many as it needs: give "
+            "train.steps"
+        )
     r = config.reward
     if r.overlong_buffer is not None and r.overlong_buffer > config.rollout.max_response_tokens:
         problems.append(

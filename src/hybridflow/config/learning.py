@@ -219,7 +219,7 @@ class AlgorithmSection(Section):
             ("aggregation", self.aggregation, AGGREGATIONS),
         ]:
             if name not in known and not is_function_reference(name):
-                raise ValueError(f"{name!r} is neither a known {what} nor file.py:function; {nearest(name, known)}")
+                raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)} (or give file.py:function)")
         for what, name in [
             ("kl_reward_estimator", self.kl_reward_estimator),
             ("kl_loss_estimator", self.kl_loss_estimator),

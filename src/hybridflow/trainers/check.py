@@ -131,6 +131,8 @@ def arithmetic(config: RlConfig, rows: int) -> str:
         f"{size} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the longest possible "
         f"sequence has {longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
         f"{steps * answers} answers, {steps * updates} optimizer steps."
+        + " Every prompt has a greedy answer besides." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
+        + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
     )
 
 
