@@ -4,8 +4,8 @@
     python benchmarks/algorithms_speed.py                           # this library alone
 
 8,192 answers in groups of 8 with log-normal lengths of mean about 1,000, at most 8,192; no tool tokens. CPU seconds of
-one call (forward, and backward for losses; to the aggregated loss and the means of its metrics), and peak memory above
-what was there before it, inputs included in that. See benchmarks/README.md.
+one call (forward, and backward for losses; to the aggregated loss and the means of its metrics), and the peak of memory
+above what the process had before it, inputs among that. See benchmarks/README.md.
 
 The environment of the peer imports this file too, for the workload: nothing at the top here needs more than torch.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 COMPONENTS = ("right", "short")
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
 BOUNDS = [0.9, 1.1]
+KEYS = ("cpu_s", "peak_mb")
 Call = Callable[[], Any]
 
 
@@ -203,16 +205,14 @@ def our_calls(workload: Workload) -> dict[str, Call]:
 
 def called(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The function with those of the values that it has a parameter for."""
-    import inspect
-
     return function(**{name: given[name] for name in inspect.signature(function).parameters if name in given})
 
 
 # --- both sides ---
 
 
-def compare(peer: str | None, rounds: int) -> dict[str, Any]:
-    """Rounds in turns; per function the medians, and how many times as much the peer spends, within a round."""
+def compare(peer: str | None, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rounds in turns; after each the results so far."""
     commands = {"ours": [sys.executable, str(HERE / "algorithms_speed.py"), "--alone"]}
     if peer:
         commands["verl"] = [peer, str(HERE / "peer_verl_algorithms.py")]
@@ -227,24 +227,32 @@ def compare(peer: str | None, rounds: int) -> dict[str, Any]:
             loads.append(found["machine"]["load_average"][0])
             total = sum(x["cpu_s"] for x in found["results"].values())
             print(f"round {turn + 1}  {side:5} {total:.1f} CPU-s in all", flush=True)
-    functions = {}
+        yield {"versions": versions, "results": medians(runs) | {"load_average_after_each_run": loads}}
+
+
+def medians(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Per function the medians over rounds, and how many times as much verl spends, within a round."""
+    functions: dict[str, dict[str, Any]] = {}
     for name in runs["ours"][0]:
         functions[name] = {
-            side: {key: statistics.median(run[name][key] for run in of_side) for key in ("cpu_s", "peak_mb")}
-            for side, of_side in runs.items()
+            side: {key: statistics.median(r[name][key] for r in rs) for key in KEYS} for side, rs in runs.items()
         }
-        if peer:
-            pairs = list(zip(runs["ours"], runs["verl"]))
+        if "verl" in runs:
+            pairs = [(ours[name], theirs[name]) for ours, theirs in zip(runs["ours"], runs["verl"])]
             functions[name]["verl_over_ours"] = {
-                key: statistics.median(theirs[name][key] / ours[name][key] for ours, theirs in pairs)
-                for key in ("cpu_s", "peak_mb")
+                key: statistics.median(t[key] / o[key] for o, t in pairs) for key in KEYS
             }
-    results: dict[str, Any] = {"functions": functions, "load_average_after_each_run": loads}
-    if peer:
-        results["median_verl_over_ours"] = {
-            key: statistics.median(x["verl_over_ours"][key] for x in functions.values()) for key in ("cpu_s", "peak_mb")
+    if "verl" not in runs:
+        return {"rounds": len(runs["ours"]), "functions": functions}
+    kinds = {"all": "", "advantages": "advantage ", "losses": "loss "}
+    overall = {
+        kind: {
+            key: statistics.median(x["verl_over_ours"][key] for n, x in functions.items() if n.startswith(prefix))
+            for key in KEYS
         }
-    return {"versions": versions, "results": results}
+        for kind, prefix in kinds.items()
+    }
+    return {"rounds": len(runs["ours"]), "functions": functions, "median_verl_over_ours": overall}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -277,23 +285,22 @@ def main() -> None:
     # Larger blocks go back to the system at once on both sides, so that the memory of a call is seen whole.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     if args.alone:
-        results: dict[str, Any] = {"functions": {n: {"ours": x} for n, x in run_side(our_calls, args.only).items()}}
-        written = record(
-            "python benchmarks/algorithms_speed.py --alone",
-            workload,
-            {n: x["ours"] for n, x in results["functions"].items()},
-        )
-    else:
-        found = compare(args.peer, args.rounds)
-        results = found["results"]
-        command = (
-            f"python benchmarks/algorithms_speed.py{' --peer VERL_PYTHON' * bool(args.peer)} --rounds {args.rounds}"
-        )
-        written = record(command, workload, results)
+        results = run_side(our_calls, args.only)
+        command = "python benchmarks/algorithms_speed.py --alone" + (f" --only '{args.only}'" if args.only else "")
+        write(args.out, record(command, workload, results))
+        print(table({"functions": {name: {"ours": x} for name, x in results.items()}}))
+        return
+    command = f"python benchmarks/algorithms_speed.py{' --peer VERL_PYTHON' * bool(args.peer)} --rounds {args.rounds}"
+    for found in compare(args.peer, args.rounds):
+        written = record(command, workload, found["results"])
         written["versions"] |= found["versions"]
-    print(table(results))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(written, indent=1) + "\n")
+        write(args.out, written)
+        print(table(found["results"]), flush=True)
+
+
+def write(path: Path, written: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

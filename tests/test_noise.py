@@ -109,12 +109,12 @@ def test_uniform_numbers_are_uniform_in_every_id_and_key() -> None:
         uniform(KEY, ids),
         uniform(KEY, ids, torch.zeros_like(ids)),
         uniform(KEY, torch.zeros_like(ids), ids),
-        torch.stack([uniform(replace(KEY, draw=d), ids[:1])[0] for d in range(20_000)]),
+        torch.stack([uniform(replace(KEY, draw=d), ids[:1])[0] for d in range(4_000)]),
     ):
-        assert 0 < float(values.min()) < 1e-3 and 1 - 1e-3 < float(values.max()) < 1
+        assert 0 < float(values.min()) < 2e-3 and 1 - 2e-3 < float(values.max()) < 1
         counts = (values * 16).long().bincount(minlength=16)
         assert chi_square(counts, torch.full((16,), 1 / 16)) < 37.7  # 15 degrees of freedom, p = 0.001
-        assert abs(float(torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1])) < 0.03
+        assert abs(float(torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1])) < 0.05
 
 
 def test_the_largest_values_which_decide_samples_are_precise() -> None:

@@ -288,7 +288,8 @@ class Scorer(Protocol):
 
         Args:
             batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
-            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``), and of a critic "value" (``value_T``).
+            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``), "sum_pi_squared" (``sum_pi_squared_T``, the sum
+                over the words of their squared probabilities), and of a critic "value" (``value_T``).
             temperature: divides the logits first.
         """
         ...

@@ -18,12 +18,14 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.kl import KL_ESTIMATORS, KlController
 from hybridflow.algorithms.off_policy import off_policy_metrics
 from hybridflow.algorithms.value_loss import clipped_value_loss
-from hybridflow.config.algorithms import REJECTION_LEVELS
+from hybridflow.config.algorithms import CORRECTIONS, REJECTION_LEVELS
+from hybridflow.config.learning import CorrectionSection
 from verl_peer import (
     ACTOR,
     CLIPS,
     COMPONENTS,
     Case,
+    algorithm_config,
     both_advantages,
     core,
     our_loss,
@@ -221,3 +223,21 @@ def test_correction(values: dict[str, Any]) -> None:
                 metric.add(found[key], value)
     weight.hold(1e-9)
     metric.hold(1e-5)  # variances as differences of squares there
+
+
+@pytest.mark.parametrize("preset", [p for p in CORRECTIONS if p != "disabled"])
+def test_presets_have_the_same_values(preset: str) -> None:
+    theirs = getattr(algorithm_config.RolloutCorrectionConfig, preset)()
+    bounds = [float(x) for x in str(theirs.rollout_rs_threshold).split("_")] if theirs.rollout_rs else []
+    expected = {
+        "preset": preset,
+        "mode": "bypass" if theirs.bypass_mode else "decoupled",
+        "weights": theirs.rollout_is or "none",
+        "reject": {theirs.rollout_rs: bounds} if theirs.rollout_rs else {},
+        "normalize": theirs.rollout_is_batch_normalize,
+    }
+    floor, _, cap = str(theirs.rollout_is_threshold).rpartition("_")
+    if theirs.rollout_is:
+        expected |= {"weight_cap": float(cap), "weight_floor": float(floor) if floor else None}
+    ours = CorrectionSection.model_validate({"preset": preset}).model_dump()
+    assert {key: ours[key] for key in expected} == expected

@@ -66,6 +66,14 @@ def _gpg_of_right_and_wrong() -> tuple[float, float]:
     return float(ADVANTAGES["gpg"](reward_N, group_N)[0]), float(theirs[0])
 
 
+def _reward_on_a_rejected_token() -> tuple[float, float]:
+    """The first token's advantage where the last of two, which has the reward, is rejected."""
+    reward_T, none_N, every_T = torch.tensor([0.0, 1.0]), torch.zeros(1), torch.ones(2, dtype=torch.bool)
+    ours_T = ADVANTAGES["remax"](reward_T, none_N, every_T, torch.zeros(2, dtype=torch.int64), gamma=1.0)
+    theirs_BL, _ = core.compute_remax_outcome_advantage(reward_T[None], none_N, torch.tensor([[1, 0]]))
+    return float(ours_T[0]), float(theirs_BL[0, 0])
+
+
 def _baseline_with_tools() -> tuple[float, float]:
     found = both_advantages(Case(0), "optimal_token_baseline", "optimal_token_baseline", {})
     return float(found[0][0].abs().sum()), float(found[1][0].abs().sum())
@@ -161,6 +169,12 @@ DISAGREEMENTS: dict[str, tuple[str, Callable[..., tuple[float, float]], tuple[An
     "gpg, right and wrong": (
         "the paper counts groups without a signal, verl rewards of 0",
         _gpg_of_right_and_wrong,
+        (),
+        {},
+    ),
+    "reward on a rejected token": (
+        "advantages see whole answers here, there what is left of them",
+        _reward_on_a_rejected_token,
         (),
         {},
     ),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridflow.algorithms.filtering import drop_reason, overlong_penalty_N, without_overlong
+from hybridflow.algorithms.filtering import drop_reason, overlong_penalty_N
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,3 @@ def test_the_penalty_against_equation_13(lengths: list[int], limit: int, buffer:
 
     found_N = overlong_penalty_N(torch.tensor(lengths, dtype=torch.float64), limit, buffer, penalty)
     assert found_N.tolist() == pytest.approx([reference(length) for length in lengths], abs=1e-12)
-
-
-def test_answers_that_were_cut_carry_no_loss() -> None:
-    mask_T = torch.tensor([False, True, True, False, True, True])
-    kept_T = without_overlong(mask_T, torch.tensor([False, True, False]), torch.tensor([0, 0, 1, 1, 1, 2]))
-    assert kept_T.tolist() == [False, True, False, False, False, True]

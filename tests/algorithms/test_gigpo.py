@@ -79,7 +79,9 @@ def test_against_plain_python(batch: Trajectories, gamma: float, by_std: bool, w
 
 
 def test_without_steps_it_is_grpo_from_one_state() -> None:
-    given: dict[str, Any] = columns([[(1.0, 0, [True])], [(0.0, 0, [True, True])], [(2.0, 0, [True])], [(2.5, 0, [True])]])
+    given: dict[str, Any] = columns(
+        [[(1.0, 0, [True])], [(0.0, 0, [True, True])], [(2.0, 0, [True])], [(2.5, 0, [True])]]
+    )
     whole = gigpo(**given, step_weight=0.5)
     del given["step_T"], given["anchor_T"]
     torch.testing.assert_close(gigpo(**given, step_weight=0.5), whole)

@@ -19,6 +19,7 @@ from hybridflow.algorithms.advantage.maxrl import maxrl
 from hybridflow.algorithms.advantage.opo import opo
 from hybridflow.algorithms.advantage.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
 from hybridflow.algorithms.advantage.rloo import rloo
+from hybridflow.errors import UserError
 
 from golden import GROUP, LENGTHS, REWARD
 
@@ -161,7 +162,7 @@ def test_maxrl_averages_the_gradient_of_right_answers_less_that_of_all() -> None
 
 
 def test_maxrl_refuses_negative_rewards() -> None:
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(UserError, match="a reward of -0.5"):
         maxrl(torch.tensor([1.0, -0.5]), torch.tensor([0, 0]))
 
 

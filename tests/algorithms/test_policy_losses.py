@@ -126,6 +126,7 @@ def clip_cov(t: Token, clip_low: float, clip_high: float) -> tuple[float, float]
 
 @per_token
 def kl_cov(t: Token, kl_cov_coef: float) -> tuple[float, float]:
+    assume(t.change == 0 or abs(t.change) > 1e-4)  # smaller ones may be rounding: they have no gradient
     ratio, slope = bounded(t.change)
     sign = (t.change > 0) - (t.change < 0)
     penalty = kl_cov_coef * t.column
@@ -374,6 +375,15 @@ def test_decoupled_ppo_is_ppo_where_the_sampler_is_the_proximal_policy() -> None
         loss_and_gradient("decoupled_ppo", columns_of(batch), values)[0],
         loss_and_gradient("ppo_clip", columns_of(batch), {"clip_dual": 3.0})[0],
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_divergence_of_certain_tokens_is_a_number(dtype: torch.dtype) -> None:
+    # What was certain and is less so is 1 and 0.01 nats away; what became certain is further than any bound.
+    rows = [(-1.0, 0.0, -1.0), (-0.01, 0.0, -1.0), (0.0, -0.5, 1.0), (0.0, 0.0, 1.0), (-1e-9, 0.0, -1.0)]
+    columns = columns_of([[Token(logp, old, old, a, 1.0, 1.0) for logp, old, a in rows]], dtype)
+    _, metrics = call("dppo_kl", columns, {})
+    assert metrics["pg_clipfrac"].tolist() == [1, 0, 1, 0, 0]
 
 
 def test_diagnostics_count_what_was_clipped_capped_or_dropped() -> None:

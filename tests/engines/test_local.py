@@ -199,6 +199,23 @@ def test_the_first_ratio_is_one(kind: str) -> None:
     assert metrics["training/rollout_probs_diff_max"] <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_sums_of_squared_probabilities_are_those_of_the_softmax(kind: str) -> None:
+    batch = ragged_batch((30, 7, 55, 12))
+    engine = ENGINES[kind](packed_model(), OptimSection(), total_steps=1, tokens_per_microbatch=60)
+    scores = engine.score(batch, ["logp", "sum_pi_squared"], temperature=0.7)
+    assert scores.keys() == {"logp", "sum_pi_squared"}
+    assert scores["logp"].equal(engine.score(batch, ["logp"], temperature=0.7)["logp"])
+    expected_T = torch.zeros(batch.total())
+    with torch.no_grad():
+        for start, end in zip(batch.offsets["T"][:-1].tolist(), batch.offsets["T"][1:].tolist()):
+            ids = batch["input_ids_T"][start:end]
+            layout, places = PackedLayout(torch.tensor([len(ids)])), torch.arange(len(ids))[None]
+            output = packed_model()(input_ids=ids[None], position_ids=places, use_cache=False, layout=layout)
+            expected_T[start + 1 : end] = (output.logits[0] / 0.7).softmax(-1).square().sum(-1)[:-1]
+    torch.testing.assert_close(scores["sum_pi_squared"], expected_T * batch["loss_mask_T"], atol=1e-6, rtol=1e-5)
+
+
 def test_without_old_log_probs_the_current_policy_is_the_old_one() -> None:
     batch = policy_batch("token-mean")
     own = batch.select([n for n in batch if n != "old_logp_T"])

@@ -17,7 +17,7 @@ from hybridflow.config.sections import LoraSection
 from hybridflow.models import log_probs
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.head import Head, output_head
-from hybridflow.models.log_probs import Entropy, Support, token_logps
+from hybridflow.models.log_probs import Entropy, Support, token_logps, token_moments
 from hybridflow.models.lora import add_lora
 
 from tiny import KINDS, VOCAB, packed_model, ragged_batch
@@ -101,6 +101,39 @@ def test_values_and_gradients_are_those_of_log_softmax(
     wanted = gradients(head, hidden_MD, expected_M, expected_entropy_M if learns else None)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("path", ["tiles", "at once", "in turns"])
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_sums_of_squared_probabilities_are_those_of_the_softmax(
+    kind: str, limited: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_MD, head, target_M = make(torch.float64, **HEADS[kind])
+    keep_MV = torch.rand(M, V, generator=torch.Generator().manual_seed(5)) < 0.01
+    keep_MV[torch.arange(M), target_M] = True
+    size_M = keep_MV.sum(-1)
+    keep_MV[7], size_M[7] = True, 0  # the whole vocabulary
+    ids = torch.cat([keep_MV[m].nonzero()[:, 0] for m in range(M) if size_M[m]])
+    support = Support.of(size_M, ids) if limited else None
+    keep_MV = keep_MV if limited else torch.ones_like(keep_MV)
+    logits_MV = head.scale * head.layer(hidden_MD)
+    if head.softcap is not None:
+        logits_MV = head.softcap * torch.tanh(logits_MV / head.softcap)
+    p_MV = torch.softmax((logits_MV / 0.7).masked_fill(~keep_MV, -torch.inf), -1)
+    if path == "at once":
+        monkeypatch.setattr(log_probs, "SMALL", 2**30)
+    if path == "in turns":
+
+        class Wrapped(torch.nn.Linear):
+            """Any other output layer than a plain one, such as one with adapters."""
+
+        head.layer.__class__ = Wrapped
+    found = token_moments(hidden_MD, head, target_M, temperature=0.7, support=support)
+    expected_M, entropy_M = written_out(hidden_MD, head, target_M, 0.7, keep_MV)
+    for a, b in zip(found, (expected_M, entropy_M, p_MV.square().sum(-1)), strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b.detach(), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -18,7 +18,7 @@ Shapes: T tokens, B sequences, N trajectories (one or more sequences each), G gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from hybridflow.batch import Batch
 from hybridflow.errors import UserError
 
 
-def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
+def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, Any] | None = None) -> Tensor:
     """The weight of every token, ``[T]``; 0 where ``loss_mask_T`` is False.
 
     In float64, whatever the batch's own precision: a loss in float64 then loses nothing, one in float32 is summed in
@@ -39,16 +39,18 @@ def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
         batch: one mini-batch, whole: ``loss_mask_T``, ``trajectory_B``, and ``group_B`` for "prompt-mean".
         mode: a key of `AGGREGATIONS`, or ``file.py:function``: see there.
         norm: the constant of "seq-mean-token-sum-norm", `max_response_tokens` unless configured.
+        values: further keyword-only parameters of a function of the user's own.
 
     Raises:
         UserError: a function of the user's own asks for what there is not, or returns no weight per trajectory.
     """
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
     count = int(trajectory_B.max()) + 1 if len(batch) else 0
+    plain = {"norm": norm, **(values or {})}
 
     def given(parameter: str) -> Any:
-        if parameter == "norm":
-            return norm
+        if parameter in plain:
+            return plain[parameter]
         if parameter == "length_N":
             return torch.zeros(count, dtype=torch.float64).index_add_(0, trajectory_B, _loss_tokens(batch))
         column_B = batch[f"{parameter[:-1]}B"]
@@ -56,7 +58,7 @@ def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
 
     function = piece(AGGREGATIONS, mode)
     for name, parameter in inspect.signature(function).parameters.items():
-        known = name in ("norm", "length_N") or (name.endswith("_N") and f"{name[:-1]}B" in batch)
+        known = name in plain or name == "length_N" or (name.endswith("_N") and f"{name[:-1]}B" in batch)
         if not known and parameter.default is parameter.empty:
             raise UserError(f"the aggregation {mode} asks for {name}, which there is not", fix=EXPECTED)
     weight_N = call(function, given)
@@ -64,7 +66,8 @@ def token_weights(batch: Batch, mode: str, *, norm: float) -> Tensor:
         what = f"a tensor {list(weight_N.shape)}" if isinstance(weight_N, Tensor) else repr(weight_N)
         raise UserError(f"the aggregation {mode} returned {what} for {count} trajectories", fix=EXPECTED)
     weight_T = torch.repeat_interleave(weight_N.double()[trajectory_B], batch.lengths())
-    return weight_T.masked_fill_(~batch["loss_mask_T"], 0.0)  # also where the weight of no token is no number
+    # Filled, not multiplied: the weight of a trajectory without loss tokens may be no number.
+    return weight_T.masked_fill_(batch["loss_mask_T"].logical_not(), 0.0)
 
 
 def _loss_tokens(batch: Batch) -> Tensor:

@@ -11,8 +11,8 @@ With d = logp - rollout logp of a token that another engine, or an older policy,
     seq_sum_k, seq_mean_k, seq_max_k                       of a sequence, which is rejected as a whole
 
 The bounds of k1 are those of a ratio, of the sampler's probability to the policy's (as in verl, whose k1 is -d), for
-seq_sum of the product of a sequence's ratios, for seq_mean of their geometric mean. Several levels at once: a token must
-pass all. d is kept within 20. Following Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+seq_sum of the product of a sequence's ratios, for seq_mean of their geometric mean. Several levels at once: a token
+must pass all. d is kept within 20. Following Yao et al., "Your efficient RL framework secretly brings you off-policy RL
 training" (2025), and Liu et al., "When speed kills stability" (2025).
 
 What verl does differently: normalisation divides by the mean over rejected tokens too, here by that over those that are
@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOG_RATIO_BOUND = 20.0
+from hybridflow.algorithms.policy_loss.ratio import bounded
+from hybridflow.algorithms.segments import segment_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class _Sequences:
     length_S: Tensor
 
     def sum(self, value_M: Tensor) -> Tensor:
-        return value_M.new_zeros(len(self.length_S)).index_add_(0, self.index_M, value_M)
+        return segment_sum(value_M, self.index_M, len(self.length_S))
 
     def mean(self, value_M: Tensor) -> Tensor:
         return self.sum(value_M) / self.length_S
@@ -121,8 +122,8 @@ def _ratio(log_ratio_M: Tensor, sequences: _Sequences, weights: str) -> Tensor:
     """Importance weight of each token before it is cut ``[M]``."""
     assert weights in ("token", "sequence"), weights
     if weights == "sequence":
-        return sequences.sum(log_ratio_M).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()[sequences.index_M]
-    return log_ratio_M.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+        return bounded(sequences.sum(log_ratio_M)).exp()[sequences.index_M]
+    return bounded(log_ratio_M).exp()
 
 
 def _cut(ratio_M: Tensor, cap: float, floor: float | None) -> Tensor:
@@ -145,7 +146,7 @@ def _reject(
     log_ratio_M: Tensor, sequences: _Sequences, reject: Mapping[str, Sequence[float]], metrics: dict[str, float]
 ) -> Tensor:
     """Which tokens pass every level ``[M]``; adds what happened to `metrics`."""
-    d_M = log_ratio_M.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    d_M = bounded(log_ratio_M)
     keep_M = torch.ones_like(d_M, dtype=torch.bool)
     for level, bounds in reject.items():
         scope, kind = level.rsplit("_", 1)

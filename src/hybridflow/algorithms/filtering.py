@@ -48,14 +48,3 @@ def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, 
         penalty: what it is at the limit.
     """
     return penalty * ((max_response_tokens - buffer - length_N) / buffer).clamp(-1, 0)
-
-
-def without_overlong(loss_mask_T: Tensor, cut_B: Tensor, sequence_T: Tensor) -> Tensor:
-    """The mask ``[T]`` without the tokens of answers that were cut at the limit.
-
-    Args:
-        loss_mask_T: which tokens carry loss.
-        cut_B: whether a sequence belongs to an answer that was cut.
-        sequence_T: sequence of each token.
-    """
-    return loss_mask_T & ~cut_B[sequence_T]

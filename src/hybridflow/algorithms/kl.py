@@ -24,6 +24,7 @@ from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0  # where exp(-d) would become infinite
 K3_BOUND = 10.0
+ROUNDING = 1e-5  # log-probabilities that are closer than this may be the same, computed twice
 
 
 def k1(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
@@ -32,8 +33,9 @@ def k1(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
 
 
 def absolute(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """The size of the log-ratio ``[M]``."""
-    return (logp_M - ref_logp_M).abs()
+    """The size of the log-ratio ``[M]``; without a gradient where its sign is a matter of rounding."""
+    d_M = logp_M - ref_logp_M
+    return torch.where(d_M.detach().abs() < ROUNDING, d_M.detach(), d_M).abs()
 
 
 def k2(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
     means = {f"actor/{name}": value for name, value in means.items()}
     means["actor/entropy"] = scores["entropy"].detach()
     maxima = {}
-    if params.get("measure_gap") and "rollout_logp_T" in columns:
+    if params.get("measure_gap", True) and "rollout_logp_T" in columns:
         gap_M = (logp_M.detach().exp() - columns["rollout_logp_T"].exp()).abs()
         means["training/rollout_probs_diff_mean"] = maxima["training/rollout_probs_diff_max"] = gap_M
         means["rollout_corr/kl"] = columns["rollout_logp_T"] - logp_M.detach()

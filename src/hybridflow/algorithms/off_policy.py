@@ -8,8 +8,8 @@ With d = logp - rollout logp of a sampled token, and a sequence's perplexity exp
     chi2_seq     the same of a whole sequence, whose log-ratio is the sum of its tokens'
     *ppl*        perplexities of both, and how they differ, as means over sequences
 
-verl counts sequences without a loss token in the means over sequences, as perplexity 1; here they do not count. It does
-not bound d in k3_kl. Shapes: T tokens, M loss tokens, B sequences, S those with a loss token.
+d is kept within 20. verl counts sequences without a loss token in the means over sequences, as perplexity 1; here they
+do not count. It does not bound d in k3_kl. Shapes: T tokens, M loss tokens, B sequences, S those with a loss token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOG_RATIO_BOUND = 20.0  # exp(20) is far outside any bound in use, and exp(40) is finite in float32
+from hybridflow.algorithms.policy_loss.ratio import bounded
+from hybridflow.algorithms.segments import segment_sum
 
 
 def off_policy_metrics(
@@ -36,12 +37,12 @@ def off_policy_metrics(
     if not len(logp_M):
         return {}
     ratio_M = logp_M - rollout_logp_M
-    safe_M = ratio_M.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    safe_M = bounded(ratio_M)
     length_B = torch.bincount(sequence_M, minlength=count)
     used_B = length_B > 0
 
     def sums(value_M: Tensor) -> Tensor:
-        return value_M.new_zeros(count).index_add_(0, sequence_M, value_M)[used_B]
+        return segment_sum(value_M, sequence_M, count)[used_B]
 
     length_S = length_B[used_B]
     log_ppl_S, rollout_log_ppl_S = -sums(logp_M) / length_S, -sums(rollout_logp_M) / length_S
@@ -60,6 +61,6 @@ def off_policy_metrics(
         "log_ppl_abs_diff": difference_S.abs().mean(),
         "ppl_ratio": (-difference_S).exp().mean(),
         "chi2_token": (2 * safe_M).exp().mean() - 1,
-        "chi2_seq": (2 * sum_S.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).exp().mean() - 1,
+        "chi2_seq": (2 * bounded(sum_S)).exp().mean() - 1,
     }
     return {f"rollout_corr/{name}": float(value) for name, value in found.items()}

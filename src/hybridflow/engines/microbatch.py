@@ -179,6 +179,7 @@ def _scores(
         temperature=temperature,
         entropy=entropy if "entropy" in outputs else "no",
         value_head=value_head if "value" in outputs else None,
+        sum_pi_squared="sum_pi_squared" in outputs,
     )
     return scores.index_M, scores.named()
 

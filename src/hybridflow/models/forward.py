@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.batch import Batch
 from hybridflow.models.attention import ATTENTION, PackedLayout, shared_beginnings
 from hybridflow.models.head import output_head
-from hybridflow.models.log_probs import Entropy, support_of, token_logps
+from hybridflow.models.log_probs import Entropy, support_of, token_logps, token_moments
 from hybridflow.models.padded import padded_states
 
 
@@ -28,16 +28,23 @@ class TokenScores:
         logp_M: log p(token | tokens before it).
         entropy_M: entropy of the distribution that the token was drawn from, in nats; None unless asked for.
         value_M: value of the state before the token; None without a value head.
+        sum_pi_squared_M: sum of the squared probabilities of that distribution; None unless asked for.
     """
 
     index_M: Tensor
     logp_M: Tensor
     entropy_M: Tensor | None
     value_M: Tensor | None = None
+    sum_pi_squared_M: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The scores under the names that `TrainEngine.score` and the losses use."""
-        found = {"logp": self.logp_M, "entropy": self.entropy_M, "value": self.value_M}
+        found = {
+            "logp": self.logp_M,
+            "entropy": self.entropy_M,
+            "value": self.value_M,
+            "sum_pi_squared": self.sum_pi_squared_M,
+        }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -48,6 +55,7 @@ def score_tokens(
     temperature: float,
     entropy: Entropy,
     value_head: Callable[[Tensor], Tensor] | None = None,
+    sum_pi_squared: bool = False,
 ) -> TokenScores:
     """Log-probabilities of the scored tokens, from one forward pass; logits only where a token is scored.
 
@@ -57,21 +65,25 @@ def score_tokens(
         temperature: divides the logits before the softmax.
         entropy: whether to compute the entropies too; "detached" spares their gradient.
         value_head: reads the state's value from the same hidden states ``[M, D]``; None for none.
+        sum_pi_squared: whether to compute the sums of squared probabilities too; without gradients only.
 
     Raises:
         ValueError: a sequence's first token is masked in; nothing predicts it.
     """
     hidden_MD, index_M = hidden_states(model, batch)
-    logp_M, entropy_M = token_logps(
-        hidden_MD,
-        output_head(model),
-        batch["input_ids_T"][index_M].to(hidden_MD.device),
-        temperature=temperature,
-        entropy=entropy,
-        support=support_of(batch, index_M, hidden_MD.device),
-    )
+    head, target_M = output_head(model), batch["input_ids_T"][index_M].to(hidden_MD.device)
+    support = support_of(batch, index_M, hidden_MD.device)
     value_M = None if value_head is None else value_head(hidden_MD)
-    return TokenScores(index_M, logp_M, entropy_M, value_M)
+    if sum_pi_squared:
+        assert not torch.is_grad_enabled(), "sums of squared probabilities have no gradient"
+        logp_M, entropy_M, squares_M = token_moments(
+            hidden_MD, head, target_M, temperature=temperature, support=support
+        )
+        return TokenScores(index_M, logp_M, None if entropy == "no" else entropy_M, value_M, squares_M)
+    logp_M, maybe_entropy_M = token_logps(
+        hidden_MD, head, target_M, temperature=temperature, entropy=entropy, support=support
+    )
+    return TokenScores(index_M, logp_M, maybe_entropy_M, value_M)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -113,14 +113,47 @@ def token_logps(
     return tiled
 
 
+@torch.no_grad()
+def token_moments(
+    hidden_MD: Tensor, head: Head, target_M: Tensor, *, temperature: float = 1.0, support: Support | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and sums over the words of their squared probabilities, without gradients.
+
+    The logits are made once for all three; the arguments are those of `token_logps`.
+    """
+    layer, words = head.layer, head.vocabulary()
+    quick = len(target_M) * words <= SMALL or words <= SMALL_VOCABULARY
+    if type(layer) is torch.nn.Linear and not quick:
+        tiles, _ = _tiles(hidden_MD, layer.weight, layer.bias, head.scale, head.softcap, temperature, support)
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            logit_M, lse_M, entropy_M, squares_M = _reduce(tiles, target_M, True, True)
+        _check_within(logit_M, support)
+        assert entropy_M is not None and squares_M is not None
+        return logit_M - lse_M, entropy_M, squares_M
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part, own in _turns(len(target_M), support, len(target_M) if quick else max(1, 8 * TILE_CPU // words)):
+        logp_mV = _log_softmax(hidden_MD[part], head, temperature, own)
+        logp_m, p_mV = logp_mV.gather(-1, target_M[part, None])[:, 0], logp_mV.exp()
+        rows.append((logp_m, -(p_mV * logp_mV).sum(-1), p_mV.square_().sum(-1)))
+    if not rows:
+        none_M = hidden_MD.new_zeros(0, dtype=_wide(hidden_MD.dtype))
+        return none_M, none_M, none_M
+    logp_M, entropy_M, squares_M = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return logp_M, entropy_M, squares_M
+
+
+def _log_softmax(hidden_MD: Tensor, head: Head, temperature: float, support: Support | None) -> Tensor:
+    logits_MV = head.logits(hidden_MD, temperature)
+    if support is not None:
+        outside_MV = support.outside(slice(0, len(logits_MV)), slice(0, logits_MV.shape[1]))
+        logits_MV = logits_MV.masked_fill(outside_MV, FAR)
+    return torch.log_softmax(logits_MV, dim=-1)
+
+
 def _plain(
     hidden_MD: Tensor, head: Head, target_M: Tensor, temperature: float, entropy: Entropy, support: Support | None
 ) -> tuple[Tensor, Tensor | None]:
-    logits_MV = head.logits(hidden_MD, temperature)
-    if support is not None:
-        outside_MV = support.outside(slice(0, len(target_M)), slice(0, logits_MV.shape[1]))
-        logits_MV = logits_MV.masked_fill(outside_MV, FAR)
-    logp_MV = torch.log_softmax(logits_MV, dim=-1)
+    logp_MV = _log_softmax(hidden_MD, head, temperature, support)
     logp_M = logp_MV.gather(-1, target_M[:, None])[:, 0]
     if entropy == "no":
         return logp_M, None
@@ -140,12 +173,7 @@ def _in_turns(
     """`_plain` for some tokens at a time, each made again by the backward pass: for any output layer."""
     logps: list[Tensor] = []
     entropies: list[Tensor] = []
-    for start in range(0, len(target_M), step):
-        part = slice(start, min(start + step, len(target_M)))
-        own = None
-        if support is not None:
-            here_P = (support.token_P >= part.start) & (support.token_P < part.stop)
-            own = Support(support.token_P[here_P] - start, support.word_P[here_P], support.limited_M[part])
+    for part, own in _turns(len(target_M), support, step):
         arguments = (hidden_MD[part], head, target_M[part], temperature, entropy, own)
         logp_m, entropy_m = (
             checkpoint(_plain, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -155,6 +183,17 @@ def _in_turns(
         logps.append(logp_m)
         entropies += [] if entropy_m is None else [entropy_m]
     return torch.cat(logps), torch.cat(entropies) if entropies else None
+
+
+def _turns(tokens: int, support: Support | None, step: int) -> Iterator[tuple[slice, Support | None]]:
+    """Some tokens at a time, with their own support."""
+    for start in range(0, tokens, step) if tokens else ():
+        part = slice(start, min(start + step, tokens))
+        own = None
+        if support is not None:
+            here_P = (support.token_P >= part.start) & (support.token_P < part.stop)
+            own = Support(support.token_P[here_P] - start, support.word_P[here_P], support.limited_M[part])
+        yield part, own
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +243,31 @@ class _Tiles:
         return logits, bent
 
 
+def _tiles(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    support: Support | None,
+) -> tuple[_Tiles, float]:
+    """The tiles, and what the products are multiplied with before a soft-cap."""
+    device = hidden_MD.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    before = scale / temperature if softcap is None else scale / softcap
+    after = None if softcap is None else softcap / temperature
+    scaled_V = None if bias_V is None else bias_V.to(_wide(compute)) * before
+    exact = compute == _wide(compute)
+    states_MD = hidden_MD.to(compute) * before if exact else hidden_MD.to(compute)
+    return _Tiles(states_MD, weight_VD, scaled_V, 1.0 if exact else before, after, support), before
+
+
+def _check_within(logit_M: Tensor, support: Support | None) -> None:
+    if support is not None and bool((logit_M <= FAR / 2).any()):
+        raise ValueError("a token is outside of the support that it is said to be drawn from")
+
+
 class _Tiled(torch.autograd.Function):
     """See the head of this file; the arguments are those of `token_logps`, with the head taken apart."""
 
@@ -220,18 +284,10 @@ class _Tiled(torch.autograd.Function):
         entropy: Entropy,
         support: Support | None,
     ) -> tuple[Tensor, Tensor | None]:
-        device = hidden_MD.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
-        before = scale / temperature if softcap is None else scale / softcap
-        after = None if softcap is None else softcap / temperature
-        scaled_V = None if bias_V is None else bias_V.to(_wide(compute)) * before
-        exact = compute == _wide(compute)
-        states_MD = hidden_MD.to(compute) * before if exact else hidden_MD.to(compute)
-        tiles = _Tiles(states_MD, weight_VD, scaled_V, 1.0 if exact else before, after, support)
-        with torch.autocast(device, enabled=False):
-            logit_M, lse_M, entropy_M = _reduce(tiles, target_M, entropy != "no")
-        if support is not None and bool((logit_M <= FAR / 2).any()):
-            raise ValueError("a token is outside of the support that it is said to be drawn from")
+        tiles, before = _tiles(hidden_MD, weight_VD, bias_V, scale, softcap, temperature, support)
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            logit_M, lse_M, entropy_M, _ = _reduce(tiles, target_M, entropy != "no")
+        _check_within(logit_M, support)
         ctx.tiles, ctx.before, ctx.with_entropy = tiles, before, entropy == "with gradient"
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(weight_VD, target_M, logit_M, lse_M, entropy_M if ctx.with_entropy else None)
@@ -286,11 +342,14 @@ class _Tiled(torch.autograd.Function):
         return d_hidden_MD, d_weight_VD, d_bias_V, None, None, None, None, None, None
 
 
-def _reduce(tiles: _Tiles, target_M: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The targets' logits, the log-sum-exps, and the entropies."""
+def _reduce(
+    tiles: _Tiles, target_M: Tensor, with_entropy: bool, with_squares: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The targets' logits, the log-sum-exps, the entropies, and the sums of squared probabilities."""
     logit_M = torch.zeros(len(target_M), dtype=_wide(tiles.hidden_MD.dtype), device=target_M.device)
-    # Running maximum, sum of exp(z - maximum), sum of exp(z - maximum) (z - maximum)
+    # Running maximum, sum of exp(z - maximum), sum of exp(z - maximum) (z - maximum), sum of exp(2 (z - maximum))
     top_M, sum_M, moment_M = torch.full_like(logit_M, FAR), torch.zeros_like(logit_M), torch.zeros_like(logit_M)
+    square_M = torch.zeros_like(logit_M)
     for tokens, words in tiles.shapes():
         logits = tiles.logits(tokens, words)[0]
         column_m = target_M[tokens] - words.start
@@ -306,9 +365,11 @@ def _reduce(tiles: _Tiles, target_M: Tensor, with_entropy: bool) -> tuple[Tensor
             before_m = shrink_m * (moment_M[tokens] + lower_m * sum_M[tokens])
             moment_M[tokens] = before_m + logits.mul_(weights).sum(-1)
         sum_M[tokens] = shrink_m * sum_M[tokens] + weights.sum(-1)
+        if with_squares:
+            square_M[tokens] = shrink_m.square() * square_M[tokens] + weights.square_().sum(-1)
         top_M[tokens] = top_m
     entropy_M = sum_M.log() - moment_M / sum_M if with_entropy else None
-    return logit_M, top_M + sum_M.log(), entropy_M
+    return logit_M, top_M + sum_M.log(), entropy_M, square_M / sum_M.square() if with_squares else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -146,7 +146,7 @@ def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch,
     if c.weights != "none":
         batch["rollout_weight_T"] = found.weight_T
     batch["keep_T"] = found.keep_T
-    return batch, {f"rollout_corr/{name}": value for name, value in found.metrics.items()}
+    return batch, found.metrics
 
 
 def rejected(batch: Batch) -> Batch:
@@ -232,8 +232,11 @@ def statistics_columns(
         if parameter == "old_logp_T":
             return mini["old_logp_T"] if "old_logp_T" in mini else logp_T
         if parameter == "token_key_T":
-            names = zip(mini["group_B"].tolist(), mini["sample_B"].tolist())
-            bits = [NoiseKey(seed, loss, draw, sample).bits() for draw, sample in names]
+            bits: list[int] = []
+            before: Counter[tuple[int, int]] = Counter()  # sequences of the same answer have keys of their own
+            for name in zip(mini["group_B"].tolist(), mini["sample_B"].tolist()):
+                bits.append(NoiseKey(seed, f"{loss}/{before[name]}", *name).bits())
+                before[name] += 1
             return token_keys(torch.tensor(bits, dtype=torch.int64), mini.lengths())
         return mini[parameter] if parameter.endswith("_T") else values[parameter]
 

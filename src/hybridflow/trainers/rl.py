@@ -264,7 +264,7 @@ def kl_metrics(run: RlRun, batch: Batch) -> dict[str, float]:
 def with_weights(mini: Batch, config: RlConfig) -> Batch:
     """A mini-batch with a weight column per loss term."""
     a, mini = config.algorithm, mini.select(list(mini))
-    weight_T = token_weights(mini, a.aggregation, norm=config.rollout.max_response_tokens)
+    weight_T = token_weights(mini, a.aggregation, norm=config.rollout.max_response_tokens, values=a.values)
     mini["policy_weight_T"] = weight_T
     for name, wanted in [("entropy", a.entropy_coef), ("kl", a.kl_loss_coef), ("value", config.critic is not None)]:
         if wanted:

@@ -55,13 +55,13 @@ def gigpo(
     if step_T is None or anchor_T is None:
         return (episode_N * (1 + step_weight))[trajectory_T].masked_fill_(~mask_T, 0.0)
     time = Timeline.of(mask_T, trajectory_T)
-    begins_M = torch.ones(int(time.length_N.sum()), dtype=torch.bool, device=mask_T.device)
+    begins_M = torch.ones(int(time.length_N.sum()), dtype=torch.bool)
     begins_M[1:] = time.take(step_T).diff() != 0
     begins_M[time.start()[time.length_N > 0]] = True
     first_S = begins_M.nonzero()[:, 0]
     length_S = torch.cat([first_S, first_S.new_full((1,), len(begins_M))]).diff()
     trajectory_S, anchor_S = time.take(trajectory_T)[first_S], time.take(anchor_T)[first_S]
-    reward_S = torch.segment_reduce(time.take(reward_T), "sum", lengths=length_S)
+    reward_S = torch.segment_reduce(time.take(reward_T), "sum", lengths=length_S, unsafe=True)
     return_S = discounted_sums(reward_S, torch.bincount(trajectory_S, minlength=len(group_N)), gamma)
     pair_S2 = torch.stack([group_N[trajectory_S], anchor_S], -1)
     _, state_S, size_G = torch.unique(pair_S2, dim=0, return_inverse=True, return_counts=True)

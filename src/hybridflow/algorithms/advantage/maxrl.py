@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridflow.algorithms.advantage.groups import Groups
+from hybridflow.errors import UserError
 
 
 def maxrl(reward_N: Tensor, group_N: Tensor) -> Tensor:
@@ -23,10 +24,15 @@ def maxrl(reward_N: Tensor, group_N: Tensor) -> Tensor:
         group_N: group of each trajectory (any integers).
 
     Raises:
-        ValueError: a group has one member only, or a reward is negative: it is no likelihood.
+        ValueError: a group has one member only.
+        UserError: a reward is negative: it is no likelihood.
     """
     groups = Groups.of(group_N)
     if len(reward_N) and float(reward_N.min()) < 0:
-        raise ValueError("maxrl divides by a group's mean reward; it needs rewards of at least 0")
+        raise UserError(
+            f"the maxrl advantage was given a reward of {float(reward_N.min()):g}",
+            why="it divides by the mean reward of a group, which stands for the likelihood of being right",
+            fix="give rewards of at least 0, best 0 and 1, and no penalty in the reward (algorithm.kl_reward_coef=0)",
+        )
     mean_N = (groups.sum(reward_N) / groups.size_G)[groups.index_N]
     return torch.where(mean_N > 0, groups.centered(reward_N) / mean_N, 0.0)

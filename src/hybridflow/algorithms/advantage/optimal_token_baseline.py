@@ -13,7 +13,8 @@ reasoning) over tokens with loss alone, as in `gae`.
 Where a single trajectory of a group has a token at a time, its baseline would be its own return: it is 0 there, as in
 verl, so ``A_t = G_t`` on the tail of the longest answer. verl finds that tail by the number of tokens with loss also
 where it counts time over all tokens. Before anything is averaged, the lowest reward of the group is taken off: rewards
-at the end that are all equal give exactly 0. verl adds 1e-8 to the sum of W; here there is nothing in its place.
+at the end that are all equal give exactly 0, and where no trajectory has had a choice yet (W is 0), the baseline is that
+lowest reward; in verl it is 0.
 
 Shapes: T tokens, M tokens with loss, N trajectories, G groups, P pairs of a group and a time.
 """
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from hybridflow.algorithms.advantage.groups import Groups
 from hybridflow.algorithms.advantage.timeline import Timeline, discounted_sums, running_sums
+
+ROUNDING = 1e-5  # e is (1 - p)^2 at least; what is smaller may be an error in p, of either sign, and counts as 0
 
 
 def optimal_token_baseline(
@@ -81,7 +84,7 @@ def tir_optimal_token_baseline(
 def _path(logp_T: Tensor, sum_pi_squared_T: Tensor, rollout_weight_T: Tensor | None, time: Timeline) -> Tensor:
     """``W_t`` ``[M]``."""
     energy_M = time.take(logp_T).exp_().mul_(-2.0).add_(time.take(sum_pi_squared_T)).add_(1.0)
-    energy_M.clamp_(min=0.0)  # it is (1 - p)^2 at least, but for rounding
+    energy_M = torch.nn.functional.hardshrink(energy_M, ROUNDING)
     if rollout_weight_T is not None:
         energy_M *= time.take(rollout_weight_T).square_()
     return running_sums(energy_M, time.length_N)
@@ -103,7 +106,7 @@ def _advantage(
     several_P = torch.bincount(pair_M, minlength=pairs) > 1
     weight_P = path_M.new_zeros(pairs).index_add_(0, pair_M, path_M)
     baseline_P = path_M.new_zeros(pairs).index_add_(0, pair_M, path_M.mul_(advantage_M))
-    baseline_P /= weight_P.clamp_(min=torch.finfo(weight_P.dtype).tiny)
+    baseline_P = torch.where(weight_P != 0, baseline_P / weight_P, 0.0)
     alone_M = advantage_M + shift_M
     advantage_M -= baseline_P[pair_M]
     return time.put(torch.where(several_P[pair_M], advantage_M, alone_M))

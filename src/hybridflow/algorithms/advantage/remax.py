@@ -12,9 +12,7 @@ from torch import Tensor
 from hybridflow.algorithms.advantage.timeline import Timeline, discounted_sums
 
 
-def remax(
-    reward_T: Tensor, baseline_N: Tensor, mask_T: Tensor, trajectory_T: Tensor, *, gamma: float = 1.0
-) -> Tensor:
+def remax(reward_T: Tensor, baseline_N: Tensor, mask_T: Tensor, trajectory_T: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Rewards to come less the baseline, ``[T]``, 0 where `mask_T` is False.
 
     Args:

@@ -3,17 +3,23 @@
 Time runs over the tokens of a trajectory that carry loss, from one of its sequences to the next in the order of the
 batch. Other tokens (a prompt, a tool's output) do not exist for it: a sum is carried across them unchanged.
 
-Shapes: T tokens of the batch, M those that carry loss, N trajectories, C blocks of K successive tokens.
+All of it is on the CPU. Where tokens are picked by a mask, numpy does it: in a sixth of the time of
+`torch.masked_select`, on one thread.
+
+Shapes: T tokens of the batch, M those that carry loss, N trajectories, R runs of tokens of one trajectory, C blocks of
+K successive tokens, c blocks that are computed at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 128
+BLOCKS_AT_ONCE = 4096  # as many as the caches of a core hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +39,24 @@ class Timeline:
     @staticmethod
     def of(mask_T: Tensor, trajectory_T: Tensor) -> Timeline:
         """From the trajectory of each token, 0..N-1."""
-        begins_T = torch.ones_like(mask_T)  # where a run of tokens of one trajectory begins
-        torch.ne(trajectory_T[1:], trajectory_T[:-1], out=begins_T[1:])
-        first_R = begins_T.nonzero()[:, 0]
-        run_R = trajectory_T[first_R]
-        passed_T = mask_T.cumsum(0, dtype=torch.int32)
-        passed_R = torch.cat([passed_T[first_R[1:] - 1], passed_T[-1:]]).long()
-        length_R = passed_R.diff(prepend=passed_R.new_zeros(1)) if len(passed_R) else passed_R
-        count = int(run_R.max()) + 1 if len(run_R) else 0
-        length_N = length_R.new_zeros(count).index_add_(0, run_R, length_R)
+        if not len(mask_T):
+            return Timeline(mask_T, torch.zeros(0, dtype=torch.int64), None)
+        changes_R = (trajectory_T[1:] != trajectory_T[:-1]).numpy().nonzero()[0] + 1
+        first_R = np.concatenate([[0], changes_R])  # where a run of tokens of one trajectory begins
+        run_R = trajectory_T[torch.from_numpy(first_R)]
+        length_R = torch.from_numpy(np.add.reduceat(mask_T.numpy(), first_R, dtype=np.int64))
+        length_N = torch.zeros(int(run_R.max()) + 1, dtype=torch.int64).index_add_(0, run_R, length_R)
         if bool((run_R.diff() > 0).all()):
             return Timeline(mask_T, length_N, None)
         sorted_R = run_R.argsort(stable=True)
         start_R, sorted_length_R = length_R.cumsum(0) - length_R, length_R[sorted_R]
         move_R = start_R[sorted_R] - (sorted_length_R.cumsum(0) - sorted_length_R)
         order_M = torch.repeat_interleave(move_R, sorted_length_R)
-        return Timeline(mask_T, length_N, order_M.add_(torch.arange(len(order_M), device=order_M.device)))
+        return Timeline(mask_T, length_N, order_M.add_(torch.arange(len(order_M))))
 
     def take(self, value_T: Tensor) -> Tensor:
         """The tokens with loss ``[M]``."""
-        value_M = torch.masked_select(value_T, self.mask_T)
+        value_M = _picked(value_T, self.mask_T)
         return value_M if self.order_M is None else value_M[self.order_M]
 
     def put(self, value_M: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ class Timeline:
     def place(self) -> Tensor:
         """How many tokens with loss came before each in its trajectory ``[M]``, int32."""
         start_M = self.spread(self.start().int())
-        return torch.arange(len(start_M), dtype=torch.int32, device=start_M.device).sub_(start_M)
+        return torch.arange(len(start_M), dtype=torch.int32).sub_(start_M)
 
 
 def discounted_sums(value_M: Tensor, length_N: Tensor, decay: float | Tensor) -> Tensor:
@@ -89,21 +93,37 @@ def discounted_sums(value_M: Tensor, length_N: Tensor, decay: float | Tensor) ->
     """
     blocks_N = (length_N + BLOCK - 1) // BLOCK
     segment_C = torch.repeat_interleave(blocks_N)
-    block_C = torch.arange(len(segment_C), device=value_M.device) - (blocks_N.cumsum(0) - blocks_N)[segment_C]
+    block_C = torch.arange(len(segment_C)) - (blocks_N.cumsum(0) - blocks_N)[segment_C]
     left_C = length_N[segment_C] - BLOCK * block_C
-    kept_CK = torch.arange(BLOCK, device=value_M.device) < left_C[:, None]
-    value_KC = value_M.new_zeros(kept_CK.shape).masked_scatter_(kept_CK, value_M).T.contiguous()
+    kept_CK = torch.arange(BLOCK) < left_C[:, None]
+    value_CK = value_M.new_zeros(kept_CK.shape).masked_scatter_(kept_CK, value_M)
     decay_N = decay if isinstance(decay, Tensor) else value_M.new_full((len(length_N),), decay)
     decay_C, behind_C = decay_N[segment_C], value_M.new_zeros(len(segment_C))
-    if int(block_C.max()) > 0 if len(block_C) else False:
-        total_C = behind_C
-        for value_C in value_KC.flip(0).unbind():
-            total_C = torch.addcmul(value_C, decay_C, total_C)
+    if len(block_C) and int(block_C.max()) > 0:
+        total_C = _within_blocks(value_CK, decay_C, behind_C, write=False)
         sum_C = discounted_sums(total_C, blocks_N, decay_N**BLOCK)
         behind_C = torch.where(left_C > BLOCK, sum_C.roll(-1), 0.0)
-    for k in range(BLOCK - 1, -1, -1):
-        behind_C = torch.addcmul(value_KC[k], decay_C, behind_C, out=value_KC[k])
-    return torch.masked_select(value_KC.T, kept_CK)
+    _within_blocks(value_CK, decay_C, behind_C, write=True)
+    return _picked(value_CK, kept_CK)
+
+
+def _within_blocks(value_CK: Tensor, decay_C: Tensor, behind_C: Tensor, *, write: bool) -> Tensor:
+    """The recursion within each block, in place or not, from what is behind it; the sum at its first token ``[C]``."""
+    total_C = torch.empty_like(behind_C)
+    for start in range(0, len(value_CK), BLOCKS_AT_ONCE):
+        part = slice(start, start + BLOCKS_AT_ONCE)
+        value_Kc, sum_c = value_CK[part].T.contiguous(), behind_C[part]
+        for k in range(BLOCK - 1, -1, -1):
+            sum_c = torch.addcmul(value_Kc[k], decay_C[part], sum_c, out=value_Kc[k])
+        total_C[part] = sum_c
+        if write:
+            value_CK[part] = value_Kc.T
+    return total_C
+
+
+def _picked(value: Tensor, mask: Tensor) -> Tensor:
+    """The values where `mask` is True, end to end."""
+    return torch.from_numpy(value.detach().numpy()[mask.numpy()])
 
 
 def running_sums(value_M: Tensor, length_N: Tensor) -> Tensor:

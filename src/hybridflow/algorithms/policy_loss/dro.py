@@ -11,6 +11,7 @@ Shapes: M scored tokens.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -26,4 +27,5 @@ def dro(
         dro_beta: strength of the tether.
     """
     change_M = logp_M - old_logp_M
-    return 0.5 * dro_beta * change_M.square() - advantage_M * logp_M, {"ppo_kl": -change_M.detach()}
+    loss_M = torch.addcmul(change_M.square().mul_(0.5 * dro_beta), advantage_M, logp_M, value=-1)
+    return loss_M, {"ppo_kl": -change_M.detach()}

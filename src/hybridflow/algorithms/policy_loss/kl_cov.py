@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hybridflow.algorithms.kl import absolute
 from hybridflow.algorithms.policy_loss.covariance import covariance, largest, picked
 from hybridflow.algorithms.policy_loss.ratio import bounded
 
@@ -37,7 +38,7 @@ def kl_cov(
         kl_cov_coef: weight of their penalty, per nat.
     """
     change_M = logp_M - old_logp_M
-    size_M = change_M.abs()
+    size_M = absolute(logp_M, old_logp_M)
     loss_M = -advantage_M * bounded(change_M).exp() + kl_cov_coef * cov_penalty_M * size_M
     return loss_M, {"ppo_kl": size_M.detach(), "cov_penaltyfrac": cov_penalty_M}
 
