@@ -1,4 +1,4 @@
-"""A language model that is a table: an embedding of tokens and of places, and an output layer. For tests by the hundred.
+"""A language model that is a table: an embedding of tokens and places, and an output layer. For tests by the hundred.
 
 It goes through the same packing, sharing of prompts and scoring as any other model, at a thousandth of the cost.
 """

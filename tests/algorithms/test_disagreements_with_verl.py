@@ -85,7 +85,8 @@ def _mode_obeyed(theirs: str, ours: str) -> tuple[float, float]:
     here, there = (
         [f(case, n, v, m)[0] for m in two] for f, n, v in ((our_loss, ours, values), (peer_loss, theirs, {}))
     )
-    return tuple(float((x - y).detach().abs()) for x, y in (here, there))
+    ours_apart, theirs_apart = (float((x - y).detach().abs()) for x, y in (here, there))
+    return ours_apart, theirs_apart
 
 
 def _split(theirs: str, ours: str) -> tuple[float, float]:
@@ -141,7 +142,8 @@ def _loss_at(distance: float, theirs: str, ours: str) -> tuple[float, float]:
     case.old_logp_T, case.logp_T = torch.full_like(case.logp_T, -distance - 1), torch.full_like(case.logp_T, -1.0)
     case.advantage_T = torch.full_like(case.logp_T, -1.0)
     values, mode = ({"kl_cov_coef": 0.1} if ours == "kl_cov" else {}), "token-mean"
-    return tuple(float(x[0].detach()) for x in (our_loss(case, ours, values, mode), peer_loss(case, theirs, {}, mode)))
+    here, there = our_loss(case, ours, values, mode), peer_loss(case, theirs, {}, mode)
+    return float(here[0].detach()), float(there[0].detach())
 
 
 def _metric(theirs: str, ours: str, key: str) -> tuple[float, float]:

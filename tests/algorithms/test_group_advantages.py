@@ -41,7 +41,7 @@ def plain_passk(batch: Groups, by_std: bool) -> list[float]:
     found = []
     for group in batch:
         rewards = [r for r, _ in group]
-        for i, r in enumerate(rewards):
+        for i in range(len(rewards)):
             lead = max(rewards) - max(rewards[:i] + rewards[i + 1 :])
             found.append(lead / mean_and_std(rewards)[1] if by_std else lead)
     return found
@@ -162,7 +162,7 @@ def test_maxrl_averages_the_gradient_of_right_answers_less_that_of_all() -> None
 
 
 def test_maxrl_refuses_negative_rewards() -> None:
-    with pytest.raises(UserError, match="a reward of -0.5"):
+    with pytest.raises(UserError, match=r"a reward of -0\.5"):
         maxrl(torch.tensor([1.0, -0.5]), torch.tensor([0, 0]))
 
 

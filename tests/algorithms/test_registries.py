@@ -15,8 +15,8 @@ from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.pieces import call, columns_read
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES, STATISTICS
 from hybridflow.config import algorithms as tables
-from hybridflow.config.pieces import needs_from
 from hybridflow.config.learning import AlgorithmSection
+from hybridflow.config.pieces import needs_from
 
 from golden import golden_batch
 

@@ -177,7 +177,7 @@ def test_golden_numbers(name: str, expected: list[list[float]] | None) -> None:
 
 
 def test_distillation_has_the_gradient_of_the_reverse_divergence() -> None:
-    """Of one token, summed over what may be drawn: the policy gradient is minus the gradient of KL(student||teacher)."""
+    """Of one token, summed over what may be drawn: the policy gradient is minus that of KL(student || teacher)."""
     logits = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([1.0, 0.3, 0.2], dtype=torch.float64).log_softmax(-1)
     logp = logits.log_softmax(-1)

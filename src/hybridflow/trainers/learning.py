@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.filtering import drop_reason
+from hybridflow.algorithms.off_policy import off_policy_metrics
 from hybridflow.algorithms.pieces import call
 from hybridflow.algorithms.policy_loss import STATISTICS
 from hybridflow.algorithms.reweighting import pf_ppo_rows
@@ -146,7 +147,12 @@ def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch,
     if c.weights != "none":
         batch["rollout_weight_T"] = found.weight_T
     batch["keep_T"] = found.keep_T
-    return batch, found.metrics
+    return batch, engine_gap(batch, logp_T) | found.metrics
+
+
+def engine_gap(batch: Batch, logp_T: Tensor) -> dict[str, float]:
+    """How far the policy with these log-probabilities is from the engine that sampled, by verl's names."""
+    return off_policy_metrics(logp_T, batch["rollout_logp_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
 
 
 def rejected(batch: Batch) -> Batch:

@@ -24,6 +24,7 @@ from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
 from hybridflow.trainers.learning import (
     component_names,
     corrected,
+    engine_gap,
     nothing_passed,
     old_logp_is,
     part_sizes,
@@ -89,11 +90,16 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
     config, a, temperature = run.config, run.config.algorithm, run.config.rollout.temperature
     groups, counts = trainable(groups, config)
     batch = batch_of(groups)
+    if not len(batch):  # nothing is left to learn from: the step makes no update
+        run.measured |= counts
+        return batch
     outputs = policy_outputs(config)
     if outputs:
         with run.clock.phase("old_log_prob"):
             for name, column_T in run.engine.score(batch, outputs, temperature=temperature).items():
                 batch["old_logp_T" if name == "logp" else f"{name}_T"] = column_T
+        if "logp" in outputs:
+            counts |= engine_gap(batch, batch["old_logp_T"])
     if old_logp_is(config) == "rollout":
         batch["old_logp_T"] = batch["rollout_logp_T"]
     if run.reference is not None:
@@ -120,16 +126,17 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(run, batch)]
-    minis = [with_weights(mini, config) for mini in batch.split(part_sizes(len(batch), sequences_per_update(config)))]
+    minis = batch.split(part_sizes(len(batch), sequences_per_update(config)))
     if run.critic is not None and config.critic is not None and not run.critic.shared:
         with run.clock.phase("update_critic"):
             for mini in minis * (config.critic.epochs_per_step or config.train.epochs_per_step):
-                metrics.append(_optimizer_step(run, run.critic.engine, mini, value_loss(config)))
+                weighted = with_weights(mini, config)
+                metrics.append(_optimizer_step(run, run.critic.engine, weighted, value_loss(config)))
     if config.critic is None or run.step >= config.critic.warmup_steps:
         with run.clock.phase("update_actor"):
             for i, mini in enumerate(minis * config.train.epochs_per_step):
                 current, found = with_current(mini, config, run.engine)
-                prepared = with_loss(current, config)
+                prepared = with_loss(with_weights(current, config), config)  # weights count what is left
                 metrics.append(found)
                 if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
                     # The gap between engines is measured while both hold the same weights.
@@ -202,7 +209,7 @@ def batch_of(groups: list[Group]) -> Batch:
         dense["components_BK"] = [[t.components[name] for name in names] for _, t in answers]
     if any(g.baseline is not None for g in groups):
         dense["baseline_B"] = [g.baseline for g, _ in answers]
-    return Batch.from_rows(
+    batch = Batch.from_rows(
         {
             **supports,
             **dense,
@@ -219,6 +226,9 @@ def batch_of(groups: list[Group]) -> Batch:
             "row": [g.row for g, _ in answers],
         }
     )
+    if not answers:  # empty lists have no type of their own, and nothing is computed of them
+        batch["loss_mask_T"], batch["advantage_T"] = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+    return batch
 
 
 def shaped_rewards(batch: Batch, config: RlConfig) -> torch.Tensor:
@@ -336,7 +346,8 @@ def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -
     if "value_T" in batch:
         value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
         measured |= {"critic/values": value_M, "critic/returns": return_M}
-        metrics["critic/vf_explained_var"] = float(1 - (return_M - value_M).var() / (return_M.var() + 1e-5))
+        if len(value_M) > 1:
+            metrics["critic/vf_explained_var"] = float(1 - (return_M - value_M).var() / (return_M.var() + 1e-5))
     for name, values in measured.items():
         if not len(values):
             continue

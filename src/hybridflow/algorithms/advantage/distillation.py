@@ -2,8 +2,8 @@
 
     A_t = log p_teacher(y_t) - log p_old(y_t)
 
-Over tokens that the student drew, the mean of ``-A_t`` is the divergence KL(student || teacher), the reverse one, of the
-next token; its gradient is that of REINFORCE with the advantage A, which is what `policy_loss=reinforce` computes.
+Over tokens that the student drew, the mean of ``-A_t`` is the divergence KL(student || teacher) of the next token, the
+reverse one; its gradient is that of REINFORCE with the advantage A, which is what `policy_loss=reinforce` computes.
 Learning from the student's own answers is GKD (arXiv 2306.13649), which sums over the vocabulary instead of taking the
 one token that was drawn; reverse KL through a policy gradient is MiniLLM (arXiv 2306.08543), which adds later tokens'
 terms to the return. Here as in Thinking Machines' note "On-Policy Distillation" (2025) each token answers for itself

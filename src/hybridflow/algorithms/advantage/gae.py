@@ -5,10 +5,10 @@
     return_t = A_t + V_t                          what the critic learns
 
 Time runs over the tokens that carry loss: across others (a tool's output) ``V_{t+1}`` and ``A_{t+1}`` are carried
-unchanged, neither discounted nor decayed, and so they are from one sequence of a trajectory to its next. Behind the last
-token both are 0, also where the answer was cut at the length limit: as in verl, an answer that does not end is worth
-what its reward says. The advantages are then whitened over the whole step's loss tokens. verl whitens the same, but
-leaves ``-mean / std`` at tokens without loss, and ends every sequence on its own.
+unchanged, neither discounted nor decayed, and so they are from one sequence of a trajectory to its next. Behind the
+last token both are 0, also where the answer was cut at the length limit: as in verl, an answer that does not end is
+worth what its reward says. The advantages are then whitened over the whole step's loss tokens. verl whitens the same,
+but leaves ``-mean / std`` at tokens without loss, and ends every sequence on its own.
 
 Shapes: T tokens, M tokens that carry loss, N trajectories.
 """

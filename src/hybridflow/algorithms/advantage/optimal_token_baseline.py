@@ -13,8 +13,8 @@ reasoning) over tokens with loss alone, as in `gae`.
 Where a single trajectory of a group has a token at a time, its baseline would be its own return: it is 0 there, as in
 verl, so ``A_t = G_t`` on the tail of the longest answer. verl finds that tail by the number of tokens with loss also
 where it counts time over all tokens. Before anything is averaged, the lowest reward of the group is taken off: rewards
-at the end that are all equal give exactly 0, and where no trajectory has had a choice yet (W is 0), the baseline is that
-lowest reward; in verl it is 0.
+at the end that are all equal give exactly 0, and where no trajectory has had a choice yet (W is 0), the baseline is
+that lowest reward; in verl it is 0.
 
 Shapes: T tokens, M tokens with loss, N trajectories, G groups, P pairs of a group and a time.
 """
@@ -94,19 +94,17 @@ def _advantage(
     reward_N: Tensor, reward_T: Tensor, path_M: Tensor, groups: Groups, time: Timeline, place_M: Tensor
 ) -> Tensor:
     """``A_t`` ``[T]``, with time `place_M`."""
-    count = len(time.length_N)  # the last trajectories may have no token with loss
-    shift_M = time.spread(groups.lowest(reward_N)[groups.index_N[:count]])
-    advantage_M = discounted_sums(time.take(reward_T), time.length_N, 1.0).sub_(shift_M)
-    group_N, some_N = groups.index_N[:count], time.length_N > 0
+    lowest_G = groups.lowest(reward_N)
+    group_N = groups.index_N[: len(time.length_N)]  # the last trajectories may have no token with loss
+    advantage_M = discounted_sums(time.take(reward_T), time.length_N, 1.0).sub_(time.spread(lowest_G[group_N]))
+    some_N = time.length_N > 0
     last_N = (time.start() + time.length_N)[some_N] - 1
     span_G = groups.size_G.new_zeros(len(groups.size_G))
     span_G.scatter_reduce_(0, group_N[some_N], place_M[last_N].long() + 1, "amax")
-    pairs = int(span_G.sum())
     pair_M = place_M.add_(time.spread((span_G.cumsum(0) - span_G)[group_N].int()))
-    several_P = torch.bincount(pair_M, minlength=pairs) > 1
-    weight_P = path_M.new_zeros(pairs).index_add_(0, pair_M, path_M)
-    baseline_P = path_M.new_zeros(pairs).index_add_(0, pair_M, path_M.mul_(advantage_M))
+    weight_P = path_M.new_zeros(int(span_G.sum())).index_add_(0, pair_M, path_M)
+    baseline_P = torch.zeros_like(weight_P).index_add_(0, pair_M, path_M.mul_(advantage_M))
     baseline_P = torch.where(weight_P != 0, baseline_P / weight_P, 0.0)
-    alone_M = advantage_M + shift_M
-    advantage_M -= baseline_P[pair_M]
-    return time.put(torch.where(several_P[pair_M], advantage_M, alone_M))
+    alone_P = torch.bincount(pair_M, minlength=len(weight_P)) < 2
+    baseline_P = torch.where(alone_P, -torch.repeat_interleave(lowest_G, span_G), baseline_P)
+    return time.put(advantage_M.sub_(baseline_P.index_select(0, pair_M)))
