@@ -318,7 +318,8 @@ def test_a_sequence_has_the_same_loss_in_any_company(name: str, data: st.DataObj
     together = loss_and_gradient(name, columns_of([batch[i] for i in order]), values)
     apart = [loss_and_gradient(name, columns_of([batch[i]]), values) for i in order]
     for whole_M, parts in zip(together, zip(*apart)):
-        assert torch.equal(whole_M, torch.cat(parts))
+        # Elementwise functions round the ends of a vector otherwise than its middle: 1e-15 of the value.
+        torch.testing.assert_close(whole_M, torch.cat(parts), rtol=1e-14, atol=1e-300)
 
 
 @pytest.mark.parametrize("name", REFERENCES)

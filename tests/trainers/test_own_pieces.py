@@ -125,6 +125,11 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: Output) -> None:
         ({"correction": {"preset": "decoupled_token_is"}, "old_logp": "rollout"}, ["old_logp=rollout makes them one"]),
         ({"policy_loss": "decoupled_ppo", "correction": {"mode": "bypass"}}, ["not in bypass mode"]),
         ({"correction": {"normalize": True}}, ["its weights are none"]),
+        ({"correction": {"normalize": True, "reject": {"token_k2": [1.0]}}}, ["its weights are none"]),
+        (
+            {"policy_loss": "decoupled_ppo", "correction": {"preset": "decoupled_token_is"}},
+            ["decoupled_ppo policy loss has these weights already", "policy_loss=ppo_clip"],
+        ),
     ],
 )
 def test_pieces_that_do_not_go_together(

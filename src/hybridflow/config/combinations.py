@@ -128,7 +128,12 @@ def _correction(a: AlgorithmSection) -> Iterator[str]:
     elif a.old_logp == "rollout" and (c.active or needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp):
         what = "algorithm.correction" if c.active else f"the {a.policy_loss} policy loss"
         yield f"{what} holds the step's first policy against the sampler: algorithm.old_logp=rollout makes them one"
-    if not c.active and (c.weight_floor is not None or c.normalize):
+    elif a.policy_loss == "decoupled_ppo" and c.weights != "none":
+        yield (
+            f"algorithm.correction weighs by {c.weights}, but the decoupled_ppo policy loss has these weights already: "
+            "set algorithm.policy_loss=ppo_clip, or correction.weights=none"
+        )
+    if c.weights == "none" and (c.weight_floor is not None or c.normalize):
         yield "algorithm.correction has weight_floor or normalize, but its weights are none: they change nothing"
 
 

@@ -41,8 +41,8 @@ class CorrectionSection(Section):
     reject: dict[str, list[float]] = Field(
         default_factory=dict,
         description="Tokens or answers that do not count, by level: token_, seq_sum_, seq_mean_ or seq_max_ with k1, "
-        "k2 or k3. For k1 the two bounds of the ratio, such as {seq_mean_k1: [0.9, 1.1]}, or an upper one, whose "
-        "reciprocal is the lower; for k2 and k3 an upper bound.",
+        "k2 or k3. For k1 the two bounds of the sampler's probability over the policy's, such as {seq_mean_k1: [0.9, "
+        "1.1]}, or an upper one, whose reciprocal is the lower; for k2 and k3 an upper bound.",
     )
 
     @model_validator(mode="before")

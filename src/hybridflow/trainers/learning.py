@@ -231,12 +231,10 @@ def statistics_columns(
     """
 
     def given(parameter: str) -> Any:
-        if parameter == "logp_T":
+        if parameter == "logp_T" or (parameter == "old_logp_T" and parameter not in mini):
             return logp_T
         if parameter == "mask_T":
             return mini["loss_mask_T"]
-        if parameter == "old_logp_T":
-            return mini["old_logp_T"] if "old_logp_T" in mini else logp_T
         if parameter == "token_key_T":
             bits: list[int] = []
             before: Counter[tuple[int, int]] = Counter()  # sequences of the same answer have keys of their own

@@ -241,8 +241,9 @@ def shaped_rewards(batch: Batch, config: RlConfig) -> torch.Tensor:
     return reward_B + overlong_penalty_N(length_B, limit, r.overlong_buffer, r.overlong_penalty)
 
 
-def token_rewards(batch: Batch, reward_B: torch.Tensor) -> torch.Tensor:
-    """The reward of every token ``[T]``: all of an answer's on its last token that carries loss."""
+def token_rewards(batch: Batch, reward_B: torch.Tensor | None = None) -> torch.Tensor:
+    """The reward of every token ``[T]``: all of an answer's (``reward_B``) on its last token that carries loss."""
+    reward_B = batch["reward_B"] if reward_B is None else reward_B
     reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
     scored_T = batch["loss_mask_T"].nonzero()[:, 0]
     last_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.sequence_of()[scored_T], scored_T, "amax")

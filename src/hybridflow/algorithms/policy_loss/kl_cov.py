@@ -6,7 +6,8 @@
 
 Nothing is clipped. The covariance is that of the current policy over the whole mini-batch, so it takes a forward pass
 before each update; verl takes every micro-batch for a batch of its own, each penalises at least one token. As in verl,
-ppo_kl is the mean of |d| here.
+ppo_kl is the mean of |d| here. Where |d| is below 1e-5 its sign is a matter of rounding, and it has no gradient: all
+of a step's first update would else be pushed at random.
 
 Shapes: T tokens of the mini-batch, M scored tokens.
 """
