@@ -113,7 +113,7 @@ def _add_commands_on_configurations(commands: Commands) -> None:
     )  # fmt: skip
     init.add_argument("overrides", nargs="*", help=f"keys to begin with: {overrides}")
     init.add_argument("--kind", choices=KINDS, default="train", help="for which command (default: train)")
-    init.add_argument("--model", required=True, help="Hugging Face folder, or file.py:function")
+    init.add_argument("--model", required=True, help="Hugging Face folder, org/name on the hub, or file.py:function")
     init.add_argument("--data", required=True, help=".jsonl or .parquet file, or file.py:function")
     init.add_argument("--reward", help="file.py:function, or the name of a built-in reward")
     init.add_argument("--out", default="config.yaml", help="file to write; it must not exist (default: config.yaml)")

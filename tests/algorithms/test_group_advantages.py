@@ -101,8 +101,9 @@ def test_against_plain_python(name: str, batch: Groups, random: Any) -> None:
     members = [(3 - 5 * g, r, n) for g, group in enumerate(batch) for r, n in group]
     order = list(range(len(members)))
     random.shuffle(order)
-    group_N, reward_N, length_N = (torch.tensor(x) for x in zip(*[members[i] for i in order]))
-    found = function(reward_N.double(), group_N, length_N)
+    groups_of, rewards, lengths = zip(*[members[i] for i in order])
+    reward_N = torch.tensor(rewards, dtype=torch.float64)
+    found = function(reward_N, torch.tensor(groups_of), torch.tensor(lengths))
     expected = reference(batch)
     assert found.tolist() == pytest.approx([expected[i] for i in order], rel=1e-6, abs=1e-6)
 

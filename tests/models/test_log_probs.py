@@ -31,6 +31,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_probs, "SMALL", 0)
     monkeypatch.setattr(log_probs, "SMALL_VOCABULARY", 0)
     monkeypatch.setattr(log_probs, "TILE_CPU", 2**12)
+    monkeypatch.setattr(log_probs, "KEPT_CPU", 0)
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -80,13 +81,23 @@ def gradients(head: Head, hidden_MD: Tensor, logp_M: Tensor, entropy_M: Tensor |
     return list(torch.autograd.grad(loss, [hidden_MD, *head.layer.parameters()]))
 
 
-@pytest.mark.parametrize("entropy", ["no", "detached", "with gradient"])
+@pytest.mark.parametrize(
+    ("entropy", "kept"),
+    [("no", 0), ("no", 2**26), ("detached", 0), ("detached", 2**26), ("with gradient", 0), ("with gradient", 2**26)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_values_and_gradients_are_those_of_log_softmax(
-    dtype: torch.dtype, tolerance: float, kind: str, temperature: float, entropy: Entropy
+    dtype: torch.dtype,
+    tolerance: float,
+    kind: str,
+    temperature: float,
+    entropy: Entropy,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(log_probs, "KEPT_CPU", kept)
     hidden_MD, head, target_M = make(dtype, **HEADS[kind])
     logp_M, entropy_M = token_logps(hidden_MD, head, target_M, temperature=temperature, entropy=entropy)
     expected_M, expected_entropy_M = written_out(hidden_MD, head, target_M, temperature)
@@ -153,13 +164,13 @@ def test_the_backward_pass_is_the_derivative(softcap: float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(("way", "entropy"), [("at once", ENTROPY), ("again", ENTROPY), ("kept", "detached")])
 def test_a_support_is_the_whole_vocabulary_of_its_token(
-    kind: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, way: str, entropy: Entropy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes of 0 stand for no support; the softmax, its gradients and the entropy are those of the kept words."""
-    if quick:
-        monkeypatch.setattr(log_probs, "SMALL", 2**30)
+    monkeypatch.setattr(log_probs, "SMALL", 2**30 if way == "at once" else 0)
+    monkeypatch.setattr(log_probs, "KEPT_CPU", 2**26 if way == "kept" else 0)
     hidden_MD, head, target_M = make(torch.float32, **HEADS[kind])
     rng = torch.Generator().manual_seed(5)
     keep_MV = torch.rand(M, V, generator=rng) < 0.003
@@ -170,15 +181,15 @@ def test_a_support_is_the_whole_vocabulary_of_its_token(
     size_M[[3, 9]] = 0
     ids = torch.cat([keep_MV[m].nonzero()[:, 0] for m in range(M) if size_M[m]])
     support = Support.of(size_M, ids)
-    logp_M, entropy_M = token_logps(
-        hidden_MD, head, target_M, temperature=0.7, entropy="with gradient", support=support
-    )
+    logp_M, entropy_M = token_logps(hidden_MD, head, target_M, temperature=0.7, entropy=entropy, support=support)
     expected_M, expected_entropy_M = written_out(hidden_MD, head, target_M, 0.7, keep_MV)
     torch.testing.assert_close(logp_M, expected_M, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy_M, expected_entropy_M, atol=1e-5, rtol=1e-5)
     assert logp_M[4] == 0.0
-    found = gradients(head, hidden_MD, logp_M, entropy_M)
-    for a, b in zip(found, gradients(head, hidden_MD, expected_M, expected_entropy_M), strict=True):
+    learns = entropy == "with gradient"
+    found = gradients(head, hidden_MD, logp_M, entropy_M if learns else None)
+    wanted = gradients(head, hidden_MD, expected_M, expected_entropy_M if learns else None)
+    for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 

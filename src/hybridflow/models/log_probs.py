@@ -2,7 +2,8 @@
 
 For 1,024 tokens and a vocabulary of 152 thousand, the logits alone take 600 MB, and `log_softmax` with its backward
 pass three times that. Here the logits are made in tiles, some tokens by some words, reduced to running sums, and made
-again in the backward pass. What stays is a handful of numbers for each token.
+again in the backward pass. What stays is a handful of numbers for each token. On a CPU, where products are what costs
+most, tiles that take little memory all together stay too, as exp(logit - the token's maximum so far).
 
 With tile logits z, the log-sum-exp l and p = exp(z - l), log p(y) has the gradient ``1[j = y] - p_j`` by z_j, and the
 entropy ``-p_j (log p_j + entropy)``. The backward pass works on the second terms tile by tile; the first touches only
@@ -31,6 +32,7 @@ SMALL = 2**21  # so many logits, or a vocabulary of so few words, are computed a
 SMALL_VOCABULARY = 512
 TILE_CPU = 2**20  # logits of a tile: as many as the caches of a core hold
 TILE_GPU = 2**28
+KEPT_CPU = 2**26  # up to so many logits (256 MB in float32) stay for the backward pass
 FAR = -1e30  # stands for minus infinity: finite, so that 0 x FAR is 0
 
 
@@ -107,8 +109,10 @@ def token_logps(
         return _plain(hidden_MD, head, target_M, temperature, entropy, support)
     if type(layer) is not torch.nn.Linear:  # an output layer with adapters
         return _in_turns(hidden_MD, head, target_M, temperature, entropy, support, max(1, 8 * TILE_CPU // words))
+    keep = torch.is_grad_enabled() and hidden_MD.device.type == "cpu" and len(target_M) * words <= KEPT_CPU
+    keep = keep and head.softcap is None and entropy != "with gradient"  # these need the logits themselves
     tiled: tuple[Tensor, Tensor | None] = _Tiled.apply(  # type: ignore[no-untyped-call]
-        hidden_MD, layer.weight, layer.bias, target_M, head.scale, head.softcap, temperature, entropy, support
+        hidden_MD, layer.weight, layer.bias, target_M, head.scale, head.softcap, temperature, entropy, support, keep
     )
     return tiled
 
@@ -283,14 +287,17 @@ class _Tiled(torch.autograd.Function):
         temperature: float,
         entropy: Entropy,
         support: Support | None,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         tiles, before = _tiles(hidden_MD, weight_VD, bias_V, scale, softcap, temperature, support)
+        kept: list[Tensor] | None = [] if keep else None
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            logit_M, lse_M, entropy_M, _ = _reduce(tiles, target_M, entropy != "no")
+            logit_M, lse_M, entropy_M, _ = _reduce(tiles, target_M, entropy != "no", kept=kept)
         _check_within(logit_M, support)
         ctx.tiles, ctx.before, ctx.with_entropy = tiles, before, entropy == "with gradient"
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
-        ctx.save_for_backward(weight_VD, target_M, logit_M, lse_M, entropy_M if ctx.with_entropy else None)
+        own_entropy_M = entropy_M if ctx.with_entropy else None
+        ctx.save_for_backward(weight_VD, target_M, logit_M, lse_M, own_entropy_M, *(kept or ()))
         if entropy_M is not None and entropy == "detached":
             ctx.mark_non_differentiable(entropy_M)
         return logit_M - lse_M, entropy_M
@@ -298,7 +305,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logp_M: Tensor, grad_entropy_M: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight_VD, target_M, logit_M, lse_M, entropy_M = ctx.saved_tensors
+        weight_VD, target_M, logit_M, lse_M, entropy_M, *kept = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_MD, wide = tiles.hidden_MD, lse_M.dtype
@@ -309,24 +316,32 @@ class _Tiled(torch.autograd.Function):
         # Without entropies, a token's share of the gradient is one factor on all its words: it goes onto its state.
         share_M = grad_logp_M * -slope if not ctx.with_entropy else torch.full_like(lse_M, -slope)
         shared_MD = (hidden_MD * (share_M * tiles.times)[:, None]).to(hidden_MD.dtype)
-        for tokens, words in tiles.shapes():
-            grad, bent = tiles.logits(tokens, words)
-            grad.sub_(lse_M[tokens, None])
-            if ctx.with_entropy:
-                assert grad_entropy_M is not None  # zeros where nothing depends on it
-                factor = (grad + entropy_M[tokens, None]).mul_(grad_entropy_M[tokens, None])
-                grad.exp_().mul_(factor.add_(grad_logp_M[tokens, None]))
+        for tile, (tokens, words) in enumerate(tiles.shapes()):
+            share_m, shared_mD, factor_m1 = share_M[tokens], shared_MD[tokens], None
+            if kept:  # probabilities but for a factor on each token, which goes onto the smaller factors of products
+                grad, top_m = kept[2 * tile : 2 * tile + 2]
+                factor_m1 = (top_m - lse_M[tokens]).exp_()[:, None]
+                share_m, shared_mD = share_m * factor_m1[:, 0], (shared_mD * factor_m1).to(hidden_MD.dtype)
             else:
-                grad.exp_()
-            if bent is not None:
-                grad.mul_(bent.square_().neg_().add_(1.0))
+                grad, bent = tiles.logits(tokens, words)
+                grad.sub_(lse_M[tokens, None])
+                if ctx.with_entropy:
+                    assert grad_entropy_M is not None  # zeros where nothing depends on it
+                    factor = (grad + entropy_M[tokens, None]).mul_(grad_entropy_M[tokens, None])
+                    grad.exp_().mul_(factor.add_(grad_logp_M[tokens, None]))
+                else:
+                    grad.exp_()
+                if bent is not None:
+                    grad.mul_(bent.square_().neg_().add_(1.0))
             low = grad.to(hidden_MD.dtype)
-            if d_hidden_MD is not None:
+            if d_hidden_MD is not None and factor_m1 is not None:
+                d_hidden_MD[tokens].addcmul_(_product(low, weight_VD[words].to(low.dtype)), factor_m1)
+            elif d_hidden_MD is not None:
                 _add_product(d_hidden_MD[tokens], low, weight_VD[words].to(low.dtype))
             if d_weight_VD is not None:
-                _add_product(d_weight_VD[words], low.T, shared_MD[tokens], fresh=tokens.start == 0)
+                _add_product(d_weight_VD[words], low.T, shared_mD, fresh=tokens.start == 0)
             if d_bias_V is not None:
-                part = share_M[tokens].to(low.dtype) @ low
+                part = share_m.to(low.dtype) @ low
                 d_bias_V[words] = part if tokens.start == 0 else d_bias_V[words] + part
         straight_M = grad_logp_M * slope
         if tiles.after is not None:
@@ -339,13 +354,21 @@ class _Tiled(torch.autograd.Function):
             d_weight_VD = d_weight_VD.to(ctx.dtypes[1])
         if d_bias_V is not None:
             d_bias_V = d_bias_V.index_add_(0, target_M, straight_M).mul_(ctx.before).to(ctx.dtypes[2])
-        return d_hidden_MD, d_weight_VD, d_bias_V, None, None, None, None, None, None
+        return d_hidden_MD, d_weight_VD, d_bias_V, None, None, None, None, None, None, None
 
 
 def _reduce(
-    tiles: _Tiles, target_M: Tensor, with_entropy: bool, with_squares: bool = False
+    tiles: _Tiles,
+    target_M: Tensor,
+    with_entropy: bool,
+    with_squares: bool = False,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The targets' logits, the log-sum-exps, the entropies, and the sums of squared probabilities."""
+    """The targets' logits, the log-sum-exps, the entropies, and the sums of squared probabilities.
+
+    Each tile's exponentials and maxima go to `kept`.
+    """
+    assert kept is None or not with_squares, "squares are taken in place"
     logit_M = torch.zeros(len(target_M), dtype=_wide(tiles.hidden_MD.dtype), device=target_M.device)
     # Running maximum, sum of exp(z - maximum), sum of exp(z - maximum) (z - maximum), sum of exp(2 (z - maximum))
     top_M, sum_M, moment_M = torch.full_like(logit_M, FAR), torch.zeros_like(logit_M), torch.zeros_like(logit_M)
@@ -361,6 +384,8 @@ def _reduce(
         shrink_m = lower_m.exp()
         logits.sub_(top_m[:, None])
         weights = logits.exp() if with_entropy else logits.exp_()
+        if kept is not None:
+            kept += [weights, top_m]
         if with_entropy:
             before_m = shrink_m * (moment_M[tokens] + lower_m * sum_M[tokens])
             moment_M[tokens] = before_m + logits.mul_(weights).sum(-1)
