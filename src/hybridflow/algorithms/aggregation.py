@@ -52,7 +52,7 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
         if parameter in plain:
             return plain[parameter]
         if parameter == "length_N":
-            return torch.zeros(count, dtype=torch.float64).index_add_(0, trajectory_B, _loss_tokens(batch))
+            return torch.zeros(count, dtype=torch.float64).index_add_(0, trajectory_B, loss_tokens(batch))
         column_B = batch[f"{parameter[:-1]}B"]
         return column_B.new_empty(count).index_copy_(0, trajectory_B, column_B)
 
@@ -70,7 +70,7 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
     return weight_T.masked_fill_(batch["loss_mask_T"].logical_not(), 0.0)
 
 
-def _loss_tokens(batch: Batch) -> Tensor:
+def loss_tokens(batch: Batch) -> Tensor:
     """How many tokens of each sequence carry loss ``[B]`` (float64)."""
     passed_T = batch["loss_mask_T"].cumsum(0, dtype=torch.int32)
     passed_B = torch.cat([passed_T.new_zeros(1), passed_T])[batch.offsets["T"]]  # before each sequence and behind all

@@ -41,6 +41,7 @@ from hybridflow.algorithms.advantage.reinforce_plus_plus_baseline import reinfor
 from hybridflow.algorithms.advantage.remax import remax
 from hybridflow.algorithms.advantage.rloo import rloo
 from hybridflow.algorithms.advantage.vapo_gae import vapo_gae
+from hybridflow.algorithms.aggregation import loss_tokens
 from hybridflow.algorithms.pieces import call, piece
 from hybridflow.batch import Batch
 
@@ -74,16 +75,18 @@ def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dic
     """
     estimator = piece(ADVANTAGES, name)
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
-    count = int(trajectory_B.max()) + 1 if len(batch) else 0
-    trajectory_T, mask_T = trajectory_B[batch.sequence_of()], batch["loss_mask_T"]
+    count, mask_T = int(trajectory_B.max()) + 1 if len(batch) else 0, batch["loss_mask_T"]
+
+    def summed(value_B: Tensor) -> Tensor:
+        return value_B.new_zeros(count).index_add_(0, trajectory_B, value_B)
 
     def given(parameter: str) -> Any:
         own: dict[str, Callable[[], Any]] = {
             # A sum with zeros: exact where no token but the last has a reward.
-            "reward_N": lambda: batch["reward_T"].new_zeros(count).index_add_(0, trajectory_T, batch["reward_T"]),
-            "length_N": lambda: torch.bincount(trajectory_T[mask_T], minlength=count),
+            "reward_N": lambda: summed(_sums(batch["reward_T"], batch.lengths())),
+            "length_N": lambda: summed(loss_tokens(batch)).long(),
             "mask_T": lambda: mask_T,
-            "trajectory_T": lambda: trajectory_T,
+            "trajectory_T": lambda: trajectory_B[batch.sequence_of()],
             "offsets": lambda: batch.offsets["T"],
         }
         if parameter in own:
@@ -96,6 +99,14 @@ def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dic
 
     found = call(estimator, given)
     advantage, return_T = found if isinstance(found, tuple) else (found, None)
-    advantage_T = advantage if "mask_T" in inspect.signature(estimator).parameters else advantage[trajectory_T]
-    columns = {"advantage_T": advantage_T * mask_T}
+    if "mask_T" not in inspect.signature(estimator).parameters:
+        advantage = torch.repeat_interleave(advantage[trajectory_B], batch.lengths())
+    columns = {"advantage_T": advantage * mask_T}
     return columns if return_T is None else columns | {"return_T": return_T * mask_T}
+
+
+def _sums(value_T: Tensor, lengths_B: Tensor) -> Tensor:
+    """The sum over each sequence ``[B]``."""
+    if not len(lengths_B):
+        return value_T.new_zeros(0)
+    return torch.segment_reduce(value_T, "sum", lengths=lengths_B)
