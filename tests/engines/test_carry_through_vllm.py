@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned enough of both workers to be right now and then (300 steps; the recipe goes on to a lower loss)."""
+    """A model that has learned enough of both workers to be right now and then; the recipe trains it longer."""
     folder = tmp_path_factory.mktemp("sft")
     overrides = [f"run.folder={folder}", "train.steps=300", "checkpoint.every=0", "track.console=false"]
     return train_sft(load_config(SftConfig, CARRY / "sft.yaml", overrides)) / "model"
