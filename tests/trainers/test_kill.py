@@ -57,6 +57,12 @@ critic: {optim: {lr: 2e-3}, epochs_per_step: 2, warmup_steps: 1}
 """
 
 
+FILTER_CONFIG = """
+algorithm: {preset: remax}
+filter: {max_mean: 0.08}
+"""
+
+
 def run(folder: Path, command: str, fault: str | None = None, *, more: str = "") -> int:
     folder.mkdir(exist_ok=True)
     (folder / "reward.py").write_text(TASK)
@@ -147,3 +153,16 @@ def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, tmp_path: Pat
     for file in ("critic/model/model.safetensors", "critic/value_head.safetensors"):
         ours, theirs = (load_file(f / f"run/checkpoints/step-{STEPS:06d}" / file) for f in (folder, reference))
         assert ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill@step3:group:2", "kill@step3:group:6", "kill@step3:update"])
+def test_a_killed_run_that_filters_against_greedy_answers_ends_bit_identical(fault: str, tmp_path: Path) -> None:
+    """The sixth group of a step belongs to its second round of prompts."""
+    reference, folder = tmp_path / "reference", tmp_path / "work"
+    assert run(reference, "train", more=FILTER_CONFIG) == 0
+    third = metrics(reference)[3]
+    assert third["training/num_gen_batches"] > 1 and third["training/filtered_groups/too easy"] >= 2
+    assert run(folder, "train", fault, more=FILTER_CONFIG) == -signal.SIGKILL
+    assert run(folder, "train", more=FILTER_CONFIG) == 0
+    assert_same_end(folder, reference)

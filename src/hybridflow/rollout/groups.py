@@ -136,7 +136,7 @@ class GroupSource:
             for sample in self.samples:
                 owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
         arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
-        journaled = 0
+        journaled = len(done)  # of the step: a filter may ask for more groups of it
         while owner:
             if self.should_stop():
                 self.engine.abort(list(owner))
