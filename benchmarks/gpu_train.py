@@ -48,13 +48,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One reading, in this process."""
     import torch
 
+    from hybridflow.errors import UserError
+
     try:
         return train_steps(args)
-    except torch.cuda.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, UserError) as error:  # the second where a forward pass did not fit
         return {
             "out_of_memory": str(error).split(". ")[0],
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "what_to_change": "fewer --microbatch tokens, LoRA instead of full training, or a smaller shape",
+            "what_to_change": "--checkpointing, fewer --microbatch tokens, LoRA instead of full training, a smaller shape",
         }
 
 
@@ -68,6 +70,7 @@ def train_steps(args: argparse.Namespace) -> dict[str, Any]:
     from hybridflow.config.sections import LoraSection, OptimSection
     from hybridflow.engines.local import LocalEngine
     from hybridflow.models.attention import ATTENTION
+    from hybridflow.models.checkpointing import checkpoint_activations
     from hybridflow.models.load import load_model  # noqa: F401  (registers the attention)
     from hybridflow.models.lora import add_lora
     from hybridflow.protocols import Loss
@@ -76,6 +79,8 @@ def train_steps(args: argparse.Namespace) -> dict[str, Any]:
     with torch.device(args.device):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=max(40_960, args.length)))
     model.set_attn_implementation(ATTENTION)
+    if args.checkpointing:
+        checkpoint_activations(model)
     parameters = sum(p.numel() for p in model.parameters())
     if args.mode == "lora":
         model = add_lora(model, LoraSection(rank=32, alpha=64), seed=0)
@@ -133,6 +138,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[16_384, 65_536], help="tokens of an optimizer step")
     parser.add_argument("--length", type=int, default=2_048, help="tokens of a sequence")
     parser.add_argument("--microbatch", type=int, default=16_384, help="tokens of a forward pass")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -140,7 +146,18 @@ def main() -> None:
     parser.add_argument("--mode", choices=["full", "lora"], default="full", help="with --only")
     parser.add_argument("--out", type=Path, default=HERE / "results/gpu_train.json")
     args = parser.parse_args()
-    sizes = ["--length", args.length, "--microbatch", args.microbatch, "--steps", args.steps, "--warmup", args.warmup]
+    extra = ["--checkpointing"] if args.checkpointing else []
+    sizes = [
+        *extra,
+        "--length",
+        args.length,
+        "--microbatch",
+        args.microbatch,
+        "--steps",
+        args.steps,
+        "--warmup",
+        args.warmup,
+    ]
     common = [*map(str, sizes), "--device", args.device]
     if args.only:
         args.tokens = args.tokens[0]

@@ -99,6 +99,17 @@ def test_a_signature_that_does_not_fit(
     assert not (tmp_path / "run").exists()
 
 
+def test_too_little_memory_is_told_with_the_sizes(tmp_path: Path, capsys: Output) -> None:
+    """The error is the one that torch raises on a GPU; here a loss raises it."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef f(logp_M):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')\n"
+    )
+    said = mistake(capsys, "train", configuration(tmp_path, algorithm={"policy_loss": f"{tmp_path / 'mine.py'}:f"}))
+    for words in ("a forward pass of", "4 sequences", "CUDA out of memory", "train.tokens_per_microbatch (it is 16384)",
+                  "model.activation_checkpointing=true"):  # fmt: skip
+        assert words in said
+
+
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: Output) -> None:
     said = mistake(capsys, "train", configuration(tmp_path, algorithm={"policy_loss": "mine.py:f"}))
     assert "no file" in said and "mine.py" in said

@@ -71,6 +71,11 @@ class ModelSection(Section):
         description="Run sequences side by side without padding. false is for families that cannot: they are padded, "
         "with their own attention.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only each layer's input for the backward pass and compute the rest again: less memory for "
+        "long sequences, about a third more time.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run code that the model's folder brings along; only for code that you have read."
     )

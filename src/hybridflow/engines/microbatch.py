@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
 from hybridflow.batch import Batch, balanced_parts
+from hybridflow.errors import UserError
 from hybridflow.models.forward import beginnings, hidden_states, packs, score_tokens
 from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss
@@ -66,19 +67,20 @@ def accumulate_gradient(
     batch = _sharing(model, batch)
     for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
-        with autocast():
-            index_M, scores = _scores(
-                model,
-                part,
-                value_head,
-                _outputs(loss),
-                temperature=loss.params.get("temperature", 1.0),
-                entropy_gradient=bool(loss.params.get("entropy_coef")),
-            )
-        columns = {n: part[n][index_M].to(model.device) for n in columns_of(loss) if n in part}
-        columns["sequence_T"] = part.sequence_of()[index_M].to(model.device)
-        terms = LOSSES[loss.name](scores, columns, loss.params)
-        terms.loss_M.sum().backward()
+        with telling_memory(part, tokens_per_microbatch):
+            with autocast():
+                index_M, scores = _scores(
+                    model,
+                    part,
+                    value_head,
+                    _outputs(loss),
+                    temperature=loss.params.get("temperature", 1.0),
+                    entropy_gradient=bool(loss.params.get("entropy_coef")),
+                )
+            columns = {n: part[n][index_M].to(model.device) for n in columns_of(loss) if n in part}
+            columns["sequence_T"] = part.sequence_of()[index_M].to(model.device)
+            terms = LOSSES[loss.name](scores, columns, loss.params)
+            terms.loss_M.sum().backward()
         _add(total, terms)
         total.bad_rows += _bad_rows(terms.loss_M.detach(), index_M, part, rows)
     total.bad_rows.sort()
@@ -104,7 +106,7 @@ def score_microbatches(
     batch = _sharing(model, batch)
     for rows in microbatches(batch, tokens_per_microbatch):
         part = batch.take(rows)
-        with torch.no_grad(), autocast():
+        with telling_memory(part, tokens_per_microbatch), torch.no_grad(), autocast():
             index_M, scores = _scores(model, part, value_head, outputs, temperature=temperature)
         where = part["position_T"][index_M]
         for name in outputs:
@@ -135,6 +137,26 @@ def microbatches(batch: Batch, budget: int) -> list[list[int]]:
         rows += [members] if together else [[r] for r in members]
         costs += [cost] if together else [lengths[r] for r in members]
     return [sorted(r for unit in part for r in rows[unit]) for part in balanced_parts(costs, budget)]
+
+
+@contextmanager
+def telling_memory(part: Batch, budget: int) -> Iterator[None]:
+    """Says how large a micro-batch was that did not fit into a GPU's memory.
+
+    Raises:
+        UserError: instead of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lengths = part.lengths()
+        raise UserError(
+            f"a forward pass of {part.total()} tokens ({len(part)} sequences, the longest of {int(lengths.max())}) "
+            "does not fit into the GPU's memory",
+            why=str(error).partition(". ")[0],
+            fix=f"lower train.tokens_per_microbatch (it is {budget}) down to the longest sequence, set "
+            "model.activation_checkpointing=true, or train adapters (model.lora)",
+        ) from error
 
 
 def autocast_on(device: torch.device) -> Callable[[], AbstractContextManager[None]]:

@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.sections import LoraSection, ModelSection
 from hybridflow.errors import UserError
+from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.load import load_model
 
 
@@ -48,11 +49,13 @@ def load_trainable(section: ModelSection, *, seed: int) -> tuple[PreTrainedModel
     """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
 
     Raises:
-        UserError: see `load_model` and `add_lora`.
+        UserError: see `load_model`, `checkpoint_activations` and `add_lora`.
     """
     model, tokenizer = load_model(
         section.path, seed=seed, packing=section.packing, trust_remote_code=section.trust_remote_code
     )
+    if section.activation_checkpointing:
+        checkpoint_activations(model)
     return (model if section.lora is None else add_lora(model, section.lora, seed=seed)), tokenizer
 
 

@@ -120,6 +120,7 @@ def make_critic(
         path=c.path or config.model.path,
         lora=c.lora,
         packing=config.model.packing,
+        activation_checkpointing=config.model.activation_checkpointing,
         trust_remote_code=config.model.trust_remote_code,
     )
     model, own_tokenizer = load_trainable(section, seed=seed)
