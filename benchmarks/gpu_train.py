@@ -147,18 +147,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results/gpu_train.json")
     args = parser.parse_args()
     extra = ["--checkpointing"] if args.checkpointing else []
-    sizes = [
-        *extra,
-        "--length",
-        args.length,
-        "--microbatch",
-        args.microbatch,
-        "--steps",
-        args.steps,
-        "--warmup",
-        args.warmup,
-    ]
-    common = [*map(str, sizes), "--device", args.device]
+    sizes = ["--length", args.length, "--microbatch", args.microbatch, "--steps", args.steps, "--warmup", args.warmup]
+    common = [*map(str, sizes), "--device", args.device, *extra]
     if args.only:
         args.tokens = args.tokens[0]
         written = record(
@@ -174,7 +164,7 @@ def main() -> None:
                 result = {"shape": shape, "mode": mode, "tokens": tokens} | found["results"]
                 readings.append(result)
                 print(f"{shape} {mode} {tokens} tokens: {in_words(result)}", flush=True)
-        shown = " ".join(["--length", str(args.length), "--microbatch", str(args.microbatch)])
+        shown = " ".join(["--length", str(args.length), "--microbatch", str(args.microbatch), *extra])
         written = record(f"python benchmarks/gpu_train.py {shown}", {"peak_flops": PEAK_FLOPS}, readings)
     args.out.write_text(json.dumps(written, indent=1) + "\n")
 
