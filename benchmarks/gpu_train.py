@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "out_of_memory": str(error).split(". ")[0],
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "what_to_change": "--checkpointing, fewer --microbatch tokens, LoRA instead of full training, a smaller shape",
+            "what_to_change": "--checkpointing, fewer --microbatch tokens, LoRA, or a smaller shape",
         }
 
 

@@ -74,7 +74,7 @@ class ModelSection(Section):
     activation_checkpointing: bool = Field(
         False,
         description="Keep only each layer's input for the backward pass and compute the rest again: less memory for "
-        "long sequences, about a third more time.",
+        "long sequences, for one more forward pass.",
     )
     trust_remote_code: bool = Field(
         False, description="Run code that the model's folder brings along; only for code that you have read."
