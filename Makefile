@@ -5,6 +5,7 @@
 #   TORCH_INDEX_URL  where to take torch from, when the default would be a GPU build and you want the CPU one:
 #                    give the CPU wheel index that PyTorch's "Get Started" page shows for your system
 #   THREADS          threads for torch; two busy threads are slower than one on a loaded machine
+#   JOBS             processes that share the tests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +15,7 @@ OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
 THREADS ?= 1
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -33,10 +35,10 @@ demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on th
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
 
 test: $(DEV_READY)  ## the fast tests (under 10 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not vllm and not gpu"
 
 test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not vllm and not gpu"
 
 test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
 	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest tests/engines -m vllm
