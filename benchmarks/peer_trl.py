@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # the task draws its problems with this library
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes/carry"))
 import grpo_step
 import task
