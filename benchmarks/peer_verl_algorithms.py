@@ -19,27 +19,13 @@ from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from algorithms_speed import BOUNDS, COMPONENTS, VALUES, Call, Workload, called, numbers, run_side
+from algorithms_speed import BOUNDS, COMPONENTS, ESTIMATORS, VALUES, Call, Workload, called, numbers, run_side
 
 from measuring import record
 
 LOSSES = {"ppo_clip": "vanilla", "reinforce": "gpg", "gmpo": "geo_mean"}
 OTHERS = ("gspo", "sapo", "cispo", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "dro")
 RENAMED = {"grpo": "grpo_vectorized", "rloo": "rloo_vectorized"}  # the quicker of two forms
-ESTIMATORS = (
-    "gae",
-    "grpo",
-    "grpo_passk",
-    "rloo",
-    "opo",
-    "gpg",
-    "gdpo",
-    "remax",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "optimal_token_baseline",
-    "tir_optimal_token_baseline",
-)
 ALGORITHM = AlgoConfig(
     gamma=VALUES["gamma"],
     lam=VALUES["lam"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -19,6 +20,20 @@ from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
+
+
+def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, default: str) -> object:
+    """The values of a section, with those of its preset where nothing is given.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if not isinstance(values, dict):
+        return values
+    preset = values.get("preset", default)
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; {nearest(str(preset), presets)}")
+    return {**presets[preset], **values, "preset": preset}
 
 
 class CorrectionSection(Section):
@@ -48,12 +63,7 @@ class CorrectionSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        preset = values.get("preset", "disabled")
-        if preset not in CORRECTIONS:
-            raise ValueError(f"unknown preset {preset!r}; {nearest(str(preset), CORRECTIONS)}")
-        return {**CORRECTIONS[preset], **values, "preset": preset}
+        return filled_from(values, CORRECTIONS, default="disabled")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> CorrectionSection:
@@ -204,12 +214,7 @@ class AlgorithmSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        preset = values.get("preset", "grpo")
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}; {nearest(str(preset), PRESETS)}")
-        return {**PRESETS[preset], **values, "preset": preset}
+        return filled_from(values, PRESETS, default="grpo")
 
     @model_validator(mode="after")
     def _check_names(self) -> AlgorithmSection:
