@@ -23,6 +23,8 @@ from hybridflow.config.data import PromptDataSection, SftDataSection
 from hybridflow.config.learning import AlgorithmSection as AlgorithmSection
 from hybridflow.config.learning import FilterSection, ReweightSection
 from hybridflow.config.pieces import needs_of
+from hybridflow.config.placement import EngineSection as EngineSection
+from hybridflow.config.placement import PlacementSection as PlacementSection
 from hybridflow.config.rewards import REWARDS
 from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
@@ -89,6 +91,7 @@ class RlModelSection(ModelSection):
         description="The reference of the KL terms (algorithm.kl_reward_coef, kl_loss_coef), as in model.path; unset: "
         "the model that the run began with. Its weights never change.",
     )
+    reference_engine: EngineSection | None = Field(None, description="How the reference is computed; unset: as engine.")
 
 
 class RewardSection(Section):
@@ -145,6 +148,10 @@ class RolloutSection(Section):
         description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, "
         "Mistral). It gained nothing on CPUs.",
     )
+    lora: Literal["adapters", "merged"] = Field(
+        "adapters",
+        description="How adapters reach an engine with weights of its own: as adapters, or added into full weights.",
+    )
     engine_args: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="Further arguments of the engine itself (vLLM's LLM)."
     )
@@ -195,6 +202,7 @@ class CriticSection(Section):
         "algorithm.value_coef; there is no second model.",
     )
     optim: OptimSection | None = Field(None, description="AdamW of the critic and its schedule; unset: as in optim.")
+    engine: EngineSection | None = Field(None, description="How the critic is computed; unset: as engine.")
     epochs_per_step: PositiveInt | None = Field(
         None, description="The critic's own passes over a step's answers; unset: as in train.epochs_per_step."
     )
@@ -316,6 +324,9 @@ class CheckpointSection(Section):
         "and kept besides the newest; checkpoints/best.json says which it is.",
     )
     best_mode: Literal["max", "min"] = Field("max", description="Whether a higher or a lower value is better.")
+    asynchronous: bool = Field(
+        False, description="Copy what is to be saved and write it while the next step runs; a full copy in host memory."
+    )
 
 
 class TrackSection(Section):
@@ -363,6 +374,8 @@ class RlConfig(Section):
     reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
     train: RlTrainSection
     optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    placement: PlacementSection = PlacementSection()
     critic: CriticSection | None = Field(None, description="The critic, of advantages that need one (gae).")
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -415,6 +428,8 @@ class SftConfig(Section):
     data: SftDataSection
     train: SftTrainSection
     optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    placement: PlacementSection = PlacementSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
 

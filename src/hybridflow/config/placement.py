@@ -1,0 +1,113 @@
+"""Where models live, and how each is cut over its processes. Importable without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from hybridflow.config.section import Section
+from hybridflow.errors import nearest
+
+ROLES = ("actor", "critic", "reference", "rollout")  # what can be placed; rewards are scored by the controller
+
+
+class EngineSection(Section):
+    """How a model is computed by the processes of its pool: what is sharded, and in which precision."""
+
+    strategy: Literal["local", "fsdp2", "fsdp1"] = Field(
+        "local", description="local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it."
+    )
+    shard_size: PositiveInt | None = Field(
+        None,
+        description="Processes that share one copy of the parameters (HSDP); unset: all of the pool. Fewer keep several "
+        "copies, and gradients are summed between them.",
+    )
+    sequence_parallel: PositiveInt = Field(
+        1,
+        description="Processes that share the tokens of one micro-batch (DeepSpeed-Ulysses): for sequences whose "
+        "activations do not fit one device. Must divide the query heads and the pool.",
+    )
+    reshard_after_forward: bool = Field(
+        True, description="Give gathered parameters back after the forward pass: less memory, one more gathering."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What is multiplied in; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What gradients are summed in between processes."
+    )
+    cpu_offload: bool = Field(
+        False, description="Keep parameters, gradients and optimizer state in host memory; layers visit the device."
+    )
+    offload: list[Literal["parameters", "optimizer"]] = Field(
+        default_factory=list, description="What moves to host memory between the phases in which this model works."
+    )
+    activation_offload: bool = Field(
+        False, description="Keep saved activations in host memory until the backward pass."
+    )
+    compile: bool = Field(False, description="torch.compile of every layer: slow to start, faster on a GPU.")
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> EngineSection:
+        if self.strategy == "local":
+            plain = EngineSection.model_construct()
+            for key in type(self).model_fields:
+                if getattr(self, key) != getattr(plain, key):
+                    raise ValueError(f"engine.{key} is for sharded models: set engine.strategy=fsdp2 or leave it out")
+        if self.cpu_offload and "parameters" in self.offload:
+            raise ValueError("engine.cpu_offload keeps parameters in host memory already: leave engine.offload out")
+        return self
+
+
+class PlacementSection(Section):
+    """Which processes there are, and which models live in which of them."""
+
+    backend: Literal["auto", "in_process", "processes", "ray", "torchrun"] = Field(
+        "auto",
+        description="Who starts the processes. in_process: none, everything in this one; processes: this host; ray: a "
+        "Ray cluster or a local instance of it; torchrun: they are started already. auto: torchrun where it started "
+        "us, in_process where no pool has more than one process, else processes.",
+    )
+    pools: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="Processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}. Empty: one process.",
+    )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="The pool of actor, critic, reference, rollout. Those that are not named are in the first pool; "
+        "roles of one pool share its processes.",
+    )
+    address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
+    port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
+    transport: Literal["auto", "shared_memory", "broadcast"] = Field(
+        "auto", description="How weights travel between pools. auto: shared memory on one host, else broadcast."
+    )
+    timeout: PositiveFloat = Field(
+        600, description="Seconds that a collective or a worker may take without progress before the run ends."
+    )
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> PlacementSection:
+        for role, pool in self.roles.items():
+            if role not in ROLES:
+                raise ValueError(f"placement.roles names {role!r}, which is no role; {nearest(role, ROLES)}")
+            if pool not in self.pools:
+                known = nearest(pool, self.pools) if self.pools else "placement.pools is empty"
+                raise ValueError(f"placement.roles puts {role} into pool {pool!r}, which does not exist; {known}")
+        idle = set(self.pools) - {self.pool_of(role) for role in ROLES}
+        if idle:
+            raise ValueError(f"placement.pools: nothing is placed in {sorted(idle)}; name it in placement.roles")
+        if self.address is not None and self.backend != "ray":
+            raise ValueError("placement.address is of a Ray cluster: set placement.backend=ray")
+        if self.backend in ("processes", "ray") and not self.pools:
+            raise ValueError(f"placement.backend is {self.backend}, but placement.pools is empty: give {{all: 2}}")
+        if self.backend == "in_process" and any(size > 1 for size in self.pools.values()):
+            raise ValueError("placement.backend in_process has one process: set placement.backend=processes or ray")
+        return self
+
+    def pool_of(self, role: str) -> str | None:
+        """The pool of a role; None where there are no pools and everything is in this process."""
+        if not self.pools:
+            return None
+        return self.roles.get(role, next(iter(self.pools)))

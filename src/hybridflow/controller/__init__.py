@@ -1,0 +1,1 @@
+"""One controller, many processes: worker groups, dispatch, and who starts the processes."""

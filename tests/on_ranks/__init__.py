@@ -1,0 +1,1 @@
+"""What tests run on real ranks: functions of the processes that `ranks.Ranks` keeps; importable by name there."""
