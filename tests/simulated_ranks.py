@@ -1,16 +1,16 @@
-"""A training engine of several ranks in one process: the shape of the protocol, proved without processes.
+"""Training engines of several ranks that a test drives like one: in one process, and in real ones.
 
-Every rank has a replica of the model and an optimizer of its own, takes a part of the sequences, and sees nothing of
-the others but the sum of gradients and the sum of metrics: what an all-reduce gives.
+In one process, every rank has a replica of the model and an optimizer of its own, takes a part of the sequences, and
+sees nothing of the others but the sum of gradients and the sum of metrics: what an all-reduce gives.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
-from hybridflow.engines.local import LocalEngine, learning_rate
-from hybridflow.engines.microbatch import Sums, accumulate_gradient
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.microbatch import joined
 from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss, TrainEngine, Update, WeightStream
+
+import on_ranks.engines
+from on_ranks.engines import Case
+from ranks import shared_ranks
 
 
 class SimulatedRanks:
@@ -86,40 +90,26 @@ class SimulatedRanks:
         sums = []
         for rank, rows in zip(self.ranks, parts):
             rank.optimizer.zero_grad(set_to_none=True)
-            sums.append(
-                accumulate_gradient(
-                    rank.model,
-                    batch.take(rows),
-                    loss,
-                    tokens_per_microbatch=self.tokens_per_microbatch,
-                    autocast=nullcontext,
-                    value_head=rank.value_head,
-                )
-            )
+            sums.append(rank.passes.accumulate(batch.take(rows), loss))
         self._all_reduce_gradients()
         norms = [
             float(torch.nn.utils.clip_grad_norm_(r.trained.values(), self.optim.clip_grad_norm)) for r in self.ranks
         ]
         assert not math.isfinite(norms[0]) or len(set(norms)) == 1, "replicas have drifted apart"
-        lr = learning_rate(self.optim, self.ranks[0].steps_done, self.total_steps)
-        total, bad_rows = _joined(sums), sorted(rows[i] for rows, s in zip(parts, sums) for i in s.bad_rows)
-        own = {"loss": total.loss, "grad_norm": norms[0], "lr": lr}
-        metrics = total.metrics() | {f"{self.ranks[0].name}/{key}": value for key, value in own.items()}
-        if not (math.isfinite(total.loss) and math.isfinite(norms[0])):
-            return Update(metrics, applied=False, bad_rows=bad_rows)
-        for rank in self.ranks:
-            for group in rank.optimizer.param_groups:
-                group["lr"] = lr
-            rank.optimizer.step()
-            rank.steps_done += 1
-        return Update(metrics)
+        total = joined(sums)
+        total.bad_rows = sorted(rows[i] for rows, s in zip(parts, sums) for i in s.bad_rows)
+        updates = [rank.step(total, norms[0]) for rank in self.ranks]
+        return updates[0]
 
-    def state(self) -> dict[str, Any]:
-        return self.ranks[0].state()
+    def save(self, folder: Path) -> None:
+        self.ranks[0].save(folder)
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
         for rank in self.ranks:
-            rank.load(state)
+            rank.load(folder)
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.ranks[0].export(folder, dtype)
 
     def stream_weights(self) -> WeightStream:
         return self.ranks[0].stream_weights()
@@ -140,20 +130,47 @@ class SimulatedRanks:
                 p.grad = None if total is None else total.clone()
 
 
-def _joined(parts: Sequence[Sums]) -> Sums:
-    total = Sums()
-    for part in parts:
-        total.loss += part.loss
-        total.tokens += part.tokens
-        for name, value in part.sums.items():
-            total.sums[name] += value
-        for name, value in part.means.items():
-            total.means[name] += value
-        for name, value in part.maxima.items():
-            total.maxima[name] = max(total.maxima.get(name, -math.inf), value)
-    return total
-
-
 def as_train_engine(engine: SimulatedRanks) -> TrainEngine:
     """Type checkers hold the class to the protocol here."""
     return engine
+
+
+class RealRanks:
+    """A model of the tests cut over the processes of `ranks.shared_ranks`, driven like one engine.
+
+    Args:
+        case: the model, and how it is cut.
+        processes: how many.
+    """
+
+    def __init__(self, case: Case, processes: int) -> None:
+        self.ranks, self.key = shared_ranks(processes), (repr(case), processes)
+        self.model = case.model()  # holds the gradients of the last update
+        self.places = processes // case.section.get("sequence_parallel", 1)
+        self.ranks.run(on_ranks.engines.make, self.key, case)
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        rows = self._rows(batch)
+        parts = [batch.take(r) for r in rows]
+        scores = self.ranks.run(on_ranks.engines.score, self.key, parts, outputs, temperature)
+        peers = len(scores) // self.places
+        joined = Batch.concat([part.select([]) for part in parts])
+        for name in outputs:
+            joined[f"{name}_T"] = torch.cat([s[name] for s in scores[::peers]])
+        joined = joined.take(torch.argsort(torch.tensor([i for r in rows for i in r])))
+        return {name: joined[f"{name}_T"] for name in outputs}
+
+    def update(self, batch: Batch, loss: Loss) -> Update:
+        parts = [batch.take(r) for r in self._rows(batch)]
+        (update, gradients), *others = self.ranks.run(on_ranks.engines.update, self.key, parts, loss)
+        assert all(other.metrics == update.metrics for other, _ in others), "ranks disagree"
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradients.get(name)
+        return update
+
+    def _rows(self, batch: Batch) -> list[list[int]]:
+        """Unevenly: the first place gets half of the sequences, and of more than two the last none."""
+        assert self.places > 1
+        half, rest = len(batch) // 2, max(1, self.places - 2)
+        middle = [list(range(half + r, len(batch), rest)) for r in range(rest)]
+        return [list(range(half)), *middle, []][: self.places]

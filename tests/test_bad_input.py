@@ -47,7 +47,7 @@ def rows_file(folder: Path, rows: list[dict[str, Any]]) -> str:
         (["rollout.max_cache_tokens=23"], ["rollout.max_cache_tokens is 23", "can have 24 tokens"]),
         (["train.steps"], ["'train.steps' is not an override", "fix: write dotted.key=value"]),
         (["algorithm.preset=grop"], ["unknown preset 'grop'; did you mean 'grpo'?"]),
-        (["run.device=gpu"], ["run.device: input should be 'auto', 'cpu' or 'cuda' (it is 'gpu')"]),
+        (["run.device=gpu"], ["run.device: input should be 'auto', 'cpu', 'cuda' or 'npu' (it is 'gpu')"]),
     ],
 )
 def test_a_setting_that_is_none(overrides: list[str], expected: list[str], tmp_path: Path, capsys: Output) -> None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.batch import Batch, axis_of, balanced_parts, from_arrow, to_arrow
+from hybridflow.batch import Batch, axis_of, from_arrow, to_arrow
 
 Rows = list[dict[str, Any]]
 NAMES = ("input_ids_T", "logp_T", "topk_TK", "version_S", "reward_B", "image_BXY", "text", "extra")
@@ -243,27 +243,3 @@ def test_arrow_keeps_every_float_dtype_and_its_odd_values(dtype: torch.dtype) ->
     odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.1, 3e4]).to(dtype)
     batch = Batch({"x_T": odd, "y_BK": odd.view(3, 2), "z_B": odd[:3]}, lengths={"T": [1, 0, 5], "S": [2, 0, 7]})
     assert_same(from_arrow(to_arrow(batch)), batch)
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 200))
-def test_balanced_parts_hold_every_sequence_once_within_the_budget(costs: list[int], budget: int) -> None:
-    parts = balanced_parts(costs, budget)
-    assert sorted(i for part in parts for i in part) == list(range(len(costs)))
-    assert all(part and part == sorted(part) for part in parts)
-    assert all(sum(costs[i] for i in part) <= budget for part in parts)
-    # No fewer parts can hold the sum. No more are made than are more than half full, as first-fit guarantees.
-    assert -(-sum(costs) // budget) <= len(parts) <= 2 * sum(costs) // budget + 1
-    assert balanced_parts(list(costs), budget) == parts
-
-
-def test_balanced_parts_balance() -> None:
-    assert balanced_parts([5, 5, 5, 5], 10) == [[0, 2], [1, 3]]
-    assert balanced_parts([9, 1, 8, 2, 7, 3], 10) == [[0, 1], [2, 3], [4, 5]]
-    assert balanced_parts([0, 0], 5) == [[0, 1]]
-    assert balanced_parts([], 10) == []
-    assert balanced_parts([10, 10, 10], 10) == [[0], [1], [2]]
-
-
-def test_a_sequence_over_the_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="cost 11 does not fit a budget of 10"):
-        balanced_parts([3, 11], 10)

@@ -232,41 +232,6 @@ def _tensors(values: Sequence[Any]) -> bool:
     return len(values) > 0 and all(isinstance(v, Tensor) for v in values)
 
 
-def balanced_parts(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Cuts sequences into the fewest parts of at most `budget` cost each that a greedy balance finds.
-
-    The longest sequences are dealt first, each to the lightest part (longest-processing-time rule), so the parts have
-    nearly equal cost; within a part the order of the input is kept. Ties go to the lower index: the cut is a function
-    of the costs alone.
-
-    Args:
-        costs: cost of each sequence, its number of tokens for example.
-        budget: the most that one part may cost.
-
-    Returns:
-        Index lists that together hold every index once; empty for no sequences.
-
-    Raises:
-        ValueError: one sequence alone is over the budget. Sequences are never cut.
-    """
-    if not costs:
-        return []
-    if max(costs) > budget:
-        raise ValueError(f"a sequence of cost {max(costs)} does not fit a budget of {budget}")
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    count = max(1, -(-sum(costs) // budget))
-    while True:
-        parts: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for i in order:
-            lightest = loads.index(min(loads))
-            parts[lightest].append(i)
-            loads[lightest] += costs[i]
-        if max(loads) <= budget:
-            return [sorted(p) for p in parts if p]
-        count += 1
-
-
 _ARROW_KEY = b"hybridflow.batch"
 
 

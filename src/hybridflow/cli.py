@@ -156,6 +156,12 @@ def _add_commands_on_models(commands: Commands) -> None:
     which.add_argument("--best", action="store_true", help="the best one by checkpoint.best")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     _add_json(export)
+    doctor = _add(
+        commands, "doctor", _doctor, "find what is wrong with this machine, before a job does", "hybridflow doctor",
+        "It prints versions, devices, memory and ports, lets two processes sum a tensor, and ends with 1 if\n"
+        "anything is wrong.",
+    )  # fmt: skip
+    _add_json(doctor)
     report = _add(
         commands, "report", _report, "write the report of a run: one HTML file", "hybridflow report runs/carry-grpo"
     )  # fmt: skip
@@ -341,6 +347,20 @@ def _export(given: argparse.Namespace) -> int:
     done = export(Path(given.run), Path(given.target), step=given.step, best=given.best, dtype=given.dtype)
     _tell(given, done, [f"wrote {done['folder']}"])
     return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from hybridflow.trainers.doctor import examine
+
+    found = []
+    for finding in examine():
+        found.append(finding)
+        if not given.json:
+            print(finding.line(), flush=True)
+    problems = sum(finding.mistake is not None for finding in found)
+    result = {"ok": not problems, "checks": [finding.values() for finding in found]}
+    _tell(given, result, [f"{problems} problem{'s' * (problems > 1)}" if problems else "all is well"])
+    return min(problems, 1)
 
 
 def _prepare(given: argparse.Namespace) -> int:

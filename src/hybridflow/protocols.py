@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
@@ -169,7 +171,8 @@ class WeightStream:
     """Full tensors under Hugging Face names, one after the other.
 
     Args:
-        tensors: (name, tensor) pairs; tied names are included. May be consumed once.
+        tensors: (name, tensor) pairs; tied names are included. May be consumed once. A tensor is good until the next
+            one is taken: whoever keeps it copies it.
         names: every name that a complete stream holds.
         published: fingerprint of each tensor as it left the trainer, filled while `tensors` is consumed.
         same_memory: the receiver holds these very tensors (a local actor); nothing needs to be copied.
@@ -302,16 +305,37 @@ class TrainEngine(Scorer, Protocol):
         """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What besides the weights `load` needs to go on bit for bit: "moments" by parameter, and plain values."""
+    def save(self, folder: Path) -> None:
+        """Writes weights and all else that is needed to go on bit for bit.
+
+        Args:
+            folder: an existing, empty folder; of a sharded engine, the same on every process, which all call this.
+        """
         ...
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`."""
+    def load(self, folder: Path) -> None:
+        """Goes on from what any engine of the same model saved.
+
+        Raises:
+            UserError: it is of another model.
+        """
         ...
 
-    def stream_weights(self) -> WeightStream:
-        """The current weights, under Hugging Face names."""
+    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the model alone as a plain Hugging Face folder without a tokenizer; adapters are merged.
+
+        Args:
+            folder: an existing, empty folder.
+            dtype: precision of the written weights.
+        """
+        ...
+
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
+        """The current weights, under Hugging Face names; of a sharded engine, all processes consume it together.
+
+        Args:
+            lora: "adapters" alone; "merged" into plain weights; None: both beside each other.
+        """
         ...
 
     def to(self, where: Literal["device", "host"]) -> None:

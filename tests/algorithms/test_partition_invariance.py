@@ -28,7 +28,8 @@ from hybridflow.trainers.learning import corrected, old_logp_is, piece_values, r
 from hybridflow.trainers.rl import policy_loss, token_rewards, with_loss, with_weights
 from linear import WORDS, linear_model
 
-from simulated_ranks import SimulatedRanks
+from on_ranks.engines import Case
+from simulated_ranks import RealRanks, SimulatedRanks
 
 # --- what is combined ---
 
@@ -184,6 +185,7 @@ class Way:
 
     tokens: int
     ranks: int = 1
+    processes: int = 0
     packing: bool = True
     order: int | None = None
     sharing: bool = True
@@ -202,9 +204,12 @@ MORE_WAYS = {  # for those that are tried besides the pairs
 
 
 @functools.cache
-def engine_of(way: Way) -> LocalEngine | SimulatedRanks:
+def engine_of(way: Way) -> LocalEngine | SimulatedRanks | RealRanks:
     """An engine whose updates leave the gradients as they were accumulated, and every weight as it was."""
-    model, optim = linear_model(packing=way.packing), OptimSection(lr=1e-300, clip_grad_norm=1e9)
+    still: dict[str, Any] = {"lr": 1e-300, "clip_grad_norm": 1e9}
+    if way.processes:
+        return RealRanks(Case("linear", {"strategy": "fsdp2"}, cut=way.tokens, optim=still), way.processes)
+    model, optim = linear_model(packing=way.packing), OptimSection(**still)
     if way.ranks > 1:
         return SimulatedRanks(model, optim, total_steps=1, tokens_per_microbatch=way.tokens, ranks=way.ranks)
     return LocalEngine(model, optim, total_steps=1, tokens_per_microbatch=way.tokens)
@@ -278,6 +283,14 @@ def test_the_gradient_is_the_same_however_the_mini_batch_is_split(case: tuple[st
 def test_the_gradient_is_the_same_with_other_terms_too(case: tuple[str, str, str], terms: dict[str, Any]) -> None:
     config = configured(*case, **terms)
     assert_same_for_every_way(config, step_answers(config.rollout.temperature), WAYS | MORE_WAYS)
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+def test_real_processes_have_the_same_gradient(loss: str) -> None:
+    """Four of them: half of the sequences are with one, and one has none."""
+    mode = (POLICY_LOSSES[loss].modes or ("seq-mean-token-mean",))[0]
+    config = configured(loss, mode, "disabled", entropy_coef=0.1)
+    assert_same_for_every_way(config, step_answers(), {"four processes": Way(tokens=40, processes=4)})
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)

@@ -25,8 +25,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sft(load_config(SftConfig, CARRY / "sft.yaml", overrides)) / "model"
 
 
-def run(folder: Path, start: Path, engine: str) -> Path:
-    overrides = [f"run.folder={folder}", f"model.path={start}", f"rollout.engine={engine}", "train.steps=3"]
+def run(folder: Path, start: Path, engine: str, *more: str) -> Path:
+    overrides = [f"run.folder={folder}", f"model.path={start}", f"rollout.engine={engine}", "train.steps=3", *more]
     return train(load_config(RlConfig, CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"]))
 
 
@@ -46,4 +46,14 @@ def test_carry_learns_through_vllm_with_verified_weights(start: Path, tmp_path: 
     assert abs(metrics[1]["critic/score/mean"] - reference[1]["critic/score/mean"]) < 0.2
     # After three updates vLLM answers with other weights than it began with.
     before, after = (read_rollouts(through_vllm / f"evaluations/step-00000{i}.parquet") for i in (0, 3))
+    assert any(b["logps"] != a["logps"] for b, a in zip(before, after, strict=True))
+
+
+def test_adapters_learn_through_vllm_as_merged_weights(start: Path, tmp_path: Path) -> None:
+    adapters = ["model.lora.rank=8", "rollout.lora=merged", "optim.lr=0.003"]
+    folder = run(tmp_path / "adapters", start, "vllm", *adapters)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    for m in metrics[1:]:
+        assert m["training/rollout_probs_diff_max"] <= 1e-4 and m["actor/grad_norm"] > 0
+    before, after = (read_rollouts(folder / f"evaluations/step-00000{i}.parquet") for i in (0, 3))
     assert any(b["logps"] != a["logps"] for b, a in zip(before, after, strict=True))

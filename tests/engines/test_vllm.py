@@ -25,11 +25,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.config.locate import load_function
+from hybridflow.config.sections import LoraSection
 from hybridflow.errors import UserError
+from hybridflow.models.lora import add_lora, merged
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Result, Sampling, Span, WeightStream, generate
 from hybridflow.rollout.sampling import biased, kept, penalised
 from hybridflow.rollout.vllm import VllmEngine
+from hybridflow.weights.buckets import pack, unpack
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
 CARRY = Path(__file__).resolve().parents[2] / "recipes/carry/task.py"
@@ -272,6 +275,40 @@ def test_a_receipt_shows_what_did_not_arrive(setup: Setup):
         verify(stream, receipt, 99)
     setup.publish()
     assert gap(setup.model, requests(3), generate(setup.engine, requests(3))) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_weights_that_arrive_in_small_buckets_are_those_that_are_computed_with(setup: Setup):
+    """vLLM keeps what it is given until a layer is complete; by then the bucket holds other tensors."""
+    setup.perturb(seed=11)
+    stream, memory = stream_of(setup.model), torch.zeros(80_000, dtype=torch.uint8)
+    arrived = WeightStream(iter(()), stream.names)
+    arrived.tensors = unpack(((bucket, memory) for bucket in pack(stream, lambda: memory)), arrived.published)
+    setup.version += 1
+    verify(arrived, setup.engine.update_weights(arrived, setup.version), setup.version)
+    assert gap(setup.model, requests(6), generate(setup.engine, requests(6))) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_adapters_are_sampled_with_when_they_are_merged(setup: Setup):
+    """Of attention, of feed-forward networks and of experts."""
+    before = deepcopy(setup.model)
+    trained = add_lora(deepcopy(setup.model), LoraSection(rank=4, alpha=8.0), seed=0)
+    generator = torch.Generator().manual_seed(12)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with pytest.raises(UserError, match="takes full weights, not an adapter alone") as error:
+        setup.engine.update_weights(stream_of(trained, lora="adapters"), setup.version + 1)
+    assert "rollout.lora=merged" in error.value.fix
+    stream = stream_of(trained, lora="merged")
+    setup.version += 1
+    verify(stream, setup.engine.update_weights(stream, setup.version), setup.version)
+    setup.model = merged(trained)
+    results = generate(setup.engine, requests(6))
+    assert gap(setup.model, requests(6), results) < TOLERANCE
+    assert gap(before, requests(6), results) > FAR
 
 
 @pytest.mark.vllm

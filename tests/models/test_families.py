@@ -31,7 +31,6 @@ from transformers import (
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections import LoraSection, OptimSection
 from hybridflow.engines.local import LocalEngine
@@ -39,6 +38,7 @@ from hybridflow.errors import UserError
 from hybridflow.models import families
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.families import KNOWN, use_packing
+from hybridflow.models.files import export_model, read_weights, write_weights
 from hybridflow.models.forward import packs, score_tokens
 from hybridflow.models.load import load_model, require_context
 from hybridflow.models.lora import add_lora, merged
@@ -99,12 +99,12 @@ def test_a_family_from_folder_to_export(kind: str, tmp_path: Path) -> None:
         last = engine.update(batch, Loss("cross_entropy")).metrics["actor/loss"]
     assert last < first - 0.1
 
-    export_model(model, tokenizer(), tmp_path / "end")  # type: ignore[arg-type]
+    export_model(model, tmp_path / "end")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
     with torch.no_grad():
         scores = score_tokens(model, batch, temperature=1.0, entropy="no")
         torch.testing.assert_close(own_scores(exported, batch), scores.logp_M, atol=1e-5, rtol=0)
-        write_weights(model, tokenizer(), tmp_path / "checkpoint")  # type: ignore[arg-type]
+        write_weights(model, tmp_path / "checkpoint")
         fresh, _ = load_model(str(tmp_path / "start"))
         read_weights(fresh, tmp_path / "checkpoint")
         for (name, p), q in zip(model.state_dict().items(), fresh.state_dict().values()):
@@ -129,10 +129,10 @@ def test_a_family_with_adapters(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(off_M, before_M, atol=1e-5, rtol=0)
         together_M = score_tokens(merged(model), batch, temperature=1.0, entropy="no").logp_M
         torch.testing.assert_close(together_M, adapted_M, atol=1e-5, rtol=0)
-        export_model(model, tokenizer(), tmp_path / "end")  # type: ignore[arg-type]
+        export_model(model, tmp_path / "end")
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
         torch.testing.assert_close(own_scores(exported, batch), adapted_M, atol=1e-5, rtol=0)
-        write_weights(model, tokenizer(), tmp_path / "checkpoint")  # type: ignore[arg-type]
+        write_weights(model, tmp_path / "checkpoint")
         fresh = add_lora(load_model(path)[0], LoraSection(rank=4), seed=1)
         read_weights(fresh, tmp_path / "checkpoint")
         resumed_M = score_tokens(fresh, batch, temperature=1.0, entropy="no").logp_M

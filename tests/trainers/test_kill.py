@@ -150,8 +150,8 @@ def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, tmp_path: Pat
     assert run(folder, "train", fault, more=PPO_CONFIG) == -signal.SIGKILL
     assert run(folder, "train", more=PPO_CONFIG) == 0
     assert_same_end(folder, reference)
-    for file in ("critic/model/model.safetensors", "critic/value_head.safetensors"):
-        ours, theirs = (load_file(f / f"run/checkpoints/step-{STEPS:06d}" / file) for f in (folder, reference))
+    for file in ("model/model.safetensors", "value_head.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(f / f"run/checkpoints/step-{STEPS:06d}/critic" / file) for f in (folder, reference))
         assert ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours), file
 
 

@@ -10,6 +10,7 @@ import torch
 
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
+from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
@@ -53,8 +54,9 @@ def one_step(run: RlRun, step: int, poisoned: int | None) -> list[int]:
 
 
 def weights(run: RlRun) -> list[torch.Tensor]:
-    moments = [t for kept in run.engine.state()["moments"].values() for t in kept.values()]
-    return [t.detach().clone() for t in [*run.model.parameters(), *moments]]
+    assert isinstance(run.engine, LocalEngine)
+    moments = [t for kept in run.engine.moments().values() for t in kept.values()]
+    return [t.detach().clone() for t in [*run.engine.model.parameters(), *moments]]
 
 
 def poisoned_steps(run: RlRun, rows: list[int]) -> None:

@@ -1,8 +1,7 @@
 """Checkpoints: a folder is complete or absent, and says so itself.
 
     checkpoints/step-000010/
-        model/ or adapter/      weights in Hugging Face (or peft) format
-        optimizer.safetensors   moments, by parameter
+        ...                     what the engines wrote
         state.json              step, data, counters
         manifest.json           size and hash of every file above
 
@@ -16,16 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
@@ -63,8 +59,7 @@ def save_checkpoint(
     checkpoints: Path,
     step: int,
     *,
-    write_weights: Callable[[Path], None],
-    engine_state: Mapping[str, Any],
+    write: Callable[[Path], None],
     run_state: Mapping[str, Any],
     keep: int,
     best: Best | None = None,
@@ -74,8 +69,7 @@ def save_checkpoint(
     Args:
         checkpoints: the run's ``checkpoints/``.
         step: the step that is done.
-        write_weights: writes the weights into the folder it is given.
-        engine_state: `TrainEngine.state`.
+        write: writes what the engines keep into the folder it is given.
         run_state: plain values: everything else.
         keep: how many of the newest to keep.
         best: the best step so far, this one or one that is saved already; ``best.json`` will name it.
@@ -83,39 +77,55 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or not writable. What was saved before still stands.
     """
-    target = step_folder(checkpoints, step)
-    aside = checkpoints / f".partial-{target.name}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_weights(aside)
-        fault_point("save", step)
-        moments = {f"{m}/{n}": t for n, kept in engine_state["moments"].items() for m, t in kept.items()}
-        save_file({k: t.detach().cpu().contiguous() for k, t in moments.items()}, aside / "optimizer.safetensors")
-        plain = {k: v for k, v in engine_state.items() if k != "moments"}
-        (aside / "state.json").write_text(json.dumps({"step": step, "engine": plain, "run": dict(run_state)}, indent=1))
-        _write_manifest(aside)
-        _sync_tree(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-        _sync_folder(checkpoints)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not disk_refused(error):
-            raise
+
+    def refused(error: Exception) -> UserError:
         stands = saved_steps(checkpoints) if checkpoints.is_dir() else []
-        raise UserError(
+        return UserError(
             f"the checkpoint of step {step} could not be saved: {error}",
             why=f"the checkpoint of step {stands[-1]} still stands" if stands else "there is no earlier checkpoint",
             fix=f"make room on the disk of {checkpoints} and run the same command again",
-        ) from error
+        )
+
+    target = step_folder(checkpoints, step)
+    with whole_folder(target, refused) as folder:
+        write(folder)
+        fault_point("save", step)
+        (folder / "state.json").write_text(json.dumps({"step": step, "run": dict(run_state)}, indent=1))
+        _write_manifest(folder)
     if best is not None:  # before the best one until now is deleted: what best.json names is always there
         write_best(checkpoints, best)
     for old in saved_steps(checkpoints)[:-keep]:
         if best is None or old != best.step:
             shutil.rmtree(step_folder(checkpoints, old))
     return target
+
+
+@contextmanager
+def whole_folder(target: Path, refused: Callable[[Exception], UserError]) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the place of `target` when all of it is on disk.
+
+    Args:
+        target: where it will stand; what stands there is replaced, or stays as it is after an error.
+        refused: what to say where the disk is full or not writable.
+
+    Raises:
+        UserError: what `refused` returns.
+    """
+    aside = target.with_name(f".partial-{target.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _sync_tree(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+        _sync_folder(target.parent)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not _disk_refused(error):
+            raise
+        raise refused(error) from error
 
 
 def write_best(checkpoints: Path, best: Best) -> None:
@@ -134,46 +144,20 @@ def read_best(checkpoints: Path) -> Best | None:
     return None
 
 
-def disk_refused(error: Exception) -> bool:
+def _disk_refused(error: Exception) -> bool:
     """Whether the disk is why writing failed: safetensors and tokenizers say so under types of their own."""
     return isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The engine's state and the run's state of a checkpoint, after every file was held against the manifest.
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The run's state of a checkpoint with its "step", after every file was held against the manifest.
 
     Raises:
         UserError: a file is missing, cut short or altered; the message names it.
     """
     _verify_manifest(folder)
     state = json.loads((folder / "state.json").read_text())
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        moment, _, name = key.partition("/")
-        moments.setdefault(name, {})[moment] = tensor
-    return state["engine"] | {"moments": moments}, state["run"] | {"step": state["step"]}
-
-
-def assign_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:
-    """Copies tensors into a model's state under the same names.
-
-    Raises:
-        UserError: names or shapes are another model's.
-    """
-    own = model.state_dict()
-    absent, strange = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    if absent or strange or shapes:
-        detail = [f"it lacks {absent[0]}"] if absent else []
-        detail += [f"it has {strange[0]}, which the model has not"] if strange else []
-        detail += [f"{n} is {tuple(tensors[n].shape)} there and {tuple(own[n].shape)} here" for n in shapes[:1]]
-        raise UserError(
-            f"the checkpoint {source} is from another model: {'; '.join(detail)}",
-            fix="give the model.path that the run began with, or another run.folder",
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    return {**state["run"], "step": state["step"]}
 
 
 def _write_manifest(folder: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
+
+if TYPE_CHECKING:  # the sections check themselves with this file
+    from hybridflow.config.sections import RlConfig, SftConfig
 
 ROLES = ("actor", "critic", "reference", "rollout")  # what can be placed; rewards are scored by the controller
 
@@ -16,12 +21,13 @@ class EngineSection(Section):
     """How a model is computed by the processes of its pool: what is sharded, and in which precision."""
 
     strategy: Literal["local", "fsdp2", "fsdp1"] = Field(
-        "local", description="local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it."
+        "local",
+        description="local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it.",
     )
     shard_size: PositiveInt | None = Field(
         None,
-        description="Processes that share one copy of the parameters (HSDP); unset: all of the pool. Fewer keep several "
-        "copies, and gradients are summed between them.",
+        description="Processes that share one copy of the parameters (HSDP); unset: all of the pool. Fewer keep "
+        "several copies, and gradients are summed between them.",
     )
     sequence_parallel: PositiveInt = Field(
         1,
@@ -67,11 +73,11 @@ class PlacementSection(Section):
         "auto",
         description="Who starts the processes. in_process: none, everything in this one; processes: this host; ray: a "
         "Ray cluster or a local instance of it; torchrun: they are started already. auto: torchrun where it started "
-        "us, in_process where no pool has more than one process, else processes.",
+        "us, in_process where the pools have one process together, else processes.",
     )
     pools: dict[str, PositiveInt] = Field(
         default_factory=dict,
-        description="Processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}. Empty: one process.",
+        description="Processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}. Empty: one.",
     )
     roles: dict[str, str] = Field(
         default_factory=dict,
@@ -102,8 +108,8 @@ class PlacementSection(Section):
             raise ValueError("placement.address is of a Ray cluster: set placement.backend=ray")
         if self.backend in ("processes", "ray") and not self.pools:
             raise ValueError(f"placement.backend is {self.backend}, but placement.pools is empty: give {{all: 2}}")
-        if self.backend == "in_process" and any(size > 1 for size in self.pools.values()):
-            raise ValueError("placement.backend in_process has one process: set placement.backend=processes or ray")
+        if self.backend == "in_process" and sum(self.pools.values()) > 1:
+            raise ValueError("placement.backend in_process is one process: set placement.backend=processes or ray")
         return self
 
     def pool_of(self, role: str) -> str | None:
@@ -111,3 +117,73 @@ class PlacementSection(Section):
         if not self.pools:
             return None
         return self.roles.get(role, next(iter(self.pools)))
+
+
+def check_placement(config: RlConfig | SftConfig) -> None:
+    """Holds the pools, and how each model is cut over them, together.
+
+    Raises:
+        ValueError: a pool has another size than a model needs; all that is wrong is told at once.
+    """
+    problems = [p for key, role, engine in engines_of(config) for p in _engine_in_pool(config, key, role, engine)]
+    p, rollout = config.placement, getattr(config, "rollout", None)
+    critic = getattr(config, "critic", None)
+    if critic is not None and critic.shared_trunk and p.pool_of("critic") != p.pool_of("actor"):
+        problems.append(
+            "critic.shared_trunk: the critic is the actor's own model, so placement.roles puts both in one pool"
+        )
+    adapters = config.model.lora is not None and getattr(config.model, "reference", None) is None
+    if adapters and rollout is not None and p.pool_of("reference") != p.pool_of("actor"):
+        problems.append(
+            "model.lora: the reference is the actor with its adapters switched off, so placement.roles puts both in "
+            "one pool; or name model.reference"
+        )
+    problems += [
+        f"{key}.sequence_parallel is {engine.sequence_parallel}, but with model.packing=false sequences are padded, "
+        "and padded tokens cannot be shared: leave one of them out"
+        for key, _, engine in engines_of(config)
+        if engine.sequence_parallel > 1 and not config.model.packing
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def engines_of(config: RlConfig | SftConfig) -> Iterator[tuple[str, str, EngineSection]]:
+    """The models that are computed: the key of each one's section, its role, and the section."""
+    yield "engine", "actor", config.engine
+    critic = getattr(config, "critic", None)
+    if critic is not None and not critic.shared_trunk:
+        yield ("engine" if critic.engine is None else "critic.engine"), "critic", critic.engine or config.engine
+    algorithm = getattr(config, "algorithm", None)
+    adapters_off = config.model.lora is not None and getattr(config.model, "reference", None) is None
+    if algorithm is not None and algorithm.needs_reference and not adapters_off:
+        own = getattr(config.model, "reference_engine", None)
+        yield ("engine" if own is None else "model.reference_engine"), "reference", own or config.engine
+
+
+def _engine_in_pool(config: RlConfig | SftConfig, key: str, role: str, engine: EngineSection) -> Iterator[str]:
+    pool = config.placement.pool_of(role)
+    if pool is None:
+        if engine.strategy != "local" and not started_by_torchrun():
+            yield (
+                f"{key}.strategy is {engine.strategy}, which cuts a model over processes: give placement.pools, such "
+                "as {all: 2}"
+            )
+        return
+    size = config.placement.pools[pool]
+    where = f"pool {pool!r} of the {role} has {size} process{'es' * (size > 1)}"
+    if engine.strategy == "local":
+        if size > 1:
+            yield (
+                f"{where}, but {key}.strategy local is for one: set {key}.strategy=fsdp2, or give the {role} a pool of "
+                "one"
+            )
+        return
+    for name, degree in [("shard_size", engine.shard_size), ("sequence_parallel", engine.sequence_parallel)]:
+        if degree is not None and size % degree:
+            yield f"{where}, which {key}.{name} {degree} does not divide"
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -25,6 +25,7 @@ from hybridflow.config.learning import FilterSection, ReweightSection
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.placement import EngineSection as EngineSection
 from hybridflow.config.placement import PlacementSection as PlacementSection
+from hybridflow.config.placement import check_placement
 from hybridflow.config.rewards import REWARDS
 from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
@@ -47,7 +48,9 @@ class RunSection(Section):
     max_minutes: PositiveFloat | None = Field(
         None, description="Wall-clock limit: when it is reached the run saves a checkpoint and says how to go on."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if any.")
+    device: Literal["auto", "cpu", "cuda", "npu"] = Field(
+        "auto", description="Where models run; auto takes an accelerator if any. cuda is AMD's ROCm too."
+    )
 
 
 class LoraSection(Section):
@@ -77,6 +80,11 @@ class ModelSection(Section):
         False,
         description="Keep only each layer's input for the backward pass and compute the rest again: less memory for "
         "long sequences, for one more forward pass.",
+    )
+    liger: bool = Field(
+        False,
+        description="Use Liger's fused kernels (norms, rotary embedding, gated layers) on a GPU; needs "
+        "hybridflow[liger].",
     )
     trust_remote_code: bool = Field(
         False, description="Run code that the model's folder brings along; only for code that you have read."
@@ -391,6 +399,7 @@ class RlConfig(Section):
                 "compares answers to one prompt: give at least 2"
             )
         check_algorithm(self)
+        check_placement(self)
         sequences = t.prompts_per_step * t.samples_per_prompt
         if t.sequences_per_update is not None and sequences % t.sequences_per_update:
             raise ValueError(
@@ -409,8 +418,11 @@ class RlConfig(Section):
                 )
         if self.data.train is None:
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
-        if self.rollout.engine == "vllm" and self.model.lora is not None:
-            raise ValueError("rollout.engine vllm cannot sample from adapters (model.lora): set rollout.engine=inline")
+        if self.rollout.engine == "vllm" and self.model.lora is not None and self.rollout.lora != "merged":
+            raise ValueError(
+                "rollout.engine vllm cannot sample from adapters (model.lora): set rollout.lora=merged, which adds them "
+                "into full weights, or rollout.engine=inline"
+            )
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
         if self.rollout.engine == "vllm":
@@ -436,6 +448,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> SftConfig:
         _steps_or_epochs(self.train)
+        check_placement(self)
         if self.checkpoint.best is not None:
             raise ValueError(
                 f"checkpoint.best is {self.checkpoint.best}, but supervised fine-tuning measures nothing held out; "

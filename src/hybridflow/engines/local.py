@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
-from hybridflow.engines.microbatch import accumulate_gradient, autocast_on, score_microbatches
-from hybridflow.models.value import ValueHead
+from hybridflow.engines.adam import AdamEngine, matrices
+from hybridflow.engines.microbatch import Passes, autocast_on
+from hybridflow.engines.scoring import TokenScorer
+from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
+from hybridflow.models.files import export_model, read_weights, write_weights
+from hybridflow.models.lora import has_adapters
+from hybridflow.models.value import ValueHead, read_value_head, write_value_head
 from hybridflow.protocols import Loss, Update, WeightStream
 from hybridflow.weights.stream import stream_of
 
 
-class LocalEngine:
+class LocalEngine(AdamEngine):
     """A `TrainEngine` around one model: AdamW on float32 master weights, bfloat16 compute on a GPU.
 
     Args:
@@ -45,83 +52,69 @@ class LocalEngine:
     ) -> None:
         self.model = model.to(device).train()
         self.value_head = None if value_head is None else value_head.to(device)
-        self.name = name
-        self.optim = optim
-        self.total_steps = total_steps
-        self.tokens_per_microbatch = tokens_per_microbatch
         self.device = torch.device(device)
-        self.steps_done = 0
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if value_head is not None:
-            self.trained |= {f"value_head.{n}": p for n, p in value_head.named_parameters()}
-        matrices = [p for p in self.trained.values() if p.ndim > 1]
-        others = [p for p in self.trained.values() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
+            trained |= {f"value_head.{n}": p for n, p in value_head.named_parameters()}
+        super().__init__(trained, optim, decayed=matrices(trained), total_steps=total_steps, name=name)
+        self.passes = Passes(
+            TokenScorer(model, value_head), model, tokens_per_microbatch, self.device, within=autocast_on(self.device)
         )
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """See `TrainEngine.score`."""
-        return score_microbatches(
-            self.model,
-            batch,
-            outputs,
-            temperature=temperature,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-            autocast=autocast_on(self.device),
-            value_head=self.value_head,
-        )
+        return self.passes.score(batch, outputs, temperature)
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """See `TrainEngine.update`."""
         if not len(batch):
             return Update({})  # nothing to learn from: no step, and the schedule stands still
         self.optimizer.zero_grad(set_to_none=True)
-        sums = accumulate_gradient(
-            self.model,
-            batch,
-            loss,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-            autocast=autocast_on(self.device),
-            value_head=self.value_head,
-        )
+        sums = self.passes.accumulate(batch, loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optim.clip_grad_norm))
-        lr = learning_rate(self.optim, self.steps_done, self.total_steps)
-        own = {"loss": sums.loss, "grad_norm": norm, "lr": lr}
-        metrics = sums.metrics() | {f"{self.name}/{key}": value for key, value in own.items()}
-        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            return Update(metrics, applied=False, bad_rows=sums.bad_rows)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.steps_done += 1
-        return Update(metrics)
+        return self.step(sums, norm)
 
-    def state(self) -> dict[str, Any]:
-        """See `TrainEngine.state`: the steps done and AdamW's moments, by parameter name."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.trained.items():
-            kept = self.optimizer.state.get(parameter, {})
-            moments[name] = {k: torch.as_tensor(v).detach() for k, v in kept.items()}
-        return {"steps_done": self.steps_done, "moments": moments}
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint has: adapters alone where they are trained, else parameters and buffers, each once."""
+        if has_adapters(self.model):
+            return {name: p.detach() for name, p in self.trained.items()}
+        saved = self.model.state_dict().keys()
+        own = {n: p.detach() for n, p in self.model.named_parameters()}
+        own |= {n: b for n, b in self.model.named_buffers() if n in saved}
+        return own | {n: p.detach() for n, p in self.trained.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path) -> None:
+        """See `TrainEngine.save`. Everything is in open formats: safetensors, and JSON for plain values."""
+        write_weights(self.model, folder)
+        if self.value_head is not None:
+            write_value_head(self.value_head, folder)
+        flat = {f"{kind}/{name}": t for name, kept in self.moments().items() for kind, t in kept.items()}
+        save_file({key: t.detach().cpu().contiguous() for key, t in flat.items()}, folder / MOMENTS)
+        (folder / PLAIN).write_text(json.dumps({"steps_done": self.steps_done}))
+
+    def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
-        self.steps_done = int(state["steps_done"])
-        for name, moments in state["moments"].items():
-            parameter = self.trained[name]
-            self.optimizer.state[parameter] = {
-                k: v.to(device=self.device if v.ndim else v.device).clone() for k, v in moments.items()
-            }
+        weights = self.weights()
+        require_kind(folder, adapters=has_adapters(self.model))
+        if (folder / SHARDS).is_dir():
+            moments = read_state(folder / SHARDS, weights, source=folder)
+        else:
+            read_weights(self.model, folder)
+            if self.value_head is not None:
+                read_value_head(self.value_head, folder)
+            moments = read_state(folder, weights, source=folder, weights_too=False)
+        self.optimizer.state.clear()
+        for name, kept in moments.items():
+            self.optimizer.state[self.trained[name]] = kept
+        self.steps_done = json.loads((folder / PLAIN).read_text())["steps_done"]
 
-    def stream_weights(self) -> WeightStream:
+    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """See `TrainEngine.export`."""
+        export_model(self.model, folder, dtype)
+
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
         """See `TrainEngine.stream_weights`."""
-        return stream_of(self.model, same_memory=True)
+        return stream_of(self.model, same_memory=lora is None, lora=lora)
 
     def to(self, where: Literal["device", "host"]) -> None:
         """See `TrainEngine.to`."""
@@ -129,18 +122,4 @@ class LocalEngine:
         self.model.to(target)
         if self.value_head is not None:
             self.value_head.to(target)
-        for moments in self.optimizer.state.values():
-            for name, value in moments.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    moments[name] = value.to(target)
-
-
-def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0): a linear warm-up, then the decay, ending at ``lr * min_lr_ratio``."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    done = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
-    if optim.schedule == "constant":
-        return optim.lr
-    share = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+        self.move_moments(target)

@@ -11,17 +11,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
-from hybridflow.batch import Batch, balanced_parts
+from hybridflow.balance import balanced_parts
+from hybridflow.batch import Batch
 from hybridflow.errors import UserError
-from hybridflow.models.forward import beginnings, hidden_states, packs, score_tokens
-from hybridflow.models.value import ValueHead
+from hybridflow.models.attention import similar
+from hybridflow.models.forward import beginnings, packs
 from hybridflow.protocols import Loss
 
 MODEL_COLUMNS = ("input_ids_T", "loss_mask_T", "group_B", "support_size_T", "support_ids_K")  # what scores depend on
@@ -44,74 +44,109 @@ class Sums:
         return dict(self.sums) | means | self.maxima
 
 
-def accumulate_gradient(
-    model: PreTrainedModel,
-    batch: Batch,
-    loss: Loss,
-    *,
-    tokens_per_microbatch: int,
-    autocast: Callable[[], AbstractContextManager[None]],
-    value_head: ValueHead | None = None,
-) -> Sums:
-    """Adds the gradient of the mini-batch's loss to the model's gradients.
+def joined(parts: Sequence[Sums]) -> Sums:
+    """The sums over all ranks; rows that are not finite stay with their rank."""
+    total = Sums()
+    for part in parts:
+        total.loss += part.loss
+        total.tokens += part.tokens
+        for name, value in part.sums.items():
+            total.sums[name] += value
+        for name, value in part.means.items():
+            total.means[name] += value
+        for name, value in part.maxima.items():
+            total.maxima[name] = max(total.maxima.get(name, -math.inf), value)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How an engine sends a batch through its model, some tokens at a time.
 
     Args:
-        model: the model; its gradients must be zero or hold other parts of the same mini-batch.
-        batch: sequences with their weight columns.
-        loss: which loss, with its parameters.
+        root: a `TokenScorer`, or what it became when it was sharded: called for every forward pass.
+        model: the model in it.
         tokens_per_microbatch: most tokens in one forward pass.
-        autocast: opens the precision that the forward pass runs in.
-        value_head: reads values, for the losses that learn them.
+        device: where scores are computed.
+        within: opened around every forward pass: its precision, where its activations are kept.
+        agree: from the passes that this rank needs to those that all ranks make together. A rank that needs fewer adds
+            some without sequences: weights are gathered, and gradients summed, by all ranks at once.
+        alike: all passes run every layer once, as ranks that gather its weights together must: a padded model, which
+            runs a layer for each length in a pass, gets passes of one length.
+        no_sync: opened around every forward and backward pass but the last: gradients are summed between ranks once.
     """
-    total = Sums()
-    batch = _sharing(model, batch)
-    for rows in microbatches(batch, tokens_per_microbatch):
-        part = batch.take(rows)
-        with telling_memory(part, tokens_per_microbatch):
-            with autocast():
-                index_M, scores = _scores(
-                    model,
-                    part,
-                    value_head,
-                    _outputs(loss),
-                    temperature=loss.params.get("temperature", 1.0),
-                    entropy_gradient=bool(loss.params.get("entropy_coef")),
-                )
-            columns = {n: part[n][index_M].to(model.device) for n in columns_of(loss) if n in part}
-            columns["sequence_T"] = part.sequence_of()[index_M].to(model.device)
+
+    root: torch.nn.Module
+    model: PreTrainedModel
+    tokens_per_microbatch: int
+    device: torch.device
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    agree: Callable[[int], int] = int
+    alike: bool = False
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def accumulate(self, batch: Batch, loss: Loss) -> Sums:
+        """Adds the gradient of a batch's loss to the model's gradients.
+
+        Args:
+            batch: sequences with their weight columns: a mini-batch, or this rank's part of one.
+            loss: which loss, with its parameters.
+        """
+        total = Sums()
+        batch = self._sharing(batch)
+        passes = self._rows(batch)
+        count = self.agree(len(passes))
+        for number in range(count):
+            rows = passes[number] if number < len(passes) else []
+            with nullcontext() if number == count - 1 else self.no_sync():
+                self._learn(batch.take(rows), loss, rows, total)
+        total.bad_rows.sort()
+        return total
+
+    def score(self, batch: Batch, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """Per-token columns of a batch without gradients: see `Scorer.score`."""
+        dtype = torch.promote_types(torch.float32, self.model.dtype)
+        result = {name: torch.zeros(batch.total(), dtype=dtype) for name in outputs}
+        positions = torch.arange(batch.total())
+        batch = batch.select([n for n in MODEL_COLUMNS if n in batch])
+        batch["position_T"] = positions
+        batch = self._sharing(batch)
+        passes = self._rows(batch)
+        for number in range(self.agree(len(passes))):
+            part = batch.take(passes[number] if number < len(passes) else [])
+            with telling_memory(part, self.tokens_per_microbatch), torch.no_grad(), self.within():
+                index_M, scores = self.root(part, outputs, temperature)
+            where = part["position_T"][index_M]
+            for name in outputs:
+                result[name][where] = scores[name].to("cpu", dtype)
+        return result
+
+    def _learn(self, part: Batch, loss: Loss, rows: list[int], total: Sums) -> None:
+        with telling_memory(part, self.tokens_per_microbatch):
+            with self.within():
+                index_M, scores = self._scores(part, loss)
+            columns = {n: part[n][index_M].to(self.device) for n in columns_of(loss) if n in part}
+            columns["sequence_T"] = part.sequence_of()[index_M].to(self.device)
             terms = LOSSES[loss.name](scores, columns, loss.params)
             terms.loss_M.sum().backward()
         _add(total, terms)
         total.bad_rows += _bad_rows(terms.loss_M.detach(), index_M, part, rows)
-    total.bad_rows.sort()
-    return total
 
+    def _scores(self, part: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+        temperature, entropy_gradient = loss.params.get("temperature", 1.0), bool(loss.params.get("entropy_coef"))
+        scores: tuple[Tensor, dict[str, Tensor]] = self.root(part, _outputs(loss), temperature, entropy_gradient)
+        return scores
 
-def score_microbatches(
-    model: PreTrainedModel,
-    batch: Batch,
-    outputs: Sequence[str],
-    *,
-    temperature: float,
-    tokens_per_microbatch: int,
-    autocast: Callable[[], AbstractContextManager[None]],
-    value_head: ValueHead | None = None,
-) -> dict[str, Tensor]:
-    """Per-token columns of a batch without gradients: see `TrainEngine.score`."""
-    dtype = torch.promote_types(torch.float32, model.dtype)
-    result = {name: torch.zeros(batch.total(), dtype=dtype) for name in outputs}
-    positions = torch.arange(batch.total())
-    batch = batch.select([n for n in MODEL_COLUMNS if n in batch])
-    batch["position_T"] = positions
-    batch = _sharing(model, batch)
-    for rows in microbatches(batch, tokens_per_microbatch):
-        part = batch.take(rows)
-        with telling_memory(part, tokens_per_microbatch), torch.no_grad(), autocast():
-            index_M, scores = _scores(model, part, value_head, outputs, temperature=temperature)
-        where = part["position_T"][index_M]
-        for name in outputs:
-            result[name][where] = scores[name].to("cpu", dtype)
-    return result
+    def _rows(self, batch: Batch) -> list[list[int]]:
+        passes = microbatches(batch, self.tokens_per_microbatch)
+        if packs(self.model) or not self.alike:
+            return passes
+        lengths = batch.lengths()
+        return [[rows[i] for i in bucket] for rows in passes for bucket in similar(lengths[rows])]
+
+    def _sharing(self, batch: Batch) -> Batch:
+        """The batch, without its groups where the model pads: padded sequences share no prompts."""
+        return batch if packs(self.model) else batch.select([name for name in batch if name != "group_B"])
 
 
 def microbatches(batch: Batch, budget: int) -> list[list[int]]:
@@ -149,9 +184,9 @@ def telling_memory(part: Batch, budget: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        lengths = part.lengths()
+        longest = max(part.lengths().tolist(), default=0)
         raise UserError(
-            f"a forward pass of {part.total()} tokens ({len(part)} sequences, the longest of {int(lengths.max())}) "
+            f"a forward pass of {part.total()} tokens ({len(part)} sequences, the longest of {longest}) "
             "does not fit into the GPU's memory",
             why=str(error).partition(". ")[0],
             fix=f"lower train.tokens_per_microbatch (it is {budget}) down to the longest sequence, set "
@@ -166,11 +201,6 @@ def autocast_on(device: torch.device) -> Callable[[], AbstractContextManager[Non
     return lambda: torch.autocast("cuda", dtype=torch.bfloat16)
 
 
-def _sharing(model: PreTrainedModel, batch: Batch) -> Batch:
-    """The batch, without its groups where the model pads: padded sequences share no prompts."""
-    return batch if packs(model) else batch.select([name for name in batch if name != "group_B"])
-
-
 def _outputs(loss: Loss) -> tuple[str, ...]:
     """The scores that a loss reads."""
     if loss.name == "value":
@@ -178,32 +208,6 @@ def _outputs(loss: Loss) -> tuple[str, ...]:
     if loss.name != "policy":
         return ("logp",)
     return ("logp", "entropy", "value") if loss.params.get("value_coef") else ("logp", "entropy")
-
-
-def _scores(
-    model: PreTrainedModel,
-    part: Batch,
-    value_head: ValueHead | None,
-    outputs: Sequence[str],
-    *,
-    temperature: float,
-    entropy_gradient: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scores asked for, by name, from one forward pass; values alone do without logits."""
-    assert value_head is not None or "value" not in outputs, "values need a value head"
-    if value_head is not None and tuple(outputs) == ("value",):
-        hidden_MD, index_M = hidden_states(model, part)
-        return index_M, {"value": value_head(hidden_MD)}
-    entropy: Literal["with gradient", "detached"] = "with gradient" if entropy_gradient else "detached"
-    scores = score_tokens(
-        model,
-        part,
-        temperature=temperature,
-        entropy=entropy if "entropy" in outputs else "no",
-        value_head=value_head if "value" in outputs else None,
-        sum_pi_squared="sum_pi_squared" in outputs,
-    )
-    return scores.index_M, scores.named()
 
 
 def _add(total: Sums, terms: Terms) -> None:

@@ -10,7 +10,28 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.engines.microbatch import autocast_on, score_microbatches
+from hybridflow.engines.microbatch import Passes, autocast_on
+from hybridflow.engines.scoring import TokenScorer
+from hybridflow.models.lora import has_adapters
+from hybridflow.protocols import Scorer
+
+
+class WithoutAdapters:
+    """A `Scorer` around an actor that trains adapters, switched off while it scores: the model that the run began with.
+
+    Args:
+        actor: a training engine of any kind.
+        model: its model, with adapters.
+    """
+
+    def __init__(self, actor: Scorer, model: PreTrainedModel) -> None:
+        assert has_adapters(model)
+        self.actor, self.model = actor, model
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """See `Scorer.score`."""
+        with self.model.disable_adapter():
+            return self.actor.score(batch, outputs, temperature=temperature)
 
 
 class LocalReference:
@@ -30,15 +51,11 @@ class LocalReference:
         self.adapted = hasattr(model, "peft_config")
         if not self.adapted:
             self.model.to(device).eval().requires_grad_(False)
+        self.scorer = TokenScorer(model)
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """See `Scorer.score`."""
+        device = self.model.device
+        passes = Passes(self.scorer, self.model, self.tokens_per_microbatch, device, within=autocast_on(device))
         with self.model.disable_adapter() if self.adapted else nullcontext():
-            return score_microbatches(
-                self.model,
-                batch,
-                outputs,
-                temperature=temperature,
-                tokens_per_microbatch=self.tokens_per_microbatch,
-                autocast=autocast_on(self.model.device),
-            )
+            return passes.score(batch, outputs, temperature)

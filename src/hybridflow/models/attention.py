@@ -219,6 +219,11 @@ class Shared:
     token_U: Tensor
     place_T: Tensor
 
+    def with_more(self, tokens: int) -> Shared:
+        """With so many tokens at the end that nothing else stands for."""
+        more, every, through = torch.arange(tokens), len(self.place_T), len(self.token_U)
+        return Shared(torch.cat([self.token_U, every + more]), torch.cat([self.place_T, through + more]))
+
 
 def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning_B: Tensor) -> Shared:
     """Lets sequences of one group share their first tokens.
@@ -241,13 +246,8 @@ def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning
     return Shared(through_T.nonzero()[:, 0], (through_T.cumsum(0) - 1)[source_T])
 
 
-def bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:
-    """How to gather T packed tokens into buckets ``[N, L]`` of similar lengths, and back.
-
-    Returns:
-        For each bucket the token indices ``[N, L]`` (padding repeats the sequence's last token), and for each of the T
-        tokens its row among all buckets' entries laid end to end.
-    """
+def similar(lengths: Tensor) -> list[list[int]]:
+    """Which sequences are padded together: those of similar lengths, the longest first."""
     order = torch.argsort(lengths, descending=True, stable=True)
     buckets: list[list[int]] = []
     for i in order.tolist():
@@ -256,6 +256,17 @@ def bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tens
             buckets[-1].append(i)
         else:
             buckets.append([i])
+    return buckets
+
+
+def bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:
+    """How to gather T packed tokens into buckets ``[N, L]`` of similar lengths, and back.
+
+    Returns:
+        For each bucket the token indices ``[N, L]`` (padding repeats the sequence's last token), and for each of the T
+        tokens its row among all buckets' entries laid end to end.
+    """
+    buckets = similar(lengths)
     gather, scatter = [], torch.empty(int(offsets[-1]), dtype=torch.int64)
     base = 0
     for bucket in buckets:

@@ -1,6 +1,7 @@
 """From ragged tokens to log-probabilities, through the model's own forward.
 
-Shapes: T tokens of all sequences, M tokens that are scored (masked in), V vocabulary.
+Shapes: T tokens of all sequences, U that go through the model, M tokens that are scored (masked in), m of them on this
+rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
+from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION, PackedLayout, shared_beginnings
 from hybridflow.models.head import output_head
 from hybridflow.models.log_probs import Entropy, support_of, token_logps, token_moments
 from hybridflow.models.padded import padded_states
+from hybridflow.models.ulysses import SequenceParallel, SlicedLayout
 
 
 @dataclass(slots=True)
@@ -56,6 +60,7 @@ def score_tokens(
     entropy: Entropy,
     value_head: Callable[[Tensor], Tensor] | None = None,
     sum_pi_squared: bool = False,
+    sp: SequenceParallel | None = None,
 ) -> TokenScores:
     """Log-probabilities of the scored tokens, from one forward pass; logits only where a token is scored.
 
@@ -66,63 +71,124 @@ def score_tokens(
         entropy: whether to compute the entropies too; "detached" spares their gradient.
         value_head: reads the state's value from the same hidden states ``[M, D]``; None for none.
         sum_pi_squared: whether to compute the sums of squared probabilities too; without gradients only.
+        sp: the ranks that share the pass, all with the same batch; each gets all scores. The gradients of a loss that
+            all of them compute from these are then to be summed over the ranks.
 
     Raises:
         ValueError: a sequence's first token is masked in; nothing predicts it.
     """
-    hidden_MD, index_M = hidden_states(model, batch)
-    head, target_M = output_head(model), batch["input_ids_T"][index_M].to(hidden_MD.device)
-    support = support_of(batch, index_M, hidden_MD.device)
-    value_M = None if value_head is None else value_head(hidden_MD)
+    states = hidden_states(model, batch, sp=sp)
+    hidden_mD, index_m = states.hidden_mD, states.index_m
+    head, target_m = output_head(model), batch["input_ids_T"][index_m].to(hidden_mD.device)
+    support = support_of(batch, index_m, hidden_mD.device)
+    value_M = None if value_head is None else states.whole(value_head(hidden_mD))
     if sum_pi_squared:
         assert not torch.is_grad_enabled(), "sums of squared probabilities have no gradient"
-        logp_M, entropy_M, squares_M = token_moments(
-            hidden_MD, head, target_M, temperature=temperature, support=support
-        )
-        return TokenScores(index_M, logp_M, None if entropy == "no" else entropy_M, value_M, squares_M)
-    logp_M, maybe_entropy_M = token_logps(
-        hidden_MD, head, target_M, temperature=temperature, entropy=entropy, support=support
+        moments = token_moments(hidden_mD, head, target_m, temperature=temperature, support=support)
+        logp_M, entropy_M, squares_M = (states.whole(score_m) for score_m in moments)
+        return TokenScores(states.index_M, logp_M, None if entropy == "no" else entropy_M, value_M, squares_M)
+    logp_m, entropy_m = token_logps(
+        hidden_mD, head, target_m, temperature=temperature, entropy=entropy, support=support
     )
-    return TokenScores(index_M, logp_M, maybe_entropy_M, value_M)
+    logp_M, maybe_entropy_M = states.whole(logp_m), None if entropy_m is None else states.whole(entropy_m)
+    return TokenScores(states.index_M, logp_M, maybe_entropy_M, value_M)
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def score_values(
+    model: PreTrainedModel,
+    batch: Batch,
+    value_head: Callable[[Tensor], Tensor],
+    *,
+    sp: SequenceParallel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``index_M``, and the values ``[M]`` of the states before the scored tokens: without any logits.
+
+    The arguments are those of `score_tokens`.
+    """
+    states = hidden_states(model, batch, sp=sp)
+    return states.index_M, states.whole(value_head(states.hidden_mD))
+
+
+@dataclass(slots=True)
+class States:
+    """The last hidden states before the scored tokens; where ranks share the tokens, each has its own.
+
+    Args:
+        hidden_mD: the states of this rank's m tokens, with a gradient.
+        index_M: where each of all M scored tokens stands on the batch's T axis.
+        own_m: which of the M this rank has; None: all of them.
+        sp: the ranks; None for one process.
+    """
+
+    hidden_mD: Tensor
+    index_M: Tensor
+    own_m: Tensor | None = None
+    sp: SequenceParallel | None = None
+
+    @property
+    def index_m(self) -> Tensor:
+        """Where this rank's scored tokens stand on the T axis."""
+        return self.index_M if self.own_m is None else self.index_M[self.own_m]
+
+    def whole(self, score_m: Tensor) -> Tensor:
+        """``[M]`` scores of all tokens, from those of this rank's."""
+        if self.sp is None or self.own_m is None:
+            return score_m
+        return self.sp.whole(score_m, self.own_m.to(score_m.device), len(self.index_M))
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, *, sp: SequenceParallel | None = None) -> States:
     """The last hidden state before every scored token, from one forward pass packed without padding.
 
-    A model that does not pack (``model.packing=false``) gets padded batches of similar lengths instead.
+    A model that does not pack (``model.packing=false``) gets padded batches of similar lengths instead. A batch without
+    sequences runs too, on a token that nothing is asked of: the gradients are then zero.
 
     Args:
         model: a model that `models.load` loaded; its output layer is not run.
         batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group share their prompt: it goes
             through the model once.
+        sp: the ranks that share the tokens; every rank calls with the same batch.
 
     Returns:
-        ``hidden_MD``, with a gradient, and ``index_M``: where each scored token stands on the T axis. The state of a
-        token is that of its predecessor, from which the token is predicted.
+        The states. That of a token is the one of its predecessor, from which the token is predicted.
 
     Raises:
         ValueError: a sequence's first token is masked in; nothing predicts it.
+        UserError: ranks share the tokens of a model that does not pack.
     """
     device = model.device
     offsets = batch.offsets["T"]
     index_M = batch["loss_mask_T"].nonzero()[:, 0]
     if torch.isin(offsets[:-1], index_M.cpu()).any():
         raise ValueError("the first token of a sequence is masked in, but nothing predicts it")
-    input_ids_T = batch["input_ids_T"].to(device)
+    ids_T, lengths, shared = batch["input_ids_T"], batch.lengths(), None
+    if "group_B" in batch and len(batch) and packs(model):
+        shared = shared_beginnings(ids_T, offsets, batch["group_B"], beginnings(batch))
+    place_T = torch.arange(len(ids_T)) if shared is None else shared.place_T
+    missing = (1 if sp is None else sp.size) - (len(ids_T) if shared is None else len(shared.token_U))
+    if missing > 0:  # a sequence more, so that every rank has a token
+        ids_T, lengths = F.pad(ids_T, (0, missing)), F.pad(lengths, (0, 1), value=missing)
+        shared = None if shared is None else shared.with_more(missing)
+    place_M = place_T[(index_M - 1).cpu()]
     if not packs(model):
-        return padded_states(trunk(model), input_ids_T, batch.lengths())[(index_M - 1).to(device)], index_M
-    shared = None
-    if "group_B" in batch:
-        shared = shared_beginnings(batch["input_ids_T"], offsets, batch["group_B"], beginnings(batch))
-    layout = PackedLayout(batch.lengths(), device, shared=shared)
-    hidden_TD = trunk(model)(
-        input_ids=(input_ids_T if shared is None else input_ids_T[shared.token_U.to(device)])[None],
-        position_ids=layout.position_ids,
-        use_cache=False,
-        layout=layout,
+        if sp is not None:
+            raise UserError(
+                f"the tokens of a padded {type(model).__name__} cannot be shared among {sp.size} processes",
+                why="sequence parallelism exchanges the tokens of packed sequences for attention heads",
+                fix="set engine.sequence_parallel=1, or model.packing=true where the model takes it",
+            )
+        return States(padded_states(trunk(model), ids_T.to(device), lengths)[place_M.to(device)], index_M)
+    packed = PackedLayout(lengths, device, shared=shared)
+    ids_U, own_m = ids_T if shared is None else ids_T[shared.token_U], None
+    if sp is not None:
+        start, stop = sp.bounds(len(ids_U))
+        own_m = ((place_M >= start) & (place_M < stop)).nonzero()[:, 0]
+        ids_U, place_M = ids_U[start:stop], place_M[own_m] - start
+    layout = packed if sp is None else SlicedLayout(packed, sp)
+    hidden_UD = trunk(model)(
+        input_ids=ids_U.to(device)[None], position_ids=layout.position_ids, use_cache=False, layout=layout
     ).last_hidden_state[0]
-    predictor_M = index_M - 1
-    return hidden_TD[(predictor_M if shared is None else shared.place_T[predictor_M]).to(device)], index_M
+    return States(hidden_UD[place_M.to(device)], index_M, own_m, sp)
 
 
 def packs(model: PreTrainedModel) -> bool:

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hybridflow.config.sections import LoraSection, ModelSection
 from hybridflow.errors import UserError
 from hybridflow.models.checkpointing import checkpoint_activations
+from hybridflow.models.liger import apply_liger, require_liger
 from hybridflow.models.load import load_model
 
 
@@ -49,11 +50,15 @@ def load_trainable(section: ModelSection, *, seed: int) -> tuple[PreTrainedModel
     """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
 
     Raises:
-        UserError: see `load_model`, `checkpoint_activations` and `add_lora`.
+        UserError: see `load_model`, `apply_liger`, `checkpoint_activations` and `add_lora`.
     """
+    if section.liger:
+        require_liger()  # before minutes of loading
     model, tokenizer = load_model(
         section.path, seed=seed, packing=section.packing, trust_remote_code=section.trust_remote_code
     )
+    if section.liger:
+        apply_liger(model)
     if section.activation_checkpointing:
         checkpoint_activations(model)
     return (model if section.lora is None else add_lora(model, section.lora, seed=seed)), tokenizer

@@ -50,7 +50,7 @@ def read_value_head(head: ValueHead, folder: Path) -> None:
     Raises:
         UserError: there is none, or it is of another size.
     """
-    tensors = load_file(folder / FILE) if (folder / FILE).is_file() else {}
+    tensors = read_value_tensors(folder)
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in head.named_parameters()}:
         raise UserError(
             f"the checkpoint {folder} has no value head of this size",
@@ -59,3 +59,8 @@ def read_value_head(head: ValueHead, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(tensors[name])
+
+
+def read_value_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors that `write_value_head` wrote; none where it did not."""
+    return load_file(folder / FILE) if (folder / FILE).is_file() else {}

@@ -1,4 +1,4 @@
-"""Generation in the training process, with the model being trained, on the same memory.
+"""Generation with a model of the training process itself: the one being trained, on the same memory, or a replica.
 
 Sequences enter and leave the running batch one by one: a finished one leaves at once (the last row of the cache takes
 its place), a waiting one enters as soon as the token budget allows. Requests with the same prompt share its prefill.
@@ -31,17 +31,18 @@ from hybridflow.rollout.decoder import Decoder, Steps, is_covered
 from hybridflow.rollout.job import Decode, Job
 from hybridflow.rollout.sampling import Rows, check_sampling
 from hybridflow.rollout.stopping import StopText
-from hybridflow.weights.stream import fingerprint
+from hybridflow.weights.stream import copy_weights, fingerprint
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one prefill; bounds its activations
 WIDTH_STEP = 16  # cache widths are multiples of this
 
 
 class InlineEngine:
-    """A `RolloutEngine` that runs the trainer's own module.
+    """A `RolloutEngine` that runs a module of its process.
 
     Args:
-        model: a model that `models.load` loaded, shared with the trainer.
+        model: a model that `models.load` loaded: the trainer's own, whose weight streams are of the same memory, or a
+            replica, which takes weights from other streams.
         max_cache_tokens: bound on the key-value cache: rows x width never exceeds it.
         decode: token ids to text; needed by requests with stop strings only.
         dtype: what matrix products are computed in; None is bfloat16 on a GPU, the model's own type elsewhere.
@@ -142,18 +143,16 @@ class InlineEngine:
         self.paused = False
 
     def update_weights(self, stream: WeightStream, version: int) -> Receipt:
-        """See `RolloutEngine.update_weights`. What is in flight is prefilled again: no cache of old weights stays."""
-        own = self.model.state_dict()
-        received: dict[str, int] = {}
-        num_bytes = 0
-        with torch.no_grad():
-            for name, tensor in stream.tensors:
-                if name not in own:
-                    continue  # the receipt will lack it, and verification says so
-                if not stream.same_memory:
-                    own[name].copy_(tensor)
-                    num_bytes += tensor.nbytes
-                received[name] = fingerprint(own[name])
+        """See `RolloutEngine.update_weights`. What is in flight is prefilled again: no cache of old weights stays.
+
+        Raises:
+            WeightSyncError: the stream is of another model than this one, or ends too early.
+        """
+        if stream.same_memory:
+            own = self.model.state_dict()
+            received, num_bytes = {n: fingerprint(own[n]) for n, _ in stream.tensors if n in own}, 0
+        else:
+            received, num_bytes = copy_weights(stream, self.model.state_dict())
         self._waiting.extendleft(reversed(self._rows.jobs))
         self._rows.keep([])
         self._free()

@@ -189,11 +189,14 @@ class VllmEngine:
         from the stream leaves the engine without usable weights: take another stream, or close it.
 
         Raises:
-            UserError: the stream carries an adapter.
+            UserError: the stream carries an adapter alone.
         """
         assert not self.asleep, "update_weights on a sleeping engine: wake it first"
         if stream.adapter is not None:
-            raise UserError(f"the vLLM engine cannot take weights of an adapter ({stream.adapter!r}) yet")
+            raise UserError(
+                "the vLLM engine takes full weights, not an adapter alone",
+                fix="publish adapters added into the weights: rollout.lora=merged",
+            )
         received: dict[str, int] = {}
         num_bytes = 0
 
@@ -201,7 +204,8 @@ class VllmEngine:
             nonlocal num_bytes
             for name, tensor in receive(stream, received):
                 num_bytes += tensor.nbytes
-                yield name, tensor
+                # vLLM holds on to what it gets until a layer is complete, and a bucket is filled again before that.
+                yield name, tensor if stream.same_memory else tensor.clone()
 
         # Only the layer-wise reload packs weights for the kernels again; loading into the model directly raises on
         # CPUs. What the stream lacks keeps its old packed copy, silently: the receipt then lacks it too.

@@ -21,6 +21,7 @@ from hybridflow.config.locate import is_function_reference
 from hybridflow.config.sections import EvalConfig
 from hybridflow.data.chat import render_prompt, require_template
 from hybridflow.data.prompts import load_prompts
+from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model, stop_ids
 from hybridflow.models.lora import load_trainable
@@ -30,7 +31,6 @@ from hybridflow.rewards.function import load_reward
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import inline_engine, training_sampling
-from hybridflow.trainers.lifecycle import pick_device
 
 DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
 
@@ -188,7 +188,7 @@ def ask(
             raise UserError(f"{name} is {value}, it must be at least {low}")
     model, tokenizer = load_model(model_at(model_path), seed=seed, packing=packing, trust_remote_code=trust_remote_code)
     require_template(tokenizer)
-    model.to(pick_device("auto"))
+    model.to(pick_device())
     stops, context = stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or math.inf
     requests = []
     for i, prompt in enumerate(prompts):

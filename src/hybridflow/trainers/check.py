@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Set
 from pathlib import Path
 
-import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.algorithms import ADVANTAGES
@@ -15,12 +14,14 @@ from hybridflow.config.sections import EvalConfig, ModelSection, RlConfig, SftCo
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
+from hybridflow.devices import pick_device
 from hybridflow.errors import UserError, nearest
 from hybridflow.models.load import causal_config, load_model, load_tokenizer
 from hybridflow.rewards.function import load_reward, score_of
 from hybridflow.trainers.ask import model_at
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import vote_in
+from hybridflow.trainers.placing import describe_placement
 from hybridflow.trainers.session import total_steps
 
 MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
@@ -33,8 +34,7 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
     Raises:
         UserError: the first thing that is wrong.
     """
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch finds no GPU", fix="set run.device=cpu or install a CUDA torch")
+    pick_device(config.run.device)  # refused if there is no such device
     if config.run.resume == "never" and (Path(config.run.folder) / "metrics.jsonl").exists():
         raise UserError(
             f"{config.run.folder} already holds a run, and run.resume is never",
@@ -44,6 +44,8 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
     tokenizer, vocabulary = _tokenizer_and_vocabulary(path, config.model, config.run.seed)
     yield f"model {config.model.path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
     yield from _check_vocabulary(path, tokenizer, vocabulary)
+    if not isinstance(config, EvalConfig):
+        yield from describe_placement(config)
     if isinstance(config, SftConfig):
         yield from _check_sft(config, tokenizer)
         return

@@ -1,4 +1,4 @@
-"""`hybridflow export`: a checkpoint as a plain Hugging Face folder."""
+"""What is trained as folders: in a checkpoint, and as a plain Hugging Face folder (`hybridflow export`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,39 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder
-from hybridflow.checkpoint.weights import export_model, read_weights
+from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder, whole_folder
 from hybridflow.config.sections import RlModelSection
 from hybridflow.errors import UserError
+from hybridflow.models.files import export_model, read_weights
 from hybridflow.models.lora import load_trainable
+from hybridflow.protocols import TrainEngine
+
+
+def save_engine(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes an engine into an empty folder of a checkpoint; a whole model gets its tokenizer beside it."""
+    engine.save(folder)
+    if (folder / "model").is_dir():
+        tokenizer.save_pretrained(folder / "model")
+
+
+def export_engine(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Writes an engine's model as a plain Hugging Face folder, adapters merged; an older one there is replaced.
+
+    Raises:
+        UserError: the disk is full or not writable; an older export still stands.
+    """
+    with whole_folder(target, lambda error: _refused(target, error)) as folder:
+        engine.export(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _refused(target: Path, error: Exception) -> UserError:
+    return UserError(
+        f"the model could not be written to {target}: {error}",
+        fix=f"make room on the disk of {target}, or give another folder",
+    )
 
 
 def export(
@@ -65,5 +92,7 @@ def export(
     else:
         model, tokenizer = load_trainable(section, seed=config["run"]["seed"])
         read_weights(model, folder)
-    export_model(model, tokenizer, target, dtype=getattr(torch, dtype))
+    with whole_folder(target, lambda error: _refused(target, error)) as aside:
+        export_model(model, aside, getattr(torch, dtype))
+        tokenizer.save_pretrained(aside)
     return {"folder": str(target), "step": step, "dtype": dtype}

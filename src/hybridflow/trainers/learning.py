@@ -27,7 +27,7 @@ from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey, token_keys
 from hybridflow.protocols import Group, TrainEngine
-from hybridflow.trainers.rl_run import updates_per_step
+from hybridflow.trainers.roles import updates_per_step
 
 # --- groups ---
 

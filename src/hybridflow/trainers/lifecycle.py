@@ -12,6 +12,8 @@ from types import FrameType, TracebackType
 
 import torch
 
+from hybridflow.devices import CPU, kind_of
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the run, and its checkpoint is saved: whoever called it is stopped too."""
@@ -93,14 +95,7 @@ def memory_metrics() -> dict[str, float]:
     """Peak memory of this process, in GB (2^30 bytes), under verl's names."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     metrics = {"perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if torch.cuda.is_available():
-        metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+    if kind_of() is not CPU:
+        metrics["perf/max_memory_allocated_gb"] = torch.accelerator.max_memory_allocated() / 2**30
+        metrics["perf/max_memory_reserved_gb"] = torch.accelerator.max_memory_reserved() / 2**30
     return metrics
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device of ``run.device``: a GPU if there is one and nothing else was asked for."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)

@@ -37,7 +37,8 @@ from hybridflow.trainers.learning import (
     with_current,
 )
 from hybridflow.trainers.lifecycle import memory_metrics
-from hybridflow.trainers.rl_run import RlRun, open_run, sequences_per_update
+from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.roles import sequences_per_update
 
 
 def train(config: RlConfig) -> Path:
@@ -169,7 +170,8 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
                 write_rollouts(
                     run.folder.path / f"rollouts/step-{step:06d}.parquet", _records(run, step, groups, batch)
                 )
-    times = run.clock.take() | memory_metrics()
+    times = run.clock.take()
+    metrics = memory_metrics() | metrics  # of workers, where there are some, rather than of this process
     if batch is not None:
         metrics |= {
             "training/epoch": run.sampler.drawn // len(run.prompts),

@@ -8,31 +8,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from hybridflow.algorithms.kl import KlController
 from hybridflow.checkpoint.journal import Journal
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import saved_steps, write_best
-from hybridflow.checkpoint.weights import export_model
 from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
-from hybridflow.engines.local import LocalEngine
-from hybridflow.models.load import require_context, stop_ids
-from hybridflow.models.lora import load_trainable
-from hybridflow.models.value import value_head
+from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import RolloutEngine, Scorer
 from hybridflow.rewards.function import RewardFunction, load_reward
 from hybridflow.rollout.groups import GroupSource
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
-from hybridflow.trainers.critic import Critic, make_critic, make_reference
-from hybridflow.trainers.generation import inline_engine, training_sampling
-from hybridflow.trainers.lifecycle import StopRequest, pick_device
+from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_same_tokens
+from hybridflow.trainers.export import save_engine
+from hybridflow.trainers.generation import training_sampling
+from hybridflow.trainers.lifecycle import StopRequest
+from hybridflow.trainers.placing import Places
+from hybridflow.trainers.roles import actor_role
 from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.weights.stream import verify
 
@@ -71,7 +67,7 @@ class RlRun(Session):
     def take_measured(self) -> dict[str, float]:
         """What was measured of the step under way, which is then forgotten."""
         found, self.measured = self.measured, {}
-        return found
+        return found | self.places.take_metrics()
 
     def publish(self, version: int) -> None:
         """Sends the trainer's weights to the generation engine and holds its receipt against what was sent.
@@ -79,29 +75,22 @@ class RlRun(Session):
         Raises:
             WeightSyncError: the engine has other weights.
         """
-        stream = self.engine.stream_weights()
+        whole = self.config.rollout.engine == "vllm" and self.config.model.lora is not None  # it takes no adapters
+        stream = self.engine.stream_weights(lora="merged" if whole else None)
         verify(stream, self.rollout.update_weights(stream, version), version)
 
-    def write_weights(self, folder: Path) -> None:
-        """See `Session.write_weights`."""
-        super().write_weights(folder)
-        if self.critic is not None:
-            self.critic.write(folder)
+    def write_engines(self, folder: Path) -> None:
+        """See `Session.write_engines`. A critic with a model of its own has a part of its own, ``critic/``."""
+        super().write_engines(folder)
+        if self.critic is not None and not self.critic.shared:
+            (folder / "critic").mkdir()
+            save_engine(self.critic.engine, self.tokenizer, folder / "critic")
 
-    def read_weights(self, folder: Path) -> None:
-        """See `Session.read_weights`."""
-        super().read_weights(folder)
-        if self.critic is not None:
-            self.critic.read(folder)
-
-    def engine_state(self) -> dict[str, Any]:
-        """See `Session.engine_state`."""
-        own = super().engine_state()
-        return own if self.critic is None else self.critic.join_state(own)
-
-    def load_engine(self, state: dict[str, Any]) -> None:
-        """See `Session.load_engine`."""
-        super().load_engine(state if self.critic is None else self.critic.load_state(state))
+    def read_engines(self, folder: Path) -> None:
+        """See `Session.read_engines`."""
+        super().read_engines(folder)
+        if self.critic is not None and not self.critic.shared:
+            self.critic.engine.load(folder / "critic")
 
     def extra_state(self) -> dict[str, Any]:
         """The coefficient of the KL penalty, which an adaptive controller moves."""
@@ -146,30 +135,29 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    with opening(config) as (folder, stop, resolved):
-        return _assemble(config, folder, stop, resolved, reward)
+    with opening(config) as (folder, stop, places, resolved):
+        return _assemble(config, folder, stop, places, resolved, reward)
 
 
 def _assemble(
-    config: RlConfig, folder: RunFolder, stop: StopRequest, resolved: dict[str, Any], reward: Callable[..., Any] | None
+    config: RlConfig,
+    folder: RunFolder,
+    stop: StopRequest,
+    places: Places,
+    resolved: dict[str, Any],
+    reward: Callable[..., Any] | None,
 ) -> RlRun:
-    seed, t, a, c = config.run.seed, config.train, config.algorithm, config.critic
-    model, tokenizer = load_trainable(config.model, seed=seed)
-    require_context(model, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    seed, t, a = config.run.seed, config.train, config.algorithm
+    tokenizer = load_tokenizer(config.model.path, seed=seed, trust_remote_code=config.model.trust_remote_code)
+    require_same_tokens(config, tokenizer)
     assert config.data.train is not None
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
     scorer = RewardFunction(reward, reward.__name__) if reward else load_reward(config.reward.function)
-    engine = LocalEngine(
-        model,
-        config.optim,
-        total_steps=(steps - (c.warmup_steps if c else 0)) * updates_per_step(config),
-        tokens_per_microbatch=t.tokens_per_microbatch,
-        device=pick_device(config.run.device),
-        value_head=value_head(model) if c and c.shared_trunk else None,
-    )
-    rollout = make_rollout(config, model, tokenizer, folder.path)
+    role = actor_role(config, steps)
+    engine = places.trained(role)
+    rollout = places.rollout(config, role, engine, tokenizer, folder.path)
     journal = Journal(folder.path / "journal")
 
     def decode(token_ids: list[int]) -> str:
@@ -180,7 +168,7 @@ def _assemble(
         prompts.__getitem__,
         scorer,
         decode=decode,
-        sampling=training_sampling(config.rollout, stop_ids(model, tokenizer)),
+        sampling=training_sampling(config.rollout, places.stop_ids(engine, tokenizer)),
         samples=t.samples_per_prompt,
         seed=seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
@@ -191,7 +179,7 @@ def _assemble(
     run = RlRun(
         config=config,
         folder=folder,
-        model=model,
+        places=places,
         tokenizer=tokenizer,
         engine=engine,
         rollout=rollout,
@@ -202,8 +190,8 @@ def _assemble(
         sampler=prompts.sampler(seed=seed),
         journal=journal,
         decode=decode,
-        critic=make_critic(config, engine, tokenizer, steps=steps),
-        reference=make_reference(config, model, tokenizer, engine.device),
+        critic=make_critic(config, engine, places, steps=steps),
+        reference=make_reference(config, engine, places),
         kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
         trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),
         stop=stop,
@@ -218,30 +206,3 @@ def _assemble(
     run.publish(run.step)
     run.trackers.start(run.step)
     return run
-
-
-def sequences_per_update(config: RlConfig) -> int:
-    """Answers in one optimizer step: as configured, else all of a step's."""
-    t = config.train
-    return t.sequences_per_update or t.prompts_per_step * t.samples_per_prompt
-
-
-def updates_per_step(config: RlConfig) -> int:
-    """Optimizer steps that one step of the run makes."""
-    t = config.train
-    return t.epochs_per_step * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config))
-
-
-def make_rollout(
-    config: RlConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> RolloutEngine:
-    """The generation engine of ``rollout.engine``."""
-    r = config.rollout
-    if r.engine == "inline":
-        return inline_engine(model, tokenizer, r)
-    from hybridflow.rollout.vllm import VllmEngine  # vLLM is an extra, and takes seconds to import
-
-    start = folder / "rollout-model"  # vLLM starts from a folder; its weights are replaced by the first publication
-    export_model(model, tokenizer, start)
-    longest = config.data.max_prompt_tokens + r.max_response_tokens
-    return VllmEngine(start, max_model_len=longest, seed=config.run.seed, engine_args=r.engine_args)

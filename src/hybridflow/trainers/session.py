@@ -1,4 +1,4 @@
-"""What every run has: its folder, model and records, where it stands, and how it is saved and gone on with."""
+"""What every run has: its folder, engine and records, where it stands, and how it is saved and gone on with."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import Best, read_checkpoint, save_checkpoint, saved_steps, step_folder
-from hybridflow.checkpoint.weights import export_model, read_weights, write_weights
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.data.sampler import Sampler
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.protocols import TrainEngine, Update
 from hybridflow.rollout.groups import Stopped
+from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.trackers import Trackers
+from hybridflow.trainers.export import export_engine, save_engine
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
+from hybridflow.trainers.placing import Places, serve_torchrun
 
 NONFINITE_LIMIT = 3  # updates in a row
 
@@ -47,19 +48,28 @@ def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_st
 
 
 @contextmanager
-def opening(config: RlConfig | SftConfig) -> Iterator[tuple[RunFolder, StopRequest, dict[str, Any]]]:
-    """The run's folder, locked, its stop request and its plain configuration; the folder is let go of on an error.
+def opening(config: RlConfig | SftConfig) -> Iterator[tuple[RunFolder, StopRequest, Places, dict[str, Any]]]:
+    """The run's folder, locked, its stop request, its processes, and its plain configuration.
+
+    On an error the processes end and the folder is let go of. In a process that torchrun started as a worker this
+    serves the controller, and does not come back.
 
     Raises:
-        UserError: see `RunFolder`.
+        UserError: see `RunFolder` and `Places`.
     """
+    serve_torchrun(config.placement)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     stop = StopRequest(config.run.max_minutes)
     resolved = config.model_dump(mode="json")
     folder = RunFolder(Path(config.run.folder), resolved, resume=config.run.resume)
     try:
-        yield folder, stop, resolved
+        places = Places(config, EventLog(folder.path / "events.jsonl").append)
+        try:
+            yield folder, stop, places, resolved
+        except BaseException:
+            places.close()
+            raise
     except BaseException:
         folder.close()
         raise
@@ -73,7 +83,7 @@ class Session:
     """
 
     folder: RunFolder
-    model: PreTrainedModel
+    places: Places
     tokenizer: PreTrainedTokenizerBase
     engine: TrainEngine
     sampler: Sampler
@@ -109,6 +119,7 @@ class Session:
         finally:
             self.stop.__exit__(kind, error, trace)
             self.trackers.close(failed=error is not None and not isinstance(error, Stopped))
+            self.places.close()
             self.folder.close()
         return isinstance(error, Stopped)
 
@@ -120,6 +131,7 @@ class Session:
         """The steps still to do; each counts as done once the loop asks for the next."""
         while not self.done() and not self.stop.requested():
             self.drawn_before = self.sampler.drawn
+            self.places.begin_step(self.step + 1)
             yield self.step + 1
             self.step += 1
 
@@ -158,29 +170,20 @@ class Session:
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """Takes back what `extra_state` gave."""
 
-    def write_weights(self, folder: Path) -> None:
+    def write_engines(self, folder: Path) -> None:
         """Writes what is trained into a checkpoint."""
-        write_weights(self.model, self.tokenizer, folder)
+        save_engine(self.engine, self.tokenizer, folder)
 
-    def read_weights(self, folder: Path) -> None:
-        """Reads what `write_weights` wrote."""
-        read_weights(self.model, folder)
-
-    def engine_state(self) -> dict[str, Any]:
-        """`TrainEngine.state` of what is trained."""
-        return self.engine.state()
-
-    def load_engine(self, state: dict[str, Any]) -> None:
-        """Takes back what `engine_state` gave."""
-        self.engine.load(state)
+    def read_engines(self, folder: Path) -> None:
+        """Reads what `write_engines` wrote."""
+        self.engine.load(folder)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of a step."""
         save_checkpoint(
             self.folder.checkpoints,
             step,
-            write_weights=self.write_weights,
-            engine_state=self.engine_state(),
+            write=self.write_engines,
             run_state={
                 "drawn": self.sampler.drawn,
                 "data": self.data_fingerprint,
@@ -201,15 +204,14 @@ class Session:
         steps = saved_steps(self.folder.checkpoints)
         if steps:
             folder = step_folder(self.folder.checkpoints, steps[-1])
-            engine_state, run_state = read_checkpoint(folder)
+            run_state = read_checkpoint(folder)
             if run_state["data"] != self.data_fingerprint:
                 raise UserError(
                     f"the data in {self.data_source} is not what the run in {self.folder.path} began with",
                     why="going on would draw other rows than the records say",
                     fix="restore the data, or choose another run.folder",
                 )
-            self.read_weights(folder)
-            self.load_engine(engine_state)
+            self.read_engines(folder)
             self.sampler.drawn = run_state["drawn"]
             self.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
             self.load_extra(run_state)
@@ -239,7 +241,7 @@ class Session:
             self.save(self.step)
         fault_point("finish", self.step)
         if self.done():
-            export_model(self.model, self.tokenizer, self.folder.path / "model")
+            export_engine(self.engine, self.tokenizer, self.folder.path / "model")
             self.folder.note_export(self.step)
             self.trackers.events.append("done", f"{self.step} steps")
         else:

@@ -12,12 +12,12 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
 from hybridflow.config.sections import SftConfig
 from hybridflow.data.sft import SftSet, load_sft
-from hybridflow.engines.local import LocalEngine
 from hybridflow.faults import fault_point
-from hybridflow.models.lora import load_trainable
+from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import memory_metrics, pick_device
+from hybridflow.trainers.lifecycle import memory_metrics
+from hybridflow.trainers.roles import sft_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
@@ -89,8 +89,8 @@ def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
 
 def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
     """Writes what happened, and saves a checkpoint where it is due."""
-    times = run.clock.take() | memory_metrics()
-    metrics |= {
+    times = run.clock.take()
+    metrics = memory_metrics() | metrics | {
         "training/global_step": step,
         "train/global_tokens": batch.total(),
         "perf/throughput": batch.total() / times["timing_s/step"],
@@ -109,24 +109,17 @@ def open_sft(config: SftConfig) -> SftRun:
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    with opening(config) as (folder, stop, resolved):
-        seed = config.run.seed
-        model, tokenizer = load_trainable(config.model, seed=seed)
+    with opening(config) as (folder, stop, places, resolved):
+        seed, t, m = config.run.seed, config.train, config.model
+        tokenizer = load_tokenizer(m.path, seed=seed, trust_remote_code=m.trust_remote_code)
         data = load_sft(config.data, tokenizer, seed=seed)
-        t = config.train
         steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
-        engine = LocalEngine(
-            model,
-            config.optim,
-            total_steps=steps,
-            tokens_per_microbatch=t.tokens_per_microbatch,
-            device=pick_device(config.run.device),
-        )
+        engine = places.trained(sft_role(config, steps))
         trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="sft")
         run = SftRun(
             config=config,
             folder=folder,
-            model=model,
+            places=places,
             tokenizer=tokenizer,
             engine=engine,
             data=data,

@@ -11,6 +11,7 @@ from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.check import check
 from hybridflow.trainers.lifecycle import Interrupted
+from hybridflow.trainers.placing import serve_torchrun
 from hybridflow.trainers.rl import train
 from hybridflow.trainers.sft import train_sft
 from hybridflow.viewer.report import write_report
@@ -26,6 +27,7 @@ def start(config: RlConfig | SftConfig, *, again: str) -> int:
     Returns:
         0 when the run is done, 130 when it was stopped before its end.
     """
+    serve_torchrun(config.placement)
     for line in check(config):
         print(line)
     folder = Path(config.run.folder)

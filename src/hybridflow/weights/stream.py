@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.weights.adapters import ADAPTER, WRAPPED, adapted_weights, is_adapter, merge_adapters, plain_name
+
+PIECE = 1 << 20  # words of a tensor whose fingerprint is computed at once: bounds what it takes beside the tensor
+
+Gather = Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]]
 
 
 class WeightSyncError(RuntimeError):
@@ -22,32 +29,66 @@ def fingerprint(tensor: Tensor) -> int:
     2^64: changing, swapping or dropping any value changes it.
     """
     flat = tensor.detach().contiguous().view(-1)
-    if flat.element_size() == 8:
-        words = flat.view(torch.int64)
-    else:
-        words = flat.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()]).long()
-    position = torch.arange(len(words), device=words.device)
-    return int(((words + 1) * (2 * position + 1)).sum()) ^ (len(words) * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF)
+    flat = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()])
+    odd = 2 * torch.arange(min(PIECE, len(flat)), device=flat.device) + 1
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for first in range(0, len(flat), PIECE):
+        words = flat[first : first + PIECE].long() + 1
+        total += (words * odd[: len(words)]).sum() + 2 * first * words.sum()
+    return int(total) ^ (len(flat) * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF)
 
 
-def weight_names(model: PreTrainedModel) -> frozenset[str]:
+def weight_names(model: PreTrainedModel, lora: Literal["adapters", "merged"] | None = None) -> frozenset[str]:
     """Every name that a complete stream of this model holds: tied weights under each of their names."""
-    return frozenset(name for name, _ in _named_weights(model))
+    return _published_names(model.state_dict().keys(), lora)
 
 
-def stream_of(model: PreTrainedModel, *, same_memory: bool = False) -> WeightStream:
+def stream_of(
+    model: PreTrainedModel,
+    *,
+    same_memory: bool = False,
+    lora: Literal["adapters", "merged"] | None = None,
+    dtype: torch.dtype | None = None,
+    fingerprints: bool = True,
+    names: Iterable[str] | None = None,
+    gather: Gather | None = None,
+) -> WeightStream:
     """A stream of the model's weights under Hugging Face names; fingerprints are taken as tensors leave.
 
+    Parameters that are cut over processes leave whole: every process of the mesh must consume the stream, in lock step.
+    At any time one tensor is whole; tied weights are made whole once and leave under one name after the other.
+
     Args:
-        model: the model; with LoRA adapters, their tensors are part of the stream.
+        model: the model; its parameters may be DTensors.
         same_memory: the receiver computes with these very tensors.
+        lora: "adapters": the adapters alone, for a receiver that has the rest. "merged": plain full weights, each with
+            its adapter added in float32. None: everything that the model holds, under the model's own names.
+        dtype: what parameters are published in; None is as they are. Buffers always stay as they are.
+        fingerprints: whether they are taken: one process of several is enough.
+        names: of a model that `gather` reads: what it holds, under the names that it had before it was cut.
+        gather: yields these of its tensors, whole; for parameters that are no DTensors (FSDP1).
+
+    Raises:
+        UserError: "merged", and adapters of a kind that cannot be added to one weight.
     """
-    stream = WeightStream(tensors=iter(()), names=weight_names(model), same_memory=same_memory)
+    held = frozenset(model.state_dict().keys() if names is None else names)
+    wanted = frozenset(filter(is_adapter, held)) if lora == "adapters" else held
+    assert wanted, "a stream of adapters needs a model that has some"
+    stream = WeightStream(iter(()), _published_names(held, lora), same_memory=same_memory)
+    if lora == "adapters":
+        stream.adapter = ADAPTER
+    adapted = adapted_weights(model, held) if lora == "merged" else []
+    buffers = {plain_name(name.replace(WRAPPED, "")) for name, _ in model.named_buffers()}
 
     def leave() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _named_weights(model):
-            stream.published[name] = fingerprint(tensor)
+        tensors = (gather or _gatherer(model))(wanted)
+        for name, tensor in merge_adapters(tensors, adapted) if lora == "merged" else tensors:
+            if dtype is not None and tensor.is_floating_point() and plain_name(name) not in buffers:
+                tensor = tensor.to(dtype)
+            if fingerprints:
+                stream.published[name] = fingerprint(tensor)
             yield name, tensor
+            del tensor  # or it would live on beside the next one
 
     stream.tensors = leave()
     return stream
@@ -58,6 +99,49 @@ def receive(stream: WeightStream, received: dict[str, int]) -> Iterator[tuple[st
     for name, tensor in stream.tensors:
         received[name] = fingerprint(tensor)
         yield name, tensor
+        del tensor
+
+
+def copy_weights(stream: WeightStream, own: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Copies a stream into a model of the same kind, tensor by tensor.
+
+    Args:
+        stream: of all weights, or of adapters alone.
+        own: the model's ``state_dict()``.
+
+    Returns:
+        The fingerprint of every tensor, read back from the model's own memory, and the bytes received.
+
+    Raises:
+        WeightSyncError: names, shapes or types are not the model's, or tensors are missing. Names are compared before
+            anything is copied.
+    """
+    expected = frozenset(own if stream.adapter is None else filter(is_adapter, own))
+    _same_names(stream.names, expected)
+    received: dict[str, int] = {}
+    num_bytes = 0
+    with torch.no_grad():
+        for name, tensor in stream.tensors:
+            if name not in expected:
+                raise WeightSyncError(f"the generation engine's model has no tensor {name}")
+            target = own[name]
+            if target.shape != tensor.shape:
+                raise WeightSyncError(
+                    f"{name} arrives as {list(tensor.shape)}; the generation engine's is {list(target.shape)}"
+                )
+            if torch.promote_types(target.dtype, tensor.dtype) != target.dtype:
+                raise WeightSyncError(
+                    f"{name} arrives as {tensor.dtype}, and the generation engine keeps {target.dtype}, which is less: "
+                    "publish in that type"
+                )
+            target.copy_(tensor)
+            num_bytes += tensor.nbytes
+            received[name] = fingerprint(target.to(tensor.dtype))
+            del tensor
+    missing = sorted(expected - received.keys())
+    if missing:
+        raise WeightSyncError(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
+    return received, num_bytes
 
 
 def verify(stream: WeightStream, receipt: Receipt, version: int) -> None:
@@ -79,7 +163,40 @@ def verify(stream: WeightStream, receipt: Receipt, version: int) -> None:
         raise WeightSyncError("weights in the generation engine are not the trainer's: " + "; ".join(problems))
 
 
-def _named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    # state_dict, not named_parameters: it holds tied weights under every name, as engines need them.
-    for name, tensor in model.state_dict().items():
-        yield name, tensor.detach()
+def _published_names(held: Iterable[str], lora: Literal["adapters", "merged"] | None) -> frozenset[str]:
+    if lora == "merged":
+        return frozenset(plain_name(name) for name in held if not is_adapter(name))
+    return frozenset(filter(is_adapter, held) if lora == "adapters" else held)
+
+
+def _same_names(published: frozenset[str], expected: frozenset[str]) -> None:
+    problems = [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}"
+        for what, names in [
+            ("published tensors that it has not", published - expected),
+            ("tensors of its own that are not published", expected - published),
+        ]
+        if names
+    ]
+    if problems:
+        raise WeightSyncError("the generation engine's model is another one than the trainer's: " + "; ".join(problems))
+
+
+def _gatherer(model: PreTrainedModel) -> Gather:
+    """Gives this model's tensors, whole, in its own order; tied ones one after the other."""
+
+    def gather(wanted: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+        # state_dict, not named_parameters: it holds tied weights under every name, as engines need them.
+        same: dict[int, list[str]] = {}
+        values = {n: v for n, v in model.state_dict(keep_vars=True).items() if n in wanted}
+        for name, value in values.items():
+            same.setdefault(id(value), []).append(name)
+        for tied in same.values():
+            whole = values[tied[0]].detach()
+            if isinstance(whole, DTensor):  # of a model that is offloaded: gathered on the mesh's device
+                whole = whole.to(whole.device_mesh.device_type).full_tensor()
+            for name in tied:
+                yield name, whole
+            del whole
+
+    return gather

@@ -1,0 +1,387 @@
+"""Who starts the processes of a run, how calls get to them, and how an attempt ends when one of them fails.
+
+    with open_cluster(placement, device="cpu") as cluster:
+        actor = cluster.group("actor", Actor, "train", "path/of/model", mesh={"dp": 2})
+        update = actor.update(parts, loss)  # a method of Actor that is marked with `remote`
+
+**Back ends.** A `Backend` starts one process for each `Place` and carries messages; everything else is here. It needs
+seven things: `check` what it lacks, `start`, `send` a request to a place, `receive` what has come from any of them,
+`box` (what a dead process was doing), `kill`, `close`. In a process runs a `worker.Host`, by `worker.serve` over a wire
+or, where messages come in another way, by `Host.perform`, `Host.answer` and `Host.standing`:
+
+- Requests to one place are performed in the order in which they were sent, one at a time. "where" is answered at once,
+  by another thread, while a call runs.
+- `send` must not wait for the place to be free, nor for the controller to receive. `Request.frames` is the encoded
+  message; one request object may go to many places, and is encoded once.
+- `receive` returns (place, answer) or, once for each place, (place, Lost) when a process has ended by itself.
+- After `kill`, or `close`, no process is left, also where the controller's own process is killed.
+
+Nothing here runs in a thread of its own: results are taken in while somebody waits for one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from hybridflow.config.placement import PlacementSection, started_by_torchrun
+from hybridflow.controller.codec import count_bytes
+from hybridflow.controller.dispatch import Call, Mesh
+from hybridflow.controller.failure import Evidence, first_cause
+from hybridflow.controller.group import Future, WorkerGroup
+from hybridflow.controller.messages import Answer, Lost, Place, Request
+from hybridflow.devices import CPU, count_devices, kind_of
+from hybridflow.errors import UserError, nearest
+
+GRACE_SECONDS = 0.5  # for what fails together with a failure that is a cause of its own
+SEARCH_SECONDS = 5.0  # for the cause of a failure that is a consequence, and for processes to say where they stand
+
+Events = Callable[[str, str], None]
+
+
+class Backend(Protocol):
+    """Starts processes and carries messages; see the head of this file.
+
+    Args:
+        passes_exceptions: workers run in this very call, and what they raise goes through to the caller.
+    """
+
+    passes_exceptions: bool
+
+    def check(self, places: Sequence[Place]) -> Iterable[str]:
+        """Before anything starts: warnings.
+
+        Raises:
+            UserError: something is lacking; says which pool lacks what.
+        """
+        ...
+
+    def start(self, places: Sequence[Place]) -> None:
+        """Starts all processes. They need not be ready when it returns."""
+        ...
+
+    def send(self, place: Place, request: Request) -> None:
+        """Hands a request to a process; one that is gone is told by `receive`."""
+        ...
+
+    def receive(self, timeout: float) -> Sequence[tuple[Place, Answer | Lost]]:
+        """Waits until something has come, or for so many seconds."""
+        ...
+
+    def box(self, place: Place) -> Mapping[str, Any]:
+        """What a process was doing last (see `worker.BlackBox`), alive or dead; empty where that is not known."""
+        ...
+
+    def kill(self) -> None:
+        """Ends all processes, within seconds, whatever they do."""
+        ...
+
+    def close(self) -> None:
+        """Ends all processes in order."""
+        ...
+
+
+class Cluster:
+    """The processes of all pools, seen from the controller. Made by `open_cluster`; use it as a context.
+
+    Args:
+        placement: the pools.
+        backend: what starts them.
+        events: told ("failure", report) and ("warning", text).
+
+    Attributes:
+        step: step of the run; workers and reports are told it.
+        bytes: of the tensors that went through the controller: "scalar" (one entry per sequence), "token", "other".
+    """
+
+    def __init__(self, placement: PlacementSection, backend: Backend, events: Events | None = None) -> None:
+        self.step = 0
+        self.bytes: Counter[str] = Counter()
+        self._backend, self._events = backend, events or _to_stderr
+        self._timeout = placement.timeout
+        self._places = {
+            pool: [place for place in places_of(placement.pools) if place.pool == pool] for pool in placement.pools
+        }
+        self._groups: dict[str, WorkerGroup] = {}
+        self._calls: dict[int, tuple[Future, list[Place]]] = {}  # and the places that have not answered yet
+        self._waiting: dict[Place, float] = {}  # places that owe an answer, and since when they are quiet
+        self._ids = 0
+        self._ended: UserError | None = None
+        everyone = [place for places in self._places.values() for place in places]
+        for warning in backend.check(everyone):
+            self._events("warning", warning)
+        backend.start(everyone)
+
+    def group(
+        self, name: str, cls: type, pool: str, *args: Any, mesh: Mapping[str, int] | None = None, **kwargs: Any
+    ) -> WorkerGroup:
+        """Makes ``cls(context, *args, **kwargs)`` in every process of a pool; returns when all are made.
+
+        Args:
+            name: of the group; unique.
+            cls: the workers' class; other processes find it by its module's name.
+            pool: where.
+            args: for the class.
+            mesh: sizes of named dimensions; {"dp": size of the pool} if left out.
+            kwargs: for the class.
+
+        Raises:
+            UserError: no such pool, or the mesh is of another size; or a worker raised it.
+            WorkerFailure: a worker failed.
+        """
+        if pool not in self._places:
+            raise UserError(f"the group {name!r} is to live in pool {pool!r}, which does not exist",
+                            fix=nearest(pool, self._places))  # fmt: skip
+        size = len(self._places[pool])
+        dims = Mesh({"dp": size} if mesh is None else mesh)
+        if dims.size != size:
+            text = " x ".join(f"{n} {dim}" for dim, n in dims.dims.items())
+            raise UserError(
+                f"the group {name!r} wants {text} = {dims.size} workers, and pool {pool!r} has {size} processes",
+                fix=f"set placement.pools.{pool}={dims.size}, or other degrees",
+            )
+        assert name not in self._groups, f"there is a group {name!r} already"
+        group = self._groups[name] = WorkerGroup(self, name, cls, pool, dims)
+        self.send(group, "", [(args, kwargs)] * size, list).result()
+        return group
+
+    def send(
+        self, group: WorkerGroup, method: str, calls: Sequence[Call | None], join: Callable[[list[Any]], Any]
+    ) -> Future:
+        """Sends the calls of a group to its ranks; without a method its workers are made."""
+        self._check_alive()
+        self._ids += 1
+        places = [place for place, call in zip(self._places[group.pool], calls, strict=True) if call is not None]
+        future = Future(self, [p.rank for p in places], len(calls), join)
+        requests: dict[Any, Request] = {}
+        mail: list[tuple[Place, Request]] = []
+        for place in places:
+            call = calls[place.rank]
+            assert call is not None
+            same = (tuple(id(a) for a in call[0]), tuple((name, id(a)) for name, a in call[1].items()))
+            if same not in requests:
+                kind: Literal["call", "create"] = "call" if method else "create"
+                more = None if method else group.cls
+                requests[same] = Request(self._ids, kind, group.name, method, self.step, call, more)
+            mail.append((place, requests[same]))
+        if self._backend.passes_exceptions:
+            return self._perform(future, mail)
+        for _, request in mail:
+            self._count(request.call)
+            assert request.frames  # what cannot be sent is told before anybody has got its part
+        self._calls[self._ids] = future, places
+        for place, request in mail:
+            self._waiting.setdefault(place, time.monotonic())
+            self._backend.send(place, request)
+        return future
+
+    def pump(self, seconds: float) -> None:
+        """Takes in what has come from the processes; waits at most so long for something.
+
+        Raises:
+            WorkerFailure: a worker has failed, and all processes have been ended.
+            UserError: a worker raised it.
+        """
+        self._check_alive()
+        evidence = Evidence()
+        for place, answer in self._backend.receive(seconds):
+            self._add(evidence, place, answer)
+        if evidence.count():
+            raise self._end(evidence)
+        if any(time.monotonic() - since > self._timeout for since in self._waiting.values()):
+            self._look_for_a_hang()
+
+    def close(self) -> None:
+        """Ends all processes in order; after a failure there is none left."""
+        if self._ended is None:
+            self._ended = UserError("the cluster is closed")
+            self._backend.close()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._ended is None:
+            self._ended = UserError("the cluster has ended")
+            self._backend.kill()  # workers may be in the middle of a call: they are not asked
+        self.close()
+
+    def _perform(self, future: Future, mail: Sequence[tuple[Place, Request]]) -> Future:
+        """Runs a call in this very call: what it raises goes through."""
+        for place, request in mail:
+            self._backend.send(place, request)
+            for _, answer in self._backend.receive(0):
+                assert isinstance(answer, Answer)
+                future.set(place.rank, answer.value)
+        return future
+
+    def _take(self, place: Place, answer: Answer) -> None:
+        if answer.id not in self._calls:
+            return  # where a process stood, told after it had mattered
+        future, missing = self._calls[answer.id]
+        self._count(answer.value)
+        missing.remove(place)
+        if not missing:
+            del self._calls[answer.id]
+        future.set(place.rank, answer.value)
+        if any(place in places for _, places in self._calls.values()):
+            self._waiting[place] = time.monotonic()
+        else:
+            del self._waiting[place]
+
+    def _count(self, value: Any) -> None:
+        for kind, size in count_bytes(value).items():
+            self.bytes[kind] += size
+
+    def _end(self, evidence: Evidence) -> UserError:
+        """Ends the attempt after a failure: finds the first cause, ends all processes, and returns the report."""
+        self._gather(evidence, GRACE_SECONDS, lambda: evidence.count() == sum(map(len, self._places.values())))
+        if not evidence.primary():
+            self._ask_where(evidence)
+            self._gather(evidence, SEARCH_SECONDS, lambda: evidence.primary() or bool(evidence.apart()))
+        return self._report(evidence)
+
+    def _look_for_a_hang(self) -> None:
+        """Ends the attempt if somebody is quiet for too long and nobody of its pool goes on."""
+        evidence = Evidence()
+        self._ask_where(evidence)
+        for place in list(self._waiting):
+            if place in evidence.standing:
+                self._waiting[place] = time.monotonic() - evidence.standing[place].idle
+        latest: dict[str, float] = {}
+        for place, since in self._waiting.items():
+            latest[place.pool] = max(since, latest.get(place.pool, since))
+        if evidence.count() or any(time.monotonic() - since > self._timeout for since in latest.values()):
+            raise self._report(evidence)
+
+    def _ask_where(self, evidence: Evidence) -> None:
+        """Has every process that owes an answer say where it stands."""
+        for place in self._waiting:
+            self._backend.send(place, Request(0, "where"))
+
+        def silent() -> list[Place]:
+            told = evidence.standing.keys() | evidence.failed.keys() | evidence.lost.keys()
+            return [place for place in self._waiting if place not in told]
+
+        self._gather(evidence, SEARCH_SECONDS, lambda: not silent())
+        evidence.silent = silent()
+
+    def _gather(self, evidence: Evidence, seconds: float, enough: Callable[[], bool]) -> None:
+        """Takes in what comes, for so long or until it is enough."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not enough():
+            for place, answer in self._backend.receive(0.1):
+                self._add(evidence, place, answer)
+
+    def _add(self, evidence: Evidence, place: Place, answer: Answer | Lost) -> None:
+        if isinstance(answer, Lost):
+            if place not in evidence.failed:
+                evidence.lost[place] = answer
+                evidence.boxes[place] = self._backend.box(place)
+        elif answer.kind == "failed":
+            evidence.failed.setdefault(place, answer.value)
+        elif answer.kind == "where":
+            evidence.standing[place] = answer.value
+        else:
+            self._take(place, answer)
+
+    def _report(self, evidence: Evidence) -> UserError:
+        for place in evidence.silent:
+            evidence.boxes[place] = self._backend.box(place)
+        report = first_cause(evidence, self._timeout)
+        self._ended = report
+        self._backend.kill()
+        self._events("failure", str(report))
+        return report
+
+    def _check_alive(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+
+def places_of(pools: Mapping[str, int]) -> list[Place]:
+    """The processes of all pools, in order."""
+    names = [(pool, rank, size) for pool, size in pools.items() for rank in range(size)]
+    return [Place(index, pool, rank, size) for index, (pool, rank, size) in enumerate(names)]
+
+
+def open_cluster(
+    placement: PlacementSection,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    preload: Sequence[str] = (),
+    events: Events | None = None,
+) -> Cluster:
+    """Starts the processes of all pools.
+
+    Args:
+        placement: pools, and who starts them. Without pools there is one, "all": this process, or all that torchrun
+            started.
+        device: ``run.device``.
+        threads: of each process; the cores are shared among them if left out.
+        preload: modules that every process needs: they are imported once where that is possible.
+        events: told kind and text of what a user should know; stderr if left out.
+
+    Raises:
+        UserError: a pool lacks devices, a port is taken, ...
+    """
+    if placement.backend == "auto":
+        kind = "in_process" if all(n == 1 for n in placement.pools.values()) else "processes"
+        placement = placement.model_copy(update={"backend": "torchrun" if started_by_torchrun() else kind})
+    if not placement.pools:
+        size = int(os.environ["WORLD_SIZE"]) if placement.backend == "torchrun" else 1
+        placement = placement.model_copy(update={"pools": {"all": size}})
+    if placement.backend == "torchrun":
+        from hybridflow.controller.torchrun import TorchrunBackend
+
+        torchrun = TorchrunBackend(placement, device, threads)
+        cluster = Cluster(placement, torchrun, events)
+        torchrun.attend(cluster.pump)
+        return cluster
+    if placement.backend == "in_process":
+        from hybridflow.controller.in_process import InProcessBackend
+
+        return Cluster(placement, InProcessBackend(device), events)
+    if placement.backend == "processes":
+        from hybridflow.controller.processes import ProcessesBackend
+
+        return Cluster(placement, ProcessesBackend(placement, device, threads, preload), events)
+    from hybridflow.controller.ray import RayBackend
+
+    return Cluster(placement, RayBackend(placement, device, threads), events)
+
+
+def check_devices(places: Sequence[Place], device: str) -> Iterable[str]:
+    """Holds the pools against the devices of one host: a warning for each core that is missing.
+
+    Raises:
+        UserError: there are fewer accelerators than processes.
+    """
+    kind = kind_of(device)
+    there = count_devices(kind)
+    if len(places) <= there:
+        return
+    pools = ", ".join(f"{pool} {sum(p.pool == pool for p in places)}" for pool in dict.fromkeys(p.pool for p in places))
+    if kind is CPU:
+        yield f"{len(places)} processes ({pools}) share {there} cores: each is slower than alone"
+        return
+    lacking = places[there]
+    left = sum(p.pool == lacking.pool for p in places[:there])
+    raise UserError(
+        f"pool {lacking.pool!r} lacks {lacking.size - left} devices: it needs {lacking.size}, and {left} are left",
+        why=f"this host has {there} ({kind.name}), and the pools need {len(places)} ({pools})",
+        fix="make placement.pools smaller, put roles into one pool, or use several hosts (placement.backend=ray)",
+    )
+
+
+def _to_stderr(kind: str, text: str) -> None:
+    if kind != "failure":  # that is raised as well
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)

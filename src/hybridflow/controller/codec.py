@@ -1,0 +1,168 @@
+"""Messages between processes: what is sent, how it becomes bytes, and what it counts as.
+
+A message is a list of buffers ("frames"): a pickle (protocol 5), and behind it the tensors, which are neither copied
+into the pickle nor out of the buffer that they were received in. Tensors travel by value, through host memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridflow.batch import Batch, axis_of
+
+Frame: TypeAlias = memoryview | bytes
+Frames: TypeAlias = Sequence[Frame]
+
+IN_PICKLE = 4096  # smaller tensors stay in the pickle: a frame of its own costs a system call
+PER_ENTRY = 8  # numbers that an entry of a column may have, to pass through the controller
+SMALL = 2**20  # a tensor of fewer bytes may have any shape
+PIECE = 2**30  # the most that one system call is asked to move: some systems take less than 2^31
+
+
+def encode(value: Any) -> list[Frame]:
+    """A message that `decode` gives back; tensors come back on the host, without gradients."""
+    frames: list[Frame] = []
+
+    def outside(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < IN_PICKLE:
+            return True
+        frames.append(raw)
+        return False
+
+    file = io.BytesIO()
+    _Pickler(file, protocol=5, buffer_callback=outside).dump(value)
+    return [file.getbuffer(), *frames]
+
+
+def decode(frames: Frames) -> Any:
+    """The value of a message. Its tensors live in the message's buffers."""
+    return pickle.loads(frames[0], buffers=frames[1:])
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return _tensor, (pickle.PickleBuffer(flat.numpy().data), value.dtype, tuple(value.shape))
+
+
+def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+# --- bytes by class ---
+
+
+def count_bytes(value: Any) -> dict[str, int]:
+    """Bytes of the tensors in a call or a result, by class: "scalar" (one entry per sequence), "token", "other".
+
+    Raises:
+        AssertionError: a heavy column is in it. Pixels, routing, hidden states, logits and weights go from worker to
+            worker; what one process passes on between all others would make every step wait for it.
+    """
+    counted = {"scalar": 0, "token": 0, "other": 0}
+    for name, tensor in _named_tensors("", value):
+        axis = axis_of(name)
+        per_entry = math.prod(tensor.shape[1:])
+        heavy = tensor.ndim >= 3 or per_entry > PER_ENTRY
+        assert not heavy or tensor.nbytes <= SMALL, (
+            f"{name or 'a tensor'} of shape {list(tensor.shape)} is heavy: it must not pass through the controller"
+        )
+        kind = "other" if axis is None else "scalar" if axis == "B" else "token"
+        counted[kind] += tensor.nbytes
+    return counted
+
+
+def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Batch):
+        yield from ((n, c) for n, c in value.columns.items() if isinstance(c, Tensor))
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _named_tensors(key if isinstance(key, str) else name, entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _named_tensors(name, entry)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _named_tensors(field.name, getattr(value, field.name))
+
+
+# --- over a connection ---
+
+
+class Wire:
+    """Messages over a connection between two processes. Several threads may send, one may receive."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._sending = threading.Lock()
+
+    def fileno(self) -> int:
+        """For `multiprocessing.connection.wait`."""
+        return self.connection.fileno()
+
+    def send(self, *frames: Frame) -> int:
+        """Sends a message; returns its bytes.
+
+        Raises:
+            OSError: the other side is gone.
+        """
+        sizes = [memoryview(frame).nbytes for frame in frames]
+        with self._sending:
+            _write(self.fileno(), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
+            for frame in frames:
+                _write(self.fileno(), frame)
+        return sum(sizes)
+
+    def receive(self) -> list[Frame]:
+        """Waits for a message.
+
+        Raises:
+            EOFError: the other side is gone.
+        """
+        (count,) = struct.unpack("<I", _read(self.fileno(), 4))
+        sizes = struct.unpack(f"<{count}Q", _read(self.fileno(), 8 * count))
+        return [_read(self.fileno(), size) for size in sizes]
+
+    def close(self) -> None:
+        """Hangs up: the other side reads an end of file."""
+        self.connection.close()
+
+
+def _write(file: int, frame: Frame) -> None:
+    view = memoryview(frame).cast("B") if memoryview(frame).nbytes else memoryview(b"")
+    while view:
+        view = view[os.write(file, view[:PIECE]) :]
+
+
+def _read(file: int, size: int) -> memoryview:
+    buffer = np.empty(size, dtype=np.uint8).data  # numpy does not fill it with zeros first, as bytearray does
+    at = 0
+    while at < size:
+        try:
+            got = os.readv(file, [buffer[at : at + PIECE]])
+        except ConnectionResetError:
+            got = 0
+        if not got:
+            raise EOFError
+        at += got
+    return buffer

@@ -1,0 +1,124 @@
+"""What the controller and its processes say to each other."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hybridflow.controller.codec import Frame, Frames, decode, encode
+from hybridflow.controller.dispatch import Call
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of all pools.
+
+    Args:
+        index: its number over all pools, in their order.
+        pool: name of its pool.
+        rank: its number in the pool.
+        size: processes of the pool.
+    """
+
+    index: int
+    pool: str
+    rank: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size} of pool {self.pool}"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of a run find each other: a TCPStore, and what they agree on beforehand.
+
+    Args:
+        host: of the store.
+        port: of the store.
+        prefix: of the run's keys in the store, which several runs may share.
+        timeout: seconds that a collective may take.
+    """
+
+    host: str
+    port: int
+    prefix: str
+    timeout: float
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a process is asked for. Equal requests to several processes are one object, and are encoded once.
+
+    Args:
+        id: number of the call; the answers bear it.
+        kind: "create" a worker, "call" a method of one, or tell "where" the process stands, which is answered while a
+            call runs.
+        group: name of the worker.
+        method: what to call.
+        step: step of the run.
+        call: the arguments; of "create", those of the class.
+        more: of "create", the class.
+    """
+
+    id: int
+    kind: Literal["create", "call", "where"]
+    group: str = ""
+    method: str = ""
+    step: int = 0
+    call: Call = ((), {})
+    more: Any = None
+
+    @functools.cached_property
+    def frames(self) -> list[Frame]:
+        """The message. What it is about comes first by itself, so that it can be read without the arguments."""
+        head = (self.id, self.kind, self.group, self.method, self.step)
+        return [pickle.dumps(head), *encode((self.call, self.more))]
+
+    @staticmethod
+    def head(frames: Frames) -> Request:
+        """The request without its arguments."""
+        number, kind, group, method, step = pickle.loads(frames[0])
+        return Request(number, kind, group, method, step)
+
+    @staticmethod
+    def read(frames: Frames) -> Request:
+        """The whole request."""
+        call, more = decode(frames[1:])
+        number, kind, group, method, step = pickle.loads(frames[0])
+        return Request(number, kind, group, method, step, call, more)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a process says to a request: its result, a `failure.Failed`, or a `failure.Standing`."""
+
+    id: int
+    kind: Literal["done", "failed", "where"]
+    value: Any
+
+    @functools.cached_property
+    def frames(self) -> list[Frame]:
+        """The message."""
+        return [pickle.dumps((self.id, self.kind)), *encode(self.value)]
+
+    @staticmethod
+    def read(frames: Frames) -> Answer:
+        """The answer of a message."""
+        number, kind = pickle.loads(frames[0])
+        return Answer(number, kind, decode(frames[1:]))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A process has ended without being asked to.
+
+    Args:
+        how: in words, such as "killed by signal 9 (SIGKILL)".
+        signal: the signal that ended it, where that is known.
+    """
+
+    how: str
+    signal: int | None = None

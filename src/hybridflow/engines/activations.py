@@ -1,0 +1,34 @@
+"""Activations in host memory until the backward pass reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+SMALL = 2**16  # bytes: moving less than this costs more than it frees
+
+
+@contextmanager
+def kept_on_host() -> Iterator[None]:
+    """What a forward pass within saves for its backward pass is moved to host memory, but for weights.
+
+    Weights are left out because they are not kept either: what shards them gathers them again.
+    """
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        base = tensor if tensor._base is None else tensor._base
+        if isinstance(base, torch.nn.Parameter) or tensor.nbytes < SMALL:
+            return tensor.device, tensor
+        pinned = torch.cuda.is_available()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return tensor.device, host.copy_(tensor, non_blocking=pinned)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=torch.cuda.is_available())
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

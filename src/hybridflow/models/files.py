@@ -1,0 +1,181 @@
+"""A model's weights on disk: whole or as adapters in a checkpoint, and as a plain Hugging Face folder for others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hybridflow.errors import UserError
+from hybridflow.models.lora import has_adapters, load_adapters, merged, save_adapters
+
+FILE_BYTES = 2 << 30  # of an exported file: it is put together in memory
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Writes ``model/`` (weights and config in Hugging Face's format), or ``adapter/`` where adapters are trained."""
+    if has_adapters(model):
+        save_adapters(model, folder / "adapter")
+    else:
+        model.save_pretrained(folder / "model")
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes what stands beside a model's weights in its folder: configurations, and code of its own."""
+    model.save_pretrained(folder, state_dict={})
+    (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of some versions, an empty one
+
+
+def read_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Reads what `write_weights` wrote into a model of the same shape.
+
+    Raises:
+        UserError: the checkpoint is another model's.
+    """
+    if has_adapters(model):
+        load_adapters(model, folder / "adapter")
+    else:
+        assign_weights(model, read_model(model, folder), source=folder)
+
+
+def read_model(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The whole weights in ``model/`` under the names of such a model, whatever names they have in the files."""
+    # Through from_pretrained, because saving may rename and regroup tensors (fused experts).
+    return dict(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+
+
+def read_adapters(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The whole adapters in ``adapter/`` under the names of the model, whatever names peft gives them in the file."""
+    import peft
+
+    saved = peft.load_peft_weights(str(folder / "adapter"), device="cpu")
+    names = [name for name in model.state_dict() if ".lora_" in name]
+    numbers = peft.get_peft_model_state_dict(model, state_dict={n: torch.tensor(i) for i, n in enumerate(names)})
+    own = {file_name: names[int(number)] for file_name, number in numbers.items()}
+    return {own.get(file_name, file_name): tensor for file_name, tensor in saved.items()}
+
+
+def other_kind(folder: Path, *, adapters: bool) -> UserError:
+    """What to say where a checkpoint has all weights and adapters are trained, or the other way round."""
+    other = "all weights" if adapters else "adapters only"
+    return UserError(
+        f"the checkpoint {folder} holds {other}, the configuration trains "
+        + ("adapters (model.lora)" if adapters else "all weights"),
+        fix="give the model.lora that the run began with, or another run.folder",
+    )
+
+
+def assign_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Copies tensors into a model's state under the same names.
+
+    Raises:
+        UserError: names or shapes are another model's.
+    """
+    own = model.state_dict()
+    require_same_shapes(
+        {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in tensors.items()}, source=source
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def require_same_shapes(
+    own: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], *, source: Path
+) -> None:
+    """Holds the names and shapes of a model's tensors against those of a checkpoint.
+
+    Raises:
+        UserError: they differ; the message names the first of each kind.
+    """
+    absent, strange = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    shapes = sorted(n for n in own.keys() & saved.keys() if own[n] != saved[n])
+    if absent or strange or shapes:
+        detail = [f"it lacks {absent[0]}"] if absent else []
+        detail += [f"it has {strange[0]}, which the model has not"] if strange else []
+        detail += [f"{n} is {saved[n]} there and {own[n]} here" for n in shapes[:1]]
+        raise UserError(
+            f"the checkpoint {source} is from another model: {'; '.join(detail)}",
+            fix="give the model.path that the run began with, or another run.folder",
+        )
+
+
+def export_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a plain Hugging Face folder without a tokenizer, adapters merged; the model is left as it is.
+
+    Args:
+        model: the trained model.
+        folder: an existing, empty folder.
+        dtype: precision of the written weights.
+    """
+    plain = merged(model)
+    plain.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in plain.state_dict().items()})
+    config = copy.deepcopy(plain.config)
+    config.dtype = dtype  # save_pretrained wrote the model's own, whatever the state's is
+    config.save_pretrained(folder)
+
+
+def write_streamed(
+    model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a plain Hugging Face folder from whole tensors that come one after the other, as `save_pretrained` would.
+
+    Of the tensors, no more than a file of `FILE_BYTES` and a layer are in memory at a time.
+
+    Args:
+        model: says what stands beside weights, and how tensors are named in files; its own tensors are not read.
+        tensors: under the model's names, each layer's together; tied ones may come under each of theirs.
+        folder: an existing, empty folder.
+        dtype: precision of the written weights.
+    """
+    write_config(model, folder)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    tied = model.all_tied_weights_keys.keys()
+    untied = ((name, tensor.to("cpu", dtype)) for name, tensor in tensors if name not in tied)
+    places: dict[str, int] = {}
+    waiting: dict[str, Tensor] = {}
+    files = sizes = 0
+
+    def write() -> None:
+        nonlocal files, waiting
+        save_file(waiting, folder / f"part-{files}", metadata={"format": "pt"})
+        places.update(dict.fromkeys(waiting, files))
+        files, waiting = files + 1, {}
+
+    for _, layer in groupby(untied, key=lambda entry: _layer_of(entry[0])):
+        # Files have other names and other shapes than modules (fused experts are apart): layer by layer, as reverting
+        # may need several tensors of a layer together.
+        for name, tensor in revert_weight_conversion(model, dict(layer)).items():
+            waiting[name] = tensor.contiguous()
+            sizes += tensor.nbytes
+            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
+                write()
+    if waiting:
+        write()
+    names = (
+        [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)] if files > 1 else [SAFE_WEIGHTS_NAME]
+    )
+    for i, name in enumerate(names):
+        (folder / f"part-{i}").rename(folder / name)
+    if files > 1:
+        index = {"metadata": {"total_size": sizes}, "weight_map": {n: names[i] for n, i in sorted(places.items())}}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _layer_of(name: str) -> str:
+    """What a tensor's name says up to the number of its layer; other tensors are by themselves."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else name

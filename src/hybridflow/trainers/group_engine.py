@@ -1,0 +1,255 @@
+"""Engines whose models live in worker groups: what the loop calls, and what it never notices.
+
+The controller cuts a batch into one part for every data-parallel place, balanced by the work in it, and sends each part
+the columns that are read there. Everything between ranks (gathered parameters, summed gradients) is the workers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybridflow.algorithms.losses import columns_of
+from hybridflow.balance import balanced_ranks, seqlen_metrics, sequence_costs
+from hybridflow.batch import Batch
+from hybridflow.controller.group import Future, WorkerGroup
+from hybridflow.engines.microbatch import MODEL_COLUMNS
+from hybridflow.protocols import Loss, Receipt, Request, Result, Update, WeightStream
+from hybridflow.weights.stream import verify
+from hybridflow.weights.transport import Receiver, open_receiver
+
+Transport = Literal["auto", "shared_memory", "broadcast"]
+SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
+
+
+class GroupScorer:
+    """A `Scorer` over a group of workers.
+
+    Args:
+        group: workers that have `score`, on a mesh with a dimension "dp".
+        whose: "own" scores, or those of the "reference": the same model without its adapters.
+    """
+
+    def __init__(self, group: WorkerGroup, whose: Literal["own", "reference"] = "own") -> None:
+        self.group, self.whose = group, whose
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """See `Scorer.score`."""
+        if not len(batch):
+            return {name: torch.zeros(0) for name in outputs}
+        rows = self.rows(batch)
+        sent = batch.select([name for name in MODEL_COLUMNS if name in batch])
+        scores = self.group.score([sent.take(r) for r in rows], list(outputs), temperature, self.whose)
+        sent["position_T"] = torch.arange(batch.total())
+        position_T = torch.cat([sent.take(r)["position_T"] for r in rows])
+        found = {}
+        for name in outputs:
+            column_T = torch.cat([score[name] for score in scores])
+            found[name] = torch.empty_like(column_T)
+            found[name][position_T] = column_T
+        return found
+
+    def rows(self, batch: Batch) -> list[list[int]]:
+        """The sequences of every data-parallel place."""
+        groups = batch["group_B"].tolist() if "group_B" in batch else None
+        return balanced_ranks(sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"], groups)
+
+
+class GroupEngine(GroupScorer):
+    """A `TrainEngine` over a group of workers.
+
+    Args:
+        group: `trainers.workers.EngineWorker`.
+        name: what its metrics begin with.
+        transport: how its weights travel to other processes.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, name: Literal["actor", "critic"] = "actor", *, transport: Transport = "auto"
+    ) -> None:
+        super().__init__(group)
+        self.name, self.transport = name, transport
+        self._receiver: Receiver | None = None
+
+    def update(self, batch: Batch, loss: Loss) -> Update:
+        """See `TrainEngine.update`."""
+        if not len(batch):
+            return Update({})
+        rows = self.rows(batch)
+        read = {*MODEL_COLUMNS, *columns_of(loss)}
+        sent = batch.select([name for name in batch if name in read])
+        updates: list[Update] = self.group.update([sent.take(r) for r in rows], loss, [len(r) for r in rows])
+        bad_rows = sorted(r[i] for r, update in zip(rows, updates) for i in update.bad_rows)
+        most = {key: max(u.metrics[key] for u in updates) for key in updates[0].metrics if key.startswith("perf/")}
+        metrics = updates[0].metrics | most  # the memory of the worker that has the most; all else is alike
+        if self.name == "actor":
+            metrics = metrics | seqlen_metrics(batch.lengths().tolist(), rows)
+        return Update(metrics, updates[0].applied, bad_rows)
+
+    def save(self, folder: Path) -> None:
+        """See `TrainEngine.save`."""
+        self.group.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """See `TrainEngine.load`."""
+        self.group.load(folder)
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """See `TrainEngine.export`."""
+        self.group.export(folder, dtype)
+
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
+        """See `TrainEngine.stream_weights`: nothing moves before somebody takes it. The workers know what adapters do."""
+        assert lora != "adapters"
+        stream = RemoteStream(iter(()), self.group.weight_names(), group=self.group)
+        stream.tensors = self._arriving(stream)
+        return stream
+
+    def to(self, where: Literal["device", "host"]) -> None:
+        """See `TrainEngine.to`."""
+        self.group.to(where)
+
+    def _arriving(self, stream: WeightStream) -> Iterator[tuple[str, Tensor]]:
+        """The weights in the controller's process: for an engine that lives here (vLLM)."""
+        if self._receiver is None:
+            self._receiver = open_receiver(self.group.open_weights(1, self.transport), 0)
+        sent = self.group.send_weights.later()
+        yield from self._receiver.receive().tensors
+        stream.published.update(sent.result()[0])
+
+
+@dataclass(slots=True)
+class RemoteStream(WeightStream):
+    """Weights that are still with their workers."""
+
+    group: WorkerGroup | None = None
+
+
+class GroupRollout:
+    """A `RolloutEngine` over replicas in a pool: each answers its share of the prompts.
+
+    Replicas generate for a moment, hand over what has ended, and go on while the controller scores it. What a replica
+    gets is decided by the requests alone, so tokens and the company that they were computed in repeat.
+
+    Args:
+        group: `trainers.workers.RolloutWorker`.
+        transport: how weights travel to it from other pools.
+    """
+
+    def __init__(self, group: WorkerGroup, *, transport: Transport = "auto") -> None:
+        self.group, self.transport = group, transport
+        self._next = 0
+        self._queue: list[tuple[int, Request]] = []
+        self._in_flight: set[int] = set()
+        self._channel: str | None = None  # where weights of another pool come from
+        self._slice: Future | None = None  # under way in the replicas
+        self._ready: list[Result] = []
+
+    def submit(self, request: Request) -> int:
+        """See `RolloutEngine.submit`."""
+        self._next += 1
+        self._queue.append((self._next, request))
+        self._in_flight.add(self._next)
+        return self._next
+
+    def wait(self) -> list[Result]:
+        """See `RolloutEngine.wait`."""
+        while not self._ready and self._in_flight:
+            self._advance()
+        ready, self._ready = self._ready, []
+        if self._in_flight and self._slice is None:
+            self._begin()
+        return ready
+
+    def abort(self, handles: Iterable[int]) -> list[Result]:
+        """See `RolloutEngine.abort`."""
+        if self._slice is not None:
+            self._finish()
+        wanted = set(handles)
+        never = [h for h, _ in self._queue if h in wanted]
+        self._queue = [(h, r) for h, r in self._queue if h not in wanted]
+        done = [result for part in self.group.abort(sorted(wanted)) for result in part]
+        done += [result for result in self._ready if result.handle in wanted]
+        self._ready = [result for result in self._ready if result.handle not in wanted]
+        self._in_flight -= wanted
+        return done + [Result(h, [], [], "abort", []) for h in never]
+
+    def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        self._settle()
+        self.group.pause()
+
+    def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        self.group.resume()
+
+    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
+        """See `RolloutEngine.update_weights`: every replica's receipt is held against the stream; one is returned."""
+        assert isinstance(stream, RemoteStream) and stream.group is not None, "replicas take weights from workers"
+        self._settle()
+        if stream.group.pool == self.group.pool:
+            answers = self.group.take_weights(stream.group.name, version)
+            receipts, published = [receipt for receipt, _ in answers], answers[0][1]
+        else:
+            if self._channel is None:
+                self._channel = stream.group.open_weights(self.group.world_size, self.transport)
+            sent = stream.group.send_weights.later()
+            receipts = self.group.receive_weights(self._channel, version)
+            published = sent.result()[0]
+        stream.published.update(published)
+        for receipt in receipts:
+            verify(stream, receipt, version)
+        return receipts[0]
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        assert not self._in_flight, "sleep with requests in flight"
+        self.group.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self.group.wake()
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`: the processes end with their cluster."""
+
+    def _advance(self) -> None:
+        if self._slice is None:
+            self._begin()
+        self._finish()
+
+    def _begin(self) -> None:
+        shares = shares_of(self._queue, self.group.world_size)
+        self._queue = []
+        self._slice = self.group.advance.later(shares, [SLICE_SECONDS] * len(shares))
+
+    def _finish(self) -> None:
+        assert self._slice is not None
+        under_way, self._slice = self._slice, None
+        for results in under_way.result():
+            for result in results:
+                self._in_flight.discard(result.handle)
+                self._ready.append(result)
+
+    def _settle(self) -> None:
+        """Waits for the moment of generation that is under way, if any: commands reach replicas in order."""
+        if self._slice is not None:
+            self._finish()
+
+
+def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:
+    """The requests of every replica: those of one prompt together, as many tokens to each as can be told beforehand."""
+    prompts: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
+    for handle, request in queue:
+        prompts.setdefault(request.prompt_ids, []).append((handle, request))
+    costs = [
+        len(prompt) + sum(r.sampling.max_tokens - len(r.generated_ids) for _, r in asked)
+        for prompt, asked in prompts.items()
+    ]
+    together = list(prompts.values())
+    return [[entry for i in rows for entry in together[i]] for rows in balanced_ranks(costs, replicas)]

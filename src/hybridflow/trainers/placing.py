@@ -1,0 +1,174 @@
+"""Where a run's models are: in this process, or in the worker groups of a cluster. The loop cannot tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.config.placement import PlacementSection, engines_of, started_by_torchrun
+from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.controller.group import WorkerGroup
+from hybridflow.controller.torchrun import serve
+from hybridflow.devices import pick_device
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.reference import LocalReference
+from hybridflow.models.load import stop_ids
+from hybridflow.protocols import RolloutEngine, Scorer, TrainEngine
+from hybridflow.trainers.export import export_engine
+from hybridflow.trainers.generation import inline_engine
+from hybridflow.trainers.group_engine import GroupEngine, GroupRollout, GroupScorer
+from hybridflow.trainers.roles import Role, local_engine, local_reference, longest_sequence
+from hybridflow.trainers.workers import EngineWorker, ReferenceWorker, RolloutWorker
+
+
+class Places:
+    """Builds each model of a run where the configuration puts it; use it as a context.
+
+    Args:
+        config: the configuration.
+        events: told (kind, text) of what happens to processes.
+
+    Raises:
+        UserError: there are not enough devices, a port is taken, no cluster answers, ...
+    """
+
+    def __init__(self, config: RlConfig | SftConfig, events: Callable[[str, str], None]) -> None:
+        self.placement, self.device = resolved_placement(config.placement), config.run.device
+        self.cluster: Cluster | None = None
+        if self.placement.pools:
+            self.cluster = open_cluster(self.placement, device=self.device, events=events)
+
+    def __enter__(self) -> Places:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes, if there are any."""
+        if self.cluster is not None:
+            self.cluster.close()
+
+    def begin_step(self, step: int) -> None:
+        """Tells the processes which step is under way, for reports and fault points."""
+        if self.cluster is not None:
+            self.cluster.step = step
+
+    def take_metrics(self) -> dict[str, float]:
+        """Bytes that passed through the controller since the last call, by class."""
+        if self.cluster is None:
+            return {}
+        found = {f"controller/bytes/{kind}": float(count) for kind, count in self.cluster.bytes.items()}
+        self.cluster.bytes.clear()
+        return found
+
+    def trained(self, role: Role) -> TrainEngine:
+        """A model that is trained.
+
+        Raises:
+            UserError: it cannot be loaded, or not be cut as its engine section says.
+        """
+        if self.cluster is None:
+            return local_engine(role, pick_device(self.device))
+        assert role.name != "reference"
+        return GroupEngine(self._group(role, EngineWorker), role.name, transport=self.placement.transport)
+
+    def reference(self, role: Role) -> Scorer:
+        """A model of its own that is never trained.
+
+        Raises:
+            UserError: it cannot be loaded, or not be cut as its engine section says.
+        """
+        if self.cluster is None:
+            return local_reference(role, pick_device(self.device))
+        return GroupScorer(self._group(role, ReferenceWorker))
+
+    def adapters_off(self, actor: TrainEngine) -> Scorer:
+        """The actor without its adapters: the model that the run began with."""
+        if isinstance(actor, GroupEngine):
+            return GroupScorer(actor.group, "reference")
+        assert isinstance(actor, LocalEngine)
+        return LocalReference(actor.model, tokens_per_microbatch=actor.passes.tokens_per_microbatch)
+
+    def rollout(
+        self, config: RlConfig, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> RolloutEngine:
+        """The generation engine of ``rollout.engine``.
+
+        Args:
+            config: the configuration.
+            role: the actor's.
+            actor: whose weights it will sample with.
+            tokenizer: reads answers, where they end by their text.
+            folder: the run's.
+        """
+        r = config.rollout
+        if r.engine == "inline" and self.cluster is not None:
+            pool = self.placement.pool_of("rollout")
+            assert pool is not None
+            group = self.cluster.group("rollout", RolloutWorker, pool, role, r)
+            return GroupRollout(group, transport=self.placement.transport)
+        if r.engine == "inline":
+            assert isinstance(actor, LocalEngine)
+            return inline_engine(actor.model, tokenizer, r)
+        from hybridflow.rollout.vllm import VllmEngine  # vLLM is an extra, and takes seconds to import
+
+        start = folder / "rollout-model"  # vLLM starts from a folder; its weights are replaced by the first publication
+        export_engine(actor, tokenizer, start)
+        longest = longest_sequence(config)
+        return VllmEngine(start, max_model_len=longest, seed=config.run.seed, engine_args=r.engine_args)
+
+    def stop_ids(self, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Token ids that end an answer of this model."""
+        if isinstance(actor, GroupEngine):
+            return actor.group.stop_ids()
+        assert isinstance(actor, LocalEngine)
+        return stop_ids(actor.model, tokenizer)
+
+    def _group(self, role: Role, cls: type) -> WorkerGroup:
+        assert self.cluster is not None
+        pool = self.placement.pool_of(role.name)
+        assert pool is not None
+        size, sp = self.placement.pools[pool], role.engine.sequence_parallel
+        return self.cluster.group(role.name, cls, pool, role, mesh={"dp": size // sp, "sp": sp})
+
+
+def resolved_placement(placement: PlacementSection) -> PlacementSection:
+    """The section with what was left to us: the back end, and under torchrun one pool of all its processes."""
+    backend, pools = placement.backend, placement.pools
+    if backend == "auto":
+        several = len(pools) > 1 or any(size > 1 for size in pools.values())
+        backend = "torchrun" if started_by_torchrun() else "processes" if several else "in_process"
+    if backend == "torchrun" and not pools:
+        pools = {"all": int(os.environ.get("WORLD_SIZE", "1"))}
+    return placement.model_copy(update={"backend": backend, "pools": pools})
+
+
+def describe_placement(config: RlConfig | SftConfig) -> Iterator[str]:
+    """Says which model is in which pool, before anything starts."""
+    placement = resolved_placement(config.placement)
+    cut: dict[str, list[str]] = {pool: [] for pool in placement.pools}
+    for _, role, engine in engines_of(config):
+        pool = placement.pool_of(role)
+        if pool is not None:
+            ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
+            cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
+    if isinstance(config, RlConfig) and config.rollout.engine == "inline" and placement.pools:
+        cut[placement.pool_of("rollout") or ""].append("rollout")
+    for pool, models in cut.items():
+        size = placement.pools[pool]
+        yield f"pool {pool}: {size} process{'es' * (size > 1)} ({placement.backend}): {', '.join(models) or 'nothing'}"
+
+
+def serve_torchrun(placement: PlacementSection) -> None:
+    """In a process that torchrun started beside the first: works for the controller there, and ends with it."""
+    if resolved_placement(placement).backend == "torchrun" and int(os.environ.get("RANK", "0")) > 0:
+        serve()
+        raise SystemExit(0)

@@ -1,0 +1,314 @@
+"""What runs in the processes of a pool: one rank of a trained model, of a reference, or a replica that generates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from hybridflow.batch import Batch
+from hybridflow.config.sections import RolloutSection
+from hybridflow.controller.dispatch import ALL_TO_ALL, ONE_TO_ALL, RANK_ZERO, over, remote
+from hybridflow.controller.worker import WorkerContext
+from hybridflow.engines.load import load_sharded
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.mesh import check_parts
+from hybridflow.engines.sharded import ShardedEngine, ShardedReference
+from hybridflow.models.load import require_context, stop_ids
+from hybridflow.models.value import value_head
+from hybridflow.protocols import Loss, Receipt, Request, Result, Scorer, Update, WeightStream
+from hybridflow.trainers.generation import inline_engine
+from hybridflow.trainers.lifecycle import memory_metrics
+from hybridflow.trainers.roles import Role, load_role, local_engine, local_reference, role_tokenizer
+from hybridflow.weights.transport import Receiver, Sender, drain, open_receiver, open_sender, pick_transport
+
+Lora = Literal["adapters", "merged"] | None
+
+
+class EngineWorker:
+    """One rank of a model that is trained.
+
+    Args:
+        context: where this is.
+        role: the model.
+
+    Raises:
+        UserError: it cannot be loaded, or not be cut as its engine section says.
+    """
+
+    def __init__(self, context: WorkerContext, role: Role) -> None:
+        self.context, self.role = context, role
+        self.engine: LocalEngine | ShardedEngine
+        if role.engine.strategy == "local":
+            self.engine = local_engine(role, context.device)
+        else:
+            context.join_pool()
+            self.engine = sharded_engine(role, context.device)
+        self.sender: Sender | None = None
+        self.base_sent = False  # a publication of adapters alone is enough
+        self.resting = False
+
+    @remote(over("dp"))
+    def score(
+        self, part: Batch, outputs: Sequence[str], temperature: float, whose: Literal["own", "reference"]
+    ) -> dict[str, Tensor]:
+        """See `Scorer.score`; of the "reference": with adapters switched off."""
+        take_turn(self.context)
+        with self.engine.model.disable_adapter() if whose == "reference" else nullcontext():
+            return self.engine.score(part, outputs, temperature=temperature)
+
+    @remote(over("dp"))
+    def update(self, part: Batch, loss: Loss, rows: Sequence[int]) -> Update:
+        """See `TrainEngine.update`; `rows` says how many sequences each data-parallel place was sent."""
+        take_turn(self.context)
+        if isinstance(self.engine, LocalEngine):
+            check_parts([len(part)], rows)
+            update = self.engine.update(part, loss)
+        else:
+            update = self.engine.update(part, loss, rows=rows)
+        return replace(update, metrics=update.metrics | memory_metrics())
+
+    @remote(ONE_TO_ALL)
+    def save(self, folder: Path) -> None:
+        """See `TrainEngine.save`."""
+        take_turn(self.context)
+        self.engine.save(folder)
+
+    @remote(ONE_TO_ALL)
+    def load(self, folder: Path) -> None:
+        """See `TrainEngine.load`."""
+        take_turn(self.context)
+        self.engine.load(folder)
+
+    @remote(ONE_TO_ALL)
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """See `TrainEngine.export`."""
+        take_turn(self.context)
+        self.engine.export(folder, dtype)
+
+    @remote(ONE_TO_ALL)
+    def to(self, where: Literal["device", "host"]) -> None:
+        """See `TrainEngine.to`."""
+        self.engine.to(where)
+
+    @remote(RANK_ZERO)
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer of this model."""
+        return stop_ids(self.engine.model, role_tokenizer(self.role))
+
+    @remote(RANK_ZERO)
+    def weight_names(self) -> frozenset[str]:
+        """The names that the next publication holds."""
+        return self.stream().names
+
+    @remote(RANK_ZERO)
+    def open_weights(self, receivers: int, transport: Literal["auto", "shared_memory", "broadcast"]) -> str:
+        """Opens the end that weights leave from to processes of other pools; its address."""
+        kind = pick_transport(transport, one_host=True)
+        self.sender = open_sender(kind, receivers, device=self.context.device)
+        return self.sender.address
+
+    @remote(ONE_TO_ALL)
+    def send_weights(self) -> dict[str, int]:
+        """Sends the weights from rank 0 to all receivers; the fingerprints that left, on rank 0."""
+        take_turn(self.context)
+        stream = self.stream()
+        if self.sender is None:
+            drain(stream)
+        else:
+            self.sender.send(stream)
+        self.base_sent = True
+        return stream.published
+
+    def stream(self) -> WeightStream:
+        """The next publication: of adapters, the weights beside them leave once."""
+        lora: Lora = None
+        if self.role.model.lora is not None:
+            lora = "merged" if self.role.publish == "merged" else "adapters" if self.base_sent else None
+        return self.engine.stream_weights(lora=lora)
+
+    def rest(self) -> None:
+        """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
+        if self.role.engine.offload and not self.resting:
+            self.engine.to("host")
+            self.resting = True
+
+    def work(self) -> None:
+        """The reverse of `rest`."""
+        if self.resting:
+            self.engine.to("device")
+            self.resting = False
+
+
+class ReferenceWorker:
+    """One rank of a model that is never trained.
+
+    Args:
+        context: where this is.
+        role: the model.
+
+    Raises:
+        UserError: it cannot be loaded, or not be cut as its engine section says.
+    """
+
+    def __init__(self, context: WorkerContext, role: Role) -> None:
+        self.context, self.role = context, role
+        self.scorer: Scorer
+        if role.engine.strategy == "local":
+            self.scorer = local_reference(role, context.device)
+        else:
+            context.join_pool()
+            self.scorer = sharded_reference(role, context.device)
+
+    @remote(over("dp"))
+    def score(
+        self, part: Batch, outputs: Sequence[str], temperature: float, whose: Literal["own", "reference"] = "own"
+    ) -> dict[str, Tensor]:
+        """See `Scorer.score`."""
+        take_turn(self.context)
+        return self.scorer.score(part, outputs, temperature=temperature)
+
+    def rest(self) -> None:
+        """Another model of this process works now."""
+
+    def work(self) -> None:
+        """The reverse of `rest`."""
+
+
+class RolloutWorker:
+    """A replica that generates: on the memory of an actor that is whole in this process, else with weights of its own.
+
+    Args:
+        context: where this is.
+        role: the actor's.
+        section: how answers are generated.
+    """
+
+    def __init__(self, context: WorkerContext, role: Role, section: RolloutSection) -> None:
+        self.context = context
+        actor = context.siblings.get("actor")
+        if actor is not None and role.engine.strategy == "local":
+            model, tokenizer = actor.engine.model, role_tokenizer(role)
+        else:
+            model, tokenizer = load_role(replica_of(role))
+            model.to(context.device).requires_grad_(False)
+        self.engine = inline_engine(model, tokenizer, section)
+        self.handles: dict[int, int] = {}  # the engine's to the controller's
+        self.receiver: Receiver | None = None
+
+    @remote(ALL_TO_ALL)
+    def advance(self, new: Sequence[tuple[int, Request]], seconds: float) -> list[Result]:
+        """Takes new requests and generates until so much time is over; what has ended."""
+        take_turn(self.context)
+        for handle, request in new:
+            self.handles[self.engine.submit(request)] = handle
+        ended: list[Result] = []
+        until = time.monotonic() + seconds
+        while self.handles and not self.engine.paused and time.monotonic() < until:
+            ended += self._named(self.engine.wait())
+        return ended
+
+    @remote(ONE_TO_ALL)
+    def abort(self, handles: Sequence[int]) -> list[Result]:
+        """See `RolloutEngine.abort`; handles of other replicas are ignored."""
+        own = {theirs: handle for handle, theirs in self.handles.items()}
+        return self._named(self.engine.abort([own[handle] for handle in handles if handle in own]))
+
+    @remote(ONE_TO_ALL)
+    def take_weights(self, actor: str, version: int) -> tuple[Receipt, dict[str, int]]:
+        """Takes the weights of the actor in this process; what was received, and (on rank 0) what was published."""
+        worker = self.context.siblings[actor]
+        take_turn(worker.context)
+        stream = worker.stream()
+        receipt = self.engine.update_weights(stream, version)
+        worker.base_sent = True
+        return receipt, stream.published
+
+    @remote(ONE_TO_ALL)
+    def receive_weights(self, address: str, version: int) -> Receipt:
+        """Takes the weights that processes of another pool send."""
+        if self.receiver is None:
+            self.receiver = open_receiver(address, self.context.rank, device=self.context.device)
+        return self.engine.update_weights(self.receiver.receive(), version)
+
+    @remote(ONE_TO_ALL)
+    def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        self.engine.pause()
+
+    @remote(ONE_TO_ALL)
+    def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        self.engine.resume()
+
+    @remote(ONE_TO_ALL)
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self.engine.sleep()
+
+    @remote(ONE_TO_ALL)
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self.engine.wake()
+
+    def rest(self) -> None:
+        """Nothing is kept: the cache goes with the last answer."""
+
+    def work(self) -> None:
+        """See `rest`."""
+
+    def _named(self, results: Sequence[Result]) -> list[Result]:
+        for result in results:
+            result.handle = self.handles.pop(result.handle)
+        return list(results)
+
+
+def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:
+    """This rank's part of a model that is trained."""
+    assert role.optim is not None and role.name != "reference"
+    model = _sharded_model(role)
+    return ShardedEngine(
+        model,
+        role.optim,
+        section=role.engine,
+        total_steps=role.total_steps,
+        tokens_per_microbatch=role.tokens_per_microbatch,
+        device=device,
+        value_head=value_head(model) if role.value_head else None,
+        name=role.name,
+    )
+
+
+def sharded_reference(role: Role, device: torch.device) -> ShardedReference:
+    """This rank's part of a model that is never trained."""
+    model = _sharded_model(role)
+    return ShardedReference(model, section=role.engine, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
+
+
+def _sharded_model(role: Role) -> PreTrainedModel:
+    model, _ = load_sharded(role.model, seed=role.seed)
+    if role.longest is not None:
+        require_context(model, role.longest)
+    return model
+
+
+def replica_of(role: Role) -> Role:
+    """The actor's role as a replica has it: never trained, and plain where adapters arrive as part of the weights."""
+    lora = role.model.lora if role.publish == "adapters" else None
+    model = role.model.model_copy(update={"lora": lora, "activation_checkpointing": False})
+    return replace(role, model=model, optim=None)
+
+
+def take_turn(context: WorkerContext) -> None:
+    """The other models of this process rest, and this one works."""
+    for name, worker in context.siblings.items():
+        if name != context.name:
+            worker.rest()
+    context.siblings[context.name].work()

@@ -1,0 +1,104 @@
+"""What the ranks of `tests/engines/test_sharded_files.py` run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hybridflow.batch import Batch
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.sharded import ShardedEngine
+from hybridflow.protocols import Loss
+
+from on_ranks.engines import Case
+from tiny import ragged_batch, weights_of
+
+LOSS = Loss("cross_entropy")
+VALUE = Loss("value", {"clip_value": None})
+
+
+def train_batch() -> Batch:
+    """Sequences with all weight columns, the same everywhere."""
+    batch = ragged_batch((7, 3, 12, 5, 9, 4, 2, 16))
+    batch["policy_weight_T"] = weights_of(batch, "token-mean")
+    return batch
+
+
+def value_batch() -> Batch:
+    batch = train_batch()
+    batch["value_weight_T"] = batch["policy_weight_T"]
+    batch["return_T"] = batch["input_ids_T"].float() / 37
+    return batch
+
+
+def step(engine: ShardedEngine | LocalEngine) -> float:
+    """An optimizer step on this rank's part of the batch; the loss of all of it."""
+    batch, loss = (train_batch(), LOSS) if engine.value_head is None else (value_batch(), VALUE)
+    if isinstance(engine, ShardedEngine):
+        batch = batch.take(list(range(engine.ranks.place, len(batch), engine.ranks.places)))
+    update = engine.update(batch, loss)
+    assert update.applied
+    return update.metrics["actor/loss"]
+
+
+def state_of(engine: ShardedEngine | LocalEngine) -> dict[str, Tensor]:
+    """All that a checkpoint has, whole."""
+    if isinstance(engine, ShardedEngine):
+        found = engine.files.tensors()
+    else:
+        found = {f"model/{name}": t for name, t in engine.weights().items()}
+        found |= {f"{kind}/{name}": t for name, kept in engine.moments().items() for kind, t in kept.items()}
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in found.items()}
+
+
+def begin(case: Case, folder: Path) -> dict[str, Tensor]:
+    """A fresh engine takes a step and is saved; its state."""
+    engine = case.sharded()
+    step(engine)
+    engine.save(folder)
+    return state_of(engine)
+
+
+def take_over(
+    case: Case, source: Path, target: Path, steps: int
+) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+    """Another engine, which has gone elsewhere by itself, loads a checkpoint, saves it again, and trains on.
+
+    Returns its state after loading, the losses of its steps, and its state at the end; of rank 0 alone.
+    """
+    engine = case.sharded()
+    for _ in range(2):
+        step(engine)
+    engine.load(source)
+    loaded = state_of(engine)
+    engine.save(target)
+    losses = [step(engine) for _ in range(steps)]
+    end = state_of(engine)
+    return (loaded, losses, end) if dist.get_rank() == 0 else ({}, losses, {})
+
+
+def load_what_does_not_fit(case: Case, source: Path) -> str:
+    """What loading says on this rank."""
+    try:
+        case.sharded().load(source)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def export(case: Case, folder: Path) -> None:
+    engine = case.sharded()
+    step(engine)
+    engine.export(folder)
+
+
+def save_where_there_is_no_room(case: Case, folder: Path) -> str:
+    """What saving says on this rank."""
+    try:
+        case.sharded().save(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"

@@ -1,0 +1,199 @@
+"""Weights reach replicas in other processes, both ways; and what goes wrong on the way is told in words."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hybridflow.errors import UserError
+from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.weights.stream import WeightSyncError, receive, stream_of, verify
+from hybridflow.weights.transport import Kind, Receiver, Sender, open_receiver, open_sender, pick_transport
+
+from on_ranks import weights
+from ranks import Ranks, shared_ranks
+from tiny import packed_model
+
+KINDS: list[Kind] = ["shared_memory", "broadcast"]
+
+
+@functools.cache
+def rollout_ranks() -> Ranks:
+    """A second pool of two processes: a process group of its own."""
+    return Ranks(2)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
+    started = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=True)
+    started.start()
+    return started
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bucket_bytes", [1024, 1 << 20])
+def test_a_sharded_model_reaches_replicas_in_another_pool(kind: Kind, bucket_bytes: int) -> None:
+    """Two ranks gather, one sends, two replicas receive, twice: buckets far smaller than a tensor, and larger than all."""
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(shared_ranks(2).run, weights.send, kind, port, 2, 2, bucket_bytes)
+        arrived = rollout_ranks().run(weights.receive_into_replica, f"127.0.0.1:{port}", 2)
+    (rank0, rank1), model = sent.result(), packed_model("qwen3")
+    whole = sum(p.nbytes for p in model.parameters())
+    for update in range(2):
+        num_bytes, published = rank0[update]
+        assert published.keys() == model.state_dict().keys() and rank1[update] == (0, {})
+        assert num_bytes >= whole
+        for replica in arrived:
+            receipt, told = replica[update]
+            assert receipt.received == published == told and receipt.version == update + 1
+            # The controller, which saw no tensor, can hold the receipt against what was published, too.
+            verify(WeightStream(iter(()), frozenset(published), published), receipt, update + 1)
+            with pytest.raises(WeightSyncError, match="published was 9"):
+                verify(WeightStream(iter(()), frozenset(published), published), receipt, 9)
+    assert rank0[0][1]["model.norm.weight"] != rank0[1][1]["model.norm.weight"]
+    assert no_shared_files()
+
+
+def no_shared_files() -> bool:
+    shared = Path("/dev/shm")
+    return not shared.is_dir() or not [f for f in shared.iterdir() if "hybridflow" in f.name]
+
+
+def pair(kind: Kind, timeout: float = 10, **how: Any) -> tuple[Sender, Receiver]:
+    sender = open_sender(kind, 1, timeout=timeout, **how)
+    return sender, open_receiver(sender.address, 0, timeout=timeout)
+
+
+def received(receiver: Receiver) -> tuple[WeightStream, dict[str, int]]:
+    stream, found = receiver.receive(), dict[str, int]()
+    for _ in receive(stream, found):
+        pass
+    return stream, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_tensor_is_named_where_it_is_missed(kind: Kind) -> None:
+    sender, receiver = pair(kind, bucket_bytes=4096)
+    stream = stream_of(packed_model())
+    tensors = stream.tensors
+    stream.tensors = (pair for pair in tensors if pair[0] != "model.norm.weight")
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream)
+        with pytest.raises(WeightSyncError, match=r"ended without 1 of its tensors: model\.norm\.weight"):
+            received(receiver)
+        sent.result()
+        sent = pool.submit(sender.send, stream_of(packed_model(seed=1)))  # the ends are good for another stream
+        arrived, found = received(receiver)
+        sent.result()
+    verify(arrived, Receipt(1, found, 0), 1)
+    receiver.close()
+    sender.close()
+
+
+def test_adapters_alone_arrive_as_such() -> None:
+    sender, receiver = pair("shared_memory")
+    model = weights.with_adapters(packed_model())
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream_of(model, lora="adapters"))
+        stream, found = received(receiver)
+    assert stream.adapter == "default" and found == stream.published and all("lora_" in name for name in found)
+    assert sent.result() == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_that_raises_is_told_to_its_receivers(kind: Kind) -> None:
+    sender, receiver = pair(kind, bucket_bytes=1024)
+    stream = stream_of(packed_model())
+
+    def raising(tensors: Any) -> Any:
+        yield next(tensors)
+        raise ValueError("no more")
+
+    stream.tensors = raising(stream.tensors)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream)
+        with pytest.raises(WeightSyncError, match="stopped: no more"):
+            received(receiver)
+    with pytest.raises(ValueError, match="no more"):
+        sent.result()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sender_that_is_killed_is_noticed_at_once_and_leaves_nothing(kind: Kind) -> None:
+    port = free_port()
+    sender = process(weights.send_and_die, kind, port, 9)
+    receiver = open_receiver(f"127.0.0.1:{port}", 0, timeout=60)
+    begin = time.monotonic()
+    with pytest.raises(WeightSyncError, match="the sender of weights went away in the middle"):
+        received(receiver)
+    sender.join(30)
+    assert sender.exitcode == -9 and time.monotonic() - begin < 30, "the timeout of 60 s was waited for"
+    assert no_shared_files()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receiver_that_is_killed_is_named(kind: Kind) -> None:
+    sender = open_sender(kind, 1, bucket_bytes=2048, timeout=2)
+    receiver = process(weights.receive_and_die, sender.address, 9)
+    host, _, port = sender.address.rpartition(":")
+    dist.TCPStore(host, int(port), is_master=False).wait(["the process is up"], timedelta(seconds=60))
+    begin = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"weights did not reach receiver 0 of 1.*went away, or took nothing"):
+        sender.send(stream_of(packed_model()))
+    receiver.join(30)
+    assert receiver.exitcode == -9 and time.monotonic() - begin < 20
+
+
+def test_nobody_there_is_told() -> None:
+    port = free_port()
+    with pytest.raises(WeightSyncError, match=f"no sender of weights answers at 127.0.0.1:{port}"):
+        open_receiver(f"127.0.0.1:{port}", 0, timeout=1)
+    sender = open_sender("shared_memory", 2, timeout=0.5, bucket_bytes=2048)
+    with pytest.raises(WeightSyncError, match="did not reach receiver 0, 1 of 2"):
+        sender.send(stream_of(packed_model()))
+
+
+def test_memory_that_is_out_of_reach_is_told_with_the_way_round() -> None:
+    sender = open_sender("shared_memory", 1, timeout=5, bucket_bytes=2048)
+    os.close(sender._fd or 0)
+    other = os.open("/dev/zero", os.O_RDWR)  # the number now stands for another file, as it would on another host
+    with pytest.raises(UserError, match="cannot be reached from here") as error:
+        open_receiver(sender.address, 0, timeout=5)
+    assert error.value.fix == "set placement.transport=broadcast"
+    assert other == sender._fd
+
+
+def test_the_way_is_chosen_by_where_processes_are() -> None:
+    assert pick_transport("auto", one_host=True) == "shared_memory" == pick_transport("shared_memory", one_host=True)
+    assert pick_transport("auto", one_host=False) == "broadcast" == pick_transport("broadcast", one_host=True)
+    with pytest.raises(UserError, match="the processes are on several hosts"):
+        pick_transport("shared_memory", one_host=False)
+
+
+def test_the_memory_of_two_buckets_is_all_that_is_shared() -> None:
+    """However large the stream: here 60 buckets' worth."""
+    sender, receiver = pair("shared_memory", bucket_bytes=1024)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream_of(packed_model()))
+        _, found = received(receiver)
+    assert sent.result() > 60 * 1024 and len(found) == len(packed_model().state_dict())
+    assert os.fstat(sender._fd or 0).st_size == 4096 + 2 * 1024
+    assert torch.equal(sender._buckets[0], receiver._buckets[0])
