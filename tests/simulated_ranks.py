@@ -101,8 +101,11 @@ class SimulatedRanks:
         updates = [rank.step(total, norms[0]) for rank in self.ranks]
         return updates[0]
 
-    def save(self, folder: Path) -> None:
-        self.ranks[0].save(folder)
+    def save(self, folder: Path, *, background: bool = False) -> None:
+        self.ranks[0].save(folder, background=background)
+
+    def saved(self, *, wait: bool) -> bool:
+        return self.ranks[0].saved(wait=wait)
 
     def load(self, folder: Path) -> None:
         for rank in self.ranks:

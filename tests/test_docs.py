@@ -34,7 +34,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
-TOP = ("src/", "tests/", "recipes/", "benchmarks/", "docs/", "scripts/", ".ci/")
+TOP = ("src/", "tests/", "recipes/", "benchmarks/", "docs/", "examples/", "scripts/", ".ci/")
 ELSEWHERE = ("my/", "runs/", "benchmarks/results/")  # files of the reader, and what a run or a benchmark writes
 SHELL = ("sh", "bash", "console")
 PROGRAMS = ("make", "hybridflow", "python", ".", ".venv/bin/pre-commit", "pip")

@@ -305,11 +305,20 @@ class TrainEngine(Scorer, Protocol):
         """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, background: bool = False) -> None:
         """Writes weights and all else that is needed to go on bit for bit.
 
         Args:
             folder: an existing, empty folder; of a sharded engine, the same on every process, which all call this.
+            background: copy what is to be written, and write it while the engine goes on; see `saved`.
+        """
+        ...
+
+    def saved(self, *, wait: bool) -> bool:
+        """Whether the last `save` has written all of its files; with `wait`, waits for it. It must be, before the next.
+
+        Raises:
+            OSError: or whatever else kept it from writing.
         """
         ...
 

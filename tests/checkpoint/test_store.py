@@ -11,9 +11,9 @@ import pytest
 
 from hybridflow.checkpoint.store import (
     Best,
+    NewCheckpoint,
     read_best,
     read_checkpoint,
-    save_checkpoint,
     saved_steps,
     step_folder,
 )
@@ -33,14 +33,12 @@ def save(
         (target / "model/w.safetensors").write_bytes(bytes([step]) * 200)
         (target / "engine.json").write_text('{"steps_done": 4}')
 
-    return save_checkpoint(
-        folder,
-        step,
-        write=write or write_engines,
-        run_state={"drawn": 12, "recent": [0.1]},
-        keep=keep,
-        best=best,
-    )
+    new = NewCheckpoint(folder, step, {"drawn": 12, "recent": [0.1]}, keep, best)
+    with new.telling():
+        new.begin()
+        (write or write_engines)(new.folder)
+        new.complete()
+    return step_folder(folder, step)
 
 
 def test_what_was_saved_reads_back_as_it_was(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_group_advantages_need_a_group(preset: str) -> None:
         ({"rollout__max_cache_tokens": 299}, ["rollout.max_cache_tokens is 299", "300 tokens"]),
         ({"data__train": None}, ["data.train is missing"]),
         ({"eval__every": 2}, ["eval.every is set, but data.eval"]),
+        ({"rollout__engine": "vllm", "model__lora": {}}, ["cannot sample from adapters", "set rollout.lora=merged"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_words(changed: dict[str, Any], words: list[str]) -> None:

@@ -74,6 +74,14 @@ def test_messages_of_any_size_go_both_ways_over_a_wire() -> None:
         ours.receive()
 
 
+def test_a_side_that_takes_nothing_is_not_waited_for_longer_than_patience() -> None:
+    ends = Pipe()
+    ours = Wire(ends[0], patience=0.2)
+    for message in (b"x" * 10**7, b"small"):
+        with pytest.raises(TimeoutError, match="takes nothing"):
+            ours.send(message)
+
+
 def test_bytes_are_counted_by_class() -> None:
     batch = Batch.from_rows({"input_ids_T": [[1, 2, 3], [4]], "reward_B": [0.5, 1.0], "row": ["a", "b"]})
     assert count_bytes((batch, Loss("x"))) == {"scalar": 8, "token": 32, "other": 0}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybridflow.config.placement import PlacementSection
 from hybridflow.controller.cluster import Cluster, open_cluster
@@ -75,7 +76,7 @@ def test_a_worker_that_is_struck_is_the_cause(fault: str, words: str, monkeypatc
         "kill": "fix: lower train.tokens_per_microbatch",
         "oom": "fix: lower train.tokens_per_microbatch",
         "raise": "fix: mend what raised it; the run goes on from its newest checkpoint",
-        "sleep": "(placement.timeout is 3); 1 other waits for it in a collective; it stands at\n    src/hybridflow/faults.py",
+        "sleep": "(placement.timeout is 3); 1 other waits for it in a collective; it stands at\n    src/hybridflow/fa",
     }
     assert expected[fault] in report
     if fault == "kill":
@@ -177,6 +178,16 @@ def test_ranks_that_make_different_collectives() -> None:
 def test_a_result_that_cannot_be_sent() -> None:
     report = str(failing(lambda actor: actor.answer_with_a_function()))
     assert report.startswith("worker actor.") and "pickle" in report
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_before_a_large_message_is_found_too() -> None:
+    def stop_and_send(actor: WorkerGroup) -> object:
+        os.kill(actor.about()[1][4], signal.SIGSTOP)
+        return actor.echo({"logp_T": torch.zeros(10**7)})
+
+    report = str(failing(stop_and_send, timeout=3.0))
+    assert report.startswith("worker actor.1 failed in after about of step 3: hangs\n  why: no progress for 3 seconds")
 
 
 @pytest.mark.slow

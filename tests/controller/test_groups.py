@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +213,13 @@ def test_nothing_is_left_after_the_end() -> None:
     assert time.monotonic() - began < 5
     with pytest.raises(UserError, match="the cluster is closed"):
         actor.first()
+
+
+@pytest.mark.slow
+def test_the_worker_of_the_documentation_prints_what_it_says(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text()
+    section = page[page.index("## A worker of your own") :]
+    (tmp_path / "counting.py").write_text(section.split("```python\n")[1].split("```")[0])
+    done = subprocess.run([sys.executable, "counting.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and f"It prints `{lines[0]}` and `{lines[1]}`." in section

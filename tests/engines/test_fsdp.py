@@ -43,12 +43,16 @@ CASES = {
     "fsdp2, activation checkpointing": Case("qwen3", FSDP2, checkpointing=True),
     "fsdp2, weights stay gathered": Case("qwen3", FSDP2 | {"reshard_after_forward": False}),
     "fsdp2, weights on the host": Case("qwen3", FSDP2 | {"cpu_offload": True}),
+    "fsdp2, weights on the host, gradients cut": Case(
+        "qwen3", FSDP2 | {"cpu_offload": True, "sync_every_microbatch": True}
+    ),
     "fsdp2, critic": Case("qwen3", FSDP2, head=True),
     "fsdp1, tied": Case("qwen3", FSDP1),
     "fsdp1, experts": Case("qwen3_moe", FSDP1),
     "fsdp1, padded": Case("llama", FSDP1, padded=True),
     "fsdp1, adapters": Case("qwen3", FSDP1, lora=True),
     "fsdp1, activation checkpointing": Case("qwen3", FSDP1, checkpointing=True),
+    "fsdp1, gradients cut": Case("qwen3", FSDP1 | {"sync_every_microbatch": True}),
     "fsdp1, weights stay gathered": Case("qwen3", FSDP1 | {"reshard_after_forward": False}),
     "fsdp1, critic": Case("qwen3", FSDP1, head=True),
     "ulysses": Case("qwen3", FSDP2 | {"sequence_parallel": 2}),
@@ -202,6 +206,8 @@ def test_gradients_are_summed_between_processes_once_for_all_micro_batches(secti
         shared_ranks(2).run(engines.sums_between_ranks, replace(case, cut=cut), parts, POLICY)[0] for cut in (1000, 16)
     )
     assert one == 1 and many > 2 and sums == once > 0
+    each = Case("qwen3", section | {"sync_every_microbatch": True}, cut=16)
+    assert shared_ranks(2).run(engines.sums_between_ranks, each, parts, POLICY)[0] == (many, many * once)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_family_from_folder_to_export(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         scores = score_tokens(model, batch, temperature=1.0, entropy="no")
         torch.testing.assert_close(own_scores(exported, batch), scores.logp_M, atol=1e-5, rtol=0)
-        write_weights(model, tmp_path / "checkpoint")
+        write_weights(model, tmp_path / "checkpoint", model.state_dict())
         fresh, _ = load_model(str(tmp_path / "start"))
         read_weights(fresh, tmp_path / "checkpoint")
         for (name, p), q in zip(model.state_dict().items(), fresh.state_dict().values()):
@@ -132,7 +132,7 @@ def test_a_family_with_adapters(kind: str, tmp_path: Path) -> None:
         export_model(model, tmp_path / "end")
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
         torch.testing.assert_close(own_scores(exported, batch), adapted_M, atol=1e-5, rtol=0)
-        write_weights(model, tmp_path / "checkpoint")
+        write_weights(model, tmp_path / "checkpoint", model.state_dict())
         fresh = add_lora(load_model(path)[0], LoraSection(rank=4), seed=1)
         read_weights(fresh, tmp_path / "checkpoint")
         resumed_M = score_tokens(fresh, batch, temperature=1.0, entropy="no").logp_M

@@ -31,7 +31,7 @@ from hybridflow.config.sections import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.load import load_model, load_tokenizer, stop_ids
-from hybridflow.models.lora import add_lora, load_adapters, merged, save_adapters
+from hybridflow.models.lora import add_lora, load_adapters, merged
 
 from tiny import CARRY, KINDS, SIZES, VOCAB, plain_model, ragged_batch
 
@@ -117,7 +117,7 @@ def test_adapters_start_as_nothing_and_come_back_from_disk(
         torch.testing.assert_close(
             score_tokens(plain, batch, temperature=1.0, entropy="no").logp_M, after, atol=1e-4, rtol=0
         )
-        save_adapters(wrapped, tmp_path)
+        wrapped.save_pretrained(tmp_path)
         fresh = add_lora(load_model(f"{CARRY}:tiny_qwen3", seed=0)[0], LoraSection(rank=2), seed=5)
         load_adapters(fresh, tmp_path)
         assert torch.equal(score_tokens(fresh, batch, temperature=1.0, entropy="no").logp_M, after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -31,6 +32,7 @@ def value_batch() -> Batch:
     batch = train_batch()
     batch["value_weight_T"] = batch["policy_weight_T"]
     batch["return_T"] = batch["input_ids_T"].float() / 37
+    batch["value_T"] = torch.zeros(batch.total())
     return batch
 
 
@@ -95,10 +97,26 @@ def export(case: Case, folder: Path) -> None:
     engine.export(folder)
 
 
-def save_where_there_is_no_room(case: Case, folder: Path) -> str:
+def save_where_there_is_no_room(case: Case, folder: Path, background: bool) -> str:
     """What saving says on this rank."""
     try:
-        case.sharded().save(folder)
+        engine = case.sharded()
+        engine.save(folder, background=background)
+        engine.saved(wait=True)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "saved"
+
+
+def train_while_saving(case: Case, folder: Path) -> dict[str, Tensor]:
+    """The state when the engine was saved in the background; it has gone on when the files are there."""
+    engine = case.sharded()
+    step(engine)
+    before = state_of(engine)
+    engine.save(folder, background=True)
+    step(engine)
+    step(engine)
+    assert engine.saved(wait=True) and engine.saved(wait=False)
+    after = state_of(engine)
+    assert any(not t.equal(before[n]) for n, t in after.items())
+    return before

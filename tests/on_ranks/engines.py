@@ -21,7 +21,6 @@ from hybridflow.engines.fsdp1 import Fsdp1
 from hybridflow.engines.load import load_sharded
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.microbatch import microbatches
-from hybridflow.engines.reference import WithoutAdapters
 from hybridflow.engines.sharded import ShardedEngine, ShardedReference
 from hybridflow.errors import UserError
 from hybridflow.models.checkpointing import checkpoint_activations
@@ -136,13 +135,17 @@ def reference_of_adapters(case: Case, parts: Sequence[Batch], loss: Loss) -> lis
     """Scores of a fresh actor, then after a step those without its adapters, its own, and those of a frozen model."""
     engine = case.sharded()
     part = parts[engine.ranks.place]
-    reference = WithoutAdapters(engine, engine.model)
-    found = [reference.score(part, ["logp"])]  # before anything was trained
+
+    def reference() -> dict[str, Tensor]:
+        with engine.model.disable_adapter():
+            return engine.score(part, ["logp"])
+
+    found = [reference()]  # before anything was trained
     assert engine.update(part, loss).applied
     frozen = ShardedReference(
         Case(case.kind).model(), section=EngineSection(**case.section), tokens_per_microbatch=case.cut
     )
-    found += [reference.score(part, ["logp"]), engine.score(part, ["logp"]), frozen.score(part, ["logp"])]
+    found += [reference(), engine.score(part, ["logp"]), frozen.score(part, ["logp"])]
     before = whole_weights(engine)
     assert engine.update(part, loss).applied
     changed = {name for name, tensor in whole_weights(engine).items() if not torch.equal(tensor, before[name])}

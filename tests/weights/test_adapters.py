@@ -51,6 +51,6 @@ def test_a_stream_of_adapters_alone_brings_a_receiver_up_to_date() -> None:
 
 def test_adapters_that_cannot_be_added_are_refused_by_name() -> None:
     model = add_lora(packed_model("qwen2"), LoraSection(target_modules=["embed_tokens"]), seed=0)
-    with pytest.raises(UserError, match="lora_embedding_A.*cannot be added into a weight"):
+    with pytest.raises(UserError, match=r"lora_embedding_A.*cannot be added into a weight"):
         stream_of(model, lora="merged")
     assert consumed(model, lora="adapters")[0]

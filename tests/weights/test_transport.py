@@ -50,7 +50,7 @@ def process(function: Callable[..., None], *args: Any) -> multiprocessing.proces
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bucket_bytes", [1024, 1 << 20])
 def test_a_sharded_model_reaches_replicas_in_another_pool(kind: Kind, bucket_bytes: int) -> None:
-    """Two ranks gather, one sends, two replicas receive, twice: buckets far smaller than a tensor, and larger than all."""
+    """Two ranks gather, one sends, two replicas receive, twice: buckets smaller than a tensor, larger than all."""
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(shared_ranks(2).run, weights.send, kind, port, 2, 2, bucket_bytes)

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from hybridflow.faults import fault_point
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+HASHES = 4  # files that are hashed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,49 +57,64 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*") if (p / MANIFEST).is_file())
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    step: int,
-    *,
-    write: Callable[[Path], None],
-    run_state: Mapping[str, Any],
-    keep: int,
-    best: Best | None = None,
-) -> Path:
-    """Writes the checkpoint of a step, whole or not at all, and deletes old ones beyond `keep`, except the best.
+@dataclass(frozen=True, slots=True)
+class NewCheckpoint:
+    """The checkpoint of a step on its way: begun, filled by the engines, and completed, whole or not at all.
 
     Args:
         checkpoints: the run's ``checkpoints/``.
         step: the step that is done.
-        write: writes what the engines keep into the folder it is given.
-        run_state: plain values: everything else.
+        run_state: plain values: everything but what engines keep.
         keep: how many of the newest to keep.
         best: the best step so far, this one or one that is saved already; ``best.json`` will name it.
-
-    Raises:
-        UserError: the disk is full or not writable. What was saved before still stands.
     """
 
-    def refused(error: Exception) -> UserError:
-        stands = saved_steps(checkpoints) if checkpoints.is_dir() else []
-        return UserError(
-            f"the checkpoint of step {step} could not be saved: {error}",
-            why=f"the checkpoint of step {stands[-1]} still stands" if stands else "there is no earlier checkpoint",
-            fix=f"make room on the disk of {checkpoints} and run the same command again",
-        )
+    checkpoints: Path
+    step: int
+    run_state: Mapping[str, Any]
+    keep: int
+    best: Best | None = None
 
-    target = step_folder(checkpoints, step)
-    with whole_folder(target, refused) as folder:
-        write(folder)
-        fault_point("save", step)
-        (folder / "state.json").write_text(json.dumps({"step": step, "run": dict(run_state)}, indent=1))
-        _write_manifest(folder)
-    if best is not None:  # before the best one until now is deleted: what best.json names is always there
-        write_best(checkpoints, best)
-    for old in saved_steps(checkpoints)[:-keep]:
-        if best is None or old != best.step:
-            shutil.rmtree(step_folder(checkpoints, old))
-    return target
+    @property
+    def folder(self) -> Path:
+        """Where engines write: aside of where it will stand."""
+        return _aside(step_folder(self.checkpoints, self.step))
+
+    def begin(self) -> None:
+        """Makes the folder."""
+        _make_empty(self.folder)
+
+    def complete(self) -> None:
+        """Makes a checkpoint of what engines have written, and deletes old ones beyond `keep`, except the best."""
+        fault_point("save", self.step)
+        state = {"step": self.step, "run": dict(self.run_state)}
+        (self.folder / "state.json").write_text(json.dumps(state, indent=1))
+        _write_manifest(self.folder)
+        _take_place(self.folder, step_folder(self.checkpoints, self.step))
+        if self.best is not None:  # before the best one until now is deleted: what best.json names is always there
+            write_best(self.checkpoints, self.best)
+        for old in saved_steps(self.checkpoints)[: -self.keep]:
+            if self.best is None or old != self.best.step:
+                shutil.rmtree(step_folder(self.checkpoints, old))
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around all of the above: after an error nothing half written is left, and what was saved before stands.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+
+        def refused(error: Exception) -> UserError:
+            stands = saved_steps(self.checkpoints) if self.checkpoints.is_dir() else []
+            return UserError(
+                f"the checkpoint of step {self.step} could not be saved: {error}",
+                why=f"the checkpoint of step {stands[-1]} still stands" if stands else "there is no earlier checkpoint",
+                fix=f"make room on the disk of {self.checkpoints} and run the same command again",
+            )
+
+        with _leaving_nothing(self.folder, refused):
+            yield
 
 
 @contextmanager
@@ -111,16 +128,34 @@ def whole_folder(target: Path, refused: Callable[[Exception], UserError]) -> Ite
     Raises:
         UserError: what `refused` returns.
     """
-    aside = target.with_name(f".partial-{target.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    aside = _aside(target)
+    with _leaving_nothing(aside, refused):
+        _make_empty(aside)
         yield aside
-        _sync_tree(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-        _sync_folder(target.parent)
+        _take_place(aside, target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".partial-{target.name}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _take_place(aside: Path, target: Path) -> None:
+    _sync_tree(aside)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def _leaving_nothing(aside: Path, refused: Callable[[Exception], UserError]) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         if not _disk_refused(error):
@@ -162,7 +197,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in files}
+    with ThreadPoolExecutor(HASHES) as threads:
+        hashes = list(threads.map(_hash, files))
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "blake2b": h} for p, h in zip(files, hashes)}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
 
 
@@ -174,20 +211,24 @@ def _verify_manifest(folder: Path) -> None:
             f"the checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})",
             fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
         ) from error
-    for name, expected in entries.items():
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
-        elif _hash(path) != expected["blake2b"]:
-            problem = "was altered since it was written"
-        else:
+    with ThreadPoolExecutor(HASHES) as threads:
+        problems = list(threads.map(lambda name: _problem(folder / name, entries[name]), entries))
+    for name, problem in zip(entries, problems):
+        if problem is None:
             continue
         raise UserError(
             f"the checkpoint {folder} is damaged: {name} {problem}",
             fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
         )
+
+
+def _problem(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file, if anything."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
+    return None if _hash(path) == expected["blake2b"] else "was altered since it was written"
 
 
 def _hash(path: Path) -> str:

@@ -43,6 +43,12 @@ class EngineSection(Section):
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What gradients are summed in between processes."
     )
+    sync_every_microbatch: bool = Field(
+        False,
+        description="Sum gradients between processes after every micro-batch, so that each keeps its part of them "
+        "alone: less memory, one more exchange for each. Otherwise they are summed once for an update, and every "
+        "process keeps whole gradients until then.",
+    )
     cpu_offload: bool = Field(
         False, description="Keep parameters, gradients and optimizer state in host memory; layers visit the device."
     )

@@ -38,7 +38,7 @@ from hybridflow.controller.messages import Answer, Lost, Place, Request
 from hybridflow.devices import CPU, count_devices, kind_of
 from hybridflow.errors import UserError, nearest
 
-GRACE_SECONDS = 0.5  # for what fails together with a failure that is a cause of its own
+GRACE_SECONDS = 1.0  # for what fails together with a failure, or because of it
 SEARCH_SECONDS = 5.0  # for the cause of a failure that is a consequence, and for processes to say where they stand
 
 Events = Callable[[str, str], None]
@@ -108,14 +108,19 @@ class Cluster:
             pool: [place for place in places_of(placement.pools) if place.pool == pool] for pool in placement.pools
         }
         self._groups: dict[str, WorkerGroup] = {}
-        self._calls: dict[int, tuple[Future, list[Place]]] = {}  # and the places that have not answered yet
+        self._calls: dict[int, Future] = {}
+        self._owed: Counter[Place] = Counter()  # answers
         self._waiting: dict[Place, float] = {}  # places that owe an answer, and since when they are quiet
         self._ids = 0
         self._ended: UserError | None = None
         everyone = [place for places in self._places.values() for place in places]
-        for warning in backend.check(everyone):
-            self._events("warning", warning)
-        backend.start(everyone)
+        try:
+            for warning in backend.check(everyone):
+                self._events("warning", warning)
+            backend.start(everyone)
+        except BaseException:
+            backend.kill()
+            raise
 
     def group(
         self, name: str, cls: type, pool: str, *args: Any, mesh: Mapping[str, int] | None = None, **kwargs: Any
@@ -174,8 +179,9 @@ class Cluster:
         for _, request in mail:
             self._count(request.call)
             assert request.frames  # what cannot be sent is told before anybody has got its part
-        self._calls[self._ids] = future, places
+        self._calls[self._ids] = future
         for place, request in mail:
+            self._owed[place] += 1
             self._waiting.setdefault(place, time.monotonic())
             self._backend.send(place, request)
         return future
@@ -223,15 +229,13 @@ class Cluster:
         return future
 
     def _take(self, place: Place, answer: Answer) -> None:
-        if answer.id not in self._calls:
-            return  # where a process stood, told after it had mattered
-        future, missing = self._calls[answer.id]
+        if answer.kind == "where":
+            return  # told after it had mattered
         self._count(answer.value)
-        missing.remove(place)
-        if not missing:
+        if self._calls[answer.id].set(place.rank, answer.value):
             del self._calls[answer.id]
-        future.set(place.rank, answer.value)
-        if any(place in places for _, places in self._calls.values()):
+        self._owed[place] -= 1
+        if self._owed[place]:
             self._waiting[place] = time.monotonic()
         else:
             del self._waiting[place]
@@ -245,7 +249,7 @@ class Cluster:
         self._gather(evidence, GRACE_SECONDS, lambda: evidence.count() == sum(map(len, self._places.values())))
         if not evidence.primary():
             self._ask_where(evidence)
-            self._gather(evidence, SEARCH_SECONDS, lambda: evidence.primary() or bool(evidence.apart()))
+            self._gather(evidence, SEARCH_SECONDS, lambda: evidence.primary() or bool(evidence.apart(self._timeout)))
         return self._report(evidence)
 
     def _look_for_a_hang(self) -> None:
@@ -259,6 +263,7 @@ class Cluster:
         for place, since in self._waiting.items():
             latest[place.pool] = max(since, latest.get(place.pool, since))
         if evidence.count() or any(time.monotonic() - since > self._timeout for since in latest.values()):
+            self._gather(evidence, GRACE_SECONDS, evidence.primary)  # collectives run out of time just now, too
             raise self._report(evidence)
 
     def _ask_where(self, evidence: Evidence) -> None:
@@ -271,7 +276,9 @@ class Cluster:
             return [place for place in self._waiting if place not in told]
 
         self._gather(evidence, SEARCH_SECONDS, lambda: not silent())
-        evidence.silent = silent()
+        failed = {place.pool for place in evidence.failed}
+        late = time.monotonic() - self._timeout
+        evidence.silent = [p for p in silent() if p.pool in failed or self._waiting[p] < late]
 
     def _gather(self, evidence: Evidence, seconds: float, enough: Callable[[], bool]) -> None:
         """Takes in what comes, for so long or until it is enough."""

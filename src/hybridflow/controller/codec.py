@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import select
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,11 +111,19 @@ def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class Wire:
-    """Messages over a connection between two processes. Several threads may send, one may receive."""
+    """Messages over a connection between two processes. Several threads may send, one may receive.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        connection: the connection.
+        patience: seconds that the other side may take nothing of a message that is sent; None for any time.
+    """
+
+    def __init__(self, connection: Connection, patience: float | None = None) -> None:
         self.connection = connection
+        self._patience = patience
+        self._stalled = False
         self._sending = threading.Lock()
+        os.set_blocking(self.fileno(), False)
 
     def fileno(self) -> int:
         """For `multiprocessing.connection.wait`."""
@@ -124,13 +133,13 @@ class Wire:
         """Sends a message; returns its bytes.
 
         Raises:
-            OSError: the other side is gone.
+            OSError: the other side is gone, or takes nothing: nothing can be sent to it any more.
         """
         sizes = [memoryview(frame).nbytes for frame in frames]
         with self._sending:
-            _write(self.fileno(), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
+            self._write(struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
             for frame in frames:
-                _write(self.fileno(), frame)
+                self._write(frame)
         return sum(sizes)
 
     def receive(self) -> list[Frame]:
@@ -139,30 +148,33 @@ class Wire:
         Raises:
             EOFError: the other side is gone.
         """
-        (count,) = struct.unpack("<I", _read(self.fileno(), 4))
-        sizes = struct.unpack(f"<{count}Q", _read(self.fileno(), 8 * count))
-        return [_read(self.fileno(), size) for size in sizes]
+        (count,) = struct.unpack("<I", self._read(4))
+        sizes = struct.unpack(f"<{count}Q", self._read(8 * count))
+        return [self._read(size) for size in sizes]
 
     def close(self) -> None:
         """Hangs up: the other side reads an end of file."""
         self.connection.close()
 
+    def _write(self, frame: Frame) -> None:
+        view = memoryview(frame).cast("B") if memoryview(frame).nbytes else memoryview(b"")
+        while view:
+            ready = None if self._stalled else select.select([], [self.fileno()], [], self._patience)
+            if ready is None or not ready[1]:
+                self._stalled = True  # a part of a message is on its way: no other can follow
+                raise TimeoutError("the other side takes nothing")
+            view = view[os.write(self.fileno(), view[:PIECE]) :]
 
-def _write(file: int, frame: Frame) -> None:
-    view = memoryview(frame).cast("B") if memoryview(frame).nbytes else memoryview(b"")
-    while view:
-        view = view[os.write(file, view[:PIECE]) :]
-
-
-def _read(file: int, size: int) -> memoryview:
-    buffer = np.empty(size, dtype=np.uint8).data  # numpy does not fill it with zeros first, as bytearray does
-    at = 0
-    while at < size:
-        try:
-            got = os.readv(file, [buffer[at : at + PIECE]])
-        except ConnectionResetError:
-            got = 0
-        if not got:
-            raise EOFError
-        at += got
-    return buffer
+    def _read(self, size: int) -> memoryview:
+        buffer = np.empty(size, dtype=np.uint8).data  # numpy does not fill it with zeros first, as bytearray does
+        at = 0
+        while at < size:
+            select.select([self.fileno()], [], [])
+            try:
+                got = os.readv(self.fileno(), [buffer[at : at + PIECE]])
+            except ConnectionResetError:
+                got = 0
+            if not got:
+                raise EOFError
+            at += got
+        return buffer

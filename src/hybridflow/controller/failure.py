@@ -96,9 +96,11 @@ class Evidence:
         """Whether there is something that is not a consequence of something else."""
         return bool(self.lost) or any(not f.connection for f in self.failed.values())
 
-    def apart(self) -> list[Place]:
-        """Who is not in a collective, and has not answered: the others may be waiting for it."""
-        return self.silent + [p for p, s in self.standing.items() if not s.collective and p not in self.failed]
+    def apart(self, timeout: float) -> list[Place]:
+        """Who is not in a collective, has not answered, and is waited for: it is late, or its pool has failed."""
+        pools = {place.pool for place in self.failed}
+        standing = [p for p, s in self.standing.items() if not s.collective and p not in self.failed]
+        return self.silent + [p for p in standing if p.pool in pools or self.standing[p].idle > timeout]
 
     def count(self) -> int:
         """How many processes have failed."""
@@ -186,8 +188,8 @@ def first_cause(evidence: Evidence, timeout: float) -> UserError:
     order = sorted(evidence.failed, key=lambda p: (evidence.failed[p].connection, evidence.failed[p].time))
     if order and evidence.primary():
         return _raised(order[0], evidence)
-    if evidence.apart():
-        return _hangs(evidence.apart()[0], evidence, timeout)
+    if apart := evidence.apart(timeout):
+        return _hangs(apart[0], evidence, timeout)
     if order:
         return _raised(order[0], evidence)
     return _all_wait(evidence, timeout)

@@ -45,10 +45,11 @@ class Future:
             self._results = []
         return self._joined[0]
 
-    def set(self, rank: int, value: Any) -> None:
-        """Takes the result of a rank."""
+    def set(self, rank: int, value: Any) -> bool:
+        """Takes the result of a rank; returns whether it was the last one."""
         self._results[rank] = value
         self._missing.discard(rank)
+        return not self._missing
 
 
 class RemoteMethod:

@@ -94,12 +94,12 @@ class ProcessesBackend:
             process = context.Process(target=_run, args=(start, theirs), name=str(place))
             process.start()
             theirs.close()
-            self._processes[place], self._wires[place] = process, Wire(ours)
+            self._processes[place], self._wires[place] = process, Wire(ours, self._timeout)
 
     def send(self, place: Place, request: Request) -> None:
         """Over its pipe."""
         if place in self._wires:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` finds it gone
+            with contextlib.suppress(OSError):  # `receive` finds it gone, or the time limit finds it stopped
                 self._wires[place].send(*request.frames)
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, Answer | Lost]]:
@@ -128,7 +128,7 @@ class ProcessesBackend:
     def close(self) -> None:
         """An empty message to each asks it to end."""
         for wire in self._wires.values():
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with contextlib.suppress(OSError):
                 wire.send()
         self._join()
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import AuthenticationError, connection
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ class TorchrunBackend:
         self._host = self._make_host(places[0])
         with Listener((host if host in LOCAL else "", 0), backlog=len(places), authkey=key) as listener:
             store.set(_key(), pickle.dumps((host, listener.address[1], key)))
-            for _ in places[1:]:
-                wire = Wire(listener.accept())
+            while len(self._wires) < len(places) - 1:
+                try:
+                    wire = Wire(listener.accept(), self._timeout)
+                except (AuthenticationError, EOFError, ConnectionError):  # somebody else has found the port
+                    continue
                 place = places[decode(wire.receive())]
                 wire.send(*encode((place, self._device, self._threads, self._meeting(), self._box(place))))
                 self._wires[place] = wire

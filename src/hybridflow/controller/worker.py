@@ -107,7 +107,7 @@ class Host:
         self._meeting = meeting
         self._box = None if box is None else BlackBox(box)
         self._workers: dict[str, Any] = {}
-        self._calls: Counter[tuple[str, str, int]] = Counter()
+        self._calls: Counter[tuple[str, str]] = Counter()  # in this step
         self._last = time.monotonic()  # when something happened
         self._thread = threading.main_thread().ident
         self._joined = False
@@ -119,8 +119,10 @@ class Host:
         method = "create" if request.kind == "create" else request.method
         positional, keywords = request.call
         self._thread = threading.get_ident()
-        self._calls[request.group, method, request.step] += 1
-        count = self._calls[request.group, method, request.step]
+        if request.step != self.doing.get("step"):
+            self._calls.clear()
+        self._calls[request.group, method] += 1
+        count = self._calls[request.group, method]
         rows = describe_rows([*positional, *keywords.values()])
         self._note(worker=request.group, method=method, step=request.step, rows=rows, began=time.time())
         if worker_fault(request.group, self.place.rank, method, request.step, count) == "drop-row":

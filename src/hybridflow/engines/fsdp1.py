@@ -137,6 +137,8 @@ def _refuse(section: EngineSection, device: torch.device, root: torch.nn.Module)
     what = None
     if section.cpu_offload and device.type == "cpu":
         what = "engine.cpu_offload", "it needs memory that an accelerator has pinned"
+    elif section.cpu_offload and section.sync_every_microbatch:
+        what = "engine.sync_every_microbatch", "it loses gradients when they are summed into host memory twice"
     elif "parameters" in section.offload:
         what = "engine.offload of parameters", "it does not move its flat tensors"
     elif any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.adam import AdamEngine, matrices
+from hybridflow.engines.background import Background, host_copies
 from hybridflow.engines.microbatch import Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
@@ -57,6 +59,7 @@ class LocalEngine(AdamEngine):
         if value_head is not None:
             trained |= {f"value_head.{n}": p for n, p in value_head.named_parameters()}
         super().__init__(trained, optim, decayed=matrices(trained), total_steps=total_steps, name=name)
+        self.writing = Background()
         self.passes = Passes(
             TokenScorer(model, value_head), model, tokens_per_microbatch, self.device, within=autocast_on(self.device)
         )
@@ -83,14 +86,30 @@ class LocalEngine(AdamEngine):
         own |= {n: b for n, b in self.model.named_buffers() if n in saved}
         return own | {n: p.detach() for n, p in self.trained.items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`. Everything is in open formats: safetensors, and JSON for plain values."""
-        write_weights(self.model, folder)
-        if self.value_head is not None:
-            write_value_head(self.value_head, folder)
-        flat = {f"{kind}/{name}": t for name, kept in self.moments().items() for kind, t in kept.items()}
-        save_file({key: t.detach().cpu().contiguous() for key, t in flat.items()}, folder / MOMENTS)
-        (folder / PLAIN).write_text(json.dumps({"steps_done": self.steps_done}))
+        weights, head, steps_done = dict(self.model.state_dict()), self.value_head, self.steps_done
+        moments = {f"{kind}/{name}": t for name, kept in self.moments().items() for kind, t in kept.items()}
+        if background:
+            weights, head, moments = host_copies(weights), copy.deepcopy(head), host_copies(moments)
+        if not has_adapters(self.model):
+            (folder / "model").mkdir()
+
+        def write() -> None:
+            write_weights(self.model, folder, weights)
+            if head is not None:
+                write_value_head(head, folder)
+            save_file({key: t.detach().cpu().contiguous() for key, t in moments.items()}, folder / MOMENTS)
+            (folder / PLAIN).write_text(json.dumps({"steps_done": steps_done}))
+
+        if background:
+            self.writing.start(write)
+        else:
+            write()
+
+    def saved(self, *, wait: bool) -> bool:
+        """See `TrainEngine.saved`."""
+        return self.writing.done(wait=wait)
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
-from hybridflow.balance import balanced_parts
+from hybridflow.balance import balanced_parts, beginning_costs, sequence_costs
 from hybridflow.batch import Batch
 from hybridflow.errors import UserError
 from hybridflow.models.attention import similar
@@ -94,11 +94,9 @@ class Passes:
         """
         total = Sums()
         batch = self._sharing(batch)
-        passes = self._rows(batch)
-        count = self.agree(len(passes))
-        for number in range(count):
-            rows = passes[number] if number < len(passes) else []
-            with nullcontext() if number == count - 1 else self.no_sync():
+        passes = self._agreed(batch)
+        for number, rows in enumerate(passes):
+            with nullcontext() if number == len(passes) - 1 else self.no_sync():
                 self._learn(batch.take(rows), loss, rows, total)
         total.bad_rows.sort()
         return total
@@ -111,9 +109,8 @@ class Passes:
         batch = batch.select([n for n in MODEL_COLUMNS if n in batch])
         batch["position_T"] = positions
         batch = self._sharing(batch)
-        passes = self._rows(batch)
-        for number in range(self.agree(len(passes))):
-            part = batch.take(passes[number] if number < len(passes) else [])
+        for rows in self._agreed(batch):
+            part = batch.take(rows)
             with telling_memory(part, self.tokens_per_microbatch), torch.no_grad(), self.within():
                 index_M, scores = self.root(part, outputs, temperature)
             where = part["position_T"][index_M]
@@ -137,41 +134,50 @@ class Passes:
         scores: tuple[Tensor, dict[str, Tensor]] = self.root(part, _outputs(loss), temperature, entropy_gradient)
         return scores
 
-    def _rows(self, batch: Batch) -> list[list[int]]:
+    def _agreed(self, batch: Batch) -> list[list[int]]:
+        """Rows of every pass, as many on every rank: one that needs fewer makes smaller ones."""
         passes = microbatches(batch, self.tokens_per_microbatch)
-        if packs(self.model) or not self.alike:
-            return passes
-        lengths = batch.lengths()
-        return [[rows[i] for i in bucket] for rows in passes for bucket in similar(lengths[rows])]
+        if self.alike and not packs(self.model):
+            lengths = batch.lengths()
+            passes = [[rows[i] for i in bucket] for rows in passes for bucket in similar(lengths[rows])]
+            return passes + [[]] * (self.agree(len(passes)) - len(passes))
+        return microbatches(batch, self.tokens_per_microbatch, at_least=self.agree(len(passes)))
 
     def _sharing(self, batch: Batch) -> Batch:
         """The batch, without its groups where the model pads: padded sequences share no prompts."""
         return batch if packs(self.model) else batch.select([name for name in batch if name != "group_B"])
 
 
-def microbatches(batch: Batch, budget: int) -> list[list[int]]:
-    """Rows of each micro-batch: at most `budget` tokens go through the model at once.
+def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]]:
+    """Rows of each micro-batch: at most `budget` tokens go through the model at once, and they cost about the same.
 
-    Sequences of one group stay together where they fit, because their prompt then goes through the model once.
+    Sequences of one group stay together where they fit, because their prompt then goes through the model once. With
+    `at_least`, some can be empty: see `balanced_parts`.
 
     Raises:
         ValueError: one sequence alone is over the budget.
     """
     lengths = batch.lengths().tolist()
+    costs = sequence_costs(lengths)
     if "group_B" not in batch:
-        return balanced_parts(lengths, budget)
+        return balanced_parts(lengths, budget, costs=costs, at_least=at_least)
     prompts = beginnings(batch).tolist()
     units: dict[tuple[int, int], list[int]] = {}
     for row, group in enumerate(batch["group_B"].tolist()):
         units.setdefault((group, prompts[row]), []).append(row)
     rows: list[list[int]] = []
-    costs: list[int] = []
+    sizes: list[int] = []
+    works: list[int] = []
     for (_, prompt), members in units.items():
-        cost = prompt + sum(lengths[r] - prompt for r in members)
-        together = cost <= budget
+        again = len(members) - 1  # so many times less goes the prompt through
+        size = sum(lengths[r] for r in members) - again * prompt
+        together = size <= budget
         rows += [members] if together else [[r] for r in members]
-        costs += [cost] if together else [lengths[r] for r in members]
-    return [sorted(r for unit in part for r in rows[unit]) for part in balanced_parts(costs, budget)]
+        sizes += [size] if together else [lengths[r] for r in members]
+        own = [costs[r] for r in members]
+        works += [sum(own) - again * beginning_costs([prompt])[0]] if together else own
+    parts = balanced_parts(sizes, budget, costs=works, at_least=at_least)
+    return [sorted(r for unit in part for r in rows[unit]) for part in parts]
 
 
 @contextmanager

@@ -12,26 +12,6 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.batch import Batch
 from hybridflow.engines.microbatch import Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
-from hybridflow.models.lora import has_adapters
-from hybridflow.protocols import Scorer
-
-
-class WithoutAdapters:
-    """A `Scorer` around an actor that trains adapters, switched off while it scores: the model that the run began with.
-
-    Args:
-        actor: a training engine of any kind.
-        model: its model, with adapters.
-    """
-
-    def __init__(self, actor: Scorer, model: PreTrainedModel) -> None:
-        assert has_adapters(model)
-        self.actor, self.model = actor, model
-
-    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
-        """See `Scorer.score`."""
-        with self.model.disable_adapter():
-            return self.actor.score(batch, outputs, temperature=temperature)
 
 
 class LocalReference:

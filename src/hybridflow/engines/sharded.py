@@ -120,7 +120,7 @@ class ShardedModel:
             within=kept_on_host if section.activation_offload else nullcontext,
             agree=self.ranks.largest,
             alike=True,
-            no_sync=self.sharding.no_sync,
+            no_sync=nullcontext if section.sync_every_microbatch else self.sharding.no_sync,
         )
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
@@ -220,9 +220,13 @@ class ShardedEngine(AdamEngine):
         norm = self.sharded.sharding.clip(list(self.trained.values()), self.optim.clip_grad_norm)
         return self.step(sums, norm)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`."""
-        self.files.save(folder)
+        self.files.save(folder, background=background)
+
+    def saved(self, *, wait: bool) -> bool:
+        """See `TrainEngine.saved`: of this rank's files."""
+        return self.files.writing.done(wait=wait)
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""

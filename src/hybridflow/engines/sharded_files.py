@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hybridflow.engines.background import Background, host_copies
 from hybridflow.engines.fsdp2 import from_first
 from hybridflow.engines.shards import PLAIN, SHARDS, Moments, read_state, require_kind, write_shards
 from hybridflow.errors import UserError
@@ -125,17 +126,32 @@ class ShardedFiles:
         self.engine = engine
         self.state = STATES[engine.section.strategy](engine)
         self.adapters = has_adapters(engine.model)
-        limit = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+        world = dist.group.WORLD
+        assert world is not None
+        limit = world._get_backend(torch.device("cpu")).options._timeout
+        self.writing = Background()
         # Of its own: files are written beside other collectives, and through host memory.
         self.group = dist.new_group(backend="gloo", timeout=limit)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`."""
-        write_shards(self.tensors(), folder, self.group)
-        if self.engine.ranks.rank == 0:
-            if not self.adapters:
-                write_config(self.engine.model, folder / "model")
-            (folder / PLAIN).write_text(json.dumps({"steps_done": self.engine.steps_done}))
+        tensors, steps_done = self.tensors(), self.engine.steps_done
+        if background:
+            tensors = host_copies(tensors)
+        if self.engine.ranks.rank == 0 and not self.adapters:
+            (folder / "model").mkdir()
+
+        def write() -> None:
+            write_shards(tensors, folder, self.group)
+            if self.engine.ranks.rank == 0:
+                if not self.adapters:
+                    write_config(self.engine.model, folder / "model")
+                (folder / PLAIN).write_text(json.dumps({"steps_done": steps_done}))
+
+        if background:
+            self.writing.start(write)
+        else:
+            write()
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
@@ -174,8 +190,7 @@ class ShardedFiles:
         wrong: list[UserError | None] = [None]
         if self.engine.ranks.rank == 0:
             try:
-                read = read_adapters if self.adapters else read_model
-                whole = read(self.engine.model, folder)
+                whole = read_adapters(weights, folder) if self.adapters else read_model(folder)
                 if self.engine.value_head is not None:
                     whole |= {f"value_head.{name}": t for name, t in read_value_tensors(folder).items()}
                 aliases = {a for names in self.engine.sharded.names.values() for a in names[1:]}

@@ -18,17 +18,20 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hybridflow.errors import UserError
-from hybridflow.models.lora import has_adapters, load_adapters, merged, save_adapters
+from hybridflow.models.lora import has_adapters, load_adapters, merged
 
 FILE_BYTES = 2 << 30  # of an exported file: it is put together in memory
 
 
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Writes ``model/`` (weights and config in Hugging Face's format), or ``adapter/`` where adapters are trained."""
-    if has_adapters(model):
-        save_adapters(model, folder / "adapter")
-    else:
-        model.save_pretrained(folder / "model")
+def write_weights(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes ``model/`` (weights and config in Hugging Face's format), or ``adapter/`` where adapters are trained.
+
+    Args:
+        model: says in what form.
+        folder: of the checkpoint.
+        tensors: the model's ``state_dict()``, or copies of what it was.
+    """
+    model.save_pretrained(folder / ("adapter" if has_adapters(model) else "model"), state_dict=dict(tensors))
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -46,24 +49,22 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
     if has_adapters(model):
         load_adapters(model, folder / "adapter")
     else:
-        assign_weights(model, read_model(model, folder), source=folder)
+        assign_weights(model, read_model(folder), source=folder)
 
 
-def read_model(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The whole weights in ``model/`` under the names of such a model, whatever names they have in the files."""
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """The whole weights in ``model/`` under the names of a model in memory, whatever names they have in the files."""
     # Through from_pretrained, because saving may rename and regroup tensors (fused experts).
     return dict(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
 
 
-def read_adapters(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The whole adapters in ``adapter/`` under the names of the model, whatever names peft gives them in the file."""
+def read_adapters(names: Iterable[str], folder: Path) -> dict[str, Tensor]:
+    """The whole adapters in ``adapter/`` under these names of a model; in the file, the adapter's own is left out."""
     import peft
 
     saved = peft.load_peft_weights(str(folder / "adapter"), device="cpu")
-    names = [name for name in model.state_dict() if ".lora_" in name]
-    numbers = peft.get_peft_model_state_dict(model, state_dict={n: torch.tensor(i) for i, n in enumerate(names)})
-    own = {file_name: names[int(number)] for file_name, number in numbers.items()}
-    return {own.get(file_name, file_name): tensor for file_name, tensor in saved.items()}
+    own = {re.sub(r"\.default(?=(\.\w+)?$)", "", name): name for name in names if ".lora_" in name}
+    return {own.get(name, name): tensor for name, tensor in saved.items()}
 
 
 def other_kind(folder: Path, *, adapters: bool) -> UserError:

@@ -74,11 +74,6 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
 
 
-def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapters alone, in peft's format."""
-    model.save_pretrained(folder)
-
-
 def load_adapters(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Reads adapters into a model that has some of the same shape; returns the tensors read, by peft's names."""
     import peft

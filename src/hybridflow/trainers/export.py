@@ -17,9 +17,11 @@ from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import TrainEngine
 
 
-def save_engine(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_engine(
+    engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, *, background: bool = False
+) -> None:
     """Writes an engine into an empty folder of a checkpoint; a whole model gets its tokenizer beside it."""
-    engine.save(folder)
+    engine.save(folder, background=background)
     if (folder / "model").is_dir():
         tokenizer.save_pretrained(folder / "model")
 

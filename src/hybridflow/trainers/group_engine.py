@@ -6,7 +6,7 @@ the columns that are read there. Everything between ranks (gathered parameters, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from hybridflow.algorithms.losses import columns_of
-from hybridflow.balance import balanced_ranks, seqlen_metrics, sequence_costs
+from hybridflow.balance import balanced_ranks, beginning_costs, seqlen_metrics, sequence_costs
 from hybridflow.batch import Batch
 from hybridflow.controller.group import Future, WorkerGroup
 from hybridflow.engines.microbatch import MODEL_COLUMNS
-from hybridflow.protocols import Loss, Receipt, Request, Result, Update, WeightStream
+from hybridflow.models.forward import beginnings
+from hybridflow.protocols import Loss, Receipt, Request, Result, Scorer, TrainEngine, Update, WeightStream
 from hybridflow.weights.stream import verify
 from hybridflow.weights.transport import Receiver, open_receiver
 
+Scores = dict[str, Tensor]
 Transport = Literal["auto", "shared_memory", "broadcast"]
 SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
 
@@ -38,26 +40,37 @@ class GroupScorer:
     def __init__(self, group: WorkerGroup, whose: Literal["own", "reference"] = "own") -> None:
         self.group, self.whose = group, whose
 
-    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Scores:
         """See `Scorer.score`."""
+        return self.score_later(batch, outputs, temperature=temperature)()
+
+    def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Callable[[], Scores]:
+        """Begins to score; what it returns waits for the scores."""
         if not len(batch):
-            return {name: torch.zeros(0) for name in outputs}
+            return lambda: {name: torch.zeros(0) for name in outputs}
         rows = self.rows(batch)
         sent = batch.select([name for name in MODEL_COLUMNS if name in batch])
-        scores = self.group.score([sent.take(r) for r in rows], list(outputs), temperature, self.whose)
-        sent["position_T"] = torch.arange(batch.total())
-        position_T = torch.cat([sent.take(r)["position_T"] for r in rows])
-        found = {}
-        for name in outputs:
-            column_T = torch.cat([score[name] for score in scores])
-            found[name] = torch.empty_like(column_T)
-            found[name][position_T] = column_T
-        return found
+        future = self.group.score.later([sent.take(r) for r in rows], list(outputs), temperature, self.whose)
+
+        def in_order() -> Scores:
+            places = sent.select([])
+            places["position_T"] = torch.arange(batch.total())
+            position_T = torch.cat([places.take(r)["position_T"] for r in rows])
+            found = {}
+            for name in outputs:
+                column_T = torch.cat([score[name] for score in future.result()])
+                found[name] = torch.empty_like(column_T)
+                found[name][position_T] = column_T
+            return found
+
+        return in_order
 
     def rows(self, batch: Batch) -> list[list[int]]:
         """The sequences of every data-parallel place."""
-        groups = batch["group_B"].tolist() if "group_B" in batch else None
-        return balanced_ranks(sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"], groups)
+        costs, places = sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"]
+        if "group_B" not in batch:
+            return balanced_ranks(costs, places)
+        return balanced_ranks(costs, places, batch["group_B"].tolist(), beginning_costs(beginnings(batch).tolist()))
 
 
 class GroupEngine(GroupScorer):
@@ -78,12 +91,19 @@ class GroupEngine(GroupScorer):
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """See `TrainEngine.update`."""
+        return self.update_later(batch, loss)()
+
+    def update_later(self, batch: Batch, loss: Loss) -> Callable[[], Update]:
+        """Begins an optimizer step; what it returns waits for its end."""
         if not len(batch):
-            return Update({})
+            return lambda: Update({})
         rows = self.rows(batch)
         read = {*MODEL_COLUMNS, *columns_of(loss)}
         sent = batch.select([name for name in batch if name in read])
-        updates: list[Update] = self.group.update([sent.take(r) for r in rows], loss, [len(r) for r in rows])
+        future = self.group.update.later([sent.take(r) for r in rows], loss, [len(r) for r in rows])
+        return lambda: self._joined(batch, rows, future.result())
+
+    def _joined(self, batch: Batch, rows: list[list[int]], updates: list[Update]) -> Update:
         bad_rows = sorted(r[i] for r, update in zip(rows, updates) for i in update.bad_rows)
         most = {key: max(u.metrics[key] for u in updates) for key in updates[0].metrics if key.startswith("perf/")}
         metrics = updates[0].metrics | most  # the memory of the worker that has the most; all else is alike
@@ -91,9 +111,13 @@ class GroupEngine(GroupScorer):
             metrics = metrics | seqlen_metrics(batch.lengths().tolist(), rows)
         return Update(metrics, updates[0].applied, bad_rows)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`."""
-        self.group.save(folder)
+        self.group.save(folder, background)
+
+    def saved(self, *, wait: bool) -> bool:
+        """See `TrainEngine.saved`."""
+        return all(self.group.saved(wait))
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
@@ -104,7 +128,7 @@ class GroupEngine(GroupScorer):
         self.group.export(folder, dtype)
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
-        """See `TrainEngine.stream_weights`: nothing moves before somebody takes it. The workers know what adapters do."""
+        """See `TrainEngine.stream_weights`: nothing moves before it is taken. Workers know what adapters do."""
         assert lora != "adapters"
         stream = RemoteStream(iter(()), self.group.weight_names(), group=self.group)
         stream.tensors = self._arriving(stream)
@@ -240,6 +264,24 @@ class GroupRollout:
         """Waits for the moment of generation that is under way, if any: commands reach replicas in order."""
         if self._slice is not None:
             self._finish()
+
+
+def score_later(
+    scorer: Scorer, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0
+) -> Callable[[], Scores]:
+    """Has a model score; what it returns gives the scores. A model in other processes works meanwhile."""
+    if isinstance(scorer, GroupScorer):
+        return scorer.score_later(batch, outputs, temperature=temperature)
+    scores = scorer.score(batch, outputs, temperature=temperature)
+    return lambda: scores
+
+
+def update_later(engine: TrainEngine, batch: Batch, loss: Loss) -> Callable[[], Update]:
+    """Has a model take an optimizer step; what it returns gives the result. The same as of `score_later` holds."""
+    if isinstance(engine, GroupEngine):
+        return engine.update_later(batch, loss)
+    update = engine.update(batch, loss)
+    return lambda: update
 
 
 def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.faults import fault_point
-from hybridflow.protocols import Group, Loss, TrainEngine
+from hybridflow.protocols import Group, Loss, Scorer, TrainEngine
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
+from hybridflow.trainers.group_engine import score_later, update_later
 from hybridflow.trainers.learning import (
     component_names,
     corrected,
@@ -88,27 +90,23 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
 
 def estimate(run: RlRun, groups: list[Group]) -> Batch:
     """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages."""
-    config, a, temperature = run.config, run.config.algorithm, run.config.rollout.temperature
+    config, a = run.config, run.config.algorithm
     groups, counts = trainable(groups, config)
     batch = batch_of(groups)
     if not len(batch):  # nothing is left to learn from: the step makes no update
         run.measured |= counts
         return batch
-    outputs = policy_outputs(config)
-    if outputs:
-        with run.clock.phase("old_log_prob"):
-            for name, column_T in run.engine.score(batch, outputs, temperature=temperature).items():
-                batch["old_logp_T" if name == "logp" else f"{name}_T"] = column_T
-        if "logp" in outputs:
-            counts |= engine_gap(batch, batch["old_logp_T"])
+    scores = score_all(run, batch)
+    for name, column_T in scores.get("old_log_prob", {}).items():
+        batch["old_logp_T" if name == "logp" else f"{name}_T"] = column_T
+    if "old_logp_T" in batch:
+        counts |= engine_gap(batch, batch["old_logp_T"])
     if old_logp_is(config) == "rollout":
         batch["old_logp_T"] = batch["rollout_logp_T"]
-    if run.reference is not None:
-        with run.clock.phase("ref"):
-            batch["ref_logp_T"] = run.reference.score(batch, ["logp"], temperature=temperature)["logp"]
-    if run.critic is not None:
-        with run.clock.phase("values"):
-            batch["value_T"] = run.critic.engine.score(batch, ["value"])["value"]
+    if "ref" in scores:
+        batch["ref_logp_T"] = scores["ref"]["logp"]
+    if "values" in scores:
+        batch["value_T"] = scores["values"]["value"]
     with run.clock.phase("adv"):
         if a.correction.active and a.correction.mode == "decoupled":
             batch, found = corrected(batch, batch["old_logp_T"], a)
@@ -128,11 +126,12 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(run, batch)]
     minis = batch.split(part_sizes(len(batch), sequences_per_update(config)))
+    of_critic: list[Callable[[], dict[str, float]]] = []
     if run.critic is not None and config.critic is not None and not run.critic.shared:
         with run.clock.phase("update_critic"):
             for mini in minis * (config.critic.epochs_per_step or config.train.epochs_per_step):
                 weighted = with_weights(mini, config)
-                metrics.append(_optimizer_step(run, run.critic.engine, weighted, value_loss(config)))
+                of_critic.append(_optimizer_step(run, run.critic.engine, weighted, value_loss(config)))
     if config.critic is None or run.step >= config.critic.warmup_steps:
         with run.clock.phase("update_actor"):
             for i, mini in enumerate(minis * config.train.epochs_per_step):
@@ -141,7 +140,10 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                 metrics.append(found)
                 if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
                     # The gap between engines is measured while both hold the same weights.
-                    metrics.append(_optimizer_step(run, run.engine, prepared, policy_loss(config, measure_gap=i == 0)))
+                    loss = policy_loss(config, measure_gap=i == 0)
+                    metrics.append(_optimizer_step(run, run.engine, prepared, loss)())
+    with run.clock.phase("update_critic"):  # in a pool of its own it has learned meanwhile
+        metrics += [learned() for learned in of_critic]
     fault_point("update", run.step + 1)
     values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
     return {name: sum(found) / len(found) for name, found in values.items()}
@@ -188,6 +190,26 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
 
 
 # --- the pieces ---
+
+
+def score_all(run: RlRun, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+    """What the models say of a batch, by phase: models of different pools work at the same time."""
+    temperature = run.config.rollout.temperature
+    asked: list[tuple[str, Scorer | None, list[str], float]] = [
+        ("old_log_prob", run.engine, policy_outputs(run.config), temperature),
+        ("ref", run.reference, ["logp"], temperature),
+        ("values", None if run.critic is None else run.critic.engine, ["value"], 1.0),
+    ]
+    pending = {}
+    for phase, scorer, outputs, scaled in asked:
+        if scorer is not None and outputs:
+            with run.clock.phase(phase):
+                pending[phase] = score_later(scorer, batch, outputs, temperature=scaled)
+    scores = {}
+    for phase, result in pending.items():
+        with run.clock.phase(phase):
+            scores[phase] = result()
+    return scores
 
 
 def batch_of(groups: list[Group]) -> Batch:
@@ -300,11 +322,17 @@ def with_signal(mini: Batch) -> Batch:
     return mini.take(signal_B.nonzero()[:, 0])
 
 
-def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) -> dict[str, float]:
-    result = engine.update(mini, loss)
-    run.note_update(result, mini.objects("row"))
-    part = "critic" if loss.name == "value" else "actor"
-    return result.metrics | {f"{part}/skipped_nonfinite": float(not result.applied)}
+def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) -> Callable[[], dict[str, float]]:
+    """Begins an optimizer step; what it returns waits for its end and gives the metrics."""
+    result = update_later(engine, mini, loss)
+
+    def finish() -> dict[str, float]:
+        update = result()
+        run.note_update(update, mini.objects("row"))
+        part = "critic" if loss.name == "value" else "actor"
+        return update.metrics | {f"{part}/skipped_nonfinite": float(not update.applied)}
+
+    return finish
 
 
 def policy_loss(config: RlConfig, *, measure_gap: bool = True) -> Loss:

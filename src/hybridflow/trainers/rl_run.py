@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +16,13 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.models.load import load_tokenizer
-from hybridflow.protocols import RolloutEngine, Scorer
+from hybridflow.protocols import RolloutEngine, Scorer, TrainEngine
 from hybridflow.rewards.function import RewardFunction, load_reward
 from hybridflow.rollout.groups import GroupSource
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
 from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_same_tokens
-from hybridflow.trainers.export import save_engine
 from hybridflow.trainers.generation import training_sampling
 from hybridflow.trainers.lifecycle import StopRequest
 from hybridflow.trainers.placing import Places
@@ -79,18 +77,10 @@ class RlRun(Session):
         stream = self.engine.stream_weights(lora="merged" if whole else None)
         verify(stream, self.rollout.update_weights(stream, version), version)
 
-    def write_engines(self, folder: Path) -> None:
-        """See `Session.write_engines`. A critic with a model of its own has a part of its own, ``critic/``."""
-        super().write_engines(folder)
-        if self.critic is not None and not self.critic.shared:
-            (folder / "critic").mkdir()
-            save_engine(self.critic.engine, self.tokenizer, folder / "critic")
-
-    def read_engines(self, folder: Path) -> None:
-        """See `Session.read_engines`."""
-        super().read_engines(folder)
-        if self.critic is not None and not self.critic.shared:
-            self.critic.engine.load(folder / "critic")
+    def engines(self) -> dict[str, TrainEngine]:
+        """See `Session.engines`. A critic with a model of its own has a part of its own."""
+        own = self.critic is not None and not self.critic.shared
+        return super().engines() | ({"critic": self.critic.engine} if own and self.critic else {})
 
     def extra_state(self) -> dict[str, Any]:
         """The coefficient of the KL penalty, which an adaptive controller moves."""
@@ -101,10 +91,9 @@ class RlRun(Session):
         if self.kl.target is not None:
             self.kl.coef = state["kl_reward_coef"]
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of a step, and lets go of the journal that no resume can need."""
-        super().save(step)
-        self.journal.forget_up_to(saved_steps(self.folder.checkpoints)[-self.keep :][0])
+    def forget(self, step: int) -> None:
+        """See `Session.forget`: of the journal."""
+        self.journal.forget_up_to(saved_steps(self.folder.checkpoints)[-self.checkpoint.keep :][0])
 
     def note_best(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether the step is the best so far by ``checkpoint.best``: it is then to be saved.
@@ -196,7 +185,7 @@ def _assemble(
         trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),
         stop=stop,
         total_steps=steps,
-        keep=config.checkpoint.keep,
+        checkpoint=config.checkpoint,
         data_source=prompts.source,
         data_fingerprint=prompts.fingerprint,
     )

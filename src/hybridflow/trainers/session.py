@@ -14,9 +14,10 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
-from hybridflow.checkpoint.store import Best, read_checkpoint, save_checkpoint, saved_steps, step_folder
-from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.checkpoint.store import Best, NewCheckpoint, read_checkpoint, saved_steps, step_folder
+from hybridflow.config.sections import CheckpointSection, RlConfig, SftConfig
 from hybridflow.data.sampler import Sampler
+from hybridflow.engines.background import Background
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.protocols import TrainEngine, Update
@@ -90,7 +91,7 @@ class Session:
     trackers: Trackers
     stop: StopRequest
     total_steps: int
-    keep: int
+    checkpoint: CheckpointSection
     longer: str = "raise train.steps (or train.epochs)"
     data_source: str
     data_fingerprint: str
@@ -99,6 +100,9 @@ class Session:
     saved_step: int = 0
     best: Best | None = None  # by checkpoint.best; its checkpoint is kept
     nonfinite_in_a_row: dict[str, int] = field(default_factory=dict)  # of the actor, of the critic
+    on_its_way: NewCheckpoint | None = None  # whose engines' files are being written
+    completing: bool = False  # these are there, and it gets its manifest and its place
+    writing: Background = field(default_factory=Background)
     drawn_before: int = 0  # the sampler's count when the step now under way began
 
     def __enter__(self) -> Self:
@@ -116,12 +120,20 @@ class Session:
             elif error is not None and not isinstance(error, Interrupted):
                 text = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
                 self.trackers.events.append("failed", text)
+                self._save_what_can_be()
         finally:
             self.stop.__exit__(kind, error, trace)
             self.trackers.close(failed=error is not None and not isinstance(error, Stopped))
             self.places.close()
             self.folder.close()
         return isinstance(error, Stopped)
+
+    def _save_what_can_be(self) -> None:
+        """After an error: the checkpoint that is on its way is of a step that was done before."""
+        try:
+            self.settle()
+        except Exception as error:  # the first error is the one that is raised
+            self.trackers.events.append("failed", f"the checkpoint on its way was lost: {str(error).splitlines()[:1]}")
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
@@ -134,6 +146,7 @@ class Session:
             self.places.begin_step(self.step + 1)
             yield self.step + 1
             self.step += 1
+            self.settle(wait=False)
 
     def note_update(self, update: Update, data_rows: list[int]) -> None:
         """Counts updates that were not applied because the loss was not finite.
@@ -170,30 +183,63 @@ class Session:
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """Takes back what `extra_state` gave."""
 
-    def write_engines(self, folder: Path) -> None:
-        """Writes what is trained into a checkpoint."""
-        save_engine(self.engine, self.tokenizer, folder)
-
-    def read_engines(self, folder: Path) -> None:
-        """Reads what `write_engines` wrote."""
-        self.engine.load(folder)
+    def engines(self) -> dict[str, TrainEngine]:
+        """What is trained, by its folder in a checkpoint."""
+        return {".": self.engine}
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of a step."""
-        save_checkpoint(
-            self.folder.checkpoints,
-            step,
-            write=self.write_engines,
-            run_state={
-                "drawn": self.sampler.drawn,
-                "data": self.data_fingerprint,
-                "nonfinite_in_a_row": self.nonfinite_in_a_row,
-                **self.extra_state(),
-            },
-            keep=self.keep,
-            best=self.best,
-        )
-        self.saved_step = step
+        """Writes the checkpoint of a step; with ``checkpoint.asynchronous``, copies what it needs and goes on.
+
+        Raises:
+            UserError: the disk is full or not writable, now or for the checkpoint before.
+        """
+        self.settle()
+        state = {
+            "drawn": self.sampler.drawn,
+            "data": self.data_fingerprint,
+            "nonfinite_in_a_row": dict(self.nonfinite_in_a_row),
+            **self.extra_state(),
+        }
+        new = NewCheckpoint(self.folder.checkpoints, step, state, self.checkpoint.keep, self.best)
+        with new.telling():
+            new.begin()
+            for name, engine in self.engines().items():
+                (new.folder / name).mkdir(exist_ok=True)
+                save_engine(engine, self.tokenizer, new.folder / name, background=self.checkpoint.asynchronous)
+        self.on_its_way = new
+        if not self.checkpoint.asynchronous:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Completes the checkpoint that is on its way, if there is one and all of its files are written.
+
+        Args:
+            wait: until they are.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        new = self.on_its_way
+        if new is None:
+            return
+        with new.telling():
+            try:
+                if not self.completing:
+                    if not all(engine.saved(wait=wait) for engine in self.engines().values()):
+                        return
+                    self.writing.start(new.complete)
+                    self.completing = True
+                if not self.writing.done(wait=wait):
+                    return
+            except BaseException:
+                self.on_its_way, self.completing = None, False
+                raise
+        self.on_its_way, self.completing = None, False
+        self.saved_step = new.step
+        self.forget(new.step)
+
+    def forget(self, step: int) -> None:
+        """Lets go of what no resume can need now that this step has a checkpoint."""
 
     def restore(self) -> None:
         """Goes on from the newest checkpoint, if there is one, and drops records of later steps.
@@ -211,7 +257,8 @@ class Session:
                     why="going on would draw other rows than the records say",
                     fix="restore the data, or choose another run.folder",
                 )
-            self.read_engines(folder)
+            for name, engine in self.engines().items():
+                engine.load(folder / name)
             self.sampler.drawn = run_state["drawn"]
             self.nonfinite_in_a_row = run_state["nonfinite_in_a_row"]
             self.load_extra(run_state)
@@ -237,8 +284,10 @@ class Session:
         Raises:
             Interrupted: a signal stopped the run; everything is saved.
         """
+        self.settle()
         if self.step > self.saved_step:
             self.save(self.step)
+            self.settle()
         fault_point("finish", self.step)
         if self.done():
             export_engine(self.engine, self.tokenizer, self.folder.path / "model")

@@ -90,11 +90,15 @@ def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
 def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
     """Writes what happened, and saves a checkpoint where it is due."""
     times = run.clock.take()
-    metrics = memory_metrics() | metrics | {
-        "training/global_step": step,
-        "train/global_tokens": batch.total(),
-        "perf/throughput": batch.total() / times["timing_s/step"],
-    }
+    metrics = (
+        memory_metrics()
+        | metrics
+        | {
+            "training/global_step": step,
+            "train/global_tokens": batch.total(),
+            "perf/throughput": batch.total() / times["timing_s/step"],
+        }
+    )
     run.trackers.log(step, metrics | times)
     every = run.config.checkpoint.every
     if every and step % every == 0 and step < run.total_steps:
@@ -127,7 +131,7 @@ def open_sft(config: SftConfig) -> SftRun:
             trackers=trackers,
             stop=stop,
             total_steps=steps,
-            keep=config.checkpoint.keep,
+            checkpoint=config.checkpoint,
             longer="raise train.steps (or train.epochs) or lower train.stop_below_loss",
             data_source=data.source,
             data_fingerprint=data.fingerprint,

@@ -76,10 +76,15 @@ class EngineWorker:
         return replace(update, metrics=update.metrics | memory_metrics())
 
     @remote(ONE_TO_ALL)
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, background: bool = False) -> None:
         """See `TrainEngine.save`."""
         take_turn(self.context)
-        self.engine.save(folder)
+        self.engine.save(folder, background=background)
+
+    @remote(ONE_TO_ALL)
+    def saved(self, wait: bool) -> bool:
+        """See `TrainEngine.saved`."""
+        return self.engine.saved(wait=wait)
 
     @remote(ONE_TO_ALL)
     def load(self, folder: Path) -> None:

@@ -62,8 +62,10 @@ def adapted_weights(model: nn.Module, names: Iterable[str]) -> list[Adapted]:
     """
     found = []
     for name, module in ((n.replace(WRAPPED, ""), m) for n, m in model.named_modules()):
-        if not (hasattr(module, "base_layer") and hasattr(module, "scaling")) or getattr(module, "fan_in_fan_out", 0):
+        if not (hasattr(module, "base_layer") and hasattr(module, "scaling")):
             continue
+        if getattr(module, "fan_in_fan_out", False):
+            continue  # of a transposed layer: refused below
         experts, base, parameter = 1, f"{name}.base_layer", "weight"
         if hasattr(module, "parameter_name"):  # of experts, whose parameters are wrapped one in the other; or a router
             experts, parameter = module.num_experts, module.parameter_name
@@ -82,9 +84,7 @@ def adapted_weights(model: nn.Module, names: Iterable[str]) -> list[Adapted]:
     return found
 
 
-def merge_adapters(
-    tensors: Iterable[tuple[str, Tensor]], adapted: Iterable[Adapted]
-) -> Iterator[tuple[str, Tensor]]:
+def merge_adapters(tensors: Iterable[tuple[str, Tensor]], adapted: Iterable[Adapted]) -> Iterator[tuple[str, Tensor]]:
     """Plain weights under plain names: W + scale * B @ A, computed in float32 (LoRA, arXiv 2106.09685, section 4.1).
 
     Args:

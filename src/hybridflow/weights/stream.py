@@ -192,9 +192,11 @@ def _gatherer(model: PreTrainedModel) -> Gather:
         for name, value in values.items():
             same.setdefault(id(value), []).append(name)
         for tied in same.values():
-            whole = values[tied[0]].detach()
+            whole: Tensor = values[tied[0]].detach()
             if isinstance(whole, DTensor):  # of a model that is offloaded: gathered on the mesh's device
-                whole = whole.to(whole.device_mesh.device_type).full_tensor()
+                on_mesh: DTensor = whole.to(whole.device_mesh.device_type)  # type: ignore[assignment]
+                whole = on_mesh.full_tensor()
+                del on_mesh
             for name in tied:
                 yield name, whole
             del whole

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Backend
 
 from hybridflow.errors import UserError
 from hybridflow.protocols import WeightStream
@@ -67,7 +68,7 @@ class Sender:
         self.address = f"{host}:{self._store.port}"
         size = -(-bucket_bytes // ALIGNMENT) * ALIGNMENT
         opening: dict[str, Any] = {"kind": kind, "receivers": receivers, "bucket_bytes": size}
-        self._group: dist.ProcessGroup | None = None
+        self._group: Backend | None = None
         self._fd: int | None = None
         if kind == "shared_memory":
             self._fd = os.memfd_create("hybridflow-weights")
@@ -77,6 +78,7 @@ class Sender:
             self._buckets = _buckets_in(memory, size)
             opening |= {"pid": os.getpid(), "fd": self._fd, "token": token}
         else:
+            opening["device"] = device.type
             self._buckets = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._broadcasts: dict[int, dist.Work] = {}
         self._messages = 0  # buckets and ends, of all streams so far
@@ -154,9 +156,13 @@ class Receiver:
             raise WeightSyncError(f"no sender of weights answers at {address}: {_first_line(error)}") from error
         assert index < opening["receivers"], f"receiver {index} of {opening['receivers']}, counted from 0"
         size, self._receivers, self._shared = opening["bucket_bytes"], opening["receivers"], "fd" in opening
-        self._group: dist.ProcessGroup | None = None
+        self._group: Backend | None = None
         if self._shared:
             self._buckets = _buckets_in(_attached(opening), size)
+        elif device.type != opening["device"]:
+            raise WeightSyncError(
+                f"weights are broadcast from {opening['device']} to {device.type} memory: give one device"
+            )
         else:
             self._buckets = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._messages = self._streams = 0
@@ -296,9 +302,7 @@ def _attached(opening: dict[str, Any]) -> mmap.mmap:
     return memory
 
 
-def _group(
-    store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device
-) -> dist.ProcessGroup:
+def _group(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Backend:
     """A process group of sender (rank 0) and receivers, beside whatever groups these processes have."""
     own = dist.PrefixStore("group", store)
     try:
