@@ -8,7 +8,8 @@
 - "transfer": 8,192 sequences of log-normal lengths (mean 1,000 tokens) with the columns of a policy update go to two
   processes that sleep instead of training, and their log-probabilities come back: wall seconds beside the sleep, and
   CPU seconds of both ends. The share of a step is from the latter, one after the other, since the machine is shared.
-- "launch": wall and CPU seconds from nothing to the first answer of two processes, in a program of its own.
+- "launch": wall seconds from nothing to the first answer of two processes, in a program of its own, and the CPU seconds
+  of that program (not of the processes, which import torch once for both).
 """
 
 from __future__ import annotations

@@ -118,8 +118,9 @@ def test_a_checkpoint_has_every_tensor_once_and_no_rank_writes_all(tmp_path: Pat
 def test_large_files_are_cut_and_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = shared_ranks(2).run(begin, case("tied", FSDP2), tmp_path)[0]
     monkeypatch.setattr("hybridflow.engines.shards.FILE_BYTES", 10_000)
-    again = dict(whole_tensors(tmp_path / "shards", {name: tuple(t.shape) for name, t in state.items()}))
-    assert_same(again, state)
+    names = {name.removeprefix("exp_avg/") for name in state if name.startswith("exp_avg/")}
+    again = dict(whole_tensors(tmp_path / "shards", "exp_avg/"))
+    assert_same(again, {name: state[f"exp_avg/{name}"] for name in names})
 
 
 @pytest.mark.parametrize("section", [FSDP2, FSDP1], ids=["fsdp2", "fsdp1"])

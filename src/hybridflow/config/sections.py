@@ -420,8 +420,8 @@ class RlConfig(Section):
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
         if self.rollout.engine == "vllm" and self.model.lora is not None and self.rollout.lora != "merged":
             raise ValueError(
-                "rollout.engine vllm cannot sample from adapters (model.lora): set rollout.lora=merged, which adds them "
-                "into full weights, or rollout.engine=inline"
+                "rollout.engine vllm cannot sample from adapters (model.lora): set rollout.lora=merged, which adds "
+                "them into full weights, or rollout.engine=inline"
             )
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")

@@ -156,11 +156,15 @@ class Wire:
         """Hangs up: the other side reads an end of file."""
         self.connection.close()
 
+    def _wait(self, event: int, seconds: float | None) -> bool:
+        poll = select.poll()  # select takes no file above 1,023
+        poll.register(self.fileno(), event)
+        return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
     def _write(self, frame: Frame) -> None:
         view = memoryview(frame).cast("B") if memoryview(frame).nbytes else memoryview(b"")
         while view:
-            ready = None if self._stalled else select.select([], [self.fileno()], [], self._patience)
-            if ready is None or not ready[1]:
+            if self._stalled or not self._wait(select.POLLOUT, self._patience):
                 self._stalled = True  # a part of a message is on its way: no other can follow
                 raise TimeoutError("the other side takes nothing")
             view = view[os.write(self.fileno(), view[:PIECE]) :]
@@ -169,7 +173,7 @@ class Wire:
         buffer = np.empty(size, dtype=np.uint8).data  # numpy does not fill it with zeros first, as bytearray does
         at = 0
         while at < size:
-            select.select([self.fileno()], [], [])
+            self._wait(select.POLLIN, None)
             try:
                 got = os.readv(self.fileno(), [buffer[at : at + PIECE]])
             except ConnectionResetError:

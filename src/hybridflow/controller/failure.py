@@ -230,7 +230,7 @@ def _hangs(place: Place, evidence: Evidence, timeout: float) -> WorkerFailure:
         why = f"no progress for {timeout:g} seconds (placement.timeout), and it does not say where it stands: its"
         why += " process is stopped, or in native code"
         return _report(place, evidence.boxes.get(place, {}), "hangs", why, fix, evidence)
-    waiting = sum(s.collective for s in evidence.standing.values()) + len(evidence.failed)
+    waiting = len({p for p, s in evidence.standing.items() if s.collective} | evidence.failed.keys())
     why = f"no progress for {here.idle:.0f} seconds (placement.timeout is {timeout:g})"
     why += f"; {waiting} other{'s wait' if waiting > 1 else ' waits'} for it in a collective" if waiting else ""
     return _report(place, here.doing, "hangs", "\n    ".join([why + "; it stands at", *here.frames]), fix, evidence)

@@ -218,7 +218,7 @@ class RayBackend:
                 try:
                     ray.get(ref)
                 except RayActorError as error:
-                    came.append((place, _lost(error)))
+                    came.append((place, _lost(str(error), self._nodes[place])))
         return came
 
     def box(self, place: Place) -> Mapping[str, Any]:
@@ -234,7 +234,8 @@ class RayBackend:
     def kill(self) -> None:
         """Ray ends the actors' processes."""
         for actor in self._actors.values():
-            ray.kill(actor)
+            with contextlib.suppress(RayError):  # the cluster itself may be gone
+                ray.kill(actor)
         until = time.monotonic() + END_SECONDS
         while any(Path("/proc", str(process)).exists() for process in self._processes) and time.monotonic() < until:
             time.sleep(0.02)
@@ -295,7 +296,8 @@ class RayBackend:
 
     def _leave(self) -> None:
         for group in self._groups.values():
-            remove_placement_group(group)
+            with contextlib.suppress(RayError):
+                remove_placement_group(group)
         if self._connected:
             ray.shutdown()
         self._groups, self._actors, self._lives, self._calls, self._processes = {}, {}, {}, {}, []
@@ -386,15 +388,13 @@ def _owned(frames: Sequence[Any]) -> list[Frame]:
     return [memoryview(bytearray(frame)) for frame in frames]
 
 
-def _lost(error: RayActorError) -> Lost:
-    text = str(error)
+def _lost(text: str, node: str) -> Lost:
+    """What is known of an actor that died, from what Ray says of it and of its host."""
     if "low on memory" in text:
         return Lost("ended by Ray, because its host ran low on memory", signal.SIGKILL)
-    if status := re.search(r"exit code (\d+)|exit_code=(\d+)", text):
-        return Lost(f"its process ended by itself with exit status {status[1] or status[2]}")
-    if "node" in text and "died" in text.split("node", 1)[1]:
+    if "node has died" in text or any(n["NodeID"] == node and not n["Alive"] for n in ray.nodes()):
         return Lost("its host left the Ray cluster")
-    return Lost("its process was killed (Ray saw its connection end, and no exit status)", signal.SIGKILL)
+    return Lost("its process was killed (Ray saw it end and does not tell how; most likely signal 9)", signal.SIGKILL)
 
 
 @contextlib.contextmanager

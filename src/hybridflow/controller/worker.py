@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -69,12 +70,18 @@ class WorkerContext:
         place: its process.
         device: where its tensors belong.
         siblings: the other workers of this process, by the name of their group.
+
+    Attributes:
+        timeout: seconds that processes may wait for each other (placement.timeout).
+        address: of this host, as the others reach it.
+        host: its name; processes with equal names can share memory.
     """
 
     def __init__(self, name: str, place: Place, device: torch.device, siblings: Mapping[str, Any], host: Host) -> None:
         self.name, self.pool, self.rank, self.world_size = name, place.pool, place.rank, place.size
         self.device, self.siblings = device, siblings
         self._host = host
+        self.timeout, self.address, self.host = host.timeout, host.address(), socket.gethostname()
 
     def join_pool(self) -> None:
         """Makes the pool's process group, torch's default one in this process; every rank of the pool must call it.
@@ -113,6 +120,19 @@ class Host:
         self._joined = False
         self.doing: dict[str, Any] = {}
         self.beat()
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a collective may take."""
+        return 600 if self._meeting is None else self._meeting.timeout
+
+    def address(self) -> str:
+        """Of the network interface of this host that leads to where all processes meet."""
+        if self._meeting is None:
+            return "127.0.0.1"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self._meeting.host, self._meeting.port))  # chooses an interface, and sends nothing
+            return str(probe.getsockname()[0])
 
     def perform(self, request: Request) -> Any:
         """Makes a worker, or calls a method of one; whatever it raises goes through."""
@@ -178,7 +198,7 @@ class Host:
         """See `WorkerContext.join_pool`."""
         if self._joined or dist.is_initialized():
             return
-        limit = timedelta(seconds=600 if self._meeting is None else self._meeting.timeout)
+        limit = timedelta(seconds=self.timeout)
         if self._meeting is None:
             store: Store = HashStore()
         else:

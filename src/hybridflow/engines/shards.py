@@ -63,17 +63,27 @@ def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def whole_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Whole float32 tensors of these names and shapes, one after the other; about `FILE_BYTES` of them at a time."""
+def whole_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The whole tensors in the safetensors files of a folder, one after the other, sorted by name.
+
+    About `FILE_BYTES` of them are in memory at a time.
+
+    Args:
+        folder: with the files.
+        prefix: of the names that are wanted; it is left out of those that are returned.
+    """
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     batch: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        batch[name] = torch.empty(shape)
+    for name in sorted(n for n in found if n.startswith(prefix)):
+        entry = found[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        batch[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         if sum(t.nbytes for t in batch.values()) >= FILE_BYTES:
             read_shards(batch, folder)
-            yield from batch.items()
+            yield from ((n.removeprefix(prefix), t) for n, t in batch.items())
             batch = {}
     read_shards(batch, folder)
-    yield from batch.items()
+    yield from ((n.removeprefix(prefix), t) for n, t in batch.items())
 
 
 def read_state(folder: Path, weights: Mapping[str, Tensor], *, source: Path, weights_too: bool = True) -> Moments:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -56,6 +56,13 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     """The whole weights in ``model/`` under the names of a model in memory, whatever names they have in the files."""
     # Through from_pretrained, because saving may rename and regroup tensors (fused experts).
     return dict(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+
+
+def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights (on the meta device), as the configuration in a folder says."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def read_adapters(names: Iterable[str], folder: Path) -> dict[str, Tensor]:

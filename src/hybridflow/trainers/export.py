@@ -11,8 +11,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder, whole_folder
 from hybridflow.config.sections import RlModelSection
+from hybridflow.engines.shards import SHARDS, read_shards, whole_tensors
 from hybridflow.errors import UserError
-from hybridflow.models.files import export_model, read_weights
+from hybridflow.models.files import empty_model, export_model, read_weights, write_streamed
+from hybridflow.models.load import load_tokenizer
 from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import TrainEngine
 
@@ -88,13 +90,30 @@ def export(
     config = yaml.safe_load((run / "config.yaml").read_text())
     section = RlModelSection.model_validate(config["model"])  # it has all that a supervised run's has
     section = section.model_copy(update={"packing": False})  # nothing is computed here
-    if (folder / "model").is_dir():
-        whole = section.model_copy(update={"path": str(folder / "model"), "lora": None})
-        model, tokenizer = load_trainable(whole, seed=0)
-    else:
-        model, tokenizer = load_trainable(section, seed=config["run"]["seed"])
-        read_weights(model, folder)
     with whole_folder(target, lambda error: _refused(target, error)) as aside:
-        export_model(model, aside, getattr(torch, dtype))
+        tokenizer = _write_model(folder, section, config["run"]["seed"], aside, getattr(torch, dtype))
         tokenizer.save_pretrained(aside)
     return {"folder": str(target), "step": step, "dtype": dtype}
+
+
+def _write_model(
+    checkpoint: Path, section: RlModelSection, seed: int, target: Path, dtype: torch.dtype
+) -> PreTrainedTokenizerBase:
+    """Writes the model of a checkpoint; returns its tokenizer. Of one that is cut over files, a part is in memory."""
+    shards, own = checkpoint / SHARDS, checkpoint / "model"
+    if own.is_dir() and shards.is_dir():
+        model = empty_model(own, trust_remote_code=section.trust_remote_code)
+        tensors = ((n, t) for n, t in whole_tensors(shards, "model/") if not n.startswith("value_head."))
+        write_streamed(model, tensors, target, dtype)
+        return load_tokenizer(str(own), trust_remote_code=section.trust_remote_code)
+    if own.is_dir():
+        model, tokenizer = load_trainable(section.model_copy(update={"path": str(own), "lora": None}), seed=0)
+    else:
+        model, tokenizer = load_trainable(section, seed=seed)
+        if shards.is_dir():
+            adapters = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+            read_shards(adapters, shards)
+        else:
+            read_weights(model, checkpoint)
+    export_model(model, target, dtype)
+    return tokenizer

@@ -6,6 +6,7 @@ the columns that are read there. Everything between ranks (gathered parameters, 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class GroupEngine(GroupScorer):
 
     def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`."""
-        self.group.save(folder, background)
+        self.group.save(folder.absolute(), background)
 
     def saved(self, *, wait: bool) -> bool:
         """See `TrainEngine.saved`."""
@@ -121,11 +122,11 @@ class GroupEngine(GroupScorer):
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
-        self.group.load(folder)
+        self.group.load(folder.absolute())
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """See `TrainEngine.export`."""
-        self.group.export(folder, dtype)
+        self.group.export(folder.absolute(), dtype)
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
         """See `TrainEngine.stream_weights`: nothing moves before it is taken. Workers know what adapters do."""
@@ -141,7 +142,8 @@ class GroupEngine(GroupScorer):
     def _arriving(self, stream: WeightStream) -> Iterator[tuple[str, Tensor]]:
         """The weights in the controller's process: for an engine that lives here (vLLM)."""
         if self._receiver is None:
-            self._receiver = open_receiver(self.group.open_weights(1, self.transport), 0)
+            address = self.group.open_weights([socket.gethostname()], self.transport, "cpu")
+            self._receiver = open_receiver(address, 0)
         sent = self.group.send_weights.later()
         yield from self._receiver.receive().tensors
         stream.published.update(sent.result()[0])
@@ -221,7 +223,7 @@ class GroupRollout:
             receipts, published = [receipt for receipt, _ in answers], answers[0][1]
         else:
             if self._channel is None:
-                self._channel = stream.group.open_weights(self.group.world_size, self.transport)
+                self._channel = stream.group.open_weights(self.group.host(), self.transport)
             sent = stream.group.send_weights.later()
             receipts = self.group.receive_weights(self._channel, version)
             published = sent.result()[0]

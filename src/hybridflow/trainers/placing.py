@@ -41,7 +41,13 @@ class Places:
         self.placement, self.device = resolved_placement(config.placement), config.run.device
         self.cluster: Cluster | None = None
         if self.placement.pools:
-            self.cluster = open_cluster(self.placement, device=self.device, events=events)
+            self.cluster = open_cluster(
+                self.placement,
+                device=self.device,
+                threads=config.run.threads,
+                preload=["hybridflow.trainers.workers"],
+                events=events,
+            )
 
     def __enter__(self) -> Places:
         return self

@@ -30,6 +30,7 @@ from hybridflow.trainers.roles import Role, load_role, local_engine, local_refer
 from hybridflow.weights.transport import Receiver, Sender, drain, open_receiver, open_sender, pick_transport
 
 Lora = Literal["adapters", "merged"] | None
+Transport = Literal["auto", "shared_memory", "broadcast"]
 
 
 class EngineWorker:
@@ -114,10 +115,22 @@ class EngineWorker:
         return self.stream().names
 
     @remote(RANK_ZERO)
-    def open_weights(self, receivers: int, transport: Literal["auto", "shared_memory", "broadcast"]) -> str:
-        """Opens the end that weights leave from to processes of other pools; its address."""
-        kind = pick_transport(transport, one_host=True)
-        self.sender = open_sender(kind, receivers, device=self.context.device)
+    def open_weights(self, receivers: Sequence[str], transport: Transport, device: str | None = None) -> str:
+        """Opens the end that weights leave from; its address.
+
+        Args:
+            receivers: the host of each process that takes them.
+            transport: ``placement.transport``.
+            device: where bytes are broadcast from; None: from this worker's.
+        """
+        kind = pick_transport(transport, one_host={*receivers} == {self.context.host})
+        self.sender = open_sender(
+            kind,
+            len(receivers),
+            host=self.context.address,
+            timeout=self.context.timeout,
+            device=device or self.context.device,
+        )
         return self.sender.address
 
     @remote(ONE_TO_ALL)
@@ -227,6 +240,11 @@ class RolloutWorker:
         return self._named(self.engine.abort([own[handle] for handle in handles if handle in own]))
 
     @remote(ONE_TO_ALL)
+    def host(self) -> str:
+        """The name of the host that this process is on."""
+        return self.context.host
+
+    @remote(ONE_TO_ALL)
     def take_weights(self, actor: str, version: int) -> tuple[Receipt, dict[str, int]]:
         """Takes the weights of the actor in this process; what was received, and (on rank 0) what was published."""
         worker = self.context.siblings[actor]
@@ -240,7 +258,8 @@ class RolloutWorker:
     def receive_weights(self, address: str, version: int) -> Receipt:
         """Takes the weights that processes of another pool send."""
         if self.receiver is None:
-            self.receiver = open_receiver(address, self.context.rank, device=self.context.device)
+            context = self.context
+            self.receiver = open_receiver(address, context.rank, timeout=context.timeout, device=context.device)
         return self.engine.update_weights(self.receiver.receive(), version)
 
     @remote(ONE_TO_ALL)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Backend
 
 from hybridflow.errors import UserError
 from hybridflow.protocols import WeightStream
@@ -68,7 +67,7 @@ class Sender:
         self.address = f"{host}:{self._store.port}"
         size = -(-bucket_bytes // ALIGNMENT) * ALIGNMENT
         opening: dict[str, Any] = {"kind": kind, "receivers": receivers, "bucket_bytes": size}
-        self._group: Backend | None = None
+        self._group: Any = None  # torch's type stubs give process groups by themselves no methods
         self._fd: int | None = None
         if kind == "shared_memory":
             self._fd = os.memfd_create("hybridflow-weights")
@@ -156,7 +155,7 @@ class Receiver:
             raise WeightSyncError(f"no sender of weights answers at {address}: {_first_line(error)}") from error
         assert index < opening["receivers"], f"receiver {index} of {opening['receivers']}, counted from 0"
         size, self._receivers, self._shared = opening["bucket_bytes"], opening["receivers"], "fd" in opening
-        self._group: Backend | None = None
+        self._group: Any = None  # torch's type stubs give process groups by themselves no methods
         if self._shared:
             self._buckets = _buckets_in(_attached(opening), size)
         elif device.type != opening["device"]:
@@ -188,9 +187,8 @@ class Receiver:
                 yield name, tensor
                 del tensor
             if missing:
-                raise WeightSyncError(
-                    f"the stream of weights ended without {len(missing)} of its tensors: {', '.join(sorted(missing)[:5])}"
-                )
+                some = ", ".join(sorted(missing)[:5])
+                raise WeightSyncError(f"the stream of weights ended without {len(missing)} of its tensors: {some}")
 
         stream.tensors = arriving()
         return stream
@@ -302,7 +300,7 @@ def _attached(opening: dict[str, Any]) -> mmap.mmap:
     return memory
 
 
-def _group(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Backend:
+def _group(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
     """A process group of sender (rank 0) and receivers, beside whatever groups these processes have."""
     own = dist.PrefixStore("group", store)
     try:
