@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/fsdp_memory.py benchmarks/results/fsdp_memory.json
 
-A Qwen3 of 110 million parameters is cut over 1 and 2 processes with FSDP2 on gloo, in float32 on CPUs. Rank 0 reads
+A Qwen3 of 98 million parameters is cut over 1 and 2 processes with FSDP2 on gloo, in float32 on CPUs. Rank 0 reads
 the weights, the others get their parts. Two updates of two micro-batches of one short sequence, so that activations
 are small; "share" is the bytes of parameters, gradients and moments over the number of processes. What is above a
 share: one gathered layer, the gathered embeddings, and, where gradients are summed once for an update, all of them.
