@@ -114,8 +114,8 @@ class SimulatedRanks:
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.ranks[0].export(folder, dtype)
 
-    def stream_weights(self) -> WeightStream:
-        return self.ranks[0].stream_weights()
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
+        return self.ranks[0].stream_weights(lora=lora)
 
     def to(self, where: Literal["device", "host"]) -> None:
         for rank in self.ranks:

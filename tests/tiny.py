@@ -92,13 +92,19 @@ KINDS = {
         )
     ),
 }
+HEADS = {  # of query and key-value heads
+    "one_kv_head": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"num_key_value_heads": 1})),
+    "six_of_twelve_heads": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES | {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6})
+    ),
+}
 
 
 def plain_model(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
     """A model of about 20 thousand parameters with Hugging Face's own attention; norms and biases are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = KINDS[kind]()
+        model = (KINDS | HEADS)[kind]()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -175,6 +175,15 @@ def test_ranks_that_make_different_collectives() -> None:
     assert "fix: every rank must make the same collectives" in report
 
 
+def test_what_was_asked_for_before_a_failure_was_known_is_not_done() -> None:
+    def one_and_another(actor: WorkerGroup) -> object:
+        actor.raise_on.later([1])  # rank 0 is then in a collective, which rank 1 never joins
+        return actor.different_collectives()  # rank 1 would meet it there with another one
+
+    report = str(failing(one_and_another))
+    assert report.startswith("worker actor.1 failed in raise_on of step 3: ValueError: boom")
+
+
 def test_a_result_that_cannot_be_sent() -> None:
     report = str(failing(lambda actor: actor.answer_with_a_function()))
     assert report.startswith("worker actor.") and "pickle" in report

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hybridflow.algorithms.losses import LOSSES, columns_of
 from hybridflow.batch import Batch
@@ -20,12 +20,7 @@ from hybridflow.models.ulysses import SequenceParallel
 from hybridflow.models.value import ValueHead, value_head
 from hybridflow.protocols import Loss
 
-from tiny import KINDS, SIZES, group_batch, packed_model, ragged_batch, with_policy_columns
-
-KINDS["one_kv_head"] = lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"num_key_value_heads": 1}))
-KINDS["six_of_twelve_heads"] = lambda: LlamaForCausalLM(
-    LlamaConfig(**SIZES | {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6})
-)
+from tiny import group_batch, packed_model, ragged_batch, with_policy_columns
 
 
 def policy_loss(name: str) -> Loss:

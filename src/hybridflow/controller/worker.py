@@ -117,7 +117,7 @@ class Host:
         self._calls: Counter[tuple[str, str]] = Counter()  # in this step
         self._last = time.monotonic()  # when something happened
         self._thread = threading.main_thread().ident
-        self._joined = False
+        self._joined = self._has_failed = False
         self.doing: dict[str, Any] = {}
         self.beat()
 
@@ -165,7 +165,9 @@ class Host:
             return Answer(request.id, "failed", self.failed(error))
 
     def reply(self, frames: Frames) -> Answer:
-        """The answer to a message; it can be sent."""
+        """The answer to a message; it can be sent. After a failure none is answered: peers may be in collectives."""
+        if self._has_failed:
+            threading.Event().wait()  # until the controller ends this process
         try:
             request = Request.read(frames)
         except Exception as error:  # the class or an argument cannot be made here, a module is missing for example
@@ -179,6 +181,7 @@ class Host:
 
     def failed(self, error: BaseException) -> Failed:
         """What is told of an exception that ended a call."""
+        self._has_failed = True
         return failed(error, self.doing | {"process": os.getpid(), "device": str(self.device)})
 
     def standing(self) -> Standing:

@@ -13,12 +13,13 @@ class Background:
     """Does one thing at a time beside the caller."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._thread: ThreadPoolExecutor | None = None  # most engines never need one
         self._under_way: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Begins; what was begun before must be `done`."""
         assert self._under_way is None, "two at a time"
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="save")
         self._under_way = self._thread.submit(work)
 
     def done(self, *, wait: bool) -> bool:
