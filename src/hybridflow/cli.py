@@ -155,6 +155,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     which.add_argument("--best", action="store_true", help="the best one by checkpoint.best")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    export.add_argument("--adapter", action="store_true", help="write the adapters alone, in peft's format")
     _add_json(export)
     doctor = _add(
         commands, "doctor", _doctor, "find what is wrong with this machine, before a job does", "hybridflow doctor",
@@ -344,7 +345,8 @@ def _generate(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     from hybridflow.trainers.export import export
 
-    done = export(Path(given.run), Path(given.target), step=given.step, best=given.best, dtype=given.dtype)
+    which = {"step": given.step, "best": given.best}
+    done = export(Path(given.run), Path(given.target), **which, dtype=given.dtype, adapter=given.adapter)
     _tell(given, done, [f"wrote {done['folder']}"])
     return 0
 

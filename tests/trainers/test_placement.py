@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -115,6 +118,39 @@ def test_a_run_goes_on_under_another_placement(tmp_path: Path, capsys: Output) -
     assert metrics(parts / "run")[-1]["actor/loss"] == pytest.approx(metrics(whole / "run")[-1]["actor/loss"], abs=1e-5)
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+FINE_TUNING: dict[str, tuple[list[str], list[str]]] = {
+    "torchrun": (TORCHRUN, ["engine.strategy=fsdp2"]),
+    "ray": ([], ["engine.strategy=fsdp2", "placement.pools={all: 2}", "placement.backend=ray"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FINE_TUNING)
+def test_fine_tuning_by_torchrun_or_ray_is_that_of_one_process(way: str, tmp_path: Path) -> None:
+    launcher, overrides = FINE_TUNING[way]
+    for name, before, after in (("plain", [], []), ("placed", launcher, overrides)):
+        (tmp_path / name).mkdir()
+        config = configuration(tmp_path / name, "sft", optim={"lr": 1e-3, "eps": 1e-6})
+        command = [sys.executable, *before, "-m", "hybridflow.cli", "sft", config, *after]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+    runs = [tmp_path / name / "run" for name in ("placed", "plain")]
+    for ours, theirs in zip(*(metrics(run) for run in runs), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
+    assert relative_change(runs[0] / "model", runs[1] / "model") <= 1e-3
+
+
+def test_torchrun_with_a_model_that_is_not_cut_is_refused(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    said = mistake(capsys, "sft", configuration(tmp_path, "sft"))
+    assert "pool 'all' of the actor has 2 processes, but engine.strategy local is for one" in said
+
+
 @pytest.mark.parametrize("publish", ["adapters", "merged"])
 @pytest.mark.slow
 def test_adapters_train_and_are_published(publish: str, tmp_path: Path, capsys: Output) -> None:
@@ -130,6 +166,20 @@ def test_adapters_train_and_are_published(publish: str, tmp_path: Path, capsys: 
         assert ours["actor/loss"] == pytest.approx(theirs["actor/loss"], abs=1e-5)
         assert ours["actor/kl_loss"] == pytest.approx(theirs["actor/kl_loss"], abs=1e-6)
     assert relative_change(runs[1] / "model", runs[0] / "model") <= 1e-3
+    for run in runs:  # the adapters alone, which peft adds to the model that the run began with
+        succeed(capsys, "export", run, tmp_path / f"{run.parent.name}-adapter", "--adapter")
+        start = load_function(f"{CARRY}:tiny_qwen3")(seed=3)[0]
+        whole = peft.PeftModel.from_pretrained(start, tmp_path / f"{run.parent.name}-adapter").merge_and_unload()
+        exported = load_file(run / "model/model.safetensors")
+        for name, tensor in whole.state_dict().items():
+            if name in exported:
+                torch.testing.assert_close(tensor, exported[name], rtol=0, atol=1e-6)
+
+
+def test_all_weights_have_no_adapter_to_export(tmp_path: Path, capsys: Output) -> None:
+    succeed(capsys, "train", configuration(tmp_path))
+    assert "it has no adapter" in mistake(capsys, "export", tmp_path / "run", tmp_path / "out", "--adapter")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_placed_run_twice_is_the_same_bit_for_bit_also_when_it_was_stopped(

@@ -134,6 +134,11 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torc
     config.save_pretrained(folder)
 
 
+def write_adapters(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the adapters alone, in peft's format."""
+    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+
+
 def write_streamed(
     model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder, whole_folder
 from hybridflow.config.sections import RlModelSection
 from hybridflow.engines.shards import SHARDS, read_shards, whole_tensors
 from hybridflow.errors import UserError
-from hybridflow.models.files import empty_model, export_model, read_weights, write_streamed
+from hybridflow.models.files import empty_model, export_model, read_weights, write_adapters, write_streamed
 from hybridflow.models.load import load_tokenizer
 from hybridflow.models.lora import load_trainable
 from hybridflow.protocols import TrainEngine
@@ -47,9 +48,15 @@ def _refused(target: Path, error: Exception) -> UserError:
 
 
 def export(
-    run: Path, target: Path, *, step: int | None = None, best: bool = False, dtype: str = "float32"
+    run: Path,
+    target: Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    dtype: str = "float32",
+    adapter: bool = False,
 ) -> dict[str, Any]:
-    """Writes a run's checkpoint as a folder that any Hugging Face program loads; adapters are merged.
+    """Writes a run's checkpoint as a folder that any Hugging Face program loads; adapters are merged, or left apart.
 
     A checkpoint of all weights has its own config and tokenizer; adapters need the model that they were trained on.
 
@@ -59,12 +66,13 @@ def export(
         step: which checkpoint; None for the newest.
         best: the best one by ``checkpoint.best``, instead.
         dtype: precision of the written weights.
+        adapter: write the adapters alone, as a folder of peft's.
 
     Returns:
         "folder", "step" and "dtype".
 
     Raises:
-        UserError: no such run or checkpoint, a damaged one, or the target exists.
+        UserError: no such run or checkpoint, a damaged one, no adapters in it, or the target exists.
     """
     checkpoints = run / "checkpoints"
     steps = saved_steps(checkpoints)
@@ -90,8 +98,15 @@ def export(
     config = yaml.safe_load((run / "config.yaml").read_text())
     section = RlModelSection.model_validate(config["model"])  # it has all that a supervised run's has
     section = section.model_copy(update={"packing": False})  # nothing is computed here
+    if adapter and section.lora is None:
+        raise UserError(f"{run} trains all weights: it has no adapter", fix="leave out --adapter")
     with whole_folder(target, lambda error: _refused(target, error)) as aside:
-        tokenizer = _write_model(folder, section, config["run"]["seed"], aside, getattr(torch, dtype))
+        precision, seed = getattr(torch, dtype), config["run"]["seed"]
+        if adapter:
+            model, tokenizer = _with_adapters(folder, section, seed)
+            write_adapters(model, aside, precision)
+        else:
+            tokenizer = _write_model(folder, section, seed, aside, precision)
         tokenizer.save_pretrained(aside)
     return {"folder": str(target), "step": step, "dtype": dtype}
 
@@ -109,11 +124,19 @@ def _write_model(
     if own.is_dir():
         model, tokenizer = load_trainable(section.model_copy(update={"path": str(own), "lora": None}), seed=0)
     else:
-        model, tokenizer = load_trainable(section, seed=seed)
-        if shards.is_dir():
-            adapters = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
-            read_shards(adapters, shards)
-        else:
-            read_weights(model, checkpoint)
+        model, tokenizer = _with_adapters(checkpoint, section, seed)
     export_model(model, target, dtype)
     return tokenizer
+
+
+def _with_adapters(
+    checkpoint: Path, section: RlModelSection, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a run began with, with a checkpoint's adapters, and its tokenizer."""
+    model, tokenizer = load_trainable(section, seed=seed)
+    if (checkpoint / SHARDS).is_dir():
+        adapters = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        read_shards(adapters, checkpoint / SHARDS)
+    else:
+        read_weights(model, checkpoint)
+    return model, tokenizer

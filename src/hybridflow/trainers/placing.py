@@ -9,7 +9,7 @@ from types import TracebackType
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.placement import PlacementSection, engines_of, started_by_torchrun
+from hybridflow.config.placement import PlacementSection, check_placement, engines_of, started_by_torchrun
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.controller.cluster import Cluster, open_cluster
 from hybridflow.controller.group import WorkerGroup
@@ -17,6 +17,7 @@ from hybridflow.controller.torchrun import serve
 from hybridflow.devices import pick_device
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
+from hybridflow.errors import UserError
 from hybridflow.models.load import stop_ids
 from hybridflow.protocols import RolloutEngine, Scorer, TrainEngine
 from hybridflow.trainers.export import export_engine
@@ -39,6 +40,10 @@ class Places:
 
     def __init__(self, config: RlConfig | SftConfig, events: Callable[[str, str], None]) -> None:
         self.placement, self.device = resolved_placement(config.placement), config.run.device
+        try:  # the sections were checked without what the environment decides
+            check_placement(config.model_copy(update={"placement": self.placement}))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.cluster: Cluster | None = None
         if self.placement.pools:
             self.cluster = open_cluster(
