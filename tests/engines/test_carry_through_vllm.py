@@ -49,6 +49,13 @@ def test_carry_learns_through_vllm_with_verified_weights(start: Path, tmp_path: 
     assert any(b["logps"] != a["logps"] for b, a in zip(before, after, strict=True))
 
 
+def test_an_actor_that_is_cut_over_processes_publishes_to_vllm(start: Path, tmp_path: Path) -> None:
+    placed = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
+    metrics = read_metrics(run(tmp_path / "cut", start, "vllm", *placed) / "metrics.jsonl")
+    for m in metrics[1:]:
+        assert m["training/rollout_probs_diff_max"] <= 1e-4 and m["actor/grad_norm"] > 0
+
+
 def test_adapters_learn_through_vllm_as_merged_weights(start: Path, tmp_path: Path) -> None:
     adapters = ["model.lora.rank=8", "rollout.lora=merged", "optim.lr=0.003"]
     folder = run(tmp_path / "adapters", start, "vllm", *adapters)
