@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/carry-sft/model", help="the warm-up's model")
     parser.add_argument("--only", nargs="*", help="names of placements")
-    parser.add_argument("--early", action="store_true", help="the first three updates alone")
+    parser.add_argument("--whole", nargs="*", default=list(PLACEMENTS), help="those that also run to the end")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model = str(Path(arguments.model).resolve())
@@ -62,7 +62,8 @@ def main() -> None:
         for number, (name, overrides) in enumerate(PLACEMENTS.items()):
             if arguments.only and number and name not in arguments.only:
                 continue
-            rows.append(one(Path(folder) / str(number), name, overrides, model, early=arguments.early, first=first))
+            early = name not in arguments.whole
+            rows.append(one(Path(folder) / str(number), name, overrides, model, early=early, first=first))
             print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
         result = record(shlex.join(["python", *sys.argv]), {"recipe": "recipes/carry/ppo.yaml"}, rows)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow import __version__
 from hybridflow.config.load import load_config
+from hybridflow.config.placement import resolved_placement
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
+from hybridflow.controller.forking import start_server
 from hybridflow.errors import UserError, nearest
 
 KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[EvalConfig]] = {
@@ -210,6 +212,8 @@ def _loads(kind: type[Section], given: argparse.Namespace) -> bool:
 def _train(given: argparse.Namespace) -> int:
     config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
     assert isinstance(config, RlConfig | SftConfig)
+    if resolved_placement(config.placement).backend == "processes":
+        start_server()  # it imports torch for all processes while this one does
     from hybridflow.trainers.start import start
 
     return start(config, again=given.again)

@@ -193,3 +193,14 @@ def _engine_in_pool(config: RlConfig | SftConfig, key: str, role: str, engine: E
 def started_by_torchrun() -> bool:
     """Whether this process is one of several that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def resolved_placement(placement: PlacementSection) -> PlacementSection:
+    """The section with what was left to us: the back end, and under torchrun one pool of all its processes."""
+    backend, pools = placement.backend, placement.pools
+    if backend == "auto":
+        several = len(pools) > 1 or any(size > 1 for size in pools.values())
+        backend = "torchrun" if started_by_torchrun() else "processes" if several else "in_process"
+    if backend == "torchrun" and not pools:
+        pools = {"all": int(os.environ.get("WORLD_SIZE", "1"))}
+    return placement.model_copy(update={"backend": backend, "pools": pools})

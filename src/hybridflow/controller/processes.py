@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 from hybridflow.config.placement import PlacementSection
 from hybridflow.controller.cluster import check_devices
 from hybridflow.controller.codec import Wire
+from hybridflow.controller.forking import start_server
 from hybridflow.controller.messages import Answer, Lost, Meeting, Place, Request
 from hybridflow.controller.worker import Host, read_box, serve_wire
 from hybridflow.devices import CPU, count_devices, pick_device
@@ -82,8 +83,7 @@ class ProcessesBackend:
 
     def start(self, places: Sequence[Place]) -> None:
         """Starts all of them at once."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hybridflow.controller.processes", *self._preload])
+        context = start_server(self._preload)
         meeting = Meeting(LOCALHOST, self._store.port, "pools", self._timeout)
         wanted = self._threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         threads = wanted or max(1, count_devices(CPU) // len(places))

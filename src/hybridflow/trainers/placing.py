@@ -9,9 +9,10 @@ from types import TracebackType
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.placement import PlacementSection, check_placement, engines_of, started_by_torchrun
+from hybridflow.config.placement import PlacementSection, check_placement, engines_of, resolved_placement
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.controller.forking import MODELS
 from hybridflow.controller.group import WorkerGroup
 from hybridflow.controller.torchrun import serve
 from hybridflow.devices import pick_device
@@ -50,7 +51,7 @@ class Places:
                 self.placement,
                 device=self.device,
                 threads=config.run.threads,
-                preload=["hybridflow.trainers.workers"],
+                preload=MODELS,
                 events=events,
             )
 
@@ -149,17 +150,6 @@ class Places:
         assert pool is not None
         size, sp = self.placement.pools[pool], role.engine.sequence_parallel
         return self.cluster.group(role.name, cls, pool, role, mesh={"dp": size // sp, "sp": sp})
-
-
-def resolved_placement(placement: PlacementSection) -> PlacementSection:
-    """The section with what was left to us: the back end, and under torchrun one pool of all its processes."""
-    backend, pools = placement.backend, placement.pools
-    if backend == "auto":
-        several = len(pools) > 1 or any(size > 1 for size in pools.values())
-        backend = "torchrun" if started_by_torchrun() else "processes" if several else "in_process"
-    if backend == "torchrun" and not pools:
-        pools = {"all": int(os.environ.get("WORLD_SIZE", "1"))}
-    return placement.model_copy(update={"backend": backend, "pools": pools})
 
 
 def describe_placement(config: RlConfig | SftConfig) -> Iterator[str]:
