@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
@@ -98,6 +98,15 @@ class PlacementSection(Section):
     timeout: PositiveFloat = Field(
         600, description="Seconds that a collective or a worker may take without progress before the run ends."
     )
+
+    @field_validator("pools", "roles", mode="before")
+    @classmethod
+    def _check_spaces(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            if given[key] is None and ":" in str(key):
+                name, _, value = str(key).partition(":")
+                raise ValueError(f"YAML reads {{{key}}} as one word: write {{{name}: {value}}}, with a space")
+        return given
 
     @model_validator(mode="after")
     def _check_roles(self) -> PlacementSection:

@@ -273,6 +273,11 @@ class ShardedReference:
         """See `Scorer.score`; the columns are those of this rank's sequences."""
         return self.sharded.score(batch, outputs, temperature=temperature)
 
+    def to(self, where: Literal["device", "host"]) -> None:
+        """Moves the parameters, where the section's `offload` names them."""
+        if "parameters" in self.sharded.section.offload:
+            self.sharded.sharding.to(self.sharded.device if where == "device" else torch.device("cpu"))
+
 
 def compute_dtype(section: EngineSection, device: torch.device) -> torch.dtype:
     """What products are computed in; auto is bfloat16 on an accelerator."""

@@ -20,10 +20,11 @@ from hybridflow.controller.worker import WorkerContext
 from hybridflow.engines.load import load_sharded
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.mesh import check_parts
+from hybridflow.engines.reference import LocalReference
 from hybridflow.engines.sharded import ShardedEngine, ShardedReference
 from hybridflow.models.load import require_context, stop_ids
 from hybridflow.models.value import value_head
-from hybridflow.protocols import Loss, Receipt, Request, Result, Scorer, Update, WeightStream
+from hybridflow.protocols import Loss, Receipt, Request, Result, Update, WeightStream
 from hybridflow.trainers.generation import inline_engine
 from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.roles import Role, load_role, local_engine, local_reference, role_tokenizer
@@ -33,7 +34,29 @@ Lora = Literal["adapters", "merged"] | None
 Transport = Literal["auto", "shared_memory", "broadcast"]
 
 
-class EngineWorker:
+class Resident:
+    """A model that shares its process with others."""
+
+    role: Role
+    engine: LocalEngine | ShardedEngine | LocalReference | ShardedReference
+    where: Literal["device", "host"] = "device"
+
+    def rest(self) -> None:
+        """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
+        self._move("host")
+
+    def work(self) -> None:
+        """The reverse of `rest`."""
+        self._move("device")
+
+    def _move(self, where: Literal["device", "host"]) -> None:
+        if self.role.engine.offload and self.where != where:
+            assert isinstance(self.engine, ShardedEngine | ShardedReference)  # the section refuses it for others
+            self.engine.to(where)
+            self.where = where
+
+
+class EngineWorker(Resident):
     """One rank of a model that is trained.
 
     Args:
@@ -54,7 +77,6 @@ class EngineWorker:
             self.engine = sharded_engine(role, context.device)
         self.sender: Sender | None = None
         self.base_sent = False  # a publication of adapters alone is enough
-        self.resting = False
 
     @remote(over("dp"))
     def score(
@@ -152,20 +174,8 @@ class EngineWorker:
             lora = "merged" if self.role.publish == "merged" else "adapters" if self.base_sent else None
         return self.engine.stream_weights(lora=lora)
 
-    def rest(self) -> None:
-        """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
-        if self.role.engine.offload and not self.resting:
-            self.engine.to("host")
-            self.resting = True
 
-    def work(self) -> None:
-        """The reverse of `rest`."""
-        if self.resting:
-            self.engine.to("device")
-            self.resting = False
-
-
-class ReferenceWorker:
+class ReferenceWorker(Resident):
     """One rank of a model that is never trained.
 
     Args:
@@ -178,12 +188,12 @@ class ReferenceWorker:
 
     def __init__(self, context: WorkerContext, role: Role) -> None:
         self.context, self.role = context, role
-        self.scorer: Scorer
+        self.engine: LocalReference | ShardedReference
         if role.engine.strategy == "local":
-            self.scorer = local_reference(role, context.device)
+            self.engine = local_reference(role, context.device)
         else:
             context.join_pool()
-            self.scorer = sharded_reference(role, context.device)
+            self.engine = sharded_reference(role, context.device)
 
     @remote(over("dp"))
     def score(
@@ -191,13 +201,7 @@ class ReferenceWorker:
     ) -> dict[str, Tensor]:
         """See `Scorer.score`."""
         take_turn(self.context)
-        return self.scorer.score(part, outputs, temperature=temperature)
-
-    def rest(self) -> None:
-        """Another model of this process works now."""
-
-    def work(self) -> None:
-        """The reverse of `rest`."""
+        return self.engine.score(part, outputs, temperature=temperature)
 
 
 class RolloutWorker:
