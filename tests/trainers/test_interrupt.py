@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,22 +48,31 @@ def lines(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+PLACED = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
+
+
 @pytest.mark.parametrize(
-    ("command", "number", "word"),
-    [("train", signal.SIGINT, "Ctrl-C"), ("train", signal.SIGTERM, "SIGTERM"), ("sft", signal.SIGINT, "Ctrl-C")],
+    ("command", "number", "word", "more"),
+    [
+        ("train", signal.SIGINT, "Ctrl-C", []),
+        ("train", signal.SIGTERM, "SIGTERM", []),
+        ("train", signal.SIGTERM, "SIGTERM", PLACED),
+        ("sft", signal.SIGINT, "Ctrl-C", []),
+    ],
 )
 def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
-    command: str, number: signal.Signals, word: str, tmp_path: Path, capsys: Output
+    command: str, number: signal.Signals, word: str, more: list[str], tmp_path: Path, capsys: Output
 ) -> None:
     config, run = slow_configuration(tmp_path, command, "0.1"), tmp_path / "run"
-    arguments = [command, config, "optim.betas=[0.9, 0.95]"]
+    arguments = [command, config, "optim.betas=[0.9, 0.95]", *more]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hybridflow.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "hybridflow.cli", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
         while lines(run) < 3 and process.poll() is None:
             time.sleep(0.02)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal does: to all processes of the command
         said, complained = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -70,9 +80,9 @@ def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
     assert "stopping: saving a checkpoint first (once more to end at once)" in complained
     step = metrics(run)[-1]["step"]
     assert saved_steps(run / "checkpoints")[-1] == step >= 2
-    assert f"stopped after step {step}; to go on: hybridflow {command} {config} 'optim.betas=[0.9, 0.95]'" in said
+    assert f"stopped after step {step}; to go on: hybridflow {shlex.join(arguments)}" in said
     assert not (run / "model").exists()
-    events = [e for e in read_events(run / "events.jsonl") if e["kind"] != "advice"]
+    events = [e for e in read_events(run / "events.jsonl") if e["kind"] not in ("advice", "warning")]
     assert [e["kind"] for e in events] == ["stopped"]
     assert events[0]["text"].endswith(f": {word}")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
 MODELS = ("hybridflow.trainers.workers",)  # what processes with models need
@@ -18,5 +19,10 @@ def start_server(preload: Sequence[str] = MODELS) -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hybridflow.controller.processes", *preload])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # here, because it unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:  # what it forks inherits this: a scheduler tells all processes to end, and the controller decides
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

@@ -120,9 +120,9 @@ class ProcessesBackend:
         return read_box(self._box(place))
 
     def kill(self) -> None:
-        """SIGTERM, and SIGKILL to those that it does not end."""
+        """SIGKILL: nothing that a worker could still do is wanted."""
         for process in self._processes.values():
-            process.terminate()
+            process.kill()
         self._join()
 
     def close(self) -> None:
@@ -183,7 +183,6 @@ def _run(start: Start, pipe: Connection) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the server ends with the controller
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the controller decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(start.environment)  # the server has that of its own start
     torch.set_num_threads(start.threads)
