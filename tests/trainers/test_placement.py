@@ -204,6 +204,10 @@ def test_the_same_placed_run_twice_is_the_same_bit_for_bit_also_when_it_was_stop
         ({"placement": {"pools": {"all": 2}}, "engine": FSDP2 | {"sequence_parallel": 4}}, "does not divide"),
         ({"placement": {"pools": {"all": 1}, "roles": {"aktor": "all"}}}, "did you mean 'actor'?"),
         ({"placement": {"pools": {"all:2": None}}}, "write {all: 2}, with a space"),
+        (
+            {"placement": {"pools": {"a": 1, "b": 1}, "roles": {"rollout": "b"}}, "rollout": {"engine": "vllm"}},
+            "placement.roles names rollout, and there is none in this run",
+        ),
         ({"placement": {"pools": {"all": 1}, "roles": {"actor": "train"}}}, "pool 'train', which does not exist"),
         ({"placement": {"pools": {"all": 1, "more": 2}}}, "nothing is placed in ['more']"),
         ({"placement": {"pools": {"all": 1}, "address": "10.0.0.1:6379"}}, "set placement.backend=ray"),

@@ -154,6 +154,10 @@ def check_placement(config: RlConfig | SftConfig) -> None:
             "one pool; or name model.reference"
         )
     problems += [
+        f"placement.roles names {role}, and there is none in this run: leave it out"
+        for role in sorted(p.roles.keys() - _roles_of(config))
+    ]
+    problems += [
         f"{key}.sequence_parallel is {engine.sequence_parallel}, but with model.packing=false sequences are padded, "
         "and padded tokens cannot be shared: leave one of them out"
         for key, _, engine in engines_of(config)
@@ -161,6 +165,18 @@ def check_placement(config: RlConfig | SftConfig) -> None:
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _roles_of(config: RlConfig | SftConfig) -> set[str]:
+    """The roles that live in pools. vLLM lives in the controller's process."""
+    algorithm, rollout = getattr(config, "algorithm", None), getattr(config, "rollout", None)
+    found = {
+        "actor": True,
+        "critic": getattr(config, "critic", None) is not None,
+        "reference": algorithm is not None and algorithm.needs_reference,
+        "rollout": rollout is not None and rollout.engine == "inline",
+    }
+    return {role for role, there in found.items() if there}
 
 
 def engines_of(config: RlConfig | SftConfig) -> Iterator[tuple[str, str, EngineSection]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from hybridflow.trainers.workers import EngineWorker, ReferenceWorker, RolloutWo
 
 
 class Places:
-    """Builds each model of a run where the configuration puts it; use it as a context.
+    """Builds each model of a run where the configuration puts it; `close` it in the end.
 
     Args:
         config: the configuration.
@@ -54,14 +53,6 @@ class Places:
                 preload=MODELS,
                 events=events,
             )
-
-    def __enter__(self) -> Places:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the processes, if there are any."""
