@@ -240,6 +240,6 @@ def test_more_query_heads_than_sequence_parallelism_divides(tmp_path: Path, caps
     assert "heads" in mistake(capsys, "train", configuration(tmp_path, **PPO | wrong))
 
 
-def test_torch_is_not_changed_by_a_run_in_one_worker(tmp_path: Path, capsys: Output) -> None:
-    succeed(capsys, "train", configuration(tmp_path, **PPO | PLACEMENTS["in one worker"]))
+def test_a_sharded_run_in_this_process_leaves_no_process_group(tmp_path: Path, capsys: Output) -> None:
+    succeed(capsys, "train", configuration(tmp_path, **PPO | PLACEMENTS["in one worker"] | {"engine": FSDP2}))
     assert not torch.distributed.is_initialized()

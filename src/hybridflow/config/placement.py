@@ -14,6 +14,7 @@ from hybridflow.errors import nearest
 if TYPE_CHECKING:  # the sections check themselves with this file
     from hybridflow.config.sections import RlConfig, SftConfig
 
+Transport = Literal["auto", "shared_memory", "broadcast"]
 ROLES = ("actor", "critic", "reference", "rollout")  # what can be placed; rewards are scored by the controller
 
 
@@ -58,7 +59,7 @@ class EngineSection(Section):
     activation_offload: bool = Field(
         False, description="Keep saved activations in host memory until the backward pass."
     )
-    compile: bool = Field(False, description="torch.compile of every layer: slow to start, faster on a GPU.")
+    compile: bool = Field(False, description="torch.compile of every layer: slow to start, and meant for GPUs.")
 
     @model_validator(mode="after")
     def _check_strategy(self) -> EngineSection:
@@ -92,7 +93,7 @@ class PlacementSection(Section):
     )
     address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
     port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
-    transport: Literal["auto", "shared_memory", "broadcast"] = Field(
+    transport: Transport = Field(
         "auto", description="How weights travel between pools. auto: shared memory on one host, else broadcast."
     )
     timeout: PositiveFloat = Field(

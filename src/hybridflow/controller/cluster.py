@@ -21,7 +21,6 @@ Nothing here runs in a thread of its own: results are taken in while somebody wa
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from hybridflow.config.placement import PlacementSection, started_by_torchrun
+from hybridflow.config.placement import PlacementSection, resolved_placement
 from hybridflow.controller.codec import count_bytes
 from hybridflow.controller.dispatch import Call, Mesh
 from hybridflow.controller.failure import Evidence, first_cause
@@ -340,12 +339,9 @@ def open_cluster(
     Raises:
         UserError: a pool lacks devices, a port is taken, ...
     """
-    if placement.backend == "auto":
-        kind = "in_process" if all(n == 1 for n in placement.pools.values()) else "processes"
-        placement = placement.model_copy(update={"backend": "torchrun" if started_by_torchrun() else kind})
+    placement = resolved_placement(placement)
     if not placement.pools:
-        size = int(os.environ["WORLD_SIZE"]) if placement.backend == "torchrun" else 1
-        placement = placement.model_copy(update={"pools": {"all": size}})
+        placement = placement.model_copy(update={"pools": {"all": 1}})
     if placement.backend == "torchrun":
         from hybridflow.controller.torchrun import TorchrunBackend
 

@@ -19,8 +19,7 @@ from hybridflow.config.placement import EngineSection
 from hybridflow.engines.fsdp2 import from_first
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.errors import UserError
-
-WRAPPED = "_fsdp_wrapped_module."  # what FSDP1 adds to names, once for every module that it wraps
+from hybridflow.weights.adapters import WRAPPED
 
 
 class Fsdp1:

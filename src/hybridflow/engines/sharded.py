@@ -20,7 +20,7 @@ from hybridflow.config.placement import EngineSection
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.activations import kept_on_host
 from hybridflow.engines.adam import AdamEngine, matrices
-from hybridflow.engines.fsdp1 import WRAPPED, Fsdp1
+from hybridflow.engines.fsdp1 import Fsdp1
 from hybridflow.engines.fsdp2 import Fsdp2
 from hybridflow.engines.mesh import Ranks, check_parts, check_same_model
 from hybridflow.engines.microbatch import Passes, joined
@@ -29,6 +29,7 @@ from hybridflow.engines.sharded_files import ShardedFiles
 from hybridflow.models.ulysses import check_degree
 from hybridflow.models.value import ValueHead
 from hybridflow.protocols import Loss, Update, WeightStream
+from hybridflow.weights.adapters import WRAPPED
 from hybridflow.weights.stream import stream_of
 
 

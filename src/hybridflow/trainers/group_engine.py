@@ -18,6 +18,7 @@ from torch import Tensor
 from hybridflow.algorithms.losses import columns_of
 from hybridflow.balance import balanced_ranks, beginning_costs, seqlen_metrics, sequence_costs
 from hybridflow.batch import Batch
+from hybridflow.config.placement import Transport
 from hybridflow.controller.group import Future, WorkerGroup
 from hybridflow.engines.microbatch import MODEL_COLUMNS
 from hybridflow.models.forward import beginnings
@@ -26,7 +27,6 @@ from hybridflow.weights.stream import verify
 from hybridflow.weights.transport import Receiver, open_receiver
 
 Scores = dict[str, Tensor]
-Transport = Literal["auto", "shared_memory", "broadcast"]
 SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
 
 

@@ -24,7 +24,7 @@ from hybridflow.trainers.export import export_engine
 from hybridflow.trainers.generation import inline_engine
 from hybridflow.trainers.group_engine import GroupEngine, GroupRollout, GroupScorer
 from hybridflow.trainers.roles import Role, local_engine, local_reference, longest_sequence
-from hybridflow.trainers.workers import EngineWorker, ReferenceWorker, RolloutWorker
+from hybridflow.trainers.workers import EngineWorker, RolloutWorker, ScoringWorker
 
 
 class Places:
@@ -91,7 +91,7 @@ class Places:
         """
         if self.cluster is None:
             return local_reference(role, pick_device(self.device))
-        return GroupScorer(self._group(role, ReferenceWorker))
+        return GroupScorer(self._group(role, ScoringWorker))
 
     def adapters_off(self, actor: TrainEngine) -> Scorer:
         """The actor without its adapters: the model that the run began with."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
+from hybridflow.config.placement import Transport
 from hybridflow.config.sections import RolloutSection
 from hybridflow.controller.dispatch import ALL_TO_ALL, ONE_TO_ALL, RANK_ZERO, over, remote
 from hybridflow.controller.worker import WorkerContext
@@ -31,15 +32,40 @@ from hybridflow.trainers.roles import Role, load_role, local_engine, local_refer
 from hybridflow.weights.transport import Receiver, Sender, drain, open_receiver, open_sender, pick_transport
 
 Lora = Literal["adapters", "merged"] | None
-Transport = Literal["auto", "shared_memory", "broadcast"]
 
 
-class Resident:
-    """A model that shares its process with others."""
+class ScoringWorker:
+    """One rank of a model that scores and shares its process with others: a reference, or an `EngineWorker`.
 
-    role: Role
+    Args:
+        context: where this is.
+        role: the model.
+
+    Raises:
+        UserError: it cannot be loaded, or not be cut as its engine section says.
+    """
+
     engine: LocalEngine | ShardedEngine | LocalReference | ShardedReference
     where: Literal["device", "host"] = "device"
+
+    def __init__(self, context: WorkerContext, role: Role) -> None:
+        self.context, self.role = context, role
+        if role.engine.strategy != "local":
+            context.join_pool()
+        self.engine = engine_of(role, context.device)
+
+    @remote(over("dp"))
+    def score(
+        self, part: Batch, outputs: Sequence[str], temperature: float, whose: Literal["own", "reference"]
+    ) -> dict[str, Tensor]:
+        """See `Scorer.score`; of an actor's "reference": with adapters switched off."""
+        take_turn(self.context)
+        adapters_off = nullcontext()
+        if whose == "reference":
+            assert isinstance(self.engine, LocalEngine | ShardedEngine)
+            adapters_off = self.engine.model.disable_adapter()
+        with adapters_off:
+            return self.engine.score(part, outputs, temperature=temperature)
 
     def rest(self) -> None:
         """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
@@ -56,36 +82,15 @@ class Resident:
             self.where = where
 
 
-class EngineWorker(Resident):
-    """One rank of a model that is trained.
+class EngineWorker(ScoringWorker):
+    """One rank of a model that is trained; the arguments are those of `ScoringWorker`."""
 
-    Args:
-        context: where this is.
-        role: the model.
-
-    Raises:
-        UserError: it cannot be loaded, or not be cut as its engine section says.
-    """
+    engine: LocalEngine | ShardedEngine
 
     def __init__(self, context: WorkerContext, role: Role) -> None:
-        self.context, self.role = context, role
-        self.engine: LocalEngine | ShardedEngine
-        if role.engine.strategy == "local":
-            self.engine = local_engine(role, context.device)
-        else:
-            context.join_pool()
-            self.engine = sharded_engine(role, context.device)
+        super().__init__(context, role)
         self.sender: Sender | None = None
         self.base_sent = False  # a publication of adapters alone is enough
-
-    @remote(over("dp"))
-    def score(
-        self, part: Batch, outputs: Sequence[str], temperature: float, whose: Literal["own", "reference"]
-    ) -> dict[str, Tensor]:
-        """See `Scorer.score`; of the "reference": with adapters switched off."""
-        take_turn(self.context)
-        with self.engine.model.disable_adapter() if whose == "reference" else nullcontext():
-            return self.engine.score(part, outputs, temperature=temperature)
 
     @remote(over("dp"))
     def update(self, part: Batch, loss: Loss, rows: Sequence[int]) -> Update:
@@ -173,35 +178,6 @@ class EngineWorker(Resident):
         if self.role.model.lora is not None:
             lora = "merged" if self.role.publish == "merged" else "adapters" if self.base_sent else None
         return self.engine.stream_weights(lora=lora)
-
-
-class ReferenceWorker(Resident):
-    """One rank of a model that is never trained.
-
-    Args:
-        context: where this is.
-        role: the model.
-
-    Raises:
-        UserError: it cannot be loaded, or not be cut as its engine section says.
-    """
-
-    def __init__(self, context: WorkerContext, role: Role) -> None:
-        self.context, self.role = context, role
-        self.engine: LocalReference | ShardedReference
-        if role.engine.strategy == "local":
-            self.engine = local_reference(role, context.device)
-        else:
-            context.join_pool()
-            self.engine = sharded_reference(role, context.device)
-
-    @remote(over("dp"))
-    def score(
-        self, part: Batch, outputs: Sequence[str], temperature: float, whose: Literal["own", "reference"] = "own"
-    ) -> dict[str, Tensor]:
-        """See `Scorer.score`."""
-        take_turn(self.context)
-        return self.engine.score(part, outputs, temperature=temperature)
 
 
 class RolloutWorker:
@@ -296,6 +272,14 @@ class RolloutWorker:
         for result in results:
             result.handle = self.handles.pop(result.handle)
         return list(results)
+
+
+def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine | LocalReference | ShardedReference:
+    """A role's model, or this rank's part of it."""
+    trained = role.optim is not None
+    if role.engine.strategy == "local":
+        return local_engine(role, device) if trained else local_reference(role, device)
+    return sharded_engine(role, device) if trained else sharded_reference(role, device)
 
 
 def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridflow.config.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.protocols import WeightStream
 from hybridflow.weights.buckets import ALIGNMENT, BUCKET_BYTES, Bucket, pack, unpack
@@ -30,7 +31,7 @@ Kind = Literal["shared_memory", "broadcast"]
 HEAD = 4096  # bytes before the buckets: a page, which begins with the token that tells this memory from any other
 
 
-def pick_transport(wanted: Literal["auto", "shared_memory", "broadcast"], *, one_host: bool) -> Kind:
+def pick_transport(wanted: Transport, *, one_host: bool) -> Kind:
     """What ``placement.transport`` means here.
 
     Raises:
