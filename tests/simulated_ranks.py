@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +116,10 @@ class SimulatedRanks:
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
         return self.ranks[0].stream_weights(lora=lora)
+
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        for rank in self.ranks:
+            rank.perturb(names)
 
     def to(self, where: Literal["device", "host"]) -> None:
         for rank in self.ranks:

@@ -71,6 +71,11 @@ def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
     return out_RV
 
 
+def moved(bits: int, by: int) -> int:
+    """Bits, a signed int64, whose noise at position t + `by` is the noise that `bits` has at t (see `gumbel`)."""
+    return (bits - by * _POSITION_STEP + 2**63) % 2**64 - 2**63
+
+
 def token_keys(bits_B: Tensor, lengths_B: Tensor) -> Tensor:
     """A number for every token of B sequences ``[T]`` (int64), which depends on its sequence's key and its place alone.
 

@@ -6,10 +6,10 @@ one to the other. Implementations live in `engines/` and `rollout/`; nothing her
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class Request:
         generated_ids: tokens already generated (by an aborted request); generation goes on after them, and noise and
             `max_tokens` count from the first of them. The result holds only what is new.
         adapter: name of the adapter to generate with; None is the plain model.
+        images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.
+        replica: which of the engine's replicas must answer; None: any.
     """
 
     prompt_ids: tuple[int, ...]
@@ -68,6 +70,8 @@ class Request:
     noise: NoiseKey
     generated_ids: tuple[int, ...] = ()
     adapter: str | None = None
+    images: tuple[Any, ...] = ()
+    replica: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +252,41 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class DirectReceiver(Protocol):
+    """What a `RolloutEngine` also offers whose own processes take weights from wherever they are sent."""
+
+    def receivers(self) -> list[str]:
+        """The host name of each process that takes weights."""
+        ...
+
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """Has every process take the stream that is sent at an address, as `RolloutEngine.update_weights` does.
+
+        Args:
+            address: of the sender: `weights.transport.open_receiver` opens it.
+            version: of the weights.
+
+        Returns:
+            The receipt of every process, in the order of `receivers`.
+        """
+        ...
+
+
+@runtime_checkable
+class Restarting(Protocol):
+    """What a `RolloutEngine` also offers that starts processes again which died.
+
+    Attributes:
+        version: of the weights that it samples from.
+        on_restart: called after that, before lost requests are sent again: it publishes weights of `version`, for the
+            new process has only those that it was started with.
+    """
+
+    version: int
+    on_restart: Callable[[], object] | None
+
+
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]:
     """Runs requests to their end and returns their results in the order of the requests."""
     handles = [engine.submit(r) for r in requests]
@@ -292,7 +331,8 @@ class Scorer(Protocol):
         Args:
             batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
             outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``), "sum_pi_squared" (``sum_pi_squared_T``, the sum
-                over the words of their squared probabilities), and of a critic "value" (``value_T``).
+                over the words of their squared probabilities), "log_mass" (``log_mass_T``, the log-probability of
+                all words that a token was drawn from), and of a critic "value" (``value_T``).
             temperature: divides the logits first.
         """
         ...
@@ -344,6 +384,16 @@ class TrainEngine(Scorer, Protocol):
 
         Args:
             lora: "adapters" alone; "merged" into plain weights; None: both beside each other.
+        """
+        ...
+
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        """Changes every element of every tensor that is published, in place; a second call puts all back bit for bit.
+
+        See `weights.drill`. Nothing is trained or saved in between.
+
+        Args:
+            names: of tensors, as they are published (tied ones by their first name), that alone are changed.
         """
         ...
 

@@ -78,7 +78,7 @@ def test_the_recipe_is_valid(name: str) -> None:
         ({"train__promts_per_step": 4}, "train.promts_per_step: unknown key; did you mean 'prompts_per_step'?"),
         ({"optm__lr": 1}, "optm: unknown key; did you mean 'optim'?"),
         ({"model__lora": {"rnk": 4}}, "model.lora.rnk: unknown key; did you mean 'rank'?"),
-        ({"rollout__zzz": 1}, "rollout.zzz: unknown key; known: compile, dtype, engine, "),
+        ({"rollout__zzz": 1}, "rollout.zzz: unknown key; known: answer_timeout, compile, dtype, "),
         ({"algorithm__preset": "grp"}, "unknown preset 'grp'; did you mean 'grpo'?"),
         ({"algorithm__advantage": "gropo"}, "unknown advantage 'gropo'; did you mean 'grpo'?"),
         ({"algorithm__policy_loss": "ppo-clip"}, "unknown policy_loss 'ppo-clip'; did you mean 'ppo_clip'?"),
@@ -166,7 +166,27 @@ def test_group_advantages_need_a_group(preset: str) -> None:
         ({"rollout__max_cache_tokens": 299}, ["rollout.max_cache_tokens is 299", "300 tokens"]),
         ({"data__train": None}, ["data.train is missing"]),
         ({"eval__every": 2}, ["eval.every is set, but data.eval"]),
-        ({"rollout__engine": "vllm", "model__lora": {}}, ["cannot sample from adapters", "set rollout.lora=merged"]),
+        ({"rollout__mode": "server"}, ["rollout.mode", "of vllm and sglang", "or set rollout.engine"]),
+        (
+            {"rollout__engine": "vllm", "rollout__tensor_parallel": 2},
+            ["rollout.tensor_parallel 2", "set rollout.mode=workers or server"],
+        ),
+        ({"rollout__engine": "sglang", "rollout__mode": "workers"}, ["mode workers is of vllm", "set in_process"]),
+        ({"rollout__engine": "vllm", "rollout__replicas": 2}, ["rollout.replicas is of rollout.mode server"]),
+        (
+            {"rollout__engine": "vllm", "rollout__mode": "server", "rollout__servers": ["node7:8000"]},
+            ["'node7:8000' is no address of a server, such as http://node7:8000"],
+        ),
+        (
+            {
+                "rollout__engine": "vllm",
+                "rollout__mode": "server",
+                "rollout__servers": ["http://a:1"],
+                "rollout__python": "/usr/bin/python3",
+            },
+            ["rollout.servers names servers that run already", "leave either out"],
+        ),
+        ({"placement__transport": "files"}, ["placement.transport is files: name placement.folder"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_words(changed: dict[str, Any], words: list[str]) -> None:

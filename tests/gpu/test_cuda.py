@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.load import load_config
+from hybridflow.config.sections import OptimSection, RlConfig
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.forward import score_tokens
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Loss, Request, Sampling, generate
 from hybridflow.rollout.inline import InlineEngine
+from hybridflow.trainers.rl import estimate, next_groups, publish_weights, update
+from hybridflow.trainers.rl_run import open_run
+from hybridflow.weights.stream import receive, stream_of
+from hybridflow.weights.transport import open_receiver, open_sender
 
+from runs import configuration
 from tiny import KINDS, VOCAB, packed_model, plain_model, ragged_batch
 
 pytestmark = [
@@ -76,3 +85,62 @@ def test_two_runs_on_the_device_are_alike() -> None:
     alone = [generate(InlineEngine(model), [r])[0] for r in requests]
     same = sum(a.token_ids == b.token_ids for a, b in zip(together, alone))
     assert same >= 5
+
+
+def test_a_sleeping_engine_leaves_its_memory_to_training(tmp_path: Path) -> None:
+    """vLLM and the trainer take turns on one device; free memory is that of the device, whoever holds it."""
+    pytest.importorskip("vllm")
+    rollout = {"engine": "vllm", "max_response_tokens": 8, "engine_args": {"gpu_memory_utilization": 0.3}}
+    path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None})
+    with open_run(load_config(RlConfig, path)) as run:
+        assert run.turn.sleeps
+        groups = next_groups(run, 1)
+        awake, total = torch.cuda.mem_get_info()
+        batch = estimate(run, groups)
+        asleep, _ = torch.cuda.mem_get_info()
+        assert asleep - awake > 0.2 * total
+        update(run, batch)
+        publish_weights(run, 1)
+        again = next_groups(run, 2)
+        assert torch.cuda.mem_get_info()[0] == pytest.approx(awake, abs=0.05 * total)
+        run.step = 1
+        estimate(run, again)
+        assert run.take_measured().get("mismatch/abs_logp_diff/p50", 0.0) < 0.1  # it woke with the new weights
+
+
+def test_what_is_offloaded_is_off_the_device_while_answers_are_generated(tmp_path: Path) -> None:
+    sections = {"placement": {"pools": {"all": 1}}, "engine": {"strategy": "fsdp2", "offload": ["optimizer"]}}
+    rollout = {"max_response_tokens": 8, "sleep": "always"}
+    path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None}, **sections)
+    with open_run(load_config(RlConfig, path)) as run:
+        update(run, estimate(run, next_groups(run, 1)))
+        training = torch.cuda.memory_allocated()
+        run.turn.to_generation()
+        moments = 2 * 4 * 800_000  # of AdamW, for 0.8 million parameters
+        assert training - torch.cuda.memory_allocated() > 0.9 * moments
+
+
+def _receive_on_gpu(address: str, answers: Any) -> None:
+    receiver = open_receiver(address, 0, timeout=60)
+    for _ in range(2):
+        stream, received = receiver.receive(), dict[str, int]()
+        devices = {tensor.device.type for _, tensor in receive(stream, received)}
+        answers.put((received, devices))
+    receiver.close()
+
+
+def test_weights_reach_another_process_of_the_gpu_by_handles_of_its_memory() -> None:
+    """Buckets smaller than the model: each is filled again while the other process still has it open."""
+    context = torch.multiprocessing.get_context("spawn")
+    sender = open_sender("cuda_ipc", 1, device="cuda", bucket_bytes=4096, timeout=60)
+    answers = context.Queue()
+    process = context.Process(target=_receive_on_gpu, args=(sender.address, answers))
+    process.start()
+    for seed in range(2):
+        stream = stream_of(packed_model(seed=seed).cuda())
+        sender.send(stream)
+        received, devices = answers.get(timeout=60)
+        assert received == stream.published and devices == {"cuda"}
+    process.join(60)
+    sender.close()
+    assert process.exitcode == 0

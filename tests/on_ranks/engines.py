@@ -238,6 +238,26 @@ def scored_around_a_change(case: Case, parts: Sequence[Batch]) -> list[Tensor]:
     return [before, engine.score(part, ["logp"])["logp"]]
 
 
+def drilled(case: Case, whole: Batch) -> None:
+    """Every shard changes and changes back; between, scores and what is published are of the changed weights."""
+    engine = case.sharded()
+    engine.update(whole, Loss("cross_entropy"), rows=[len(whole)] * dist.get_world_size())
+    part = whole.take([0, 2])
+    before, score = {n: local(t).clone() for n, t in engine.published().items()}, engine.score(part, ["logp"])["logp"]
+    engine.perturb()
+    for name, tensor in engine.published().items():
+        assert not (local(tensor) == before[name]).any(), name
+    published = {n: t.clone() for n, t in engine.stream_weights().tensors}
+    single = LocalEngine(packed_model(case.kind), OptimSection(), total_steps=1, tokens_per_microbatch=1000)
+    single.model.load_state_dict(published)
+    changed = engine.score(part, ["logp"])["logp"]
+    off = 0.2 if case.section["dtype"] == "bfloat16" else 1e-4
+    assert (changed - single.score(part, ["logp"])["logp"]).abs().max() < off < (changed - score).abs().max()
+    engine.perturb()
+    assert all(torch.equal(local(t), before[n]) for n, t in engine.published().items())
+    assert torch.equal(engine.score(part, ["logp"])["logp"], score)
+
+
 def precisions(case: Case, parts: Sequence[Batch], loss: Loss) -> set[torch.dtype]:
     """What weights, moments and gradients are kept in."""
     engine = case.sharded()

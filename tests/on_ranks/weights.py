@@ -21,6 +21,7 @@ from hybridflow.rollout.inline import InlineEngine
 from hybridflow.weights.stream import receive, stream_of, verify
 from hybridflow.weights.transport import Kind, drain, open_receiver, open_sender
 
+from conformance import model_of
 from tiny import packed_model, plain_model
 
 
@@ -81,14 +82,14 @@ def adapters_of_sharded(mesh_shape: tuple[int, ...]) -> None:
         assert all(torch.equal(tensors[name], expected[name]) for name in expected), lora
 
 
-def send(kind: Kind, port: int, receivers: int, updates: int, bucket_bytes: int) -> list[tuple[int, dict[str, int]]]:
+def send(kind: Kind, port: int, receivers: int, updates: int, **how: Any) -> list[tuple[int, dict[str, int]]]:
     """Both ranks of a training group publish; rank 0 is the one that sends."""
     rank = dist.get_rank()
     model = sharded(packed_model("qwen3"), (dist.get_world_size(),))
     answers = []
     sender = None
     if rank == 0:
-        sender = open_sender(kind, receivers, port=port, bucket_bytes=bucket_bytes, timeout=40)
+        sender = open_sender(kind, receivers, port=port, timeout=40, **how)
     for _ in range(updates):
         stream = stream_of(model, fingerprints=rank == 0)
         num_bytes = 0
@@ -103,6 +104,31 @@ def send(kind: Kind, port: int, receivers: int, updates: int, bucket_bytes: int)
     if sender is not None:
         sender.close()
     return answers
+
+
+def send_halves(port: int, receivers: int, updates: int, **how: Any) -> list[dict[str, int]]:
+    """Two ranks, with half of every layer each, publish the conformance suite's Qwen3, larger every time."""
+    whole = model_of("qwen3")
+    all_bytes = sum(p.nbytes for p in whole.parameters())
+    model = sharded(whole, (dist.get_world_size(),))
+    assert sum(p.to_local().nbytes for p in model.parameters()) < 0.6 * all_bytes  # type: ignore[operator]
+    sender = None
+    if dist.get_rank() == 0:
+        sender = open_sender("shared_memory", receivers, port=port, timeout=60, **how)
+    published = []
+    for _ in range(updates):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.2)
+        stream = stream_of(model, fingerprints=sender is not None)
+        if sender is None:
+            drain(stream)
+        else:
+            sender.send(stream)
+        published.append(stream.published)
+    if sender is not None:
+        sender.close()
+    return published
 
 
 def receive_into_replica(address: str, updates: int) -> list[tuple[Receipt, dict[str, int]]]:
@@ -122,11 +148,11 @@ def receive_into_replica(address: str, updates: int) -> list[tuple[Receipt, dict
     return answers
 
 
-def send_and_die(kind: Kind, port: int, after: int) -> None:
+def send_and_die(kind: Kind, port: int, after: int, folder: str) -> None:
     """Sends a few tensors and is killed."""
     stream = stream_of(packed_model())
     stream.tensors = dying(stream.tensors, after)
-    open_sender(kind, 1, port=port, bucket_bytes=2048, timeout=60).send(stream)
+    open_sender(kind, 1, port=port, bucket_bytes=2048, timeout=60, folder=folder).send(stream)
 
 
 def receive_and_die(address: str, after: int) -> None:

@@ -169,7 +169,6 @@ def test_a_long_evaluation_tells_how_far_it_is(tmp_path: Path, capsys: Output, m
         (["eval.k=[2]"], ["eval.k asks for pass@2, but eval.samples_per_prompt is 1"]),
         (["eval.samples_per_prompt=2"], ["eval.samples_per_prompt is 2, but eval.temperature is 0", "set eval.temper"]),
         (["eval.top_p=0"], ["eval.top_p"]),
-        (["rollout.engine=vllm", "eval.min_p=0.1"], ["rollout.engine vllm does not take eval.min_p"]),
         (["eval.answer=reward.py:scroe"], ["has no function 'scroe'", "did you mean 'score'?"]),
         (["eval.answer=reward.py:score"], ["eval.answer", "raised TypeError", "make it return the answer"]),
     ],

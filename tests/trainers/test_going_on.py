@@ -58,8 +58,3 @@ def test_sequences_longer_than_the_context_are_refused_before_anything_runs(
     config = configuration(tmp_path, rollout={"max_response_tokens": 250})
     assert "sequence has 266 tokens, the model's context is 256" in mistake(capsys, "train", config)
     assert not (tmp_path / "run/metrics.jsonl").exists()
-
-
-def test_adapters_through_vllm_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = configuration(tmp_path, rollout={"engine": "vllm"}, model={"lora": {}})
-    assert "cannot sample from adapters" in mistake(capsys, "check", config)

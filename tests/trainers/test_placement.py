@@ -205,8 +205,19 @@ def test_the_same_placed_run_twice_is_the_same_bit_for_bit_also_when_it_was_stop
         ({"placement": {"pools": {"all": 1}, "roles": {"aktor": "all"}}}, "did you mean 'actor'?"),
         ({"placement": {"pools": {"all:2": None}}}, "write {all: 2}, with a space"),
         (
-            {"placement": {"pools": {"a": 1, "b": 1}, "roles": {"rollout": "b"}}, "rollout": {"engine": "vllm"}},
-            "placement.roles names rollout, and there is none in this run",
+            {
+                "placement": {"pools": {"a": 1, "b": 1}, "roles": {"rollout": "b"}},
+                "rollout": {"engine": "vllm", "mode": "workers"},
+            },
+            "rollout.mode workers has processes of its own: leave rollout out of placement.roles",
+        ),
+        (
+            {
+                "placement": {"pools": {"a": 2}, "roles": {"rollout": "a"}},
+                "engine": {"strategy": "fsdp2"},
+                "rollout": {"engine": "vllm"},
+            },
+            "pool 'a' has both vLLM and a sharded model",
         ),
         ({"placement": {"pools": {"all": 1}, "roles": {"actor": "train"}}}, "pool 'train', which does not exist"),
         ({"placement": {"pools": {"all": 1, "more": 2}}}, "nothing is placed in ['more']"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -38,7 +41,8 @@ def test_swapping_or_dropping_changes_the_fingerprint(
     i, j = (data.draw(st.integers(0, len(numbers) - 1)) for _ in range(2))
     swapped = tensor.clone()
     swapped[i], swapped[j] = tensor[j].clone(), tensor[i].clone()
-    assert (fingerprint(swapped) == fingerprint(tensor)) == torch.equal(swapped, tensor)
+    same = torch.equal(swapped.view(torch.uint8), tensor.view(torch.uint8))  # 0 and -0 are equal numbers
+    assert (fingerprint(swapped) == fingerprint(tensor)) == same
     dropped = torch.cat([tensor[:i], tensor[i + 1 :]])
     assert fingerprint(dropped) != fingerprint(tensor)
 
@@ -56,6 +60,46 @@ def test_a_fingerprint_is_of_values_in_order_not_of_memory() -> None:
     assert fingerprint(matrix.t()) != fingerprint(matrix)
     assert fingerprint(torch.nn.Parameter(matrix)) == fingerprint(matrix)
     assert isinstance(fingerprint(torch.tensor(3.0)), int)
+
+
+@pytest.mark.parametrize("size", [40_000, 2_500_003])  # one level of sums, and two
+def test_in_large_tensors_every_kind_of_change_is_noticed(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(size, generator=generator)
+    seen = {fingerprint(tensor)}
+    for change in range(60):
+        i, j = (int(x) for x in torch.randint(size, (2,), generator=generator))
+        other = tensor.clone()
+        if change % 4 == 0:
+            other.view(torch.int32)[i] ^= 1 << change % 32
+        elif change % 4 == 1:
+            other[[i, j]] = tensor[[j, i]]
+        elif change % 4 == 2:  # the signs of two values: sums modulo a power of two would lose such a pair
+            other[[i, j]] = -tensor[[i, j]]
+        else:
+            other[min(i, j) :] = 0
+        seen.add(fingerprint(other))
+    seen |= {fingerprint(-tensor), fingerprint(tensor.roll(1)), fingerprint(tensor.roll(512)), fingerprint(tensor[1:])}
+    assert len(seen) == 65
+
+
+def test_a_fingerprint_is_what_its_definition_says() -> None:
+    """Held against plain Python integers: other processors and GPUs must come to the same number."""
+    tensor = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    noise = hashlib.shake_128(b"weights").digest(2048 * 16)
+    multipliers = np.array([((x & 62) + 1) * (-1 if x >= 128 else 1) for x in noise], dtype=np.int64).reshape(2048, 16)
+    data = np.frombuffer(tensor.numpy().tobytes(), dtype=np.int8)
+    whole = len(data) // 2048 * 2048
+    sums = data[:whole].reshape(-1, 2048).astype(np.int64) @ multipliers
+    digest = hashlib.blake2b((20_000).to_bytes(8, "little") + data[whole:].tobytes(), digest_size=8)
+    digest.update(sums.astype("<i4").tobytes())
+    assert len(data) > 1 << 16 and fingerprint(tensor) == int.from_bytes(digest.digest(), "little")
+
+
+def test_a_part_of_a_tensor_has_the_fingerprint_of_its_copy() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        tensor = torch.randn(70_001, generator=torch.Generator().manual_seed(2)).to(dtype)
+        assert fingerprint(tensor[3:]) == fingerprint(tensor[3:].clone())
 
 
 def consumed() -> tuple[WeightStream, dict[str, int], dict[str, Tensor]]:
@@ -116,3 +160,26 @@ def test_all_problems_are_told_together() -> None:
     received["lm_head.weight"] += 1
     with pytest.raises(WeightSyncError, match=r"version 1.*model\.norm\.weight.*lm_head\.weight"):
         verify(stream, Receipt(1, received, 0), 2)
+
+
+def test_of_several_processes_those_are_named_that_have_something_else() -> None:
+    stream, received, _ = consumed()
+    lacking = {n: v for n, v in received.items() if n != "model.norm.weight"}
+    receipts = [Receipt(2, received, 0), Receipt(2, lacking, 0), Receipt(1, received, 0), Receipt(1, lacking, 0)]
+    verify(stream, receipts[:1], 2)
+    with pytest.raises(WeightSyncError) as error:
+        verify(stream, receipts, 2)
+    assert str(error.value) == (
+        "weights in the generation engine are not the trainer's: "
+        "process 1, 3 of 4 (counted from 0): 1 tensors never arrived: model.norm.weight; "
+        "process 2, 3 of 4 (counted from 0): the engine says version 1, published was 2"
+    )
+
+
+def test_what_nobody_sent_is_no_success_either() -> None:
+    stream, received, _ = consumed()
+    with pytest.raises(WeightSyncError, match=r"1 tensors arrived and were not published: model\.layers\.9\.bias"):
+        verify(stream, Receipt(1, received | {"model.layers.9.bias": 5}, 0), 1)
+    del stream.published["model.norm.weight"]
+    with pytest.raises(WeightSyncError, match=r"1 tensors arrived, and nobody knows what left: model\.norm\.weight"):
+        verify(stream, Receipt(1, received, 0), 1)

@@ -26,7 +26,7 @@ from on_ranks import weights
 from ranks import Ranks, shared_ranks
 from tiny import packed_model
 
-KINDS: list[Kind] = ["shared_memory", "broadcast"]
+KINDS: list[Kind] = ["shared_memory", "broadcast", "files"]
 
 
 @functools.cache
@@ -48,19 +48,22 @@ def process(function: Callable[..., None], *args: Any) -> multiprocessing.proces
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bucket_bytes", [1024, 1 << 20])
-def test_a_sharded_model_reaches_replicas_in_another_pool(kind: Kind, bucket_bytes: int) -> None:
+@pytest.mark.parametrize(("bucket_bytes", "delta"), [(1024, False), (1 << 20, False), (1 << 20, True)])
+def test_a_sharded_model_reaches_replicas_in_another_pool(
+    kind: Kind, bucket_bytes: int, delta: bool, tmp_path: Path
+) -> None:
     """Two ranks gather, one sends, two replicas receive, twice: buckets smaller than a tensor, larger than all."""
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(shared_ranks(2).run, weights.send, kind, port, 2, 2, bucket_bytes)
+        how = {"bucket_bytes": bucket_bytes, "folder": str(tmp_path), "delta": delta}
+        sent = pool.submit(shared_ranks(2).run, weights.send, kind, port, 2, 2, **how)
         arrived = rollout_ranks().run(weights.receive_into_replica, f"127.0.0.1:{port}", 2)
     (rank0, rank1), model = sent.result(), packed_model("qwen3")
     whole = sum(p.nbytes for p in model.parameters())
     for update in range(2):
         num_bytes, published = rank0[update]
         assert published.keys() == model.state_dict().keys() and rank1[update] == (0, {})
-        assert num_bytes >= whole
+        assert num_bytes >= whole or (delta and update)
         for replica in arrived:
             receipt, told = replica[update]
             assert receipt.received == published == told and receipt.version == update + 1
@@ -69,7 +72,7 @@ def test_a_sharded_model_reaches_replicas_in_another_pool(kind: Kind, bucket_byt
             with pytest.raises(WeightSyncError, match="published was 9"):
                 verify(WeightStream(iter(()), frozenset(published), published), receipt, 9)
     assert rank0[0][1]["model.norm.weight"] != rank0[1][1]["model.norm.weight"]
-    assert no_shared_files()
+    assert no_shared_files() and not [*tmp_path.iterdir()]
 
 
 def no_shared_files() -> bool:
@@ -77,8 +80,8 @@ def no_shared_files() -> bool:
     return not shared.is_dir() or not [f for f in shared.iterdir() if "hybridflow" in f.name]
 
 
-def pair(kind: Kind, timeout: float = 10, **how: Any) -> tuple[Sender, Receiver]:
-    sender = open_sender(kind, 1, timeout=timeout, **how)
+def pair(kind: Kind, folder: Path | None = None, timeout: float = 10, **how: Any) -> tuple[Sender, Receiver]:
+    sender = open_sender(kind, 1, timeout=timeout, folder=str(folder), **how)
     return sender, open_receiver(sender.address, 0, timeout=timeout)
 
 
@@ -90,8 +93,8 @@ def received(receiver: Receiver) -> tuple[WeightStream, dict[str, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_tensor_is_named_where_it_is_missed(kind: Kind) -> None:
-    sender, receiver = pair(kind, bucket_bytes=4096)
+def test_a_dropped_tensor_is_named_where_it_is_missed(kind: Kind, tmp_path: Path) -> None:
+    sender, receiver = pair(kind, tmp_path, bucket_bytes=4096)
     stream = stream_of(packed_model())
     tensors = stream.tensors
     stream.tensors = (pair for pair in tensors if pair[0] != "model.norm.weight")
@@ -100,10 +103,7 @@ def test_a_dropped_tensor_is_named_where_it_is_missed(kind: Kind) -> None:
         with pytest.raises(WeightSyncError, match=r"ended without 1 of its tensors: model\.norm\.weight"):
             received(receiver)
         sent.result()
-        sent = pool.submit(sender.send, stream_of(packed_model(seed=1)))  # the ends are good for another stream
-        arrived, found = received(receiver)
-        sent.result()
-    verify(arrived, Receipt(1, found, 0), 1)
+    whole_stream_passes(sender, receiver)
     receiver.close()
     sender.close()
 
@@ -119,8 +119,8 @@ def test_adapters_alone_arrive_as_such() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_that_raises_is_told_to_its_receivers(kind: Kind) -> None:
-    sender, receiver = pair(kind, bucket_bytes=1024)
+def test_a_stream_that_raises_is_told_to_its_receivers(kind: Kind, tmp_path: Path) -> None:
+    sender, receiver = pair(kind, tmp_path, bucket_bytes=1024)
     stream = stream_of(packed_model())
 
     def raising(tensors: Any) -> Any:
@@ -134,12 +134,30 @@ def test_a_stream_that_raises_is_told_to_its_receivers(kind: Kind) -> None:
             received(receiver)
     with pytest.raises(ValueError, match="no more"):
         sent.result()
+    whole_stream_passes(sender, receiver)
+
+
+def whole_stream_passes(sender: Sender, receiver: Receiver) -> None:
+    """The ends are good for a stream, whatever became of the last one."""
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream_of(packed_model(seed=1)))
+        arrived, found = received(receiver)
+        sent.result()
+    verify(arrived, Receipt(1, found, 0), 1)
+    assert found == consumed_prints(packed_model(seed=1))
+
+
+def consumed_prints(model: Any) -> dict[str, int]:
+    stream = stream_of(model)
+    for _ in stream.tensors:
+        pass
+    return stream.published
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sender_that_is_killed_is_noticed_at_once_and_leaves_nothing(kind: Kind) -> None:
+def test_a_sender_that_is_killed_is_noticed_at_once_and_leaves_nothing(kind: Kind, tmp_path: Path) -> None:
     port = free_port()
-    sender = process(weights.send_and_die, kind, port, 9)
+    sender = process(weights.send_and_die, kind, port, 9, str(tmp_path))
     receiver = open_receiver(f"127.0.0.1:{port}", 0, timeout=60)
     begin = time.monotonic()
     with pytest.raises(WeightSyncError, match="the sender of weights went away in the middle"):
@@ -147,11 +165,18 @@ def test_a_sender_that_is_killed_is_noticed_at_once_and_leaves_nothing(kind: Kin
     sender.join(30)
     assert sender.exitcode == -9 and time.monotonic() - begin < 30, "the timeout of 60 s was waited for"
     assert no_shared_files()
+    if kind == "files":
+        assert [*tmp_path.iterdir()]  # nobody was there to remove them: the next sender does, and no other's
+        (tmp_path / "mine.txt").write_text("")
+        one, other = (open_sender("files", 1, folder=str(tmp_path)) for _ in range(2))
+        assert len([*tmp_path.iterdir()]) == 3
+        one.close(), other.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_receiver_that_is_killed_is_named(kind: Kind) -> None:
-    sender = open_sender(kind, 1, bucket_bytes=2048, timeout=2)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_receiver_that_is_killed_is_named_and_another_takes_its_place(kind: Kind, tmp_path: Path) -> None:
+    sender = open_sender(kind, 1, bucket_bytes=2048, timeout=2, folder=str(tmp_path))
     receiver = process(weights.receive_and_die, sender.address, 9)
     host, _, port = sender.address.rpartition(":")
     dist.TCPStore(host, int(port), is_master=False).wait(["the process is up"], timedelta(seconds=60))
@@ -160,6 +185,40 @@ def test_a_receiver_that_is_killed_is_named(kind: Kind) -> None:
         sender.send(stream_of(packed_model()))
     receiver.join(30)
     assert receiver.exitcode == -9 and time.monotonic() - begin < 20
+    whole_stream_passes(sender, open_receiver(sender.address, 0, timeout=10))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receiver_that_refuses_is_told_at_once(kind: Kind, tmp_path: Path) -> None:
+    sender, receiver = pair(kind, tmp_path, timeout=60, bucket_bytes=2048)
+    begin = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream_of(packed_model()))
+        stream = receiver.receive()
+        next(stream.tensors)
+        receiver.refuse("no memory is left")
+        with pytest.raises(WeightSyncError, match=r"receiver 0 of 1 \(counted from 0\) failed: no memory is left"):
+            sent.result()
+        del stream
+    whole_stream_passes(sender, receiver)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_receiver_that_was_started_again_in_the_middle_ends_that_stream_and_takes_the_next() -> None:
+    sender, receiver = pair("shared_memory", timeout=60, bucket_bytes=2048)
+    begin = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        sent = pool.submit(sender.send, stream_of(packed_model()))
+        stream = receiver.receive()
+        next(stream.tensors)
+        again = open_receiver(sender.address, 0, timeout=60)
+        arriving = pool.submit(received, again)
+        with pytest.raises(WeightSyncError, match=r"receiver 0 of 1 .* began again in the middle of a stream"):
+            sent.result()
+        with pytest.raises(WeightSyncError, match="the sender of weights stopped"):
+            arriving.result()
+    whole_stream_passes(sender, again)
+    assert time.monotonic() - begin < 30
 
 
 def test_nobody_there_is_told() -> None:
@@ -173,17 +232,42 @@ def test_nobody_there_is_told() -> None:
 
 def test_memory_that_is_out_of_reach_is_told_with_the_way_round() -> None:
     sender = open_sender("shared_memory", 1, timeout=5, bucket_bytes=2048)
-    os.close(sender._fd or 0)
+    os.close(sender._carrier.fd)
     other = os.open("/dev/zero", os.O_RDWR)  # the number now stands for another file, as it would on another host
     with pytest.raises(UserError, match="cannot be reached from here") as error:
         open_receiver(sender.address, 0, timeout=5)
-    assert error.value.fix == "set placement.transport=broadcast"
-    assert other == sender._fd
+    assert error.value.fix == "set placement.transport=broadcast, or files"
+    assert other == sender._carrier.fd
+
+
+def test_folders_that_will_not_do_are_told(tmp_path: Path) -> None:
+    for folder, says in [
+        (None, "placement.folder is not set"),
+        ("/nowhere", "there is no folder /nowhere"),
+        ("/proc", "weights cannot be written to /proc"),
+    ]:
+        with pytest.raises(UserError, match=says) as error:
+            open_sender("files", 1, folder=folder)
+        assert error.value.fix.startswith("set placement.folder")
+    sender = open_sender("files", 1, folder=str(tmp_path), timeout=5)
+    elsewhere = tmp_path.rename(tmp_path.with_name("elsewhere"))  # as another host has another folder under that path
+    tmp_path.mkdir()
+    with pytest.raises(UserError, match=f"the folder {tmp_path} is not the one that weights are sent through"):
+        open_receiver(sender.address, 0, timeout=5)
+    assert len([*elsewhere.iterdir()]) == 1
+
+
+def test_handles_of_gpu_memory_need_a_gpu() -> None:
+    with pytest.raises(UserError, match="cuda_ipc, and the weights are in cpu memory"):
+        open_sender("cuda_ipc", 1)
+    with pytest.raises(UserError, match="the processes are on several hosts"):
+        pick_transport("cuda_ipc", one_host=False)
 
 
 def test_the_way_is_chosen_by_where_processes_are() -> None:
     assert pick_transport("auto", one_host=True) == "shared_memory" == pick_transport("shared_memory", one_host=True)
     assert pick_transport("auto", one_host=False) == "broadcast" == pick_transport("broadcast", one_host=True)
+    assert pick_transport("files", one_host=False) == "files" == pick_transport("files", one_host=True)
     with pytest.raises(UserError, match="the processes are on several hosts"):
         pick_transport("shared_memory", one_host=False)
 
@@ -195,5 +279,5 @@ def test_the_memory_of_two_buckets_is_all_that_is_shared() -> None:
         sent = pool.submit(sender.send, stream_of(packed_model()))
         _, found = received(receiver)
     assert sent.result() > 60 * 1024 and len(found) == len(packed_model().state_dict())
-    assert os.fstat(sender._fd or 0).st_size == 4096 + 2 * 1024
-    assert torch.equal(sender._buckets[0], receiver._buckets[0])
+    assert os.fstat(sender._carrier.fd).st_size == 4096 + 2 * 1024
+    assert torch.equal(sender._carrier._buckets[0], receiver._carrier._buckets[0])

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hybridflow.algorithms.kl import KL_ESTIMATORS
+from hybridflow.algorithms.mismatch import gap_maxima, gap_sums
 from hybridflow.algorithms.pieces import call, columns_read, piece
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES
 from hybridflow.algorithms.value_loss import clipped_value_loss
@@ -28,12 +29,14 @@ class Terms:
         sums: metrics that add up over the mini-batch.
         means: per-token values whose mean over the mini-batch's scored tokens is a metric.
         maxima: per-token values whose largest is a metric.
+        gap: `mismatch.gap_sums` of these tokens; None where it is not measured.
     """
 
     loss_M: Tensor
     sums: dict[str, Tensor]
     means: dict[str, Tensor]
     maxima: dict[str, Tensor] = field(default_factory=dict)
+    gap: Tensor | None = None
 
 
 def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
@@ -46,7 +49,7 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
     to), what the policy loss reads, and ``old_logp_T``; without the last, the current policy is the old one (a single
     on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and ``ref_logp_T``; those
     of `value`. ``rollout_weight_T`` multiplies the policy loss alone. With "measure_gap" the difference between the
-    two engines is measured (verl's names), from ``rollout_logp_T``.
+    two engines is measured (see `mismatch`), from ``rollout_logp_T`` and ``age_T``.
     """
     logp_M = scores["logp"]
 
@@ -65,11 +68,10 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
     sums = {"actor/pg_loss": loss_M.detach()}
     means = {f"actor/{name}": value for name, value in means.items()}
     means["actor/entropy"] = scores["entropy"].detach()
-    maxima = {}
+    maxima, gap = {}, None
     if params.get("measure_gap", True) and "rollout_logp_T" in columns:
-        gap_M = (logp_M.detach().exp() - columns["rollout_logp_T"].exp()).abs()
-        means["training/rollout_probs_diff_mean"] = maxima["training/rollout_probs_diff_max"] = gap_M
-        means["rollout_corr/kl"] = columns["rollout_logp_T"] - logp_M.detach()
+        maxima = gap_maxima(logp_M, columns["rollout_logp_T"])
+        gap = gap_sums(logp_M, columns["rollout_logp_T"], columns.get("age_T"), scores.get("log_mass"))
     if params.get("entropy_coef", 0.0):
         bonus_M = scores["entropy"] * columns["entropy_weight_T"]
         sums["actor/entropy_loss"] = bonus_M.detach()
@@ -83,7 +85,7 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
         critic = value(scores, columns, params)
         loss_M = loss_M + params["value_coef"] * critic.loss_M
         sums, means = sums | critic.sums, means | critic.means
-    return Terms(loss_M, sums, means, maxima)
+    return Terms(loss_M, sums, means, maxima, gap)
 
 
 def value(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
@@ -111,6 +113,7 @@ COLUMNS = (
     "old_logp_T",
     "rollout_logp_T",
     "rollout_weight_T",
+    "age_T",
     "ref_logp_T",
     "value_T",
     "return_T",

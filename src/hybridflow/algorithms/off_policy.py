@@ -8,8 +8,9 @@ With d = logp - rollout logp of a sampled token, and a sequence's perplexity exp
     chi2_seq     the same of a whole sequence, whose log-ratio is the sum of its tokens'
     *ppl*        perplexities of both, and how they differ, as means over sequences
 
-d is kept within 20. verl counts sequences without a loss token in the means over sequences, as perplexity 1; here they
-do not count. It does not bound d in k3_kl. Shapes: T tokens, M loss tokens, B sequences, S those with a loss token.
+d is kept within 20, and all is computed in float64: squares of small gaps vanish in float32. verl counts sequences
+without a loss token in the means over sequences, as perplexity 1; here they do not count. It does not bound d in k3_kl.
+Shapes: T tokens, M loss tokens, B sequences, S those with a loss token.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def off_policy_metrics(
         sequence_T: index of each token's sequence, below `count`.
         count: number of sequences B.
     """
-    logp_M, rollout_logp_M, sequence_M = logp_T.detach()[mask_T], rollout_logp_T.detach()[mask_T], sequence_T[mask_T]
+    logp_M, rollout_logp_M = (values_T.detach()[mask_T].double() for values_T in (logp_T, rollout_logp_T))
+    sequence_M = sequence_T[mask_T]
     if not len(logp_M):
         return {}
     ratio_M = logp_M - rollout_logp_M

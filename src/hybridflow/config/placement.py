@@ -12,9 +12,10 @@ from hybridflow.config.section import Section
 from hybridflow.errors import nearest
 
 if TYPE_CHECKING:  # the sections check themselves with this file
+    from hybridflow.config.rollout import RolloutSection
     from hybridflow.config.sections import RlConfig, SftConfig
 
-Transport = Literal["auto", "shared_memory", "broadcast"]
+Transport = Literal["auto", "shared_memory", "broadcast", "cuda_ipc", "files"]
 ROLES = ("actor", "critic", "reference", "rollout")  # what can be placed; rewards are scored by the controller
 
 
@@ -94,7 +95,17 @@ class PlacementSection(Section):
     address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
     port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
     transport: Transport = Field(
-        "auto", description="How weights travel between pools. auto: shared memory on one host, else broadcast."
+        "auto",
+        description="How weights travel between processes. auto: shared memory on one host, else broadcast; cuda_ipc: "
+        "handles of GPU memory, where sender and receiver share a GPU; files: in placement.folder.",
+    )
+    folder: str | None = Field(
+        None, description="Where transport files puts weights: a folder that all processes reach under this path."
+    )
+    delta: bool = Field(
+        False,
+        description="Send only the bytes that changed since the last publication. Either end then keeps a copy of all "
+        "weights in host memory.",
     )
     timeout: PositiveFloat = Field(
         600, description="Seconds that a collective or a worker may take without progress before the run ends."
@@ -158,6 +169,7 @@ def check_placement(config: RlConfig | SftConfig) -> None:
         f"placement.roles names {role}, and there is none in this run: leave it out"
         for role in sorted(p.roles.keys() - _roles_of(config))
     ]
+    problems += _rollout_problems(config)
     problems += [
         f"{key}.sequence_parallel is {engine.sequence_parallel}, but with model.packing=false sequences are padded, "
         "and padded tokens cannot be shared: leave one of them out"
@@ -168,16 +180,46 @@ def check_placement(config: RlConfig | SftConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
+def _rollout_problems(config: RlConfig | SftConfig) -> Iterator[str]:
+    p, r = config.placement, getattr(config, "rollout", None)
+    if p.transport == "files" and p.folder is None:
+        yield "placement.transport is files: name placement.folder, which all processes reach"
+    if r is None or r.engine == "inline" or "rollout" not in p.roles:
+        return
+    pool = p.roles["rollout"]
+    if (r.engine, r.mode) != ("vllm", "in_process"):
+        yield (
+            f"placement.roles puts rollout into pool {pool!r}, but rollout.engine {r.engine} in rollout.mode {r.mode} "
+            "has processes of its own: leave rollout out of placement.roles"
+        )
+    elif any(p.pool_of(role) == pool and engine.strategy != "local" for _, role, engine in engines_of(config)):
+        yield (
+            f"pool {pool!r} has both vLLM and a sharded model, and either wants torch.distributed for itself: give "
+            "rollout a pool of its own, or set rollout.mode=workers and leave rollout out of placement.roles"
+        )
+
+
 def _roles_of(config: RlConfig | SftConfig) -> set[str]:
-    """The roles that live in pools. vLLM lives in the controller's process."""
+    """The roles that live in pools."""
     algorithm, rollout = getattr(config, "algorithm", None), getattr(config, "rollout", None)
     found = {
         "actor": True,
         "critic": getattr(config, "critic", None) is not None,
         "reference": algorithm is not None and algorithm.needs_reference,
-        "rollout": rollout is not None and rollout.engine == "inline",
+        "rollout": rollout is not None and in_pool(config.placement, rollout),
     }
     return {role for role, there in found.items() if there}
+
+
+def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
+    """Whether answers are generated in the processes of a pool, rather than beside the controller.
+
+    The inline engine always is, where there are pools. vLLM is where ``placement.roles`` says so; with workers of its
+    own, or behind servers, an engine has its processes already.
+    """
+    if not placement.pools:
+        return False
+    return rollout.engine == "inline" or "rollout" in placement.roles
 
 
 def engines_of(config: RlConfig | SftConfig) -> Iterator[tuple[str, str, EngineSection]]:

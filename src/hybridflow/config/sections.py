@@ -6,7 +6,6 @@ each is answered `samples_per_prompt` times, and one optimizer step takes `seque
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -27,6 +26,7 @@ from hybridflow.config.placement import EngineSection as EngineSection
 from hybridflow.config.placement import PlacementSection as PlacementSection
 from hybridflow.config.placement import check_placement
 from hybridflow.config.rewards import REWARDS
+from hybridflow.config.rollout import RolloutSection as RolloutSection
 from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
 
@@ -123,67 +123,6 @@ class RewardSection(Section):
         if ".py:" not in name and name not in REWARDS:
             raise ValueError(f"{name!r} is neither file.py:function nor a built-in reward; {nearest(name, REWARDS)}")
         return name
-
-
-class RolloutSection(Section):
-    """How answers are generated."""
-
-    engine: Literal["inline", "vllm"] = Field("inline", description="inline: the training process's own model; vllm.")
-    temperature: float = Field(1.0, gt=0, description="Divides the logits when training samples are drawn.")
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Sample among the likeliest tokens that make up this share; training scores the same.",
-    )
-    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
-    )
-    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; what completes one is kept.")
-    stop_regex: str | None = Field(None, description="A regular expression that ends an answer where it matches.")
-    max_response_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens (its stop token counts).")
-    max_cache_tokens: PositiveInt = Field(
-        262_144, description="Bound on the inline engine's key-value cache, in tokens over all running answers."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="What the inline engine multiplies in. auto: bfloat16 on a GPU, the model's own type elsewhere, so "
-        "that log-probabilities are those of training; bfloat16 is quicker on CPUs with bf16 dot products.",
-    )
-    compile: bool = Field(
-        False,
-        description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, "
-        "Mistral). It gained nothing on CPUs.",
-    )
-    lora: Literal["adapters", "merged"] = Field(
-        "adapters",
-        description="How adapters reach an engine with weights of its own: as adapters, or added into full weights.",
-    )
-    engine_args: dict[str, int | float | str | bool] = Field(
-        default_factory=dict, description="Further arguments of the engine itself (vLLM's LLM)."
-    )
-
-    @model_validator(mode="after")
-    def _check_sampling(self) -> RolloutSection:
-        if self.stop_regex is not None:
-            try:
-                re.compile(self.stop_regex)
-            except re.error as error:
-                raise ValueError(
-                    f"rollout.stop_regex {self.stop_regex!r} is not a regular expression: {error}"
-                ) from error
-        if "" in self.stop:
-            raise ValueError("rollout.stop holds an empty text, which would end every answer at its first token")
-        cuts = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-        if self.engine == "vllm" and (cuts or self.stop or self.stop_regex is not None):
-            what = "top_p, top_k and min_p" if cuts else "stop and stop_regex"
-            raise ValueError(
-                f"rollout.engine vllm does not take {what}: "
-                + ("it does not say which tokens were kept" if cuts else "it runs without a tokenizer")
-                + "; set rollout.engine=inline"
-            )
-        return self
 
 
 class OptimSection(Section):
@@ -362,13 +301,6 @@ def _check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
         raise ValueError(f"checkpoint.best {name!r} is not a metric of the evaluation; {nearest(name, known)}")
 
 
-def _refuse_more_than_temperature(evaluation: EvalSection) -> None:
-    plain = EvalSection()
-    for key in ("top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"):
-        if getattr(evaluation, key) != getattr(plain, key):
-            raise ValueError(f"rollout.engine vllm does not take eval.{key}: set rollout.engine=inline or leave it out")
-
-
 class RlConfig(Section):
     """A reinforcement-learning run: `hybridflow train`."""
 
@@ -418,15 +350,13 @@ class RlConfig(Section):
                 )
         if self.data.train is None:
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
-        if self.rollout.engine == "vllm" and self.model.lora is not None and self.rollout.lora != "merged":
+        if self.rollout.engine == "sglang" and self.model.lora is not None and self.rollout.lora != "merged":
             raise ValueError(
-                "rollout.engine vllm cannot sample from adapters (model.lora): set rollout.lora=merged, which adds "
-                "them into full weights, or rollout.engine=inline"
+                "rollout.engine sglang takes no adapters alone (model.lora): set rollout.lora=merged, which adds them "
+                "into full weights"
             )
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
-        if self.rollout.engine == "vllm":
-            _refuse_more_than_temperature(self.eval)
         if self.checkpoint.best is not None:
             _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
         return self

@@ -4,6 +4,7 @@ where something is not finite."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.microbatch import Sums
 from hybridflow.protocols import Update
+from hybridflow.weights.drill import perturb
 
 
-class AdamEngine:
+class AdamEngine(ABC):
     """What a training engine knows besides its model.
 
     Args:
@@ -46,6 +48,14 @@ class AdamEngine:
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state, by parameter name: none before the first step."""
         return {name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.trained.items()}
+
+    @abstractmethod
+    def published(self) -> dict[str, Tensor]:
+        """What streams are made of: each tensor once, by its first name; of a sharded model, this rank's part."""
+
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        """See `TrainEngine.perturb`."""
+        perturb(tensor for name, tensor in self.published().items() if names is None or name in names)
 
     def step(self, sums: Sums, norm: float) -> Update:
         """One optimizer step along the gradients as they are; none where the loss or their norm is not finite.

@@ -81,10 +81,13 @@ class LocalEngine(AdamEngine):
         """What a checkpoint has: adapters alone where they are trained, else parameters and buffers, each once."""
         if has_adapters(self.model):
             return {name: p.detach() for name, p in self.trained.items()}
+        return {n: t.detach() for n, t in (self.published() | self.trained).items()}
+
+    def published(self) -> dict[str, Tensor]:
+        """See `AdamEngine.published`."""
         saved = self.model.state_dict().keys()
-        own = {n: p.detach() for n, p in self.model.named_parameters()}
-        own |= {n: b for n, b in self.model.named_buffers() if n in saved}
-        return own | {n: p.detach() for n, p in self.trained.items()}
+        own: dict[str, Tensor] = dict(self.model.named_parameters())
+        return own | {n: b for n, b in self.model.named_buffers() if n in saved}
 
     def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`. Everything is in open formats: safetensors, and JSON for plain values."""

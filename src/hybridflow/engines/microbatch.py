@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
+from hybridflow.algorithms.mismatch import gap_metrics
 from hybridflow.balance import balanced_parts, beginning_costs, sequence_costs
 from hybridflow.batch import Batch
 from hybridflow.errors import UserError
@@ -36,12 +37,14 @@ class Sums:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     means: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     maxima: dict[str, float] = field(default_factory=dict)
+    gap: Tensor | None = None
     bad_rows: list[int] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """Sums and maxima as they are, means over the scored tokens."""
+        """Sums and maxima as they are, means over the scored tokens, and what the gap between engines is."""
         means = {name: value / max(self.tokens, 1) for name, value in self.means.items()}
-        return dict(self.sums) | means | self.maxima
+        gap = {} if self.gap is None else gap_metrics(self.gap)
+        return dict(self.sums) | means | self.maxima | gap
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
@@ -56,6 +59,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
             total.means[name] += value
         for name, value in part.maxima.items():
             total.maxima[name] = max(total.maxima.get(name, -math.inf), value)
+        total.gap = _added(total.gap, part.gap)
     return total
 
 
@@ -213,7 +217,8 @@ def _outputs(loss: Loss) -> tuple[str, ...]:
         return ("value",)
     if loss.name != "policy":
         return ("logp",)
-    return ("logp", "entropy", "value") if loss.params.get("value_coef") else ("logp", "entropy")
+    own = ("logp", "entropy", "value") if loss.params.get("value_coef") else ("logp", "entropy")
+    return (*own, "log_mass") if loss.params.get("measure_gap", True) else own
 
 
 def _add(total: Sums, terms: Terms) -> None:
@@ -226,6 +231,11 @@ def _add(total: Sums, terms: Terms) -> None:
     for name, value in terms.maxima.items():
         if len(value):  # a micro-batch may hold no scored token
             total.maxima[name] = max(total.maxima.get(name, -math.inf), float(value.max()))
+    total.gap = _added(total.gap, terms.gap)
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 def _bad_rows(loss_M: Tensor, index_M: Tensor, part: Batch, rows: list[int]) -> list[int]:

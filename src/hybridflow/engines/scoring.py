@@ -61,6 +61,7 @@ class TokenScorer(torch.nn.Module):
             entropy=entropy if "entropy" in outputs else "no",
             value_head=self.value_head if "value" in outputs else None,
             sum_pi_squared="sum_pi_squared" in outputs,
+            log_mass="log_mass" in outputs,
             sp=self.sp,
         )
         # Clones, because FSDP2 hooks into these tensors: what is done in place to a view of another passes it by.

@@ -245,6 +245,13 @@ class ShardedEngine(AdamEngine):
         first = self.ranks.rank == 0  # one set of fingerprints is enough
         return stream_of(self.model, lora=lora, dtype=dtype, fingerprints=first, names=names, gather=self.sharded.state)
 
+    def published(self) -> dict[str, Tensor]:
+        """See `AdamEngine.published`."""
+        names = self.sharded.names
+        own: dict[str, Tensor] = {n: p for n, p in self.sharded.parameters().items() if n in names}
+        buffers = ((n.replace(WRAPPED, ""), b) for n, b in self.model.named_buffers())
+        return own | {n: b for n, b in buffers if n in names}
+
     def to(self, where: Literal["device", "host"]) -> None:
         """See `TrainEngine.to`: of parameters and moments what the section's `offload` says."""
         target = self.device if where == "device" else torch.device("cpu")

@@ -33,6 +33,8 @@ class TokenScores:
         entropy_M: entropy of the distribution that the token was drawn from, in nats; None unless asked for.
         value_M: value of the state before the token; None without a value head.
         sum_pi_squared_M: sum of the squared probabilities of that distribution; None unless asked for.
+        log_mass_M: log-probability, over the whole vocabulary, of all words that the token was drawn from; None unless
+            asked for.
     """
 
     index_M: Tensor
@@ -40,6 +42,7 @@ class TokenScores:
     entropy_M: Tensor | None
     value_M: Tensor | None = None
     sum_pi_squared_M: Tensor | None = None
+    log_mass_M: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The scores under the names that `TrainEngine.score` and the losses use."""
@@ -48,6 +51,7 @@ class TokenScores:
             "entropy": self.entropy_M,
             "value": self.value_M,
             "sum_pi_squared": self.sum_pi_squared_M,
+            "log_mass": self.log_mass_M,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -60,6 +64,7 @@ def score_tokens(
     entropy: Entropy,
     value_head: Callable[[Tensor], Tensor] | None = None,
     sum_pi_squared: bool = False,
+    log_mass: bool = False,
     sp: SequenceParallel | None = None,
 ) -> TokenScores:
     """Log-probabilities of the scored tokens, from one forward pass; logits only where a token is scored.
@@ -71,6 +76,8 @@ def score_tokens(
         entropy: whether to compute the entropies too; "detached" spares their gradient.
         value_head: reads the state's value from the same hidden states ``[M, D]``; None for none.
         sum_pi_squared: whether to compute the sums of squared probabilities too; without gradients only.
+        log_mass: whether to compute the log mass of supports too; the output layer then runs once more, if there are
+            any.
         sp: the ranks that share the pass, all with the same batch; each gets all scores. The gradients of a loss that
             all of them compute from these are then to be summed over the ranks.
 
@@ -82,16 +89,27 @@ def score_tokens(
     head, target_m = output_head(model), batch["input_ids_T"][index_m].to(hidden_mD.device)
     support = support_of(batch, index_m, hidden_mD.device)
     value_M = None if value_head is None else states.whole(value_head(hidden_mD))
+
+    def log_masses(logp_m: Tensor) -> Tensor | None:
+        if not log_mass:
+            return None
+        if support is None:
+            return logp_m.new_zeros(len(states.index_M))
+        with torch.no_grad():
+            whole_m, _ = token_logps(hidden_mD, head, target_m, temperature=temperature)
+            return states.whole(whole_m - logp_m.detach())
+
     if sum_pi_squared:
         assert not torch.is_grad_enabled(), "sums of squared probabilities have no gradient"
         moments = token_moments(hidden_mD, head, target_m, temperature=temperature, support=support)
         logp_M, entropy_M, squares_M = (states.whole(score_m) for score_m in moments)
-        return TokenScores(states.index_M, logp_M, None if entropy == "no" else entropy_M, value_M, squares_M)
+        maybe_entropy_M = None if entropy == "no" else entropy_M
+        return TokenScores(states.index_M, logp_M, maybe_entropy_M, value_M, squares_M, log_masses(moments[0]))
     logp_m, entropy_m = token_logps(
         hidden_mD, head, target_m, temperature=temperature, entropy=entropy, support=support
     )
     logp_M, maybe_entropy_M = states.whole(logp_m), None if entropy_m is None else states.whole(entropy_m)
-    return TokenScores(states.index_M, logp_M, maybe_entropy_M, value_M)
+    return TokenScores(states.index_M, logp_M, maybe_entropy_M, value_M, log_mass_M=log_masses(logp_m))
 
 
 def score_values(

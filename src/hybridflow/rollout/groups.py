@@ -102,6 +102,11 @@ class GroupSource:
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
         self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
         self.reward_seconds = 0.0
+        self._kept: list[Result] = []
+
+    def keep(self, results: Sequence[Result]) -> None:
+        """Takes results of this source that somebody else got from the engine while it waited for its own."""
+        self._kept += results
 
     def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
         """The groups of these (draw, row) pairs, in their order.
@@ -141,7 +146,8 @@ class GroupSource:
             if self.should_stop():
                 self.engine.abort(list(owner))
                 raise Stopped
-            for result in self.engine.wait():
+            arriving, self._kept = self._kept or self.engine.wait(), []
+            for result in arriving:
                 draw, sample = owner.pop(result.handle)
                 arrived[draw][sample] = result
                 if len(arrived[draw]) == len(self.samples) and draw not in done:

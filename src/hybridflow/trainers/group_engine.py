@@ -7,7 +7,7 @@ the columns that are read there. Everything between ranks (gathered parameters, 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +18,22 @@ from torch import Tensor
 from hybridflow.algorithms.losses import columns_of
 from hybridflow.balance import balanced_ranks, beginning_costs, seqlen_metrics, sequence_costs
 from hybridflow.batch import Batch
-from hybridflow.config.placement import Transport
+from hybridflow.config.placement import PlacementSection
 from hybridflow.controller.group import Future, WorkerGroup
 from hybridflow.engines.microbatch import MODEL_COLUMNS
 from hybridflow.models.forward import beginnings
-from hybridflow.protocols import Loss, Receipt, Request, Result, Scorer, TrainEngine, Update, WeightStream
+from hybridflow.protocols import (
+    DirectReceiver,
+    Loss,
+    Receipt,
+    Request,
+    Result,
+    RolloutEngine,
+    Scorer,
+    TrainEngine,
+    Update,
+    WeightStream,
+)
 from hybridflow.weights.stream import verify
 from hybridflow.weights.transport import Receiver, open_receiver
 
@@ -66,6 +77,10 @@ class GroupScorer:
 
         return in_order
 
+    def rest(self) -> None:
+        """Something else works on its devices now: what its section's `offload` names moves to host memory."""
+        self.group.rest()
+
     def rows(self, batch: Batch) -> list[list[int]]:
         """The sequences of every data-parallel place."""
         costs, places = sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"]
@@ -80,15 +95,21 @@ class GroupEngine(GroupScorer):
     Args:
         group: `trainers.workers.EngineWorker`.
         name: what its metrics begin with.
-        transport: how its weights travel to other processes.
+        placement: how its weights travel to other processes; None: as the section's defaults say.
     """
 
     def __init__(
-        self, group: WorkerGroup, name: Literal["actor", "critic"] = "actor", *, transport: Transport = "auto"
+        self,
+        group: WorkerGroup,
+        name: Literal["actor", "critic"] = "actor",
+        *,
+        placement: PlacementSection | None = None,
     ) -> None:
         super().__init__(group)
-        self.name, self.transport = name, transport
-        self._receiver: Receiver | None = None
+        self.name, self.placement = name, placement or PlacementSection()
+        self._receiver: Receiver | None = None  # in the controller's process
+        self._address: str | None = None  # where other processes take weights from
+        self._receivers: list[str] = []  # who they are
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """See `TrainEngine.update`."""
@@ -129,50 +150,76 @@ class GroupEngine(GroupScorer):
         self.group.export(folder.absolute(), dtype)
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
-        """See `TrainEngine.stream_weights`: nothing moves before it is taken. Workers know what adapters do."""
-        assert lora != "adapters"
-        stream = RemoteStream(iter(()), self.group.weight_names(), group=self.group)
+        """See `TrainEngine.stream_weights`: nothing moves before it is taken."""
+        stream = RemoteStream(iter(()), self.group.weight_names(lora), engine=self, lora=lora)
         stream.tensors = self._arriving(stream)
         return stream
+
+    def send_weights(
+        self, stream: RemoteStream, receivers: Sequence[str], take: Callable[[str], list[Receipt]]
+    ) -> list[Receipt]:
+        """Sends weights from the workers to other processes, past the controller's.
+
+        Args:
+            stream: of this engine; what left is noted in it.
+            receivers: the host of each process that takes them.
+            take: has them take what comes from an address; returns when they have.
+        """
+        if self._address is None or self._receivers != [*receivers]:
+            self._address, self._receivers = self.group.open_weights(receivers, self.placement), [*receivers]
+        sent = self.group.send_weights.later(stream.lora)
+        receipts = take(self._address)
+        stream.published.update(sent.result()[0])
+        return receipts
+
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        """See `TrainEngine.perturb`."""
+        self.group.perturb(names)
 
     def to(self, where: Literal["device", "host"]) -> None:
         """See `TrainEngine.to`."""
         self.group.to(where)
 
-    def _arriving(self, stream: WeightStream) -> Iterator[tuple[str, Tensor]]:
+    def _arriving(self, stream: RemoteStream) -> Iterator[tuple[str, Tensor]]:
         """The weights in the controller's process: for an engine that lives here (vLLM)."""
         if self._receiver is None:
-            address = self.group.open_weights([socket.gethostname()], self.transport, "cpu")
-            self._receiver = open_receiver(address, 0)
-        sent = self.group.send_weights.later()
+            address = self.group.open_weights([socket.gethostname()], self.placement, "cpu")
+            self._receiver = open_receiver(address, 0, timeout=self.placement.timeout)
+        sent = self.group.send_weights.later(stream.lora)
         yield from self._receiver.receive().tensors
         stream.published.update(sent.result()[0])
 
 
 @dataclass(slots=True)
 class RemoteStream(WeightStream):
-    """Weights that are still with their workers."""
+    """Weights that are still with their workers: taken in the controller's process, or sent past it.
 
-    group: WorkerGroup | None = None
+    Args:
+        engine: whose workers they are.
+        lora: see `TrainEngine.stream_weights`.
+    """
+
+    engine: GroupEngine | None = None
+    lora: Literal["adapters", "merged"] | None = None
 
 
 class GroupRollout:
     """A `RolloutEngine` over replicas in a pool: each answers its share of the prompts.
 
     Replicas generate for a moment, hand over what has ended, and go on while the controller scores it. What a replica
-    gets is decided by the requests alone, so tokens and the company that they were computed in repeat.
+    gets is decided by the requests alone, so tokens and the company that they were computed in repeat. A request may
+    name its replica.
 
     Args:
         group: `trainers.workers.RolloutWorker`.
-        transport: how weights travel to it from other pools.
     """
 
-    def __init__(self, group: WorkerGroup, *, transport: Transport = "auto") -> None:
-        self.group, self.transport = group, transport
+    def __init__(self, group: WorkerGroup) -> None:
+        self.group = group
+        self.replicas = group.world_size
         self._next = 0
         self._queue: list[tuple[int, Request]] = []
         self._in_flight: set[int] = set()
-        self._channel: str | None = None  # where weights of another pool come from
         self._slice: Future | None = None  # under way in the replicas
         self._ready: list[Result] = []
 
@@ -216,20 +263,18 @@ class GroupRollout:
 
     def update_weights(self, stream: WeightStream, version: int) -> Receipt:
         """See `RolloutEngine.update_weights`: every replica's receipt is held against the stream; one is returned."""
-        assert isinstance(stream, RemoteStream) and stream.group is not None, "replicas take weights from workers"
+        assert isinstance(stream, RemoteStream) and stream.engine is not None, "replicas take weights from workers"
         self._settle()
-        if stream.group.pool == self.group.pool:
-            answers = self.group.take_weights(stream.group.name, version)
-            receipts, published = [receipt for receipt, _ in answers], answers[0][1]
+        actor = stream.engine.group
+        if actor.pool == self.group.pool:
+            answers = self.group.take_weights(actor.name, version, stream.lora)
+            receipts = [receipt for receipt, _ in answers]
+            stream.published.update(answers[0][1])
         else:
-            if self._channel is None:
-                self._channel = stream.group.open_weights(self.group.host(), self.transport)
-            sent = stream.group.send_weights.later()
-            receipts = self.group.receive_weights(self._channel, version)
-            published = sent.result()[0]
-        stream.published.update(published)
-        for receipt in receipts:
-            verify(stream, receipt, version)
+            receipts = stream.engine.send_weights(
+                stream, self.group.host(), lambda address: self.group.receive_weights(address, version)
+            )
+        verify(stream, receipts, version)
         return receipts[0]
 
     def sleep(self) -> None:
@@ -286,14 +331,32 @@ def update_later(engine: TrainEngine, batch: Batch, loss: Loss) -> Callable[[], 
     return lambda: update
 
 
+def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[Receipt]:
+    """Gives an engine new weights: from workers straight to its own processes where it has some, else through here.
+
+    Returns:
+        A receipt of every process that took them; none is held against the stream yet.
+    """
+    if isinstance(stream, RemoteStream) and stream.engine is not None and isinstance(engine, DirectReceiver):
+        return stream.engine.send_weights(
+            stream, engine.receivers(), lambda address: engine.receive_weights(address, version)
+        )
+    return [engine.update_weights(stream, version)]
+
+
 def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:
     """The requests of every replica: those of one prompt together, as many tokens to each as can be told beforehand."""
     prompts: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
     for handle, request in queue:
-        prompts.setdefault(request.prompt_ids, []).append((handle, request))
+        if request.replica is None:
+            prompts.setdefault(request.prompt_ids, []).append((handle, request))
     costs = [
         len(prompt) + sum(r.sampling.max_tokens - len(r.generated_ids) for _, r in asked)
         for prompt, asked in prompts.items()
     ]
     together = list(prompts.values())
-    return [[entry for i in rows for entry in together[i]] for rows in balanced_ranks(costs, replicas)]
+    shares = [[entry for i in rows for entry in together[i]] for rows in balanced_ranks(costs, replicas)]
+    for handle, request in queue:
+        if request.replica is not None:
+            shares[request.replica].append((handle, request))
+    return shares

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.filtering import drop_reason
+from hybridflow.algorithms.mismatch import measured_gap, shift_metrics
 from hybridflow.algorithms.off_policy import off_policy_metrics
 from hybridflow.algorithms.pieces import call
 from hybridflow.algorithms.policy_loss import STATISTICS
@@ -112,7 +113,9 @@ def old_logp_is(config: RlConfig) -> str:
 def policy_outputs(config: RlConfig) -> list[str]:
     """What the policy is asked for before the step's updates; nothing spares the forward pass."""
     wanted = [o for o in needs_of(config.algorithm.advantage, ADVANTAGES).outputs if o != "logp"]
-    return ["logp", *wanted] if old_logp_is(config) == "recompute" else wanted
+    r = config.rollout
+    gap = ["log_mass"] if r.top_p < 1 or r.top_k or r.min_p else []
+    return ["logp", *gap, *wanted] if old_logp_is(config) == "recompute" else wanted
 
 
 def piece_values(a: AlgorithmSection, components: Sequence[str]) -> dict[str, Any]:
@@ -147,12 +150,29 @@ def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch,
     if c.weights != "none":
         batch["rollout_weight_T"] = found.weight_T
     batch["keep_T"] = found.keep_T
-    return batch, engine_gap(batch, logp_T) | found.metrics
+    shift = shift_metrics(
+        logp_T,
+        batch["rollout_logp_T"],
+        found.weight_T,
+        batch["loss_mask_T"],
+        batch.sequence_of(),
+        len(batch),
+        by_sequence=c.weights == "sequence",
+    )
+    return batch, engine_gap(batch, logp_T) | shift | found.metrics
 
 
 def engine_gap(batch: Batch, logp_T: Tensor) -> dict[str, float]:
     """How far the policy with these log-probabilities is from the engine that sampled, by verl's names."""
     return off_policy_metrics(logp_T, batch["rollout_logp_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
+
+
+def whole_gap(batch: Batch) -> dict[str, float]:
+    """`engine_gap` and all of `mismatch.gap_metrics`, of a step whose old log-probabilities were computed."""
+    mask_T = batch["loss_mask_T"]
+    mass_M = batch["log_mass_T"][mask_T] if "log_mass_T" in batch else None
+    logp_M, rollout_logp_M, age_M = (batch[name][mask_T] for name in ("old_logp_T", "rollout_logp_T", "age_T"))
+    return measured_gap(logp_M, rollout_logp_M, age_M, mass_M) | engine_gap(batch, batch["old_logp_T"])
 
 
 def rejected(batch: Batch) -> Batch:

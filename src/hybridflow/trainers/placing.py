@@ -8,22 +8,22 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.placement import PlacementSection, check_placement, engines_of, resolved_placement
+from hybridflow.config.placement import PlacementSection, check_placement, engines_of, in_pool, resolved_placement
 from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.controller.cluster import Cluster, open_cluster
 from hybridflow.controller.forking import MODELS
 from hybridflow.controller.group import WorkerGroup
 from hybridflow.controller.torchrun import serve
-from hybridflow.devices import pick_device
+from hybridflow.devices import CPU, kind_of, pick_device
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
 from hybridflow.models.load import stop_ids
 from hybridflow.protocols import RolloutEngine, Scorer, TrainEngine
 from hybridflow.trainers.export import export_engine
-from hybridflow.trainers.generation import inline_engine
+from hybridflow.trainers.generation import inline_engine, own_engine
 from hybridflow.trainers.group_engine import GroupEngine, GroupRollout, GroupScorer
-from hybridflow.trainers.roles import Role, local_engine, local_reference, longest_sequence
+from hybridflow.trainers.roles import Role, local_engine, local_reference
 from hybridflow.trainers.workers import EngineWorker, RolloutWorker, ScoringWorker
 
 
@@ -40,6 +40,7 @@ class Places:
 
     def __init__(self, config: RlConfig | SftConfig, events: Callable[[str, str], None]) -> None:
         self.placement, self.device = resolved_placement(config.placement), config.run.device
+        self.events = events
         try:  # the sections were checked without what the environment decides
             check_placement(config.model_copy(update={"placement": self.placement}))
         except ValueError as error:
@@ -81,7 +82,7 @@ class Places:
         if self.cluster is None:
             return local_engine(role, pick_device(self.device))
         assert role.name != "reference"
-        return GroupEngine(self._group(role, EngineWorker), role.name, transport=self.placement.transport)
+        return GroupEngine(self._group(role, EngineWorker), role.name, placement=self.placement)
 
     def reference(self, role: Role) -> Scorer:
         """A model of its own that is never trained.
@@ -113,20 +114,32 @@ class Places:
             folder: the run's.
         """
         r = config.rollout
-        if r.engine == "inline" and self.cluster is not None:
+        start = None
+        if r.engine != "inline" and not r.servers:
+            # These engines start from a folder; its weights are replaced by the first publication.
+            start = folder / "rollout-model"
+            export_engine(actor, tokenizer, start)
+        if in_pool(self.placement, r):
+            assert self.cluster is not None
             pool = self.placement.pool_of("rollout")
             assert pool is not None
-            group = self.cluster.group("rollout", RolloutWorker, pool, role, r)
-            return GroupRollout(group, transport=self.placement.transport)
+            group = self.cluster.group("rollout", RolloutWorker, pool, role, r, start)
+            return GroupRollout(group)
         if r.engine == "inline":
             assert isinstance(actor, LocalEngine)
             return inline_engine(actor.model, tokenizer, r)
-        from hybridflow.rollout.vllm import VllmEngine  # vLLM is an extra, and takes seconds to import
+        return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
 
-        start = folder / "rollout-model"  # vLLM starts from a folder; its weights are replaced by the first publication
-        export_engine(actor, tokenizer, start)
-        longest = longest_sequence(config)
-        return VllmEngine(start, max_model_len=longest, seed=config.run.seed, engine_args=r.engine_args)
+    def rollout_sleeps(self, config: RlConfig) -> bool:
+        """Whether the generation engine shares devices with models, and rests while they work: ``rollout.sleep``."""
+        r = config.rollout
+        if r.sleep != "auto":
+            return r.sleep == "always"
+        if r.engine == "inline" or r.mode == "server" or kind_of(self.device) is CPU:
+            return False
+        if not in_pool(self.placement, r):
+            return True  # beside the controller, on the device that a pool's first process has too
+        return self.placement.pool_of("rollout") in {self.placement.pool_of(role) for _, role, _ in engines_of(config)}
 
     def stop_ids(self, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """Token ids that end an answer of this model."""
@@ -152,8 +165,8 @@ def describe_placement(config: RlConfig | SftConfig) -> Iterator[str]:
         if pool is not None:
             ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
             cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
-    if isinstance(config, RlConfig) and config.rollout.engine == "inline" and placement.pools:
-        cut[placement.pool_of("rollout") or ""].append("rollout")
+    if isinstance(config, RlConfig) and in_pool(placement, config.rollout):
+        cut[placement.pool_of("rollout") or ""].append(f"rollout ({config.rollout.engine})")
     for pool, models in cut.items():
         size = placement.pools[pool]
         yield f"pool {pool}: {size} process{'es' * (size > 1)} ({placement.backend}): {', '.join(models) or 'nothing'}"

@@ -13,6 +13,7 @@ from hybridflow.algorithms.advantage import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.filtering import overlong_penalty_N
 from hybridflow.algorithms.kl import KL_ESTIMATORS, mean_per_answer
+from hybridflow.algorithms.mismatch import token_ages
 from hybridflow.batch import Batch
 from hybridflow.config.algorithms import POLICY_LOSSES
 from hybridflow.config.locate import is_function_reference
@@ -26,7 +27,6 @@ from hybridflow.trainers.group_engine import score_later, update_later
 from hybridflow.trainers.learning import (
     component_names,
     corrected,
-    engine_gap,
     nothing_passed,
     old_logp_is,
     part_sizes,
@@ -36,6 +36,7 @@ from hybridflow.trainers.learning import (
     rejected,
     reweighted,
     trainable,
+    whole_gap,
     with_current,
 )
 from hybridflow.trainers.lifecycle import memory_metrics
@@ -73,6 +74,7 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
     dropped: Counter[str] = Counter()
     rounds, reward_seconds = 0, 0.0
     with run.clock.phase("gen"):
+        run.turn.to_generation()
         while len(groups) < wanted and rounds < (f.max_rounds if f.active else 1):
             found = run.source.collect(step, run.sampler.take(wanted - len(groups)))
             groups += passing(found, f, dropped)
@@ -91,16 +93,19 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
 def estimate(run: RlRun, groups: list[Group]) -> Batch:
     """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages."""
     config, a = run.config, run.config.algorithm
+    run.turn.to_training()
     groups, counts = trainable(groups, config)
     batch = batch_of(groups)
     if not len(batch):  # nothing is left to learn from: the step makes no update
         run.measured |= counts
         return batch
+    version_S, start_S, end_S = (batch[f"span_{name}_S"] for name in ("version", "start", "end"))
+    batch["age_T"] = token_ages(version_S, start_S, end_S, batch["loss_mask_T"], run.step)
     scores = score_all(run, batch)
     for name, column_T in scores.get("old_log_prob", {}).items():
         batch["old_logp_T" if name == "logp" else f"{name}_T"] = column_T
     if "old_logp_T" in batch:
-        counts |= engine_gap(batch, batch["old_logp_T"])
+        counts |= whole_gap(batch)
     if old_logp_is(config) == "rollout":
         batch["old_logp_T"] = batch["rollout_logp_T"]
     if "ref" in scores:
@@ -139,8 +144,9 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                 prepared = with_loss(with_weights(current, config), config)  # weights count what is left
                 metrics.append(found)
                 if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
-                    # The gap between engines is measured while both hold the same weights.
-                    loss = policy_loss(config, measure_gap=i == 0)
+                    # The gap between engines is measured once: here where old log-probabilities were not computed,
+                    # and in the first update, before it changes the weights.
+                    loss = policy_loss(config, measure_gap=i == 0 and old_logp_is(config) != "recompute")
                     metrics.append(_optimizer_step(run, run.engine, prepared, loss)())
     with run.clock.phase("update_critic"):  # in a pool of its own it has learned meanwhile
         metrics += [learned() for learned in of_critic]
@@ -165,6 +171,9 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         fault_point("eval", step)
     if batch is not None:
         metrics = metrics | run.take_measured() | batch_metrics(groups, batch, config.rollout.max_response_tokens)
+        drifted = run.watch.observe(metrics)
+        if drifted is not None:
+            run.trackers.advise(f"step {step}: {drifted}")
         if step == 1:
             _advise_where_none_ended(run, "first step", [t.finish_reason for g in groups for t in g.trajectories])
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
@@ -395,6 +404,7 @@ def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -
 def _evaluate(run: RlRun, step: int) -> dict[str, float]:
     assert run.eval_prompts is not None
     config = run.config
+    run.turn.to_generation()
     done = evaluate(
         run.rollout,
         run.eval_prompts,

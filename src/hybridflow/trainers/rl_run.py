@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.models.load import load_tokenizer
-from hybridflow.protocols import RolloutEngine, Scorer, TrainEngine
+from hybridflow.protocols import Restarting, RolloutEngine, Scorer, TrainEngine
 from hybridflow.rewards.function import RewardFunction, load_reward
 from hybridflow.rollout.groups import GroupSource
 from hybridflow.tracking.jsonl import read_metrics
@@ -24,11 +25,13 @@ from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
 from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_same_tokens
 from hybridflow.trainers.generation import training_sampling
+from hybridflow.trainers.handover import HandOver
 from hybridflow.trainers.lifecycle import StopRequest
 from hybridflow.trainers.placing import Places
+from hybridflow.trainers.publishing import Publisher, publisher_of
 from hybridflow.trainers.roles import actor_role
 from hybridflow.trainers.session import Session, opening, total_steps
-from hybridflow.weights.stream import verify
+from hybridflow.trainers.watch import MismatchWatch
 
 
 @dataclass(kw_only=True)
@@ -46,13 +49,16 @@ class RlRun(Session):
     critic: Critic | None = None
     reference: Scorer | None = None
     kl: KlController
+    watch: MismatchWatch
+    turn: HandOver
+    publisher: Publisher
     token_text: dict[int, str] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)  # of the step under way, besides its updates' metrics
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self.rollout.close()
+        self.turn.close()
         return super().__exit__(kind, error, trace)
 
     def texts_of(self, token_ids: list[int]) -> list[str]:
@@ -68,14 +74,13 @@ class RlRun(Session):
         return found | self.places.take_metrics()
 
     def publish(self, version: int) -> None:
-        """Sends the trainer's weights to the generation engine and holds its receipt against what was sent.
+        """Gives the trainer's weights to the generation engine, and makes sure that it samples from them.
 
         Raises:
             WeightSyncError: the engine has other weights.
         """
-        whole = self.config.rollout.engine == "vllm" and self.config.model.lora is not None  # it takes no adapters
-        stream = self.engine.stream_weights(lora="merged" if whole else None)
-        verify(stream, self.rollout.update_weights(stream, version), version)
+        self.turn.to_publication()
+        self.measured |= self.publisher.publish(version)
 
     def engines(self) -> dict[str, TrainEngine]:
         """See `Session.engines`. A critic with a model of its own has a part of its own."""
@@ -90,6 +95,16 @@ class RlRun(Session):
         """See `Session.load_extra`. A fixed coefficient is the configuration's, which may have been changed."""
         if self.kl.target is not None:
             self.kl.coef = state["kl_reward_coef"]
+
+    def save(self, step: int) -> None:
+        """See `Session.save`. Models that are offloaded between phases come back for it."""
+        self.turn.to_training()
+        super().save(step)
+
+    def finish(self) -> Path:
+        """See `Session.finish`."""
+        self.turn.to_training()
+        return super().finish()
 
     def forget(self, step: int) -> None:
         """See `Session.forget`: of the journal."""
@@ -109,6 +124,8 @@ class RlRun(Session):
         """See `Session.restore`. The best step so far follows from the metrics and the checkpoints that stand."""
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
+        for line in lines:
+            self.watch.observe(line)  # what it says of these was said before
         self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
         if self.best is not None:
             write_best(self.folder.checkpoints, self.best)
@@ -165,6 +182,8 @@ def _assemble(
         whole_step=config.rollout.engine == "inline",
         should_stop=stop.requested,
     )
+    critic, reference = make_critic(config, engine, places, steps=steps), make_reference(config, engine, places)
+    models = [engine, *([critic.engine] if critic else []), *([reference] if reference else [])]
     run = RlRun(
         config=config,
         folder=folder,
@@ -179,9 +198,12 @@ def _assemble(
         sampler=prompts.sampler(seed=seed),
         journal=journal,
         decode=decode,
-        critic=make_critic(config, engine, places, steps=steps),
-        reference=make_reference(config, engine, places),
+        critic=critic,
+        reference=reference,
         kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
+        watch=MismatchWatch(corrected=a.correction.active),
+        publisher=publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events),
+        turn=HandOver(rollout, models, sleeps=places.rollout_sleeps(config)),
         trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),
         stop=stop,
         total_steps=steps,
@@ -192,6 +214,9 @@ def _assemble(
     if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in folder.changed_keys):
         journal.clear()  # its answers are of weights that the changed settings will not lead to
     run.restore()
+    if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
+        rollout.on_restart = lambda: run.publisher.send(rollout.version)
     run.publish(run.step)
+    run.measured.clear()  # it is of no step
     run.trackers.start(run.step)
     return run

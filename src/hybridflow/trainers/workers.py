@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import Transport
+from hybridflow.config.placement import PlacementSection
 from hybridflow.config.sections import RolloutSection
 from hybridflow.controller.dispatch import ALL_TO_ALL, ONE_TO_ALL, RANK_ZERO, over, remote
 from hybridflow.controller.worker import WorkerContext
@@ -25,11 +25,12 @@ from hybridflow.engines.reference import LocalReference
 from hybridflow.engines.sharded import ShardedEngine, ShardedReference
 from hybridflow.models.load import require_context, stop_ids
 from hybridflow.models.value import value_head
-from hybridflow.protocols import Loss, Receipt, Request, Result, Update, WeightStream
-from hybridflow.trainers.generation import inline_engine
+from hybridflow.protocols import Loss, Receipt, Request, Result, RolloutEngine, Update
+from hybridflow.trainers.generation import inline_engine, own_engine
 from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.roles import Role, load_role, local_engine, local_reference, role_tokenizer
-from hybridflow.weights.transport import Receiver, Sender, drain, open_receiver, open_sender, pick_transport
+from hybridflow.weights.channel import Inbox
+from hybridflow.weights.transport import Sender, drain, open_sender, pick_transport
 
 Lora = Literal["adapters", "merged"] | None
 
@@ -67,6 +68,7 @@ class ScoringWorker:
         with adapters_off:
             return self.engine.score(part, outputs, temperature=temperature)
 
+    @remote(ONE_TO_ALL)
     def rest(self) -> None:
         """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
         self._move("host")
@@ -90,7 +92,6 @@ class EngineWorker(ScoringWorker):
     def __init__(self, context: WorkerContext, role: Role) -> None:
         super().__init__(context, role)
         self.sender: Sender | None = None
-        self.base_sent = False  # a publication of adapters alone is enough
 
     @remote(over("dp"))
     def update(self, part: Batch, loss: Loss, rows: Sequence[int]) -> Update:
@@ -131,53 +132,55 @@ class EngineWorker(ScoringWorker):
         """See `TrainEngine.to`."""
         self.engine.to(where)
 
+    @remote(ONE_TO_ALL)
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        """See `TrainEngine.perturb`."""
+        take_turn(self.context)
+        self.engine.perturb(names)
+
     @remote(RANK_ZERO)
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer of this model."""
         return stop_ids(self.engine.model, role_tokenizer(self.role))
 
     @remote(RANK_ZERO)
-    def weight_names(self) -> frozenset[str]:
-        """The names that the next publication holds."""
-        return self.stream().names
+    def weight_names(self, lora: Lora) -> frozenset[str]:
+        """The names that a publication holds."""
+        return self.engine.stream_weights(lora=lora).names
 
     @remote(RANK_ZERO)
-    def open_weights(self, receivers: Sequence[str], transport: Transport, device: str | None = None) -> str:
-        """Opens the end that weights leave from; its address.
+    def open_weights(self, receivers: Sequence[str], placement: PlacementSection, device: str | None = None) -> str:
+        """Opens the end that weights leave from, in place of an earlier one; its address.
 
         Args:
             receivers: the host of each process that takes them.
-            transport: ``placement.transport``.
+            placement: says how they travel.
             device: where bytes are broadcast from; None: from this worker's.
         """
-        kind = pick_transport(transport, one_host={*receivers} == {self.context.host})
+        if self.sender is not None:
+            self.sender.close()
+        kind = pick_transport(placement.transport, one_host={*receivers} == {self.context.host})
         self.sender = open_sender(
             kind,
             len(receivers),
             host=self.context.address,
             timeout=self.context.timeout,
             device=device or self.context.device,
+            folder=placement.folder,
+            delta=placement.delta,
         )
         return self.sender.address
 
     @remote(ONE_TO_ALL)
-    def send_weights(self) -> dict[str, int]:
+    def send_weights(self, lora: Lora) -> dict[str, int]:
         """Sends the weights from rank 0 to all receivers; the fingerprints that left, on rank 0."""
         take_turn(self.context)
-        stream = self.stream()
+        stream = self.engine.stream_weights(lora=lora)
         if self.sender is None:
             drain(stream)
         else:
             self.sender.send(stream)
-        self.base_sent = True
         return stream.published
-
-    def stream(self) -> WeightStream:
-        """The next publication: of adapters, the weights beside them leave once."""
-        lora: Lora = None
-        if self.role.model.lora is not None:
-            lora = "merged" if self.role.publish == "merged" else "adapters" if self.base_sent else None
-        return self.engine.stream_weights(lora=lora)
 
 
 class RolloutWorker:
@@ -187,19 +190,25 @@ class RolloutWorker:
         context: where this is.
         role: the actor's.
         section: how answers are generated.
+        start: the folder of a model to begin with, for an engine that is not inline.
     """
 
-    def __init__(self, context: WorkerContext, role: Role, section: RolloutSection) -> None:
+    engine: RolloutEngine
+
+    def __init__(self, context: WorkerContext, role: Role, section: RolloutSection, start: Path | None) -> None:
         self.context = context
         actor = context.siblings.get("actor")
-        if actor is not None and role.engine.strategy == "local":
-            model, tokenizer = actor.engine.model, role_tokenizer(role)
+        if start is not None:
+            self.engine = own_engine(role, section, PlacementSection(), start)
+        elif actor is not None and role.engine.strategy == "local":
+            self.engine = inline_engine(actor.engine.model, role_tokenizer(role), section)
         else:
             model, tokenizer = load_role(replica_of(role))
             model.to(context.device).requires_grad_(False)
-        self.engine = inline_engine(model, tokenizer, section)
+            self.engine = inline_engine(model, tokenizer, section)
+        self.paused = False
         self.handles: dict[int, int] = {}  # the engine's to the controller's
-        self.receiver: Receiver | None = None
+        self.inbox = Inbox(timeout=context.timeout, device=context.device)
 
     @remote(ALL_TO_ALL)
     def advance(self, new: Sequence[tuple[int, Request]], seconds: float) -> list[Result]:
@@ -209,7 +218,7 @@ class RolloutWorker:
             self.handles[self.engine.submit(request)] = handle
         ended: list[Result] = []
         until = time.monotonic() + seconds
-        while self.handles and not self.engine.paused and time.monotonic() < until:
+        while self.handles and not self.paused and time.monotonic() < until:
             ended += self._named(self.engine.wait())
         return ended
 
@@ -225,31 +234,30 @@ class RolloutWorker:
         return self.context.host
 
     @remote(ONE_TO_ALL)
-    def take_weights(self, actor: str, version: int) -> tuple[Receipt, dict[str, int]]:
+    def take_weights(self, actor: str, version: int, lora: Lora) -> tuple[Receipt, dict[str, int]]:
         """Takes the weights of the actor in this process; what was received, and (on rank 0) what was published."""
         worker = self.context.siblings[actor]
         take_turn(worker.context)
-        stream = worker.stream()
+        stream = worker.engine.stream_weights(lora=lora)
         receipt = self.engine.update_weights(stream, version)
-        worker.base_sent = True
         return receipt, stream.published
 
     @remote(ONE_TO_ALL)
     def receive_weights(self, address: str, version: int) -> Receipt:
         """Takes the weights that processes of another pool send."""
-        if self.receiver is None:
-            context = self.context
-            self.receiver = open_receiver(address, context.rank, timeout=context.timeout, device=context.device)
-        return self.engine.update_weights(self.receiver.receive(), version)
+        with self.inbox.take(address, self.context.rank) as stream:
+            return self.engine.update_weights(stream, version)
 
     @remote(ONE_TO_ALL)
     def pause(self) -> None:
         """See `RolloutEngine.pause`."""
+        self.paused = True
         self.engine.pause()
 
     @remote(ONE_TO_ALL)
     def resume(self) -> None:
         """See `RolloutEngine.resume`."""
+        self.paused = False
         self.engine.resume()
 
     @remote(ONE_TO_ALL)

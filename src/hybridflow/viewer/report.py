@@ -39,6 +39,8 @@ SMALL_CHARTS = (
     ("Groups of equal reward", ("training/equal_reward_groups",), "", "share"),
     ("Clipped tokens", ("actor/pg_clipfrac",), "", "share"),
     ("Sampler against trainer", ("training/rollout_probs_diff_mean",), "", "zero"),
+    ("Divergence of the sampler", ("mismatch/k3/total", "rollout_corr/k3_kl"), "nats per token", "zero"),
+    ("Gap of log-probabilities", ("mismatch/abs_logp_diff/p99",), "99th percentile", "zero"),
     ("Learning rate", ("actor/lr", "train/lr"), "", "zero"),
     ("Throughput", ("perf/throughput",), "tokens/s", "zero"),
     ("GPU memory", ("perf/max_memory_allocated_gb",), "GB, peak", "zero"),

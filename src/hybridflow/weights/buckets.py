@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Entry(NamedTuple):
     at: int  # byte of the bucket where it begins
     first: int  # byte of the tensor that it begins with
     size: int  # bytes
+    patch: bool = False  # not the tensor, but what has changed of it: see `weights.delta`
 
 
 @dataclass(slots=True)
@@ -40,6 +41,11 @@ class Bucket:
 
     entries: list[Entry]
     used: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensors in it; tied ones lie in it once."""
+        return sum({entry.at: entry.size for entry in self.entries}.values())
 
     def header(self) -> str:
         """As text, for `from_header`."""
@@ -52,12 +58,15 @@ class Bucket:
         return cls([Entry(*entry) for entry in entries], used)
 
 
-def pack(stream: WeightStream, next_memory: Callable[[], Tensor]) -> Iterator[Bucket]:
+def pack(
+    stream: WeightStream, next_memory: Callable[[], Tensor], patches: Container[str] = frozenset()
+) -> Iterator[Bucket]:
     """Copies a stream into buckets, one after the other.
 
     Args:
         stream: consumed here. A tensor that follows itself under another name (tied weights) is copied once.
         next_memory: memory for the next bucket, uint8, on any device; called when the first tensor for it is there.
+        patches: names of what are patches; asked when such a tensor has been taken.
     """
     memory: Tensor | None = None
     bucket = Bucket([], 0)
@@ -79,7 +88,8 @@ def pack(stream: WeightStream, next_memory: Callable[[], Tensor]) -> Iterator[Bu
             size = min(len(flat) - first, len(memory) - bucket.used)
             memory[bucket.used : bucket.used + size].copy_(flat[first : first + size])
             kind = str(tensor.dtype).removeprefix("torch.")
-            bucket.entries.append(Entry(name, kind, list(tensor.shape), left_as, bucket.used, first, size))
+            patch = name in patches
+            bucket.entries.append(Entry(name, kind, list(tensor.shape), left_as, bucket.used, first, size, patch))
             bucket.used = min(len(memory), -(-(bucket.used + size) // ALIGNMENT) * ALIGNMENT)
             first += size
             if first == len(flat):
@@ -89,18 +99,23 @@ def pack(stream: WeightStream, next_memory: Callable[[], Tensor]) -> Iterator[Bu
         yield bucket
 
 
-def unpack(buckets: Iterable[tuple[Bucket, Tensor]], published: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+def unpack(
+    buckets: Iterable[tuple[Bucket, Tensor]], published: dict[str, int], patches: set[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors in buckets.
 
     Args:
         buckets: each with its memory, as `pack` filled it.
         published: takes the fingerprints that the sender took.
+        patches: takes the names of what are patches, before they are yielded.
 
     Yields:
-        Names and views of that memory: a bucket is done with when the next one is asked for.
+        Names and views of that memory: a bucket is done with when the next one is asked for. Tensors that were tied,
+        and lie in a bucket once, are one tensor here too.
     """
     whole: Tensor | None = None
     for bucket, memory in buckets:
+        last: tuple[Entry, Tensor] | None = None
         for entry in bucket.entries:
             dtype = getattr(torch, entry.dtype)
             total = math.prod(entry.shape) * dtype.itemsize
@@ -115,5 +130,14 @@ def unpack(buckets: Iterable[tuple[Bucket, Tensor]], published: dict[str, int]) 
                 part, whole = whole, None
             if entry.fingerprint is not None:
                 published[entry.name] = entry.fingerprint
-            yield entry.name, part.view(dtype).view(entry.shape)
+            if entry.patch:
+                assert patches is not None, f"a patch of {entry.name} where none was expected"
+                patches.add(entry.name)
+            if last is not None and entry._replace(name=last[0].name, fingerprint=last[0].fingerprint) == last[0]:
+                tensor = last[1]
+            else:
+                tensor = part.view(dtype).view(entry.shape)
+            last = (entry, tensor) if entry.size == total else None
             del part
+            yield entry.name, tensor
+            del tensor

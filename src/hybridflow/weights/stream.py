@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.protocols import Receipt, WeightStream
 from hybridflow.weights.adapters import ADAPTER, WRAPPED, adapted_weights, is_adapter, merge_adapters, plain_name
 
-PIECE = 1 << 20  # words of a tensor whose fingerprint is computed at once: bounds what it takes beside the tensor
+BLOCK, LANES = 2048, 16  # of fingerprints: bytes that are summed together, and how many sums they become
+SMALL = 1 << 16  # bytes that are hashed as they are
 
 Gather = Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]]
 
@@ -23,19 +26,38 @@ class WeightSyncError(RuntimeError):
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit fingerprint of a tensor's bits and their order, the same on every device.
+    """A 64-bit fingerprint of a tensor's bytes and their order, the same on every device.
 
-    Each 32-bit (or 16-bit) word is multiplied with an odd number of its position, and the products are added modulo
-    2^64: changing, swapping or dropping any value changes it.
+    Every `BLOCK` bytes become `LANES` sums, each with odd multipliers of its own; the sums' bytes are taken together in
+    the same way until little is left, which is hashed (BLAKE2b, RFC 7693). The sums are exact: a byte that changes
+    changes them, and so does a swap. They are one product of matrices of 8-bit integers, which processors and GPUs
+    compute about as quickly as they read memory.
     """
-    flat = tensor.detach().contiguous().view(-1)
-    flat = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()])
-    odd = 2 * torch.arange(min(PIECE, len(flat)), device=flat.device) + 1
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for first in range(0, len(flat), PIECE):
-        words = flat[first : first + PIECE].long() + 1
-        total += (words * odd[: len(words)]).sum() + 2 * first * words.sum()
-    return int(total) ^ (len(flat) * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF)
+    count = tensor.numel()
+    flat = tensor.detach().contiguous().view(-1).view(torch.int8)
+    if flat.device.type not in ("cpu", "cuda"):  # others have no such product
+        flat = flat.cpu()
+    found = hashlib.blake2b(count.to_bytes(8, "little"), digest_size=8)
+    while len(flat) > SMALL:
+        whole = len(flat) // BLOCK * BLOCK
+        found.update(_bytes(flat[whole:]))
+        sums = torch._int_mm(flat[:whole].view(-1, BLOCK), _multipliers(flat.device))  # [bytes / BLOCK, LANES] int32
+        flat = sums.view(-1).view(torch.int8)
+    found.update(_bytes(flat))
+    return int.from_bytes(found.digest(), "little")
+
+
+def _bytes(flat: Tensor) -> Any:
+    """As hashlib takes them."""
+    return flat.cpu().numpy()
+
+
+@functools.cache
+def _multipliers(device: torch.device) -> Tensor:
+    """Odd numbers ``[BLOCK, LANES]`` (int8), none beyond 63: older processors add products in 16 bits."""
+    noise = torch.frombuffer(bytearray(hashlib.shake_128(b"weights").digest(BLOCK * LANES)), dtype=torch.uint8)
+    odd = (noise & 62).to(torch.int8) + 1
+    return torch.where(noise >= 128, -odd, odd).view(BLOCK, LANES).to(device)
 
 
 def weight_names(model: PreTrainedModel, lora: Literal["adapters", "merged"] | None = None) -> frozenset[str]:
@@ -144,23 +166,44 @@ def copy_weights(stream: WeightStream, own: Mapping[str, Tensor]) -> tuple[dict[
     return received, num_bytes
 
 
-def verify(stream: WeightStream, receipt: Receipt, version: int) -> None:
-    """Holds a receipt against the stream it acknowledges.
+def verify(stream: WeightStream, receipts: Receipt | Sequence[Receipt], version: int) -> None:
+    """Holds receipts against the stream that they acknowledge.
+
+    Args:
+        stream: consumed.
+        receipts: of the engine, or of each of its processes.
+        version: what was published.
 
     Raises:
-        WeightSyncError: another version, a missing tensor, or one with other bits; the message names them.
+        WeightSyncError: another version, a missing tensor, one with other bits, or one that nobody sent; the message
+            names them, and the processes.
     """
-    problems = []
+    every = [receipts] if isinstance(receipts, Receipt) else list(receipts)
+    assert every, "nobody acknowledges the weights"
+    who: dict[str, list[str]] = {}  # processes, by what is wrong with them
+    for place, receipt in enumerate(every):
+        for problem in _problems(stream, receipt, version):
+            who.setdefault(problem, []).append(str(place))
+    if not who:
+        return
+    of = f" of {len(every)} (counted from 0): " if len(every) > 1 else ""
+    told = [f"process {', '.join(places)}{of}{problem}" if of else problem for problem, places in who.items()]
+    raise WeightSyncError("weights in the generation engine are not the trainer's: " + "; ".join(told))
+
+
+def _problems(stream: WeightStream, receipt: Receipt, version: int) -> Iterator[str]:
+    """What is wrong with a receipt, in words."""
+    received, published = receipt.received, stream.published
     if receipt.version != version:
-        problems.append(f"the engine says version {receipt.version}, published was {version}")
-    missing = sorted(stream.names - receipt.received.keys())
-    if missing:
-        problems.append(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
-    changed = sorted(n for n, value in stream.published.items() if receipt.received.get(n, value) != value)
-    if changed:
-        problems.append(f"{len(changed)} tensors arrived with other values: {', '.join(changed[:5])}")
-    if problems:
-        raise WeightSyncError("weights in the generation engine are not the trainer's: " + "; ".join(problems))
+        yield f"the engine says version {receipt.version}, published was {version}"
+    for names, what in [
+        (stream.names - received.keys(), "never arrived"),
+        ({n for n in received if published.get(n, received[n]) != received[n]}, "arrived with other values"),
+        (received.keys() - stream.names, "arrived and were not published"),
+        ((stream.names & received.keys()) - published.keys(), "arrived, and nobody knows what left"),
+    ]:
+        if names:
+            yield f"{len(names)} tensors {what}: {', '.join(sorted(names)[:5])}"
 
 
 def _published_names(held: Iterable[str], lora: Literal["adapters", "merged"] | None) -> frozenset[str]:

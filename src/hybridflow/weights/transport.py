@@ -1,21 +1,20 @@
-"""Weight streams between processes: through memory that processes of one host share, or by broadcast.
+"""Weight streams between processes, in the way that `weights.carriers` has chosen.
 
-One process sends, any number receive. They meet at a key-value store of the sender's, over which headers and
-acknowledgements go; bytes go through two buckets in turn, so that one is filled while the other is read. A bucket is
-filled again when every receiver has acknowledged it. Shared memory has no name in the file system: whoever dies, and
-however, the system takes it back with the last process that maps it.
+One process sends, any number receive. They meet at a key-value store of the sender's, over which headers and what the
+receivers say goes; bytes go through two buckets in turn, so that one is filled while the other is read. A bucket is
+filled again when every receiver has taken it. Every receiver says that it is there before a stream begins, so one that
+was started again (under its old number) takes part in the next stream like any other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import mmap
 import os
 import secrets
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,10 +24,11 @@ from hybridflow.config.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.protocols import WeightStream
 from hybridflow.weights.buckets import ALIGNMENT, BUCKET_BYTES, Bucket, pack, unpack
+from hybridflow.weights.carriers import Kind, first_line, incoming, outgoing
+from hybridflow.weights.delta import Base
 from hybridflow.weights.stream import WeightSyncError
 
-Kind = Literal["shared_memory", "broadcast"]
-HEAD = 4096  # bytes before the buckets: a page, which begins with the token that tells this memory from any other
+SAID = "said"  # the queue of what receivers say to the sender
 
 
 def pick_transport(wanted: Transport, *, one_host: bool) -> Kind:
@@ -38,13 +38,15 @@ def pick_transport(wanted: Transport, *, one_host: bool) -> Kind:
         UserError: memory is to be shared between hosts, or by a system that cannot (it is Linux that can).
     """
     possible = one_host and hasattr(os, "memfd_create")
-    if wanted == "shared_memory" and not possible:
+    if (wanted == "shared_memory" and not possible) or (wanted == "cuda_ipc" and not one_host):
         raise UserError(
-            "placement.transport is shared_memory, which cannot work here",
+            f"placement.transport is {wanted}, which cannot work here",
             why="the processes are on several hosts" if not one_host else "only Linux has such memory",
             fix="set placement.transport=auto, or broadcast",
         )
-    return "shared_memory" if possible and wanted != "broadcast" else "broadcast"
+    if wanted == "auto":
+        return "shared_memory" if possible else "broadcast"
+    return wanted
 
 
 def drain(stream: WeightStream) -> None:
@@ -57,90 +59,166 @@ class Sender:
 
     Attributes:
         address: ``host:port`` of the store, for `open_receiver`.
+        streams: how many it has sent, or tried to.
     """
 
     def __init__(
-        self, kind: Kind, receivers: int, host: str, port: int, bucket_bytes: int, timeout: float, device: torch.device
+        self,
+        kind: Kind,
+        receivers: int,
+        host: str,
+        port: int,
+        bucket_bytes: int,
+        timeout: float,
+        device: torch.device,
+        folder: str | None,
+        delta: bool,
     ) -> None:
         assert receivers > 0 and bucket_bytes > 0
         self._receivers, self._timeout = receivers, timedelta(seconds=timeout)
         self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        self.address = f"{host}:{self._store.port}"
+        self._host, self.address = host, f"{host}:{self._store.port}"
         size = -(-bucket_bytes // ALIGNMENT) * ALIGNMENT
-        opening: dict[str, Any] = {"kind": kind, "receivers": receivers, "bucket_bytes": size}
-        self._group: Any = None  # torch's type stubs give process groups by themselves no methods
-        self._fd: int | None = None
-        if kind == "shared_memory":
-            self._fd = os.memfd_create("hybridflow-weights")
-            os.ftruncate(self._fd, HEAD + 2 * size)
-            memory, token = mmap.mmap(self._fd, HEAD + 2 * size), secrets.token_hex(16)
-            memory[: len(token)] = token.encode()
-            self._buckets = _buckets_in(memory, size)
-            opening |= {"pid": os.getpid(), "fd": self._fd, "token": token}
-        else:
-            opening["device"] = device.type
-            self._buckets = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._broadcasts: dict[int, dist.Work] = {}
+        ends = receivers + 1
+        self._carrier = outgoing(kind, size, device, folder=folder, store=self._store, ends=ends, timeout=self._timeout)
+        self._base = Base() if delta else None
+        self._here: dict[int, dict[str, str]] = {}  # receivers that wait for the next stream
+        self._present: dict[int, dict[str, str]] = {}  # those that take this one
+        self._met: list[str] = []  # whom the carrier has brought together, and how often it has done so
+        self._generation = 0
+        self._took: dict[int, set[int]] = {}  # who has taken a message that is under way
         self._messages = 0  # buckets and ends, of all streams so far
-        self._streams = 0
+        self._ending = True  # nothing but acknowledgements is still to come
+        self.streams = 0
+        opening = self._carrier.opening | {"kind": kind, "receivers": receivers, "bucket_bytes": size}
         self._store.set("opening", json.dumps(opening))
 
     def send(self, stream: WeightStream) -> int:
-        """Sends a whole stream; returns its bytes when every receiver has taken all of it.
+        """Sends a whole stream; returns the bytes that travelled when every receiver has taken all of it.
 
         Raises:
-            WeightSyncError: a receiver took nothing for `timeout` seconds, or went away.
+            WeightSyncError: a receiver took nothing for `timeout` seconds, went away, or refused.
         """
-        if self._fd is None and self._group is None:
-            self._group = _group(self._store, 0, self._receivers + 1, self._timeout, self._buckets[0].device)
-        self._store.set(f"stream/{self._streams}", json.dumps([sorted(stream.names), stream.adapter]))
-        self._streams += 1
-        num_bytes = 0
         try:
-            for bucket in pack(stream, self._free_bucket):
-                self._store.set(f"message/{self._messages}", bucket.header())
-                if self._group is not None:
-                    used = self._buckets[self._messages % 2][: bucket.used]
-                    self._broadcasts[self._messages] = self._group.broadcast(used, 0)
-                num_bytes += sum(entry.size for entry in bucket.entries)
-                self._messages += 1
+            return self._send(stream)
         except Exception as error:
-            self._store.set(f"message/{self._messages}", f"stopped: {error}")
+            stopped = f"stopped: {first_line(error)}"
+            for receiver in self._here.values():
+                self._store.set(f"stream/{receiver['ticket']}", stopped)
+            self._store.set(f"message/{self._messages}", stopped)
+            self._messages += 1
+            self._here, self._met = {}, []  # what a collective left undone is not taken up again
             raise
-        self._store.set(f"message/{self._messages}", "end")
-        self._messages += 1
-        for message in (self._messages - 2, self._messages - 1):
-            self._wait_for(message)
-        return num_bytes
+        finally:
+            self._present, self._took, self._ending = {}, {}, True
+            self.streams += 1
+
+    def stop(self, stream: int, reason: str) -> None:
+        """Ends a stream that is being sent in another thread: whoever should take it cannot.
+
+        Args:
+            stream: its number: what `streams` was when it began. One that has ended is not disturbed.
+            reason: why.
+        """
+        store = dist.TCPStore(self._host, self._store.port, is_master=False, timeout=self._timeout)
+        store.queue_push(SAID, json.dumps(["stop", stream, {"reason": reason}]))
 
     def close(self) -> None:
-        """Gives memory and the store back. What was received stays with the receivers."""
-        if self._group is not None:
-            self._group.shutdown()
-        if self._fd is not None:
-            os.close(self._fd)
-        self._buckets, self._group, self._fd = [], None, None
+        """Gives memory, files and the store back. What was received stays with the receivers."""
+        self._carrier.close()
+        self._base = None
         del self._store
+
+    def _send(self, stream: WeightStream) -> int:
+        while len(self._here) < self._receivers:
+            self._listen([i for i in range(self._receivers) if i not in self._here])
+        self._present, self._here = self._here, {}
+        self._ending, num_bytes, patches = False, 0, set[str]()
+        version = self._begin(stream)
+        if self._base is not None:
+            same = {self._base.version} == {r["base"] for r in self._present.values()}
+            stream = self._base.patches(stream, patches, whole=not (same and self._base.version))
+        for bucket in pack(stream, self._free_bucket, patches):
+            self._carrier.leave(self._messages, bucket.used)
+            num_bytes += bucket.num_bytes
+            self._say(bucket.header())
+        self._say("end")
+        self._ending = True
+        for message in sorted(self._took):
+            self._wait_for(message)
+        for receiver in self._present.values():
+            self._store.delete_key(f"stream/{receiver['ticket']}")
+        if self._base is not None:
+            self._base.version = version
+        return num_bytes
+
+    def _begin(self, stream: WeightStream) -> str:
+        """Tells all receivers what comes, and brings them together if they are others than before."""
+        version, who = secrets.token_hex(8), [self._present[i]["receiver"] for i in range(self._receivers)]
+        self._generation += who != self._met
+        record = {
+            "names": sorted(stream.names),
+            "adapter": stream.adapter,
+            "first": self._messages,
+            "generation": self._generation,
+            "delta": version if self._base is not None else None,
+        }
+        for receiver in self._present.values():
+            self._store.set(f"stream/{receiver['ticket']}", json.dumps(record))
+        if who != self._met:
+            self._carrier.meet(self._generation)
+            self._met = who
+        return version
+
+    def _say(self, header: str) -> None:
+        self._took[self._messages] = set()
+        self._store.set(f"message/{self._messages}", header)
+        self._messages += 1
 
     def _free_bucket(self) -> Tensor:
         self._wait_for(self._messages - 2)  # what lay in it before
-        return self._buckets[self._messages % 2]
+        return self._carrier.memory(self._messages)
 
     def _wait_for(self, message: int) -> None:
         """Until every receiver has taken a message."""
-        if message < 0:
+        if message not in self._took:
             return
-        keys = [f"taken/{message}/{i}" for i in range(self._receivers)]
+        while owing := self._owing(message):
+            self._listen(owing)
+        self._carrier.taken(message)
+        self._store.delete_key(f"message/{message}")
+        del self._took[message]
+
+    def _owing(self, message: int) -> list[int]:
+        return [i for i in range(self._receivers) if i not in self._took[message]]
+
+    def _listen(self, waited_for: list[int]) -> None:
+        """Takes one thing that a receiver says."""
         try:
-            if message in self._broadcasts:
-                self._broadcasts.pop(message).wait()
-            self._store.wait(keys, self._timeout)
+            kind, who, what = json.loads(self._store.queue_pop(SAID))
         except RuntimeError as error:
-            silent = [str(i) for i, key in enumerate(keys) if not self._store.check([key])]
-            raise WeightSyncError(
-                f"weights did not reach receiver {', '.join(silent)} of {self._receivers} (counted from 0): it went "
-                f"away, or took nothing for {self._timeout.total_seconds():g} s ({_first_line(error)})"
-            ) from error
+            raise self._silent(waited_for, error) from error
+        ticket, present = what.get("ticket"), self._present.get(who, {}).get("ticket")
+        if kind == "took" and ticket == present and what["message"] in self._took:
+            self._took[what["message"]].add(who)
+        elif kind == "failed" and ticket in (present, self._here.get(who, {}).get("ticket")):
+            raise WeightSyncError(f"receiver {who} of {self._receivers} (counted from 0) failed: {what['reason']}")
+        elif kind == "stop" and who == self.streams:
+            raise WeightSyncError(what["reason"])
+        elif kind == "here":
+            self._here[who] = what
+            if present and not (self._ending and all(who in took for took in self._took.values())):
+                raise WeightSyncError(
+                    f"receiver {who} of {self._receivers} (counted from 0) began again in the middle of a stream: "
+                    "its process was started anew, or gave up waiting"
+                )
+
+    def _silent(self, waited_for: list[int], error: RuntimeError) -> WeightSyncError:
+        silent = ", ".join(map(str, waited_for))
+        return WeightSyncError(
+            f"weights did not reach receiver {silent} of {self._receivers} (counted from 0): it went "
+            f"away, or took nothing for {self._timeout.total_seconds():g} s ({first_line(error)})"
+        )
 
 
 class Receiver:
@@ -153,19 +231,16 @@ class Receiver:
             self._store = dist.TCPStore(host, int(port), is_master=False, timeout=self._timeout)
             opening = json.loads(self._store.get("opening"))
         except RuntimeError as error:
-            raise WeightSyncError(f"no sender of weights answers at {address}: {_first_line(error)}") from error
+            raise WeightSyncError(f"no sender of weights answers at {address}: {first_line(error)}") from error
+        size, ends = opening["bucket_bytes"], opening["receivers"] + 1
         assert index < opening["receivers"], f"receiver {index} of {opening['receivers']}, counted from 0"
-        size, self._receivers, self._shared = opening["bucket_bytes"], opening["receivers"], "fd" in opening
-        self._group: Any = None  # torch's type stubs give process groups by themselves no methods
-        if self._shared:
-            self._buckets = _buckets_in(_attached(opening), size)
-        elif device.type != opening["device"]:
-            raise WeightSyncError(
-                f"weights are broadcast from {opening['device']} to {device.type} memory: give one device"
-            )
-        else:
-            self._buckets = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._messages = self._streams = 0
+        self._carrier = incoming(
+            opening, size, device, index=index, store=self._store, ends=ends, timeout=self._timeout
+        )
+        self._name = secrets.token_hex(8)
+        self._base: Base | None = None
+        self._ticket: str | None = None  # of the stream that is being taken
+        self._generation = self._message = 0
 
     def receive(self) -> WeightStream:
         """The next stream. Its tensors are views of a bucket; fingerprints of the sender come with them.
@@ -174,65 +249,93 @@ class Receiver:
             WeightSyncError: now or while it is consumed: the sender went away, stopped, sent nothing for `timeout`
                 seconds, or ended before all tensors were there.
         """
-        if not self._shared and self._group is None:
-            device = self._buckets[0].device
-            self._group = _group(self._store, self._index + 1, self._receivers + 1, self._timeout, device)
-        names, adapter = json.loads(self._get(f"stream/{self._streams}"))
-        self._streams += 1
-        stream = WeightStream(iter(()), frozenset(names), adapter=adapter)
-
-        def arriving() -> Iterator[tuple[str, Tensor]]:
-            missing = set(names)
-            for name, tensor in unpack(self._arriving(), stream.published):
-                missing.discard(name)
-                yield name, tensor
-                del tensor
-            if missing:
-                some = ", ".join(sorted(missing)[:5])
-                raise WeightSyncError(f"the stream of weights ended without {len(missing)} of its tensors: {some}")
-
-        stream.tensors = arriving()
+        self._ticket = secrets.token_hex(8)
+        version = self._base.version if self._base is not None else ""
+        self._say("here", receiver=self._name, base=version)
+        record = json.loads(self._get(f"stream/{self._ticket}"))
+        names, self._message = record["names"], record["first"]
+        if record["generation"] != self._generation:
+            self._carrier.meet(record["generation"])
+            self._generation = record["generation"]
+        if record["delta"] and self._base is None:
+            self._base = Base()
+        stream = WeightStream(iter(()), frozenset(names), adapter=record["adapter"])
+        stream.tensors = self._tensors(stream, record["delta"])
         return stream
+
+    def refuse(self, reason: str) -> None:
+        """Tells the sender that the stream under way, if any, is not taken to its end: it does not wait then."""
+        if self._ticket is not None:
+            with contextlib.suppress(WeightSyncError):  # the sender is gone: there is nobody to tell
+                self._say("failed", reason=reason)
+            self._ticket = None
 
     def close(self) -> None:
         """Gives memory back."""
-        if self._group is not None:
-            self._group.shutdown()
-        self._buckets, self._group = [], None
+        self.refuse("it was closed")
+        self._carrier.close()
+        self._base = None
         del self._store
+
+    def _tensors(self, stream: WeightStream, version: str | None) -> Iterator[tuple[str, Tensor]]:
+        missing, patches = set(stream.names), set[str]()
+        tensors = unpack(self._arriving(), stream.published, patches)
+        if self._base is not None and version is not None:
+            tensors = self._base.restored(tensors, patches)
+        try:
+            for name, tensor in tensors:
+                missing.discard(name)
+                yield name, tensor
+                del tensor
+        except BaseException as error:
+            self.refuse(first_line(error) or "it was given up in the middle")
+            raise
+        if missing:
+            some = ", ".join(sorted(missing)[:5])
+            raise WeightSyncError(f"the stream of weights ended without {len(missing)} of its tensors: {some}")
+        if self._base is not None and version is not None:
+            self._base.version = version
 
     def _arriving(self) -> Iterator[tuple[Bucket, Tensor]]:
         """Buckets until the stream's end; each is acknowledged when the next one is asked for."""
         while True:
-            header = self._get(f"message/{self._messages}")
-            if header.startswith("stopped: "):
-                raise WeightSyncError(f"the sender of weights {header}")
+            header = self._get(f"message/{self._message}")
             if header != "end":
                 bucket = Bucket.from_header(header)
-                memory = self._buckets[self._messages % 2][: bucket.used]
-                if self._group is not None:
-                    try:
-                        self._group.broadcast(memory, 0).wait()
-                    except RuntimeError as error:
-                        raise self._lost(error) from error
+                try:
+                    memory = self._carrier.arrive(self._message, bucket.used)
+                except (RuntimeError, OSError) as error:  # OSError: of a file that went with its sender
+                    raise self._lost(error) from error
                 yield bucket, memory
                 del memory
-            self._store.set(f"taken/{self._messages}/{self._index}", "")
-            self._messages += 1
+                self._carrier.done()
+            self._say("took", message=self._message)
+            self._message += 1
             if header == "end":
+                self._ticket = None
                 return
+
+    def _say(self, kind: str, **what: str | int | None) -> None:
+        try:
+            self._store.queue_push(SAID, json.dumps([kind, self._index, what | {"ticket": self._ticket}]))
+        except RuntimeError as error:
+            raise self._lost(error) from error
 
     def _get(self, key: str) -> str:
         try:
             self._store.wait([key], self._timeout)
-            return self._store.get(key).decode()
+            found = self._store.get(key).decode()
         except RuntimeError as error:
             raise self._lost(error) from error
+        if found.startswith("stopped: "):
+            self._ticket = None
+            raise WeightSyncError(f"the sender of weights {found}")
+        return found
 
-    def _lost(self, error: RuntimeError) -> WeightSyncError:
+    def _lost(self, error: Exception) -> WeightSyncError:
         return WeightSyncError(
             "the sender of weights went away in the middle, or sent nothing for "
-            f"{self._timeout.total_seconds():g} s ({_first_line(error)})"
+            f"{self._timeout.total_seconds():g} s ({first_line(error)})"
         )
 
 
@@ -245,77 +348,40 @@ def open_sender(
     bucket_bytes: int = BUCKET_BYTES,
     timeout: float = 600,
     device: torch.device | str = "cpu",
+    folder: str | None = None,
+    delta: bool = False,
 ) -> Sender:
     """Opens the sending end. It waits for nobody: receivers are there when the first stream is sent.
 
     Args:
-        kind: "shared_memory" (one Linux host) or "broadcast" (gloo; NCCL where `device` is a GPU). The broadcast has a
-            process group of its own, so ends may belong to pools that share none.
+        kind: "shared_memory" (one Linux host), "broadcast" (gloo; NCCL where `device` is a GPU), "files" or "cuda_ipc"
+            (one GPU). The broadcast has a process group of its own, so ends may belong to pools that share none.
         receivers: how many there are.
         host: what receivers reach this process by.
         port: of the store; 0 takes a free one.
         bucket_bytes: size of one of the two buckets.
         timeout: seconds that either end waits for the other.
-        device: where the buckets of a broadcast are.
+        device: where the buckets of a broadcast, or of "cuda_ipc", are.
+        folder: where "files" puts them.
+        delta: send what has changed since the last stream; see `weights.delta`.
+
+    Raises:
+        UserError: this way cannot work here.
     """
-    return Sender(kind, receivers, host, port, bucket_bytes, timeout, torch.device(device))
+    return Sender(kind, receivers, host, port, bucket_bytes, timeout, torch.device(device), folder, delta)
 
 
 def open_receiver(address: str, index: int, *, timeout: float = 600, device: torch.device | str = "cpu") -> Receiver:
-    """Opens a receiving end; whether memory is shared or bytes are broadcast is the sender's choice.
+    """Opens a receiving end; in which way bytes come is the sender's choice.
 
     Args:
         address: the sender's.
-        index: which receiver this is, from 0.
+        index: which receiver this is, from 0. One that was started again takes the number of the one that it replaces.
         timeout: see `open_sender`.
         device: where the buckets of a broadcast are, as with the sender.
 
     Raises:
         WeightSyncError: nobody answers there.
-        UserError: memory is to be shared, and the sender's cannot be reached from here.
+        UserError: the sender's memory, folder or GPU cannot be reached from here.
     """
     return Receiver(address, index, timeout, torch.device(device))
-
-
-def _buckets_in(memory: mmap.mmap, size: int) -> list[Tensor]:
-    return [torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=HEAD + i * size) for i in range(2)]
-
-
-def _attached(opening: dict[str, Any]) -> mmap.mmap:
-    """The sender's memory, which has no name: it is reached through the sender's own list of open files."""
-    path, token = f"/proc/{opening['pid']}/fd/{opening['fd']}", opening["token"].encode()
-    try:
-        fd = os.open(path, os.O_RDWR)
-        try:
-            memory = mmap.mmap(fd, HEAD + 2 * opening["bucket_bytes"])
-        finally:
-            os.close(fd)
-        if memory[: len(token)] != token:
-            raise FileNotFoundError(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the memory that weights are sent through cannot be reached from here",
-            why=f"sender and receiver are on different hosts, in different containers, or of different users ({error})",
-            fix="set placement.transport=broadcast",
-        ) from error
-    return memory
-
-
-def _group(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
-    """A process group of sender (rank 0) and receivers, beside whatever groups these processes have."""
-    own = dist.PrefixStore("group", store)
-    try:
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            return dist.ProcessGroupNCCL(own, rank, size, options)
-        return dist.ProcessGroupGloo(own, rank, size, timeout)
-    except RuntimeError as error:
-        raise WeightSyncError(
-            f"the {size} processes that weights travel between did not meet within {timeout.total_seconds():g} s "
-            f"({_first_line(error)})"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

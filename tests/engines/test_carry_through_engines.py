@@ -1,8 +1,9 @@
-"""The carry job for three steps with vLLM generating: the same loop, another engine, the right weights."""
+"""The carry job for three steps with vLLM or SGLang generating: the same loop, another engine, the right weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from hybridflow.trainers.rl import train
 from hybridflow.trainers.sft import train_sft
 
 CARRY = Path(__file__).parents[2] / "recipes/carry"
-pytestmark = pytest.mark.vllm
+FEW = ["train.prompts_per_step=4", "train.sequences_per_update=16", "train.samples_per_prompt=4", "eval.max_rows=4"]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def run(folder: Path, start: Path, engine: str, *more: str) -> Path:
     return train(load_config(RlConfig, CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"]))
 
 
+@pytest.mark.vllm
 def test_carry_learns_through_vllm_with_verified_weights(start: Path, tmp_path: Path) -> None:
     through_vllm, inline = run(tmp_path / "vllm", start, "vllm"), run(tmp_path / "inline", start, "inline")
     metrics, reference = (read_metrics(f / "metrics.jsonl") for f in (through_vllm, inline))
@@ -49,17 +51,38 @@ def test_carry_learns_through_vllm_with_verified_weights(start: Path, tmp_path: 
     assert any(b["logps"] != a["logps"] for b, a in zip(before, after, strict=True))
 
 
-def test_an_actor_that_is_cut_over_processes_publishes_to_vllm(start: Path, tmp_path: Path) -> None:
-    placed = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
-    metrics = read_metrics(run(tmp_path / "cut", start, "vllm", *placed) / "metrics.jsonl")
-    for m in metrics[1:]:
-        assert m["training/rollout_probs_diff_max"] <= 1e-4 and m["actor/grad_norm"] > 0
+def vllm(*overrides: str) -> Any:
+    return pytest.param("vllm", overrides, marks=pytest.mark.vllm, id=" ".join(overrides) or "vllm")
 
 
-def test_adapters_learn_through_vllm_as_merged_weights(start: Path, tmp_path: Path) -> None:
-    adapters = ["model.lora.rank=8", "rollout.lora=merged", "optim.lr=0.003"]
-    folder = run(tmp_path / "adapters", start, "vllm", *adapters)
+def sglang(*overrides: str) -> Any:
+    return pytest.param("sglang", (*overrides, *FEW), marks=pytest.mark.sglang, id=" ".join(("sglang", *overrides)))
+
+
+SHARDED = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
+ADAPTERS = ["model.lora.rank=8", "optim.lr=0.003"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides"),
+    [
+        vllm("rollout.mode=server"),
+        vllm(*SHARDED),
+        vllm(*SHARDED, "rollout.mode=workers", "rollout.tensor_parallel=2"),
+        vllm("placement.pools={train: 1, generate: 2}", "placement.roles={rollout: generate}"),
+        vllm(*ADAPTERS),
+        vllm(*ADAPTERS, "rollout.lora=merged"),
+        sglang(),
+        sglang(*SHARDED, "rollout.mode=server"),
+        sglang(*ADAPTERS, "rollout.lora=merged"),
+    ],
+)
+def test_every_way_to_place_an_engine_samples_with_the_trainers_weights(
+    start: Path, tmp_path: Path, engine: str, overrides: tuple[str, ...]
+) -> None:
+    folder = run(tmp_path / "run", start, engine, *overrides)
     metrics = read_metrics(folder / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     for m in metrics[1:]:
         assert m["training/rollout_probs_diff_max"] <= 1e-4 and m["actor/grad_norm"] > 0
     before, after = (read_rollouts(folder / f"evaluations/step-00000{i}.parquet") for i in (0, 3))

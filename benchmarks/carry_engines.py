@@ -1,0 +1,94 @@
+"""The GRPO recipe with its answers from each engine: it learns the same through all of them.
+
+    .venv/bin/python benchmarks/carry_engines.py --python vllm=.venv-vllm/bin/python sglang=.venv-sglang/bin/python
+
+Needs the recipe's warm-up (`hybridflow sft recipes/carry/sft.yaml`). Each run is a process of its own, the command
+`hybridflow train`, in the environment of its engine, on one thread. Engines draw by themselves, so the same seed gives
+the same prompts in the same order but other answers. Stored are held-out accuracy over the steps, the gap between
+sampler and trainer in the worst step, and wall seconds. Runs that are in the result already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hybridflow.tracking.jsonl import read_metrics
+
+from measuring import record
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE.parent / "recipes/carry/grpo.yaml"
+ACCURACY = "val-core/carry/reward/mean@1"
+SEEDS = {"inline": 3, "vllm": 3, "sglang": 1}  # how many, from 0 on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/carry-sft/model"), help="the warm-up's model")
+    parser.add_argument("--python", nargs="*", default=[], help="ENGINE=PYTHON: interpreters of engines' environments")
+    parser.add_argument("--only", nargs="*", choices=SEEDS, default=list(SEEDS), help="engines")
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="further settings of all runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results/carry_engines.json")
+    args = parser.parse_args()
+    pythons = dict(pair.split("=", 1) for pair in args.python)
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else []
+    done = {(row["engine"], row["seed"]) for row in rows}
+    for engine in args.only:
+        for seed in range(SEEDS[engine]):
+            if (engine, seed) in done:
+                continue
+            rows.append(one(engine, seed, pythons.get(engine, sys.executable), args.model, args.overrides))
+            print(json.dumps({name: value for name, value in rows[-1].items() if name != "curve"}), flush=True)
+            command = "python benchmarks/carry_engines.py --python vllm=VLLM_PYTHON sglang=SGLANG_PYTHON"
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            written = record(command, {"recipe": "recipes/carry/grpo.yaml", "settings": args.overrides}, rows)
+            args.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def one(engine: str, seed: int, python: str, model: Path, overrides: list[str]) -> dict[str, Any]:
+    """A run from its start to its end."""
+    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        settings = [f"run.folder={run}", f"run.seed={seed}", f"model.path={model.resolve()}", "track.console=false"]
+        settings += [f"rollout.engine={engine}", "track.rollouts_every=0", *overrides]
+        began = time.perf_counter()
+        ended = subprocess.run(
+            [str(Path(python).absolute().with_name("hybridflow")), "train", str(RECIPE), *settings],
+            env=os.environ | single,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - began
+        if ended.returncode:
+            sys.exit(f"{engine}, seed {seed} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+        metrics = read_metrics(run / "metrics.jsonl")
+    curve = [(m["step"], m[ACCURACY]) for m in metrics if ACCURACY in m]
+    steps = [m for m in metrics if "timing_s/gen" in m]
+    return {
+        "engine": engine,
+        "seed": seed,
+        "before": curve[0][1],
+        "after": curve[-1][1],
+        "curve": curve,
+        "largest_abs_logp_diff": max(m["mismatch/abs_logp_diff/max"] for m in steps if "mismatch/k3/total" in m),
+        "largest_k3": max(m["mismatch/k3/total"] for m in steps if "mismatch/k3/total" in m),
+        "seconds": round(seconds, 1),
+        "seconds_per_step": {
+            phase: sum(m[f"timing_s/{phase}"] for m in steps) / len(steps)
+            for phase in ("gen", "update_weights", "step")
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

