@@ -42,7 +42,7 @@ step "what SGLang needs" "${pip[@]}" -r "$project/scripts/requirements-sglang-cp
 step "$SGLANG" "${pip[@]}" --no-deps "$SGLANG"
 # The same call names SGLang's dependencies again, so that nothing of the project's moves them.
 step "this project, and what its tests need" "${pip[@]}" -r "$project/scripts/requirements-sglang-cpu.txt" \
-  -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+  -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
 
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 step "stand-ins for what a CPU does not need" cp "$project/scripts/sglang_cpu_stand_ins.py" "$packages"

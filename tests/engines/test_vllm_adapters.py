@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_each_adapter_that_arrives_takes_the_place_of_the_one_before(setup: Setu
         assert gap(before, asked, results) > FAR
         plain = [replace(r, sampling=replace(r.sampling, temperature=0.7)) for r in asked]
         assert gap(setup.model, plain, generate(setup.engine, plain)) < TOLERANCE
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("lora", [None, "adapters"])
+def test_the_trainers_own_adapter_stays_as_it_is(setup: Setup, lora: Literal["adapters"] | None):
+    """vLLM multiplies B with the adapter's scale, in the tensor that it was given."""
+    train(setup, seed=8)
+    before = deepcopy(setup.model)
+    setup.publish(stream_of(setup.model, same_memory=True, lora=lora))
+    assert all(torch.equal(a, b) for a, b in zip(setup.model.parameters(), before.parameters(), strict=True))
+    asked = requests(3)
+    assert gap(setup.model, asked, generate(setup.engine, asked)) < TOLERANCE
 
 
 @pytest.mark.vllm

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,35 +115,37 @@ def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(tmp_path: Pat
     undisturbed = generate(engine, asked)
     assert gap(before, asked, undisturbed) > FAR, "the weights of the start would not be noticed"
 
-    threading.Timer(0.3, os.kill, (worker_pids()[1], signal.SIGKILL)).start()
-    disturbed = ask_all(engine, asked)
+    disturbed = ask_all(engine, asked, worker_pids()[1], signal.SIGKILL)
     assert [r.token_ids for r in disturbed] == [r.token_ids for r in undisturbed]
     assert gap(setup.model, asked, disturbed) < TOLERANCE
     assert [kind for kind, _ in told] == ["rollout_restart"]
     assert "requests are sent again" in told[0][1] and not told[0][1].endswith(" 0 requests are sent again")
 
     engine.on_restart = None  # nobody would publish: the engine must not go on with the weights of its start
-    threading.Timer(0.3, os.kill, (worker_pids()[0], signal.SIGSTOP)).start()
     with pytest.raises(WeightSyncError, match="nobody publishes the current ones"):
-        ask_all(engine, asked)
+        ask_all(engine, asked, worker_pids()[0], signal.SIGSTOP)
     setup.publish()
     assert [r.token_ids for r in generate(engine, asked[:3])] == [r.token_ids for r in undisturbed[:3]]
 
-    os.kill(worker_pids()[0], signal.SIGKILL)
     with pytest.raises(UserError, match="ended or hung too often"):
-        ask_all(engine, asked)
+        ask_all(engine, asked, worker_pids()[0], signal.SIGKILL)
     engine.close()
     assert not worker_pids()
 
 
-def ask_all(engine: VllmEngine, asked: list[Request]) -> list[Result]:
-    """As `generate`; no result may come twice."""
+def ask_all(engine: VllmEngine, asked: list[Request], pid: int, signal_number: int) -> list[Result]:
+    """As `generate`, with a signal to a process after the first answer; no result may come twice."""
     handles = [engine.submit(r) for r in asked]
     done: dict[int, Result] = {}
+    struck = None
     while len(done) < len(handles):
+        if done and struck is None:
+            struck = len(done)
+            os.kill(pid, signal_number)
         for result in engine.wait():
             assert result.handle not in done
             done[result.handle] = result
+    assert struck is not None and struck < len(handles), "all had been answered before the signal"
     return [done[handle] for handle in handles]
 
 
