@@ -15,7 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
+from hybridflow.config.sections import RlConfig
+from hybridflow.trainers.rl_run import open_run
+from hybridflow.weights.stream import fingerprint
 
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 from tiny import CARRY
@@ -174,6 +178,16 @@ def test_adapters_train_and_are_published(publish: str, tmp_path: Path, capsys: 
         for name, tensor in whole.state_dict().items():
             if name in exported:
                 torch.testing.assert_close(tensor, exported[name], rtol=0, atol=1e-6)
+
+
+def test_an_engine_of_the_controllers_process_can_take_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    """vLLM and SGLang take them past it; one of a user's own need not know how."""
+    path = Path(configuration(tmp_path, placement={"pools": {"all": 2}}, engine=FSDP2, track={"console": False}))
+    with open_run(load_config(RlConfig, path)) as run:
+        for _ in range(2):
+            stream = run.engine.stream_weights()
+            taken = {name: fingerprint(tensor) for name, tensor in stream.tensors}
+            assert taken.keys() == stream.names and taken == stream.published
 
 
 def test_all_weights_have_no_adapter_to_export(tmp_path: Path, capsys: Output) -> None:

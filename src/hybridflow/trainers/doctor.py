@@ -31,7 +31,9 @@ from hybridflow.errors import UserError
 GIB = 2**30
 NEEDED = {"memory": GIB, "disk": 2 * GIB, "shared memory": GIB // 2, "open files": 1024}  # bytes; files
 TIME_LIMIT = 60.0  # seconds that two processes have to start, meet and sum
-OPTIONAL = {"peft": "lora", "ray": "ray", "vllm": "", "liger-kernel": "", "triton": ""}  # package: our extra, if any
+OPTIONAL = {  # package: our extra, if any
+    "peft": "lora", "ray": "ray", "aiohttp": "server", "vllm": "", "sglang": "", "liger-kernel": "", "triton": "",
+}  # fmt: skip
 NVIDIA = Path("/dev/nvidiactl")  # is there where a driver serves this host or container
 
 
