@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from hybridflow.errors import UserError
 from hybridflow.models.lora import add_lora, merged
 from hybridflow.protocols import Sampling, generate
 from hybridflow.rollout.vllm import VllmEngine
+from hybridflow.rollout.vllm_start import LORA_RANKS
 from hybridflow.weights.stream import fingerprint, stream_of, verify
 
 from conformance import CONTEXT, FAR, TOLERANCE, Setup, expected, gap, model_of, requests
@@ -110,6 +111,13 @@ def test_whole_weights_without_an_adapter_are_sampled_from_without_one(setup: Se
     setup.publish(stream_of(setup.model, lora="merged"))
     asked = requests(4)
     assert gap(merged(setup.model), asked, generate(setup.engine, asked)) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_the_ranks_are_those_of_vllm():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert sorted(get_args(MaxLoRARanks)) == [*LORA_RANKS]
 
 
 @pytest.mark.vllm

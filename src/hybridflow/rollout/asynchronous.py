@@ -395,6 +395,8 @@ class AsyncEngine(Hooks):
 
     def _mend(self) -> str:
         """What to do when replicas do not answer."""
+        if not self.managed:
+            return "start it, as docs/rollout.md says, or name another in rollout.servers"
         return "look at the engine's own output, and start with fewer or smaller replicas if memory ran out"
 
     async def _watch(self, replica: Replica) -> None:

@@ -35,7 +35,7 @@ class SglangServerEngine(ServerEngine, SglangTalk):
     Args:
         model_folder: model in Hugging Face format that servers are started with; None where they run already.
         max_model_len: most tokens of a sequence, prompt and answer together.
-        servers: addresses of servers that run already, as ``http://host:port``; see docs/generation.md.
+        servers: addresses of servers that run already, as ``http://host:port``; see docs/rollout.md.
         replicas: how many servers to start, where none is given.
         tensor_parallel: processes of each of these that share one copy of the model.
         python: the interpreter of an environment with SGLang; None is this one.

@@ -19,7 +19,7 @@ from hybridflow.rollout.sglang_worker import LOADER
 
 SUPPORTED = (0, 5, 23), (0, 6)  # from, below; the sampler reaches into what may change
 INSTALL = (
-    "SGLang has an environment of its own: on GPUs `pip install 'sglang>=0.5.23,<0.6'` there (docs/generation.md), "
+    "SGLang has an environment of its own: on GPUs `pip install 'sglang>=0.5.23,<0.6'` there (docs/rollout.md), "
     "without one `make install-sglang-cpu`; then set rollout.python to its Python, such as .venv-sglang/bin/python"
 )
 MARGIN = 8  # tokens that SGLang keeps free of the context it is started with

