@@ -91,7 +91,7 @@ def test_two_pools_of_one_process_each(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_that_is_struck_is_the_cause(fault: str, rank: int, words: str, tmp_path: Path) -> None:
-    printed, pids = torchrun(tmp_path, "timeout=3", FAULT, f"{fault}:actor.{rank}@step3:update")
+    printed, pids = torchrun(tmp_path, "timeout=8", FAULT, f"{fault}:actor.{rank}@step3:update")
     assert len(pids) == 2 and not left_of(pids)
     if rank == 0 and fault == "kill":
         assert "exitcode: -9" in printed  # the controller is dead: torchrun tells it
