@@ -73,7 +73,7 @@ install-sglang-cpu: $(SGLANG_READY)  ## SGLang on a CPU, in an environment of it
 $(OLDEST_READY): pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
-	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora]" pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora,server]" pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 clean:  ## remove the virtual environments and caches (runs are kept)
