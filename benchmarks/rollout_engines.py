@@ -164,6 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     command = f"OMP_NUM_THREADS=1 python benchmarks/rollout_engines.py --rounds {args.rounds}"
     if args.only:
+        command += f" --only {args.only}"
         torch.set_num_threads(1)
         results = measure(args.only, args.rounds, args.skip)
     else:
