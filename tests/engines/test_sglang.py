@@ -41,6 +41,8 @@ from hybridflow.rollout.sglang_start import arguments, check_version, environmen
 from hybridflow.rollout.sglang_worker import as_stored
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
+from conformance import expected, gap
+
 VOCAB, CONTEXT, LONG = 100, 512, 400
 TOLERANCE = 1e-4
 FAR = 0.02  # other weights or another temperature are further away than this
@@ -161,25 +163,6 @@ def requests(count: int, temperature: float = 1.0, *, seed: int = 0, max_tokens:
         )
         for draw in range(count)
     ]
-
-
-@torch.no_grad()
-def expected(model: PreTrainedModel, request: Request, result: Result) -> Tensor:
-    """Log-probs of the result's tokens by a forward pass over the whole sequence."""
-    ids = torch.tensor([*request.prompt_ids, *request.generated_ids, *result.token_ids])
-    logits = model(ids[None], use_cache=False).logits[0].float() / (request.sampling.temperature or 1.0)
-    first = len(ids) - len(result.token_ids)
-    return logits.log_softmax(-1)[first - 1 : -1].gather(-1, ids[first:, None])[:, 0]
-
-
-def gap(model: PreTrainedModel, asked: list[Request], results: list[Result]) -> float:
-    """Largest difference between the engine's log-probs and the model's."""
-    for result in results:
-        assert len(result.logps) == len(result.token_ids) > 0
-    return max(
-        (torch.tensor(result.logps) - expected(model, request, result)).abs().max().item()
-        for request, result in zip(asked, results, strict=True)
-    )
 
 
 def begin(setup: Setup, long: list[Request]) -> list[int]:

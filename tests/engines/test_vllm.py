@@ -29,11 +29,13 @@ from hybridflow.config.sections import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.lora import add_lora, merged
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, Sampling, Span, WeightStream, generate
+from hybridflow.protocols import Request, Sampling, Span, WeightStream, generate
 from hybridflow.rollout.sampling import biased, kept, penalised
 from hybridflow.rollout.vllm import VllmEngine
 from hybridflow.weights.buckets import pack, unpack
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
+
+from conformance import expected, gap
 
 CARRY = Path(__file__).resolve().parents[2] / "recipes/carry/task.py"
 VOCAB, CONTEXT = 100, 256
@@ -104,25 +106,6 @@ def requests(count: int, temperature: float = 1.0, *, seed: int = 0, max_tokens:
         )
         for draw in range(count)
     ]
-
-
-@torch.no_grad()
-def expected(model: PreTrainedModel, request: Request, result: Result) -> Tensor:
-    """Log-probs of the result's tokens by a forward pass over the whole sequence."""
-    ids = torch.tensor([*request.prompt_ids, *request.generated_ids, *result.token_ids])
-    logits = model(ids[None], use_cache=False).logits[0].float() / (request.sampling.temperature or 1.0)
-    first = len(ids) - len(result.token_ids)
-    return logits.log_softmax(-1)[first - 1 : -1].gather(-1, ids[first:, None])[:, 0]
-
-
-def gap(model: PreTrainedModel, asked: list[Request], results: list[Result]) -> float:
-    """Largest difference between the engine's log-probs and the model's."""
-    for result in results:
-        assert len(result.logps) == len(result.token_ids) > 0
-    return max(
-        (torch.tensor(result.logps) - expected(model, request, result)).abs().max().item()
-        for request, result in zip(asked, results, strict=True)
-    )
 
 
 @pytest.mark.vllm
