@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,8 +49,18 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     dist.destroy_process_group()
 
 
-def worker_pids() -> list[int]:
-    return sorted(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+def worker_pids() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> Iterator[tuple[Setup, Callable[[], list[int]]]]:
+    """An engine to break, beside that of `setup`, and the processes of it alone."""
+    others = worker_pids()
+    setup = begin(tmp_path, answer_timeout=10, restarts=2)
+    yield setup, lambda: sorted(worker_pids() - others)
+    setup.engine.close()
+    assert worker_pids() <= others
 
 
 @pytest.mark.vllm
@@ -104,8 +114,8 @@ def test_a_stream_that_fails_on_the_way_is_told_and_the_next_one_is_taken(setup:
 
 
 @pytest.mark.vllm
-def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(tmp_path: Path):
-    setup = begin(tmp_path, answer_timeout=10, restarts=2)
+def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(fragile: tuple[Setup, Callable[[], list[int]]]):
+    setup, pids = fragile
     engine, told = setup.engine, []
     engine.note = lambda kind, text: told.append((kind, text))
     engine.on_restart = setup.publish
@@ -115,7 +125,7 @@ def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(tmp_path: Pat
     undisturbed = generate(engine, asked)
     assert gap(before, asked, undisturbed) > FAR, "the weights of the start would not be noticed"
 
-    disturbed = ask_all(engine, asked, worker_pids()[1], signal.SIGKILL)
+    disturbed = ask_all(engine, asked, pids()[1], signal.SIGKILL)
     assert [r.token_ids for r in disturbed] == [r.token_ids for r in undisturbed]
     assert gap(setup.model, asked, disturbed) < TOLERANCE
     assert [kind for kind, _ in told] == ["rollout_restart"]
@@ -123,14 +133,12 @@ def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(tmp_path: Pat
 
     engine.on_restart = None  # nobody would publish: the engine must not go on with the weights of its start
     with pytest.raises(WeightSyncError, match="nobody publishes the current ones"):
-        ask_all(engine, asked, worker_pids()[0], signal.SIGSTOP)
+        ask_all(engine, asked, pids()[0], signal.SIGSTOP)
     setup.publish()
     assert [r.token_ids for r in generate(engine, asked[:3])] == [r.token_ids for r in undisturbed[:3]]
 
     with pytest.raises(UserError, match="ended or hung too often"):
-        ask_all(engine, asked, worker_pids()[0], signal.SIGKILL)
-    engine.close()
-    assert not worker_pids()
+        ask_all(engine, asked, pids()[0], signal.SIGKILL)
 
 
 def ask_all(engine: VllmEngine, asked: list[Request], pid: int, signal_number: int) -> list[Result]:
