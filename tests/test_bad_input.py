@@ -216,7 +216,7 @@ def test_a_family_that_cannot_pack(tmp_path: Path, capsys: Output) -> None:
         ("def score(response): return '1.0'", ["returned '1.0' (str), not a finite number", "def score(response: str"]),
         ("def score(response): pass", ["returned None (NoneType), not a finite number"]),
         ("def score(responses): return [1.0] * (len(responses) + 1)",
-         ["was given 1 responses and returned 2 scores", "fix: return a list with one number for each response"]),
+         ["was given 1 responses and returned 2 scores", "fix: write def score(response: str"]),
         ("def score(responses): return 1.0", ["was given 1 responses and returned a float"]),
         ("def score(responses): return '1'", ["was given 1 responses and returned a str"]),
         ("def score(response, ground_thruth): return 1",

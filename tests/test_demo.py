@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridflow.tracking.events import read_events
+
 DEMO = Path(__file__).parents[1] / "recipes/carry/demo.py"
 
 
@@ -30,5 +32,7 @@ def test_reinforcement_raises_held_out_accuracy_by_fifty_points(tmp_path: Path) 
     assert accuracy[-1] - accuracy[0] >= 0.5
     assert f"{accuracy[0]:.1%}" in done.stdout and f"{accuracy[-1]:.1%}" in done.stdout
     assert (tmp_path / "runs/demo/grpo/report.html").is_file()
+    told = [event["text"] for event in read_events(tmp_path / "runs/demo/grpo/events.jsonl")]
+    assert not any("the reward rises" in text for text in told), "it rises for a good reason"
     peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 2**30
     assert peak_gb < 2

@@ -12,13 +12,12 @@ raises the minority strategy. It does not invent one that the mixture lacks.
 from __future__ import annotations
 
 import random
-from typing import Any
-
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from hybridflow.data.prepare.carry import pairs  # operands of training or of evaluation, never of both
+
+if TYPE_CHECKING:  # a process that scores answers loads this file too: heavy imports stand where they are used
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -30,6 +29,9 @@ CARRY_SHARE = 0.3
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One id per printable ASCII character, plus the newline and four specials: 100 ids."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = ["\n", *map(chr, range(32, 127))]
     vocab = {token: i for i, token in enumerate(SPECIALS + letters)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|pad|>"))
@@ -43,6 +45,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """A Qwen3 of 800,640 random parameters, and its tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     tokenizer = make_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from hybridflow import __version__
 from hybridflow.config.load import load_config
 from hybridflow.config.placement import resolved_placement
+from hybridflow.config.reward_model import RewardModelConfig
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
 from hybridflow.controller.forking import start_server
 from hybridflow.errors import UserError, nearest
 
-KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[EvalConfig]] = {
+KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[RewardModelConfig] | type[EvalConfig]] = {
     "train": RlConfig,
     "sft": SftConfig,
+    "reward-model": RewardModelConfig,
     "eval": EvalConfig,
 }
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def _add_commands_on_configurations(commands: Commands) -> None:
     for name, text, example in [
         ("train", "reinforcement learning: generate, score, update", "recipes/carry/grpo.yaml optim.lr=5e-5"),
         ("sft", "supervised fine-tuning on conversations", "recipes/carry/sft.yaml train.steps=300"),
+        ("reward-model", "train a model that scores answers, on preferences", "recipes/rlhf/reward-model.yaml"),
     ]:
         command = _add(commands, name, _train, text, f"hybridflow {name} {example}")
         command.add_argument("config", help="YAML file, for example recipes/carry/grpo.yaml")
@@ -159,6 +162,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     export.add_argument("--adapter", action="store_true", help="write the adapters alone, in peft's format")
     _add_json(export)
+    _add_audit(commands)
     doctor = _add(
         commands, "doctor", _doctor, "find what is wrong with this machine, before a job does", "hybridflow doctor",
         "It prints versions, devices, memory and ports, lets two processes sum a tensor, and ends with 1 if\n"
@@ -170,6 +174,31 @@ def _add_commands_on_models(commands: Commands) -> None:
     )  # fmt: skip
     report.add_argument("run", help="folder of the run")
     _add_json(report)
+
+
+def _add_audit(commands: Commands) -> None:
+    audit = _add(
+        commands, "audit-reward", _audit_reward, "find what a reward accepts, rejects or does that it should not",
+        "hybridflow audit-reward gsm8k\n"
+        "  hybridflow audit-reward my_reward.py:score --data rows.jsonl --right '#### {ground_truth}'",
+        "Right and wrong answers are changed in many ways and scored. It ends with 1 where wrong answers are\n"
+        "accepted, or the reward fails, is not deterministic, or changes what it is given; docs/audit.md says more.",
+    )  # fmt: skip
+    audit.add_argument("reward", help="name of a built-in reward, file.py:function, or the address of a server")
+    audit.add_argument("--data", metavar="ROWS", help="rows with ground truths: .jsonl, .parquet or file.py:function")
+    audit.add_argument("--rows", type=int, default=50, help="at most so many of them (default 50)")
+    audit.add_argument("--prompt-key", default="prompt", help="as data.prompt_key (default: prompt)")
+    audit.add_argument("--ground-truth-key", default="ground_truth", help="as data.ground_truth_key")
+    given = audit.add_mutually_exclusive_group()
+    given.add_argument("--response-key", metavar="KEY", help="column with right answers")
+    given.add_argument("--right", metavar="FORM", help="how a right answer looks, with {ground_truth} in it")
+    audit.add_argument("--kwargs", metavar="JSON", type=json.loads, default={}, help="as reward.kwargs")
+    audit.add_argument(
+        "--allow", metavar="MUTATION", action="append", default=[], help="a change to ignore; may be repeated"
+    )
+    audit.add_argument("--processes", type=int, default=1, help="as reward.pool.processes (default 1)")
+    audit.add_argument("--timeout", type=float, default=30.0, help="seconds for one call (default 30)")
+    _add_json(audit)
 
 
 def _add_prepare(commands: Commands) -> None:
@@ -211,7 +240,7 @@ def _loads(kind: type[Section], given: argparse.Namespace) -> bool:
 
 def _train(given: argparse.Namespace) -> int:
     config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
-    assert isinstance(config, RlConfig | SftConfig)
+    assert isinstance(config, RlConfig | SftConfig | RewardModelConfig)
     if resolved_placement(config.placement).backend == "processes":
         start_server()  # it imports torch for all processes while this one does
     from hybridflow.trainers.start import start
@@ -259,11 +288,12 @@ def _check(given: argparse.Namespace) -> int:
         raise UserError("no configuration is given", fix="hybridflow check CONFIG, or hybridflow check --explain KEY")
     kind = _kind_of(Path(given.config))
     config = _load(given, kind)
-    assert isinstance(config, RlConfig | SftConfig | EvalConfig)
+    assert isinstance(config, RlConfig | SftConfig | RewardModelConfig | EvalConfig)
     from hybridflow.trainers.check import check
+    from hybridflow.trainers.reward_model import check_preferences
 
     said = []
-    for line in check(config):
+    for line in check_preferences(config) if isinstance(config, RewardModelConfig) else check(config):
         said.append(line)
         if not given.json:
             print(line)
@@ -353,6 +383,21 @@ def _export(given: argparse.Namespace) -> int:
     done = export(Path(given.run), Path(given.target), **which, dtype=given.dtype, adapter=given.adapter)
     _tell(given, done, [f"wrote {done['folder']}"])
     return 0
+
+
+def _audit_reward(given: argparse.Namespace) -> int:
+    from hybridflow.config.rewards import RewardPoolSection
+    from hybridflow.trainers.audit import AuditOptions, AuditRows, audit_reward
+
+    rows = None
+    if given.data is not None:
+        rows = AuditRows(
+            given.data, given.rows, given.prompt_key, given.ground_truth_key, given.response_key, given.right
+        )
+    pool = RewardPoolSection(processes=given.processes, timeout=given.timeout)
+    report = audit_reward(given.reward, rows, AuditOptions(given.kwargs, pool, given.allow))
+    _tell(given, report.values(), report.lines())
+    return 0 if report.ok else 1
 
 
 def _doctor(given: argparse.Namespace) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # processes that score answers do without torch
+    import torch
+    from torch import Tensor
 
-from hybridflow.batch import Batch
-from hybridflow.noise import NoiseKey
+    from hybridflow.batch import Batch
+    from hybridflow.noise import NoiseKey
 
 # --- generation ---
 
@@ -132,9 +133,11 @@ class Trajectory:
         finish_reason: see `Result.finish_reason`.
         spans: see `Result.spans`.
         response: the tokens as text, without special tokens.
-        reward: what the reward function gave.
+        reward: what the reward gave for the whole answer.
         support: see `Result.support`.
-        components: further numbers that the reward function gave, by name.
+        components: further numbers that the reward gave, by name.
+        step_rewards: rewards of parts of the answer, each on the token (of `token_ids`) that its part ends with.
+        failure: why there is no reward; None where there is one. The answer then carries no loss.
     """
 
     sample: int
@@ -146,6 +149,8 @@ class Trajectory:
     reward: float
     support: Support | None = None
     components: dict[str, float] = field(default_factory=dict)
+    step_rewards: list[tuple[int, float]] = field(default_factory=list)
+    failure: str | None = None
 
 
 @dataclass(slots=True)
@@ -158,6 +163,7 @@ class Group:
         prompt_ids: token ids of the prompt.
         trajectories: the answers, in order of `sample`.
         baseline: the reward of a greedy answer to the prompt; None where none was asked for.
+        failures: how many of its answers (a greedy one too) the reward failed on, by what happened: see `Score.kind`.
     """
 
     draw: int
@@ -165,6 +171,79 @@ class Group:
     prompt_ids: list[int]
     trajectories: list[Trajectory]
     baseline: float | None = None
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+# --- rewards ---
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers to one prompt, to be scored.
+
+    Args:
+        responses: their texts.
+        ground_truth: what they are compared with.
+        prompt: the chat messages that they answer.
+        row: the whole row of the data.
+    """
+
+    responses: list[str]
+    ground_truth: Any
+    prompt: list[dict[str, Any]]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth.
+
+    Args:
+        value: the reward of the whole answer. Where it failed it is 0 and means nothing.
+        components: further numbers, by name.
+        steps: rewards of parts of the answer: (how many characters of it the part ends after, reward).
+        failure: what went wrong, in words, where there is no reward.
+        kind: of the failure: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a
+            server); "" where there is none.
+    """
+
+    value: float
+    components: dict[str, float] = field(default_factory=dict)
+    steps: tuple[tuple[int, float], ...] = ()
+    failure: str | None = None
+    kind: str = ""
+
+
+class Grader(Protocol):
+    """Scores answers while others are generated. Not thread-safe; one owner."""
+
+    def submit(self, key: int, answers: Answers) -> None:
+        """Begins to score. The key comes back with the scores; it must not be in use."""
+        ...
+
+    def ready(self) -> list[tuple[int, list[Score]]]:
+        """What has been scored since, without waiting: for each key, a score for every response."""
+        ...
+
+    def wait(self) -> list[tuple[int, list[Score]]]:
+        """The same, of at least one key; blocks until there is one. At once empty if nothing is submitted."""
+        ...
+
+    def cancel(self) -> None:
+        """Forgets what has been submitted."""
+        ...
+
+    def check(self) -> None:
+        """Makes sure that it can work, without scoring anything: servers answer, models and tools are there.
+
+        Raises:
+            UserError: it cannot.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends its processes and connections."""
+        ...
 
 
 # --- weights ---
@@ -370,12 +449,12 @@ class TrainEngine(Scorer, Protocol):
         """
         ...
 
-    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def export(self, folder: Path, dtype: torch.dtype = ...) -> None:
         """Writes the model alone as a plain Hugging Face folder without a tokenizer; adapters are merged.
 
         Args:
             folder: an existing, empty folder.
-            dtype: precision of the written weights.
+            dtype: precision of the written weights; float32 where none is given.
         """
         ...
 

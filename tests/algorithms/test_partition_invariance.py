@@ -25,7 +25,8 @@ from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, CORRECTIONS, 
 from hybridflow.config.sections import AlgorithmSection, OptimSection, RlConfig
 from hybridflow.engines.local import LocalEngine
 from hybridflow.trainers.learning import corrected, old_logp_is, piece_values, rejected, with_current
-from hybridflow.trainers.rl import policy_loss, token_rewards, with_loss, with_weights
+from hybridflow.trainers.rl import policy_loss, with_loss, with_weights
+from hybridflow.trainers.shaping import token_rewards
 from linear import WORDS, linear_model
 
 from on_ranks.engines import Case

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.algorithms.preference import dpo, ipo, kto, kto_divergence, orpo, simpo
+from hybridflow.algorithms.preference import bradley_terry, dpo, ipo, kto, kto_divergence, orpo, simpo
 
 logp = st.floats(-30, -0.01)
 quads = st.lists(st.tuples(logp, logp, logp, logp), min_size=1, max_size=6)
@@ -125,3 +125,13 @@ def test_log_probabilities_of_any_size_have_finite_losses_and_gradients(
     assert chosen_N.grad is not None and rejected_N.grad is not None
     for found in (loss_N, chosen_N.grad, rejected_N.grad, *metrics.values()):
         assert found.isfinite().all() and found.dtype == dtype
+
+
+def test_bradley_terry_by_hand() -> None:
+    chosen_N = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    rejected_N, margin_N = torch.tensor([0.0, 0.0, 1.0]).double(), torch.tensor([0.5, 0.0, 0.0]).double()
+    loss_N, metrics = bradley_terry(chosen_N, rejected_N, margin_N, center_coef=0.1)
+    # -log sigma(0.5) + 0.1, log 2, log(1 + e^3) + 0.1
+    assert loss_N.tolist() == pytest.approx([0.4740769842 + 0.1, 0.6931471806, 3.0485873516 + 0.1], abs=1e-9)
+    assert metrics["rewards/accuracies"].tolist() == [1, 0, 0]
+    assert metrics["rewards/margins"].tolist() == [1, 0, -3]

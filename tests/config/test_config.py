@@ -142,10 +142,10 @@ def test_adapters_of_no_size_are_refused(key: str) -> None:
 
 def test_all_mistakes_are_told_together() -> None:
     values = with_values(RL, train__steps=0, optim__lr=-1)
-    del values["reward"]["function"]
+    del values["run"]["folder"]
     text = mistake(RlConfig, values)
     assert "3 mistakes" in text
-    for part in ("train.steps: ", "optim.lr: ", "reward.function: missing"):
+    for part in ("train.steps: ", "optim.lr: ", "run.folder: missing"):
         assert part in text
 
 

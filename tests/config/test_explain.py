@@ -24,9 +24,12 @@ Output = pytest.CaptureFixture[str]
 
 def test_a_key_is_explained_with_its_type_default_and_meaning(capsys: Output) -> None:
     said = succeed(capsys, "check", "--explain", "optim.lr")
-    assert said.startswith("optim.lr  (train, sft)\n  number > 0; default: 1e-06\n") and "Peak learning rate" in said
+    assert (
+        said.startswith("optim.lr  (train, sft, reward-model)\n  number > 0; default: 1e-06\n")
+        and "Peak learning rate" in said
+    )
     several = json.loads(succeed(capsys, "check", "--explain", "data.train", "--json"))
-    assert [one["commands"] for one in several] == [["train", "eval"], ["sft"]], "they differ in whether it is required"
+    assert [one["commands"] for one in several] == [["train", "eval"], ["sft"], ["reward-model"]], "they differ"
 
 
 def test_a_section_is_explained_with_all_its_keys(capsys: Output) -> None:

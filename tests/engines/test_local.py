@@ -339,7 +339,11 @@ def test_engines_have_the_methods_of_the_protocol(engine: type) -> None:
     for name, method in inspect.getmembers(TrainEngine, inspect.isfunction):
         if not name.startswith("_"):
             wanted, found = (inspect.signature(getattr(c, name)).parameters for c in (TrainEngine, engine))
-            assert [(p.name, p.kind, p.default) for p in wanted.values()] == [
+            defaults = [
+                w.default if w.default is not ... or f.default is f.empty else f.default  # ... stands for some default
+                for w, f in zip(wanted.values(), found.values())
+            ]
+            assert [(p.name, p.kind, default) for p, default in zip(wanted.values(), defaults, strict=True)] == [
                 (p.name, p.kind, p.default) for p in found.values()
             ], method
 

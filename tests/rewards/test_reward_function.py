@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +13,160 @@ import pytest
 import torch
 
 from hybridflow.errors import UserError
-from hybridflow.rewards.function import RewardFunction, load_reward
+from hybridflow.protocols import Answers, Score
+from hybridflow.rewards.function import FIXES, RewardFunction, load_reward
 
-ROW = {"prompt": "1+1=", "ground_truth": "2", "level": 3}
-CONTEXT: dict[str, Any] = {"ground_truth": "2", "prompt": [{"role": "user", "content": "1+1="}], "row": ROW}
+ROW = {"prompt": "1+1=", "ground_truth": "2", "level": 3, "data_source": "sums", "extra_info": {"index": 7}}
 
 
-def refused(function: Any, responses: list[str]) -> UserError:
+def answers(*responses: str, row: dict[str, Any] = ROW) -> Answers:
+    return Answers(list(responses), "2", [{"role": "user", "content": "1+1="}], row)
+
+
+def values(function: Any, *responses: str, **kwargs: Any) -> list[float]:
+    scores = RewardFunction(function, "mine", kwargs).scores(answers(*responses))
+    assert not any(s.failure for s in scores), scores
+    return [s.value for s in scores]
+
+
+def failed(function: Any, *responses: str) -> Score:
+    """The score of the last answer."""
+    score = RewardFunction(function, "mine").scores(answers(*responses))[-1]
+    assert score.failure is not None and score.value == 0 and score.kind in FIXES
+    return score
+
+
+def refused(function: Any, **kwargs: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        RewardFunction(function, "mine")(responses, **CONTEXT)
+        RewardFunction(function, "mine", kwargs)
     return caught.value
 
 
 def test_a_function_gets_what_its_arguments_name() -> None:
     seen: list[Any] = []
 
-    def all_of_it(response: str, ground_truth: str, prompt: Any, row: Any) -> int:
-        seen.append((response, ground_truth, prompt[0]["content"], row["level"]))
+    def all_of_it(response: str, ground_truth: str, prompt: Any, row: Any, data_source: str) -> int:
+        seen.append((response, ground_truth, prompt[0]["content"], row["level"], data_source))
         return len(seen)
 
-    assert RewardFunction(all_of_it, "mine")(["a", "b"], **CONTEXT) == [1.0, 2.0]
-    assert seen == [("a", "2", "1+1=", 3), ("b", "2", "1+1=", 3)]
-    assert RewardFunction(lambda response: response == "2", "mine")(["2", "3"], **CONTEXT) == [1.0, 0.0]
-    assert RewardFunction(lambda response, bonus=0.5: bonus, "mine")(["2"], **CONTEXT) == [0.5]
-    assert RewardFunction(lambda response, **rest: float(not rest), "mine")(["2"], **CONTEXT) == [1.0]
+    assert values(all_of_it, "a", "b") == [1.0, 2.0]
+    assert seen == [("a", "2", "1+1=", 3, "sums"), ("b", "2", "1+1=", 3, "sums")]
+    assert values(lambda response: response == "2", "2", "3") == [1.0, 0.0]
+    assert values(lambda response, bonus=0.5: bonus, "2") == [0.5]
+    assert values(lambda response, **rest: float(not rest), "2") == [1.0]
 
 
 def test_a_group_is_scored_in_one_call() -> None:
     def ranks(responses: list[str], ground_truth: str) -> list[float]:
         return [sorted(responses).index(r) / len(responses) + len(ground_truth) for r in responses]
 
-    assert RewardFunction(ranks, "mine")(["b", "c", "a", "d"], **CONTEXT) == [1.25, 1.5, 1.0, 1.75]
+    assert values(ranks, "b", "c", "a", "d") == [1.25, 1.5, 1.0, 1.75]
+    assert values(lambda responses: torch.tensor([0.5, 1.0]), "a", "b") == [0.5, 1.0]
+    assert values(lambda responses: np.array([1, 2]), "a", "b") == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("value", [1, True, 0.5, -3, np.float32(0.5), np.int64(2), np.float64(0.25)])
-def test_every_kind_of_number_will_do(value: Any) -> None:
-    (score,) = RewardFunction(lambda response: value, "mine")(["x"], **CONTEXT)
-    assert type(score) is float and score == value
+def test_what_was_written_for_verl_works_as_it_is() -> None:
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):  # type: ignore[no-untyped-def]
+        assert isinstance(extra_info, dict)
+        right = solution_str == ground_truth
+        return {"score": 1.0 if right else -1.0, "acc": right, "pred": solution_str, "at": extra_info.get("index", -1)}
+
+    reward = RewardFunction(compute_score, "verl")
+    right, wrong = reward.scores(answers("2", "3"))
+    assert (right.value, right.components) == (1.0, {"acc": 1.0, "at": 7.0})
+    assert (wrong.value, wrong.components) == (-1.0, {"acc": 0.0, "at": 7.0})
+    (score,) = reward.scores(answers("2", row={"ground_truth": "2"}))  # no extra_info: {}; no data_source: None
+    assert score.components["at"] == -1.0
+
+    def batch(data_sources, solution_strs, ground_truths, extra_infos, **kwargs):  # type: ignore[no-untyped-def]
+        assert data_sources == ["sums"] * 3 and [e["index"] for e in extra_infos] == [7] * 3
+        return [float(s == t) * kwargs["scale"] for s, t in zip(solution_strs, ground_truths)]
+
+    assert values(batch, "2", "3", "2", scale=2.0) == [2.0, 0.0, 2.0]
+
+    async def later(data_source, solution_str, ground_truth, extra_info):  # type: ignore[no-untyped-def]
+        await asyncio.sleep(0)
+        return float(solution_str == ground_truth)
+
+    assert values(later, "2", "3") == [1.0, 0.0]
+
+
+def test_what_a_function_does_to_extra_info_does_not_stay() -> None:
+    def spoil(solution_str: str, extra_info: dict[str, Any]) -> float:
+        extra_info["seen"] = extra_info.get("seen", 0) + 1
+        return float(extra_info["seen"])
+
+    assert values(spoil, "a", "b", "c") == [1.0, 1.0, 1.0]
+
+
+def test_async_functions_of_one_group_are_in_flight_together() -> None:
+    arrived = asyncio.Event()
+    inside: list[str] = []
+
+    async def meet(response: str) -> float:
+        inside.append(response)
+        if len(inside) == 3:
+            arrived.set()
+        await asyncio.wait_for(arrived.wait(), 10)
+        return float(response)
+
+    class Judge:
+        async def __call__(self, responses: list[str]) -> list[float]:
+            return [len(r) for r in responses]
+
+    assert values(meet, "1", "2", "3") == [1.0, 2.0, 3.0]
+    assert values(Judge(), "a", "bb") == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    "value", [None, "1", float("nan"), float("inf"), -float("inf"), [1.0], 1j, np.float32("nan"), torch.tensor(1.0)]
-)
-def test_what_is_no_number_is_refused_with_the_answer(value: Any) -> None:
-    error = refused(lambda response: value, ["good answer"])
-    assert f"the reward mine returned {value!r} ({type(value).__name__}), not a finite number" in error.what
-    assert "scoring 'good answer'" in error.why and "def score(response: str" in error.fix
-    error = refused(lambda responses: [1.0, value], ["fine", "good answer"])
-    assert f"returned {value!r}" in error.what and "scoring 'good answer'" in error.why
+    "value",
+    [1, True, 0.5, -3, np.float32(0.5), np.int64(2), np.float64(0.25), np.bool_(True), np.ones(1), Fraction(1, 4),
+     torch.tensor(1.5), torch.tensor([2])],
+)  # fmt: skip
+def test_every_kind_of_number_will_do(value: Any) -> None:
+    (score,) = RewardFunction(lambda response: value, "mine").scores(answers("x"))
+    assert type(score.value) is float and score.value == value and score.failure is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "1", float("nan"), float("inf"), -float("inf"), 1j, np.float32("nan"), np.complex64(1), torch.tensor(1j),
+     torch.tensor(float("nan")), 10**400, b"1", {1}],
+)  # fmt: skip
+def test_what_is_no_number_is_a_failure_of_that_answer_alone(value: Any) -> None:
+    score = failed(lambda response: value, "good answer")
+    shown = repr(value)[:200]
+    assert score.kind == "nonsense" and score.failure is not None
+    assert f"the reward mine returned {shown}"[:180] in score.failure and "scoring 'good answer'" in score.failure
+    assert "def score(response: str" in FIXES["nonsense"]
+    fine, bad = RewardFunction(lambda responses: [1.0, value], "mine").scores(answers("fine", "good answer"))
+    assert (fine, bad.kind) == (Score(1.0), "nonsense")
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.2], (1.0, "because"), [1.0], np.ones(3), torch.ones(2, 2)])
+def test_several_numbers_for_one_answer_are_told_how_steps_are_given(value: Any) -> None:
+    score = failed(lambda response: value, "x")
+    assert score.failure is not None and score.kind == "nonsense"
+    assert "'steps': [(characters" in FIXES["nonsense"] and "not a finite number" in score.failure
+
+
+def test_steps_are_characters_and_rewards() -> None:
+    def steps(response: str) -> dict[str, Any]:
+        return {"score": 1, "steps": [(2, 0.5), [np.int64(len(response)), torch.tensor(-1.0)]], "lines": 2}
+
+    (score,) = RewardFunction(steps, "mine").scores(answers("1+1=2"))
+    assert (score.value, score.steps, score.components) == (1.0, ((2, 0.5), (5, -1.0)), {"lines": 2.0})
+    for wrong in [(0, 1.0), (6, 1.0), (True, 1.0), (2.0, 1.0), (2, float("nan")), 3, (1, 2, 3), "ab"]:
+        score = failed(lambda response, wrong=wrong: {"score": 1.0, "steps": [wrong]}, "1+1=2")
+        assert score.kind == "nonsense", wrong
+
+
+def test_a_dict_needs_a_score_and_its_numbers_must_be_finite() -> None:
+    assert "a dict without 'score' in it: {'reward': 1.0}" in str(failed(lambda response: {"reward": 1.0}, "x").failure)
+    assert "returned None (NoneType) as 'score'" in str(failed(lambda response: {"score": None}, "x").failure)
+    assert "returned nan (float) as 'format'" in str(
+        failed(lambda response: {"score": 1.0, "format": float("nan")}, "x").failure
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,21 +179,48 @@ def test_what_is_no_number_is_refused_with_the_answer(value: Any) -> None:
         ("12", "a str"),
         (None, "a NoneType"),
         ({0: 1.0, 1: 2.0}, "a dict"),
-        (np.ones(2), "a ndarray"),
+        (np.ones(3), "3 scores"),
     ],
 )
 def test_a_group_needs_as_many_scores_as_answers(value: Any, found: str) -> None:
-    error = refused(lambda responses: value, ["a", "b"])
-    assert error.what == f"the reward mine was given 2 responses and returned {found}"
-    assert "a list with one number for each response" in error.fix
+    scores = RewardFunction(lambda responses: value, "mine").scores(answers("a", "b"))
+    assert [s.kind for s in scores] == ["nonsense"] * 2
+    assert f"the reward mine was given 2 responses and returned {found} (it was scoring 2 answers" in str(
+        scores[0].failure
+    )
 
 
-def test_a_reward_that_raises_shows_the_answer_and_keeps_its_cause() -> None:
-    error = refused(lambda response: {"a": 1.0}[response], ["a", "strange " + 300 * "x"])
-    assert error.what == f"the reward mine raised KeyError: 'strange {300 * 'x'}'"
-    assert error.why.startswith("it was scoring 'strange xxx") and error.why.endswith("against '2'")
-    assert len(error.why) < 260
-    assert isinstance(error.__cause__, KeyError)
+def test_a_reward_that_raises_shows_the_answer() -> None:
+    fine, bad = RewardFunction(lambda response: {"a": 1.0}[response], "mine").scores(
+        answers("a", "strange " + 5000 * "x")
+    )
+    assert fine == Score(1.0) and bad.kind == "raised" and bad.failure is not None
+    assert bad.failure.startswith("the reward mine raised KeyError: 'strange xxx")
+    assert "it was scoring 'strange xxx" in bad.failure and bad.failure.endswith("against '2')")
+    assert len(bad.failure) < 600
+
+
+class Hostile:
+    """Nothing about it works."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __len__(self) -> int:
+        raise RuntimeError("no len")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), MemoryError(), RecursionError("deep"), GeneratorExit()])
+def test_nothing_that_a_function_raises_ends_the_run(error: BaseException) -> None:
+    def score(response: str) -> float:
+        raise error
+
+    assert failed(score, "x").kind == "raised"
+    assert failed(lambda response: Hostile(), "x").failure
+    assert failed(lambda responses: Hostile(), "x").failure
 
 
 @pytest.mark.parametrize(
@@ -92,24 +228,38 @@ def test_a_reward_that_raises_shows_the_answer_and_keeps_its_cause() -> None:
     [
         (
             lambda answer: 1.0,
-            "wants 'answer' (known: ground_truth, prompt, response, row) and does not take 'response'",
+            "wants 'answer' (known: data_source, extra_info, ground_truth, prompt, response, row, solution_str) and "
+            "does not take 'response'",
         ),
         (lambda response, ground_thruth: 1.0, "wants 'ground_thruth' (did you mean 'ground_truth'?)"),
         (lambda ground_truth: 1.0, "does not take 'response'"),
         (lambda responses, response: 1.0, "wants 'response' (did you mean 'responses'?)"),
+        (lambda data_sources, solution_str: 1.0, "wants 'data_sources' (did you mean 'data_source'?)"),
+        (lambda response, /: 1.0, "takes 'response' by position only"),
         (lambda: 1.0, "does not take 'response'"),
     ],
 )
 def test_a_signature_that_is_none_is_refused_before_any_call(function: Any, expected: str) -> None:
-    with pytest.raises(UserError) as caught:
-        RewardFunction(function, "mine")
-    assert caught.value.what == f"the reward mine {expected}"
-    assert "or def score(responses: list[str], ...)" in caught.value.fix
+    error = refused(function)
+    assert error.what == f"the reward mine {expected}"
+    assert "or def score(responses: list[str], ...)" in error.fix
+
+
+def test_further_arguments_must_be_taken() -> None:
+    assert values(lambda response, weight: weight, "x", weight=0.5) == [0.5]
+    assert values(lambda response, **rest: rest["weight"], "x", weight=0.5) == [0.5]
+    assert values(functools.partial(lambda response, a, b: a + b, a=1), "x", b=2) == [3.0]
+    error = refused(lambda response, weight=1.0: weight, wieght=0.5)
+    assert error.what == "reward.kwargs has 'wieght', and the reward mine does not take it"
+    assert error.fix == "did you mean 'weight'?"
+    error = refused(lambda response, ground_truth: 1.0, ground_truth="4")
+    assert error.what == "reward.kwargs has 'ground_truth', and the reward mine is given that by the run"
 
 
 def test_a_reward_is_found_by_file_and_name(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def half(response):\n    return 0.5\n")
-    assert load_reward(f"{tmp_path}/mine.py:half")(["x"], **CONTEXT) == [0.5]
+    (tmp_path / "mine.py").write_text("def half(response, of=1.0):\n    return of / 2\n")
+    assert load_reward(f"{tmp_path}/mine.py:half").scores(answers("x")) == [Score(0.5)]
+    assert load_reward(f"{tmp_path}/mine.py:half", {"of": 3}).scores(answers("x")) == [Score(1.5)]
     with pytest.raises(UserError, match="has no function 'hafl'") as caught:
         load_reward(f"{tmp_path}/mine.py:hafl")
     assert caught.value.fix == "did you mean 'half'?"

@@ -90,6 +90,7 @@ def test_the_numbers_of_a_sampled_evaluation_follow_from_its_answers(
         cut = [a["finish_reason"] == "length" for g in groups.values() for a in g]
         expected[f"val-aux/{source}/response_length/mean"] = mean(lengths)
         expected[f"val-aux/{source}/response_length/clip_ratio"] = mean(cut)
+        expected[f"val-aux/{source}/reward_failures"] = 0
     ends = [n for n in measured if n.endswith(("/ci_low", "/ci_high"))]
     assert {n: v for n, v in measured.items() if n not in ends} == pytest.approx(expected)
     for name, found in result["intervals"].items():

@@ -95,11 +95,11 @@ def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
 
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, capsys: Output) -> None:
     ends = []
-    # The second process makes a step (calls up to 6, with one of each check), and is stopped in those after it.
+    # The second process makes a step (calls up to 4 of its reward process), and is stopped in those after it.
     for limits in (["run.max_minutes=1e-9", "run.max_minutes=0.05", "run.max_minutes=null"], []):
         folder = tmp_path / f"with-{len(limits)}-limits"
         folder.mkdir()
-        config = slow_configuration(folder, "train", "0.8 * (7 <= calls <= 10)" if limits else "0")
+        config = slow_configuration(folder, "train", "0.8 * (5 <= calls <= 8)" if limits else "0")
         for limit in limits[:-1]:
             assert main(["train", config, limit]) == 130
             said = capsys.readouterr().out

@@ -107,7 +107,8 @@ def test_a_run_that_goes_on_takes_up_the_order(tmp_path: Path, calls: list[str])
 def test_a_run_that_is_stopped_while_it_generates_saves_without_the_engine(tmp_path: Path, calls: list[str]) -> None:
     """The signal comes while the first group of the second step is scored; the other one is in flight."""
     (tmp_path / "stopping.py").write_text(STOPPING)
-    sections: dict[str, Any] = {"reward": {"function": str(tmp_path / "stopping.py:score")}, "data": {"eval": None}}
+    sections: dict[str, Any] = {"data": {"eval": None}}
+    sections["reward"] = {"function": str(tmp_path / "stopping.py:score"), "pool": {"processes": 0}}
     sections["rollout"] = {"max_response_tokens": 8, "sleep": "always", "max_cache_tokens": 64}  # two answers at a time
     with pytest.raises(Interrupted):
         train(config(tmp_path, train={"steps": 3}, **sections))

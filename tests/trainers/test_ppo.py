@@ -17,8 +17,9 @@ from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model
 from hybridflow.trainers.check import check
-from hybridflow.trainers.rl import estimate, next_groups, token_rewards, update, with_loss, with_weights
+from hybridflow.trainers.rl import estimate, next_groups, update, with_loss, with_weights
 from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.shaping import token_rewards
 
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 from tiny import CARRY

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hybridflow.algorithms import preference
 from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.mismatch import gap_maxima, gap_sums
 from hybridflow.algorithms.pieces import call, columns_read, piece
@@ -102,10 +104,28 @@ def cross_entropy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], p
     return Terms(-scores["logp"] * columns["policy_weight_T"], {}, {})
 
 
+def bradley_terry(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
+    """The loss of a reward model on pairs whose two conversations may be in different micro-batches.
+
+    Each token that a conversation is read at brings half of its pair's loss, and the whole of its own part of the
+    gradient: its partner's value, from a scoring pass under the same weights, is a constant here.
+    Params: "center_coef". Columns: ``partner_value_T``, ``chosen_T`` (bool), ``margin_T``, ``pair_weight_T``.
+    """
+    own_M, partner_M, chosen_M = scores["value"], columns["partner_value_T"], columns["chosen_T"]
+    raw_M, _ = preference.bradley_terry(
+        torch.where(chosen_M, own_M, partner_M),
+        torch.where(chosen_M, partner_M, own_M),
+        columns["margin_T"],
+        center_coef=params.get("center_coef", 0.0),
+    )
+    return Terms((raw_M - 0.5 * raw_M.detach()) * columns["pair_weight_T"], {}, {})
+
+
 LOSSES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Terms]] = {
     "policy": policy,
     "value": value,
     "cross_entropy": cross_entropy,
+    "bradley_terry": bradley_terry,
 }
 
 # Columns that losses read besides the scores and what a policy loss asks for by its signature.
@@ -121,6 +141,10 @@ COLUMNS = (
     "entropy_weight_T",
     "kl_weight_T",
     "value_weight_T",
+    "partner_value_T",
+    "chosen_T",
+    "margin_T",
+    "pair_weight_T",
 )
 
 

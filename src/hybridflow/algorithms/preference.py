@@ -1,5 +1,7 @@
 """Losses on pairs of answers, or on answers that are good or bad: pure functions of their log-probabilities.
 
+The last one is of a reward model, on the values that it gives to the two.
+
 With x = log pi - log pi_ref of an answer, summed over its tokens, c and r those of a chosen and a rejected one, sigma
 the logistic function, s the smoothing of labels, and m the mean log-probability of an answer's tokens:
 
@@ -9,6 +11,8 @@ the logistic function, s the smoothing of labels, and m the mean log-probability
     ORPO   -m_c - lam log sigma(log odds(m_c) - log odds(m_r))                 arXiv 2403.07691, equations 6 and 7
            odds(m) = exp(m) / (1 - exp(m))
     KTO    w_good (1 - sigma(beta (x - z))), w_bad (1 - sigma(beta (z - x)))   arXiv 2402.01306, section 4
+    BT     -log sigma(v_c - v_r - margin) + center (v_c + v_r)^2               Bradley and Terry 1952; arXiv 2203.02155,
+           equation 1; margin: arXiv 2307.09288, equation 2; center: arXiv 2312.09244, equation 3
 
 A loss is that of each pair (of each answer for KTO); whoever averages over the mini-batch does so. TRL averages an
 answer's tokens for IPO, where the paper sums them, and takes ORPO's first term over the prompt's tokens too.
@@ -127,6 +131,21 @@ def kto(
     gain_N = beta * (policy_N - ref_N - divergence)
     loss_N = torch.where(good_N, weight_good * torch.sigmoid(-gain_N), weight_bad * torch.sigmoid(gain_N))
     return loss_N, {"rewards": beta * (policy_N - ref_N).detach()}
+
+
+def bradley_terry(
+    chosen_N: Tensor, rejected_N: Tensor, margin_N: Tensor, *, center_coef: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair ``[N]`` of a reward model, and per-pair diagnostics.
+
+    Args:
+        chosen_N: value of the chosen answer (with gradient).
+        rejected_N: of the rejected one.
+        margin_N: by how much the first should be ahead; 0 for the plain model.
+        center_coef: weight of the squared sum of both, which holds values around 0; the model leaves that open.
+    """
+    loss_N = -logsigmoid(chosen_N - rejected_N - margin_N) + center_coef * (chosen_N + rejected_N).square()
+    return loss_N, _rewards(chosen_N, rejected_N)
 
 
 def kto_divergence(policy_N: Tensor, ref_N: Tensor) -> Tensor:

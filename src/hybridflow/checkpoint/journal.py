@@ -87,4 +87,6 @@ def _group(value: dict[str, Any]) -> Group:
 
 def _trajectory(value: dict[str, Any]) -> Trajectory:
     support = value.get("support") and Support(**value["support"])
-    return Trajectory(**value | {"spans": [Span(**s) for s in value["spans"]], "support": support})
+    steps = [(position, reward) for position, reward in value.get("step_rewards", ())]
+    spans = [Span(**s) for s in value["spans"]]
+    return Trajectory(**value | {"spans": spans, "support": support, "step_rewards": steps})

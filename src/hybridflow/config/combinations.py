@@ -44,6 +44,12 @@ def check_algorithm(config: RlConfig) -> None:
             f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens "
             f"{config.rollout.max_response_tokens}: every answer would be punished"
         )
+    normalized = [name for name, term in (r.terms or {}).items() if term.normalize == "group"]
+    if normalized and needs_of(a.advantage, ADVANTAGES).needs_greedy:
+        problems.append(
+            f"reward.terms.{normalized[0]}.normalize is group, but {a.advantage} holds answers against a greedy one, "
+            "which is scored alone: leave it out"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 

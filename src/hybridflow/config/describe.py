@@ -16,9 +16,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hybridflow.config.algorithms import PRESETS
+from hybridflow.config.reward_model import RewardModelConfig
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
 
-COMMANDS: dict[str, type[Section]] = {"train": RlConfig, "sft": SftConfig, "eval": EvalConfig}
+COMMANDS: dict[str, type[Section]] = {
+    "train": RlConfig,
+    "sft": SftConfig,
+    "reward-model": RewardModelConfig,
+    "eval": EvalConfig,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +66,9 @@ hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
 - With `data.eval` set, `hybridflow train` evaluates before the first step (unless `eval.before_training` is false) and
   after the last one; `eval.every` adds evaluations in between. Answers are greedy, unless `eval.temperature` is set.
 - `hybridflow check --explain KEY` says the same of one key, and what a configuration has there. For an editor,
-  `hybridflow schema train > train.schema.json` writes the JSON schema (also for `sft` and `eval`; `docs/schema/` has
-  them), which the first line of a YAML file can name: `# yaml-language-server: $schema=train.schema.json`.
+  `hybridflow schema train > train.schema.json` writes the JSON schema (also for `sft`, `reward-model` and `eval`;
+  `docs/schema/` has them), which the first line of a YAML file can name:
+  `# yaml-language-server: $schema=train.schema.json`.
 
 """
 

@@ -84,7 +84,7 @@ def as_yaml(value: Any) -> str:
 def kind_of(values: dict[str, Any]) -> str:
     """Which command a configuration is for, by the sections it has."""
     if "reward" not in values and "train" in values:
-        return "sft"
+        return "reward-model" if "pairs_per_update" in (values["train"] or {}) else "sft"
     return "train" if "train" in values else "eval"
 
 

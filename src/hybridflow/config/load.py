@@ -16,7 +16,14 @@ from hybridflow.errors import UserError, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-FILE_KEYS = (("model", "path"), ("model", "reference"), ("critic", "path"), ("data", "train"), ("data", "eval"))
+FILE_KEYS = (
+    ("model", "path"),
+    ("model", "reference"),
+    ("critic", "path"),
+    ("data", "train"),
+    ("data", "eval"),
+    ("data", "template"),
+)
 FUNCTION_KEYS = (  # a name of ours, or file.py:function
     ("data", "order"),
     ("reward", "function"),
@@ -95,6 +102,21 @@ def _locate_files(values: dict[str, Any], base: Path) -> None:
         inner = values.get(section)
         if isinstance(inner, dict) and key in inner:
             inner[key] = _located(inner[key], base, only_functions=(section, key) in FUNCTION_KEYS)
+    if isinstance(reward := values.get("reward"), dict):
+        _locate_rewards(reward, base)
+
+
+def _locate_rewards(reward: dict[str, Any], base: Path) -> None:
+    """The files that parts of a reward name."""
+    sources, terms = reward.get("sources"), reward.get("terms")
+    if isinstance(sources, dict):
+        reward["sources"] = {name: _located(value, base, only_functions=True) for name, value in sources.items()}
+    named = [(term, "function", True) for term in (terms.values() if isinstance(terms, dict) else ())]
+    for section, keys in [("model", ("path", "template")), ("judge", ("path", "template"))]:
+        named += [(reward.get(section), key, False) for key in keys]
+    for inner, key, only_functions in [*named, (reward.get("judge"), "parser", True)]:
+        if isinstance(inner, dict) and key in inner:
+            inner[key] = _located(inner[key], base, only_functions=only_functions)
 
 
 def _located(value: Any, base: Path, *, only_functions: bool) -> Any:

@@ -12,11 +12,12 @@ from hybridflow.config.section import Section
 from hybridflow.errors import nearest
 
 if TYPE_CHECKING:  # the sections check themselves with this file
+    from hybridflow.config.reward_model import TrainingConfig
+    from hybridflow.config.rewards import RewardModelSection
     from hybridflow.config.rollout import RolloutSection
-    from hybridflow.config.sections import RlConfig, SftConfig
 
 Transport = Literal["auto", "shared_memory", "broadcast", "cuda_ipc", "files"]
-ROLES = ("actor", "critic", "reference", "rollout")  # what can be placed; rewards are scored by the controller
+ROLES = ("actor", "critic", "reference", "reward", "rollout")  # what can be placed; "reward": a reward model
 
 
 class EngineSection(Section):
@@ -89,8 +90,8 @@ class PlacementSection(Section):
     )
     roles: dict[str, str] = Field(
         default_factory=dict,
-        description="The pool of actor, critic, reference, rollout. Those that are not named are in the first pool; "
-        "roles of one pool share its processes.",
+        description="The pool of actor, critic, reference, reward (a reward model), rollout. Those that are not named "
+        "are in the first pool; roles of one pool share its processes.",
     )
     address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
     port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
@@ -146,7 +147,7 @@ class PlacementSection(Section):
         return self.roles.get(role, next(iter(self.pools)))
 
 
-def check_placement(config: RlConfig | SftConfig) -> None:
+def check_placement(config: TrainingConfig) -> None:
     """Holds the pools, and how each model is cut over them, together.
 
     Raises:
@@ -180,7 +181,7 @@ def check_placement(config: RlConfig | SftConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _rollout_problems(config: RlConfig | SftConfig) -> Iterator[str]:
+def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
     p, r = config.placement, getattr(config, "rollout", None)
     if p.transport == "files" and p.folder is None:
         yield "placement.transport is files: name placement.folder, which all processes reach"
@@ -199,16 +200,23 @@ def _rollout_problems(config: RlConfig | SftConfig) -> Iterator[str]:
         )
 
 
-def _roles_of(config: RlConfig | SftConfig) -> set[str]:
+def _roles_of(config: TrainingConfig) -> set[str]:
     """The roles that live in pools."""
     algorithm, rollout = getattr(config, "algorithm", None), getattr(config, "rollout", None)
     found = {
         "actor": True,
         "critic": getattr(config, "critic", None) is not None,
         "reference": algorithm is not None and algorithm.needs_reference,
+        "reward": reward_model_of(config) is not None,
         "rollout": rollout is not None and in_pool(config.placement, rollout),
     }
     return {role for role, there in found.items() if there}
+
+
+def reward_model_of(config: TrainingConfig) -> RewardModelSection | None:
+    """The section of the reward model, where the run has one."""
+    reward = getattr(config, "reward", None)
+    return None if reward is None else reward.model
 
 
 def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
@@ -222,7 +230,7 @@ def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
     return rollout.engine == "inline" or "rollout" in placement.roles
 
 
-def engines_of(config: RlConfig | SftConfig) -> Iterator[tuple[str, str, EngineSection]]:
+def engines_of(config: TrainingConfig) -> Iterator[tuple[str, str, EngineSection]]:
     """The models that are computed: the key of each one's section, its role, and the section."""
     yield "engine", "actor", config.engine
     critic = getattr(config, "critic", None)
@@ -233,9 +241,12 @@ def engines_of(config: RlConfig | SftConfig) -> Iterator[tuple[str, str, EngineS
     if algorithm is not None and algorithm.needs_reference and not adapters_off:
         own = getattr(config.model, "reference_engine", None)
         yield ("engine" if own is None else "model.reference_engine"), "reference", own or config.engine
+    model = reward_model_of(config)
+    if model is not None:
+        yield ("engine" if model.engine is None else "reward.model.engine"), "reward", model.engine or config.engine
 
 
-def _engine_in_pool(config: RlConfig | SftConfig, key: str, role: str, engine: EngineSection) -> Iterator[str]:
+def _engine_in_pool(config: TrainingConfig, key: str, role: str, engine: EngineSection) -> Iterator[str]:
     pool = config.placement.pool_of(role)
     if pool is None:
         if engine.strategy != "local" and not started_by_torchrun():

@@ -8,7 +8,10 @@ from hybridflow.config.describe import COMMANDS
 
 
 def schema(command: str) -> str:
-    """The schema (JSON Schema 2020-12) of the configuration of ``train``, ``sft`` or ``eval``, as text.
+    """The schema (JSON Schema 2020-12) of a configuration, as text.
+
+    Args:
+        command: "train", "sft", "reward-model" or "eval".
 
     What fits it may still be refused: rules between keys are checked when a configuration is loaded.
     """

@@ -12,7 +12,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -25,7 +24,7 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.placement import EngineSection as EngineSection
 from hybridflow.config.placement import PlacementSection as PlacementSection
 from hybridflow.config.placement import check_placement
-from hybridflow.config.rewards import REWARDS
+from hybridflow.config.rewards import RewardSection as RewardSection
 from hybridflow.config.rollout import RolloutSection as RolloutSection
 from hybridflow.config.section import Section as Section
 from hybridflow.errors import nearest
@@ -100,29 +99,6 @@ class RlModelSection(ModelSection):
         "the model that the run began with. Its weights never change.",
     )
     reference_engine: EngineSection | None = Field(None, description="How the reference is computed; unset: as engine.")
-
-
-class RewardSection(Section):
-    """What an answer is worth."""
-
-    function: str = Field(
-        description="file.py:function, or a built-in reward: gsm8k, gsm8k_flexible. A function takes any of response, "
-        "ground_truth, prompt, row and returns a number; with responses (a list) it scores a whole group and returns "
-        "as many numbers. Instead of a number it may return a dict with `score` and further numbers by name."
-    )
-    overlong_buffer: PositiveInt | None = Field(
-        None,
-        description="In training, the last so many tokens before rollout.max_response_tokens lower the reward step by "
-        "step (DAPO's soft punishment); unset: they do not.",
-    )
-    overlong_penalty: float = Field(1.0, gt=0, description="By how much at most.")
-
-    @field_validator("function")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if ".py:" not in name and name not in REWARDS:
-            raise ValueError(f"{name!r} is neither file.py:function nor a built-in reward; {nearest(name, REWARDS)}")
-        return name
 
 
 class OptimSection(Section):

@@ -33,6 +33,14 @@ BEGIN: dict[str, dict[str, Any]] = {
         "optim.lr": 1e-5,
         "checkpoint.every": 50,
     },
+    "reward-model": {
+        "run.seed": 0,
+        "data.max_tokens": 1024,
+        "train.epochs": 1,
+        "train.pairs_per_update": 64,
+        "optim.lr": 1e-5,
+        "checkpoint.every": 50,
+    },
     "eval": {
         "run.seed": 0,
         "data.max_prompt_tokens": 512,
@@ -62,9 +70,24 @@ SHOW: dict[str, dict[str, Any]] = {
         "checkpoint.keep": 2,
         "track.tensorboard": True,
     },
+    "reward-model": {
+        "data.eval": "pairs-for-evaluation.jsonl",
+        "data.prompt_key": "prompt",
+        "data.chosen_key": "chosen",
+        "data.rejected_key": "rejected",
+        "optim.schedule": "linear",
+        "optim.warmup_steps": 10,
+        "checkpoint.keep": 2,
+        "track.tensorboard": True,
+    },
     "eval": {"data.prompt_key": "prompt", "data.ground_truth_key": "ground_truth", "eval.max_rows": 200},
 }
-WHAT = {"train": "Reinforcement learning", "sft": "Supervised fine-tuning", "eval": "An evaluation"}
+WHAT = {
+    "train": "Reinforcement learning",
+    "sft": "Supervised fine-tuning",
+    "reward-model": "A reward model",
+    "eval": "An evaluation",
+}
 WIDTH = 100
 
 
@@ -74,18 +97,18 @@ def starter(
     """The text of a YAML file; it is a valid configuration.
 
     Args:
-        command: "train", "sft" or "eval".
+        command: "train", "sft", "reward-model" or "eval".
         file: where it will be written, for the commands in its head.
         folder: ``run.folder``.
         model: ``model.path``.
         data: ``data.train``, or ``data.eval`` for an evaluation.
-        reward: ``reward.function``; None for supervised fine-tuning.
+        reward: ``reward.function``; None for supervised fine-tuning and reward models.
         overrides: ``dotted.key=value``, instead of what a starter has or besides.
 
     Raises:
         UserError: no reward where one is needed, or an override that does not fit.
     """
-    if (reward is None) != (command == "sft"):
+    if (reward is None) != (command in ("sft", "reward-model")):
         need = "needs none" if reward else "needs a reward"
         raise UserError(
             f"a configuration for {command} {need}",

@@ -213,7 +213,7 @@ def autocast_on(device: torch.device) -> Callable[[], AbstractContextManager[Non
 
 def _outputs(loss: Loss) -> tuple[str, ...]:
     """The scores that a loss reads."""
-    if loss.name == "value":
+    if loss.name in ("value", "bradley_terry"):
         return ("value",)
     if loss.name != "policy":
         return ("logp",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,20 +23,32 @@ class LocalReference:
             scores: what is left is the model that the run began with, without a second copy.
         tokens_per_microbatch: most tokens in one forward pass.
         device: where to score; None leaves the actor where it is.
+        dtype: of a reward model: what its weights are kept, and multiplied, in; "auto" is bfloat16 on a GPU. None
+            keeps float32 weights, and multiplies in bfloat16 on a GPU.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, tokens_per_microbatch: int, device: torch.device | str | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        tokens_per_microbatch: int,
+        device: torch.device | str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] | None = None,
     ) -> None:
         self.model, self.tokens_per_microbatch = model, tokens_per_microbatch
         self.adapted = hasattr(model, "peft_config")
         if not self.adapted:
             self.model.to(device).eval().requires_grad_(False)
+        self.plain = dtype is not None
+        if dtype is not None:
+            low = dtype == "bfloat16" or (dtype == "auto" and self.model.device.type != "cpu")
+            self.model.to(torch.bfloat16 if low else torch.float32)
         self.scorer = TokenScorer(model)
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """See `Scorer.score`."""
         device = self.model.device
-        passes = Passes(self.scorer, self.model, self.tokens_per_microbatch, device, within=autocast_on(device))
+        within = nullcontext if self.plain else autocast_on(device)
+        passes = Passes(self.scorer, self.model, self.tokens_per_microbatch, device, within=within)
         with self.model.disable_adapter() if self.adapted else nullcontext():
             return passes.score(batch, outputs, temperature)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
+from hybridflow.models.classifier import state_reader
 from hybridflow.models.forward import score_tokens, score_values
 from hybridflow.models.ulysses import SequenceParallel
 from hybridflow.models.value import ValueHead
@@ -26,7 +27,8 @@ class TokenScorer(torch.nn.Module):
 
     Args:
         model: a model that `models.load` loaded.
-        value_head: reads values from its last hidden states; None for a model without.
+        value_head: reads values from its last hidden states; None for a model without, and for a classifier, which
+            has a layer of its own for that.
         sp: the ranks that share the tokens of a pass; None for one process.
     """
 
@@ -49,9 +51,10 @@ class TokenScorer(torch.nn.Module):
             temperature: divides the logits.
             entropy_gradient: whether entropies have a gradient.
         """
-        assert self.value_head is not None or "value" not in outputs, "values need a value head"
-        if self.value_head is not None and tuple(outputs) == ("value",):
-            index_M, value_M = score_values(self.model, part, self.value_head, sp=self.sp)
+        reader = self.value_head if self.value_head is not None else state_reader(self.model)
+        assert reader is not None or "value" not in outputs, "values need a value head"
+        if reader is not None and tuple(outputs) == ("value",):
+            index_M, value_M = score_values(self.model, part, reader, sp=self.sp)
             return index_M, {"value": value_M.clone()}
         entropy: Literal["with gradient", "detached"] = "with gradient" if entropy_gradient else "detached"
         scores = score_tokens(

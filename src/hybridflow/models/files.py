@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hybridflow.errors import UserError
+from hybridflow.models.classifier import empty_classifier, holds_classifier
 from hybridflow.models.lora import has_adapters, load_adapters, merged
 
 FILE_BYTES = 2 << 30  # of an exported file: it is put together in memory
@@ -55,13 +56,16 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
 def read_model(folder: Path) -> dict[str, Tensor]:
     """The whole weights in ``model/`` under the names of a model in memory, whatever names they have in the files."""
     # Through from_pretrained, because saving may rename and regroup tensors (fused experts).
-    return dict(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+    auto = AutoModelForSequenceClassification if holds_classifier(folder / "model") else AutoModelForCausalLM
+    return dict(auto.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
 
 
 def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without weights (on the meta device), as the configuration in a folder says."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
+        if holds_classifier(folder):
+            return empty_classifier(config, packing=False, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

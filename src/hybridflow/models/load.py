@@ -46,13 +46,13 @@ def load_model(
     """
     disable_progress_bar()  # a bar for every load and save drowns the run's own progress
     if is_function_reference(path):
-        model, tokenizer = _from_function(path, seed)
+        model, tokenizer = from_function(path, seed)
     else:
         causal_config(path, trust_remote_code=trust_remote_code)
         model = _from_folder(model_folder(path), path, packing=packing, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     remove_dropout(model)
-    _refuse_both_directions(path, model)
+    refuse_both_directions(path, model)
     if packing:
         use_packing(model)
     return model, tokenizer
@@ -65,7 +65,7 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
         UserError: there is no tokenizer, it needs code of its own, or it has no end-of-sequence token.
     """
     if is_function_reference(path):
-        tokenizer = _from_function(path, seed)[1]
+        tokenizer = from_function(path, seed)[1]
     else:
         folder = model_folder(path, weights=False)
         if not trust_remote_code:
@@ -159,7 +159,8 @@ def _refuse_own_tokenizer(path: str, folder: Path) -> None:
         refuse_own_code(path, code_files({"tokenizer": own}))
 
 
-def _refuse_both_directions(path: str, model: PreTrainedModel) -> None:
+def refuse_both_directions(path: str, model: PreTrainedModel) -> None:
+    """Raises a UserError for an encoder: its tokens see what comes after them."""
     encoder = getattr(model.config, "is_decoder", None) is False
     if encoder and any(getattr(module, "is_causal", None) is False for module in model.modules()):
         raise UserError(
@@ -192,7 +193,12 @@ def _zero_rates(holder: object) -> None:
             setattr(holder, name, 0.0)
 
 
-def _from_function(path: str, seed: int) -> tuple[Any, Any]:
+def from_function(path: str, seed: int) -> tuple[Any, Any]:
+    """The model, in float32, and the tokenizer that a function of the user's returns.
+
+    Raises:
+        UserError: it returns something else.
+    """
     function = load_function(path)
     takes_seed = "seed" in inspect.signature(function).parameters
     made = function(seed=seed) if takes_seed else function()

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hybridflow.config.sections import LoraSection, ModelSection
 from hybridflow.errors import UserError
 from hybridflow.models.checkpointing import checkpoint_activations
+from hybridflow.models.classifier import load_classifier
 from hybridflow.models.liger import apply_liger, require_liger
 from hybridflow.models.load import load_model
 
@@ -46,15 +47,23 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
             ) from error
 
 
-def load_trainable(section: ModelSection, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_trainable(
+    section: ModelSection, *, seed: int, classifier: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
+
+    Args:
+        section: which model.
+        seed: of random weights and of adapters.
+        classifier: as a sequence classifier of one label, without adapters: see `load_classifier`.
 
     Raises:
         UserError: see `load_model`, `apply_liger`, `checkpoint_activations` and `add_lora`.
     """
     if section.liger:
         require_liger()  # before minutes of loading
-    model, tokenizer = load_model(
+    load = load_classifier if classifier else load_model
+    model, tokenizer = load(
         section.path, seed=seed, packing=section.packing, trust_remote_code=section.trust_remote_code
     )
     if section.liger:

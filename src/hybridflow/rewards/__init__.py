@@ -1,8 +1,56 @@
-"""What an answer is worth. Built-in rewards are in the table `REWARDS`."""
+"""What an answer is worth. The built-in rewards are in the table `REWARDS`; docs/rewards.md says what each accepts.
 
-from collections.abc import Callable
+The tables hold references, which are imported where they are used: processes that score start often.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybridflow.rewards import gsm8k
+REWARDS: dict[str, str] = {
+    "gsm8k": "hybridflow.rewards.gsm8k:strict",
+    "gsm8k_flexible": "hybridflow.rewards.gsm8k:flexible",
+    "math": "hybridflow.rewards.math:score",
+    "math_dapo": "hybridflow.rewards.math_dapo:score",
+    "multiple_choice": "hybridflow.rewards.multiple_choice:score",
+    "countdown": "hybridflow.rewards.countdown:score",
+    "qa_em": "hybridflow.rewards.qa:exact_match",
+    "qa_f1": "hybridflow.rewards.qa:f1",
+    "geo3k": "hybridflow.rewards.geo3k:score",
+    "json": "hybridflow.rewards.json_answer:score",
+    "regex": "hybridflow.rewards.regex:score",
+    "format": "hybridflow.rewards.tags:score",
+    "tool_format": "hybridflow.rewards.tool_format:score",
+    "code": "hybridflow.rewards.code:score",
+}
 
-REWARDS: dict[str, Callable[..., Any]] = {"gsm8k": gsm8k.strict, "gsm8k_flexible": gsm8k.flexible}
+
+def builtin(name: str) -> Callable[..., Any]:
+    """The built-in reward of that name; the name must be in `REWARDS`."""
+    return _resolve(REWARDS[name])
+
+
+def _resolve(reference: str) -> Callable[..., Any]:
+    module, _, function = reference.partition(":")
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return resolved
+
+
+def _on_use(reference: str) -> Callable[[Mapping[str, Any]], None]:
+    def check(kwargs: Mapping[str, Any]) -> None:
+        _resolve(reference)(kwargs)
+
+    return check
+
+
+# By the name of a reward: makes sure, before anything is scored, that it can work with these keyword arguments, or
+# raises UserError. A reward that is not here needs no check.
+CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "math": _on_use("hybridflow.rewards.math:check"),
+    "geo3k": _on_use("hybridflow.rewards.math:check"),
+    "json": _on_use("hybridflow.rewards.json_answer:check"),
+    "regex": _on_use("hybridflow.rewards.regex:check"),
+    "code": _on_use("hybridflow.rewards.code:check"),
+}

@@ -109,7 +109,7 @@ class AsyncEngine(Hooks):
         return len(self._live)
 
     def submit(self, request: Request) -> int:
-        """See `RolloutEngine.submit`. Requests leave for their replicas when `wait` is called: then all are known."""
+        """See `RolloutEngine.submit`. Requests leave for their replicas with `wait` or `poll`: then all are known."""
         done, wanted = len(request.generated_ids), request.replica
         if not request.prompt_ids or done >= request.sampling.max_tokens:
             raise UserError(
@@ -134,9 +134,7 @@ class AsyncEngine(Hooks):
         Raises:
             UserError: no replica is left, or what keeps one from answering is for the user to mend.
         """
-        if self._queue:
-            queue, self._queue = self._queue, []
-            self._loop.call_soon_threadsafe(self._deal, queue)
+        self._send()
         while True:
             with self._changed:
                 while not (self._stale or self._error or self._takes()):
@@ -153,6 +151,18 @@ class AsyncEngine(Hooks):
                     self._in_flight -= {result.handle for result in taken}
                     return taken
             self._publish_again()
+
+    def poll(self) -> list[Result]:
+        """What `wait` would give at once; sends what was submitted, and does not wait for it.
+
+        Raises:
+            UserError: see `wait`.
+        """
+        self._send()
+        with self._changed:
+            if not (self._stale or self._error or self._takes()):
+                return []
+        return self.wait()
 
     def abort(self, handles: Iterable[int]) -> list[Result]:
         """See `RolloutEngine.abort`. What ended and was not handed out yet comes with the reason that it ended for."""
@@ -248,6 +258,11 @@ class AsyncEngine(Hooks):
         return StopText(sampling.stop, sampling.stop_regex, self.decode, [*job.request.generated_ids, *job.tokens])
 
     # --- in the caller's thread ---
+
+    def _send(self) -> None:
+        if self._queue:
+            queue, self._queue = self._queue, []
+            self._loop.call_soon_threadsafe(self._deal, queue)
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs it in the loop's thread, to its end."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Group, Request, Result, RolloutEngine, Sampling, Trajectory
+from hybridflow.protocols import Answers, Grader, Group, Request, Result, RolloutEngine, Sampling, Score, Trajectory
 
 
 class Question(Protocol):
@@ -58,8 +59,36 @@ class Stopped(Exception):
     """Generation ended early because the run was asked to stop; nothing of the step has been trained on."""
 
 
-Reward = Callable[..., Sequence[float | Mapping[str, float]]]
 GREEDY = -1  # stands for the number of the greedy answer among the samples
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """What happens to answers that the reward failed on; see ``reward.on_failure``.
+
+    Args:
+        on_failure: what happens.
+        value: the reward for "value".
+        advice: what the user may change, by `Score.kind`.
+    """
+
+    on_failure: Literal["fail", "drop_group", "mask", "value"] = "fail"
+    value: float = 0.0
+    advice: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, score: Score, where: str) -> UserError:
+        """What ends a run at its first failure.
+
+        Args:
+            score: a failed one.
+            where: which row of which data.
+        """
+        what, scoring, why = str(score.failure).partition(" (it was scoring ")
+        fix = self.advice.get(score.kind, "look at the reward") + OTHERWISE
+        return UserError(f"{where}: {what}", why=f"it was scoring {why.removesuffix(')')}" if scoring else "", fix=fix)
+
+
+OTHERWISE = "; or let reward.on_failure (drop_group, mask, value) say what such answers are worth"
 
 
 class GroupSource:
@@ -68,12 +97,12 @@ class GroupSource:
     Args:
         engine: where answers come from.
         question: the prompt of a row index.
-        reward: called as ``reward(responses, ground_truth=, prompt=, row=)``; it gives a number for each response, or
-            numbers by name, of which "score" is the reward.
+        grader: scores the answers of finished groups, while others are generated.
         decode: token ids to text.
         sampling: how answers are drawn.
         samples: answers per prompt.
         greedy: whether every prompt is answered once more, greedily, for a baseline.
+        policy: what happens where the reward fails.
         seed: the run's seed.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
@@ -86,19 +115,20 @@ class GroupSource:
         self,
         engine: RolloutEngine,
         question: Callable[[int], Question],
-        reward: Reward,
+        grader: Grader,
         *,
         decode: Callable[[list[int]], str],
         sampling: Sampling,
         samples: int,
         seed: int,
         greedy: bool = False,
+        policy: FailurePolicy = FailurePolicy(),
         journal: GroupStore | None = None,
         whole_step: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.engine, self.question, self.reward, self.decode = engine, question, reward, decode
-        self.sampling, self.seed = sampling, seed
+        self.engine, self.question, self.grader, self.decode = engine, question, grader, decode
+        self.sampling, self.seed, self.policy = sampling, seed, policy
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
         self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
         self.reward_seconds = 0.0
@@ -109,7 +139,7 @@ class GroupSource:
         self._kept += results
 
     def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
-        """The groups of these (draw, row) pairs, in their order.
+        """The groups of these (draw, row) pairs, in their order; one that the policy drops has no trajectories.
 
         Args:
             step: the step they are for.
@@ -141,21 +171,26 @@ class GroupSource:
             for sample in self.samples:
                 owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
         arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
+        scoring: dict[int, _Scoring] = {}
         journaled = len(done)  # of the step: a filter may ask for more groups of it
-        while owner:
+        while owner or scoring:
             if self.should_stop():
                 self.engine.abort(list(owner))
+                self.grader.cancel()
                 raise Stopped
-            arriving, self._kept = self._kept or self.engine.wait(), []
-            for result in arriving:
-                draw, sample = owner.pop(result.handle)
-                arrived[draw][sample] = result
-                if len(arrived[draw]) == len(self.samples) and draw not in done:
-                    done[draw] = self._score(draw, rows[draw], questions[draw], arrived.pop(draw))
-                    if self.journal is not None:
-                        self.journal.append(step, done[draw])
-                    journaled += 1
-                    fault_point("group", step, journaled)
+            if owner:
+                arriving, self._kept = self._kept or self.engine.wait(), []
+                for result in arriving:
+                    draw, sample = owner.pop(result.handle)
+                    arrived[draw][sample] = result
+                    if len(arrived[draw]) == len(self.samples) and draw not in done:
+                        scoring[draw] = self._submit(draw, rows[draw], questions[draw], arrived.pop(draw))
+            for draw in self._scored(scoring, wait=not owner):
+                done[draw] = self._group(draw, rows[draw], questions[draw], scoring.pop(draw))
+                if self.journal is not None:
+                    self.journal.append(step, done[draw])
+                journaled += 1
+                fault_point("group", step, journaled)
         return [done[draw] for draw, _ in draws]
 
     def _request(self, question: Question, draw: int, sample: int) -> Request:
@@ -164,7 +199,8 @@ class GroupSource:
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
         return Request(question.token_ids, greedy, NoiseKey(self.seed, "greedy", draw))
 
-    def _score(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> Group:
+    def _submit(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> _Scoring:
+        """Has a finished group scored."""
         if not all(math.isfinite(logp) for result in results.values() for logp in result.logps):
             raise UserError(
                 f"the log-probabilities of an answer to row {row} of the training data are not finite",
@@ -173,27 +209,95 @@ class GroupSource:
             )
         began = time.perf_counter()
         greedy = results.pop(GREEDY, None)
-        texts = [self.decode(results[i].token_ids) for i in range(len(results))]
-        answers = []
-        for i, (text, (reward, components)) in enumerate(zip(texts, self._rewards(texts, question, row))):
-            r = results[i]
-            answers.append(
+        group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
+
+        def answers(texts: list[str]) -> Answers:
+            return Answers(texts, question.ground_truth, question.messages, question.row)
+
+        self.grader.submit(2 * draw, answers(group.texts))
+        if greedy is not None:
+            # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
+            self.grader.submit(2 * draw + 1, answers([self.decode(greedy.token_ids)]))
+            group.lacking = 2
+        self.reward_seconds += time.perf_counter() - began
+        return group
+
+    def _scored(self, scoring: dict[int, _Scoring], *, wait: bool) -> list[int]:
+        """The draws whose scores are all there; waits for one if there is nothing else to do."""
+        began = time.perf_counter()
+        whole = []
+        for key, scores in self.grader.wait() if wait and scoring else self.grader.ready():
+            group = scoring[key // 2]
+            group.lacking -= 1
+            if key % 2:
+                (group.baseline,) = scores
+            else:
+                group.scores = scores
+            if not group.lacking:
+                whole.append(key // 2)
+        self.reward_seconds += time.perf_counter() - began
+        return whole
+
+    def _group(self, draw: int, row: int, question: Question, found: _Scoring) -> Group:
+        """A group of what was scored, after the policy for what was not."""
+        every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
+        failed = [score for score in every if score.failure is not None]
+        group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(score.kind for score in failed)))
+        policy = self.policy
+        if failed and policy.on_failure == "fail":
+            raise policy.refuse(failed[0], f"row {row} of the training data")
+        if found.baseline is not None:
+            group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
+        baseline_failed = found.baseline is not None and found.baseline.failure is not None
+        if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
+            return group  # without its baseline an answer has nothing to be held against
+        names = {name for score in found.scores for name in score.components}
+        for i, (text, score) in enumerate(zip(found.texts, found.scores)):
+            r = found.results[i]
+            valued = score.failure is not None and policy.on_failure == "value"
+            group.trajectories.append(
                 Trajectory(
-                    i, r.token_ids, r.logps, r.finish_reason, r.spans, text, reward, r.support, components=components
+                    i,
+                    r.token_ids,
+                    r.logps,
+                    r.finish_reason,
+                    r.spans,
+                    text,
+                    total(score) if score.failure is None else policy.value,
+                    r.support,
+                    components=dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components),
+                    step_rewards=self._at_tokens(r.token_ids, text, score),
+                    failure=score.failure if policy.on_failure == "mask" else None,
                 )
             )
-        # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
-        baseline = None if greedy is None else self._rewards([self.decode(greedy.token_ids)], question, row)[0][0]
-        self.reward_seconds += time.perf_counter() - began
-        return Group(draw, row, list(question.token_ids), answers, baseline)
+        return group
 
-    def _rewards(self, texts: list[str], question: Question, row: int) -> list[tuple[float, dict[str, float]]]:
-        """The reward of each text, and its components."""
-        try:
-            found = self.reward(texts, ground_truth=question.ground_truth, prompt=question.messages, row=question.row)
-        except UserError as error:
-            raise UserError(f"row {row} of the training data: {error.what}", why=error.why, fix=error.fix) from error
-        return [
-            (r["score"], {n: v for n, v in r.items() if n != "score"}) if isinstance(r, Mapping) else (r, {})
-            for r in found
-        ]
+    def _at_tokens(self, token_ids: list[int], text: str, score: Score) -> list[tuple[int, float]]:
+        """The rewards of an answer's parts, each on the first token with which the text is as long as the part ends."""
+        found = []
+        for characters, reward in score.steps:
+            low, high = 1, len(token_ids)  # the length of the text grows with the tokens: a binary search
+            while low < high:
+                middle = (low + high) // 2
+                if len(self.decode(token_ids[:middle])) >= min(characters, len(text)):
+                    high = middle
+                else:
+                    low = middle + 1
+            found.append((low - 1, reward))
+        return found
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """A finished group that is being scored: what is there of it."""
+
+    results: dict[int, Result]
+    texts: list[str]
+    scores: list[Score] = field(default_factory=list)
+    baseline: Score | None = None
+    lacking: int = 1  # submissions that have not come back
+
+
+def total(score: Score) -> float:
+    """What an answer is worth, with its parts."""
+    return score.value + sum(reward for _, reward in score.steps)

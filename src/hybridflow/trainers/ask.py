@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from hybridflow.models.load import load_model, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Sampling, generate
-from hybridflow.rewards.function import load_reward
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import inline_engine, training_sampling
+from hybridflow.trainers.rewarding import data_sources, failure_policy, make_grader
 
 DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
 
@@ -60,16 +61,18 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
     limit = config.rollout.max_response_tokens
-    done = evaluate(
-        inline_engine(model, tokenizer, config.rollout),
-        prompts,
-        load_reward(config.reward.function),
-        config.eval,
-        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        sampling=sampling_for(config.eval, training_sampling(config.rollout, stop_ids(model, tokenizer))),
-        seed=config.run.seed,
-        note=note,
-    )
+    with closing(make_grader(config, None, data_sources(prompts))) as grader:
+        done = evaluate(
+            inline_engine(model, tokenizer, config.rollout),
+            prompts,
+            grader,
+            failure_policy(config.reward),
+            config.eval,
+            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            sampling=sampling_for(config.eval, training_sampling(config.rollout, stop_ids(model, tokenizer))),
+            seed=config.run.seed,
+            note=note,
+        )
     for record in done.records:
         record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
     write_rollouts(folder / "answers.parquet", done.records, EVALUATION)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Set
+from contextlib import closing
 from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,12 +19,22 @@ from hybridflow.data.sources import Sources
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError, nearest
 from hybridflow.models.load import causal_config, load_model, load_tokenizer
-from hybridflow.rewards.function import load_reward, score_of
+from hybridflow.rollout.groups import total
 from hybridflow.trainers.ask import model_at
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import vote_in
 from hybridflow.trainers.generation import describe_engine
 from hybridflow.trainers.placing import describe_placement
+from hybridflow.trainers.rewarding import (
+    JUDGE,
+    MODEL,
+    answers_to,
+    data_sources,
+    first_of_each,
+    make_grader,
+    require_score,
+    score_all,
+)
 from hybridflow.trainers.session import total_steps
 
 MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
@@ -163,24 +175,43 @@ def _check_prompts(
             "will look like progress"
         )
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
-    yield _try_reward(config, prompts)
+    yield from _try_reward(config, prompts)
     if purpose == "training":
         prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
     return len(prompts), set(texts)
 
 
-def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> str:
-    reward, prompt = load_reward(config.reward.function), prompts[0]
-    answer = str(prompt.ground_truth)
-    found = reward([answer], ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)[0]
-    components = set(found) - {"score"} if isinstance(found, dict) else set()
-    if isinstance(config, RlConfig):
-        _require_components(config, components)
-    more = f" (components: {', '.join(sorted(components))})" if components else ""
-    return (
-        f"  reward {reward.name}: the first row's ground truth {answer[:60]!r} given as the answer scores "
-        f"{score_of(found):g}{more}"
-    )
+def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> Iterator[str]:
+    """Has the ground truth scored as an answer, for the first row of every data source."""
+    r = config.reward
+    loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
+    if r.judge is not None and r.judge.url is not None:
+        loaded.remove(JUDGE)
+    with closing(make_grader(config, None, data_sources(prompts), scoring=not loaded)) as grader:
+        grader.check()
+        first = [] if loaded else list(first_of_each(prompts, MAX_ROWS))
+        scores = score_all(grader, [answers_to(p, [_as_answer(p.ground_truth)]) for p in first])
+    if loaded:
+        yield f"  reward {_reward_name(config)}: its {' and '.join(loaded)} can be loaded; nothing was scored"
+    for prompt, (score,) in zip(first, scores):
+        require_score(score, r, f"the first row of {prompt.data_source}")
+        if isinstance(config, RlConfig):
+            _require_components(config, set(score.components))
+        more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
+        of = f" of {prompt.data_source}" if len(first) > 1 else ""
+        answer = _as_answer(prompt.ground_truth)
+        yield (
+            f"  reward {_reward_name(config)}: the first row's{of} ground truth {answer[:60]!r} given as the answer "
+            f"scores {total(score):g}{more}"
+        )
+
+
+def _reward_name(config: RlConfig | EvalConfig) -> str:
+    return config.reward.function if config.reward.terms is None else " + ".join(config.reward.terms)
+
+
+def _as_answer(ground_truth: object) -> str:
+    return ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=str)
 
 
 def _require_components(config: RlConfig, found: set[str]) -> None:
@@ -192,7 +223,7 @@ def _require_components(config: RlConfig, found: set[str]) -> None:
     a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
     if needs.needs_components and not found:
         raise UserError(
-            f"the {a.advantage} advantage works on the components of a reward, and {config.reward.function} has none",
+            f"the {a.advantage} advantage works on the components of a reward, and {_reward_name(config)} has none",
             fix='return a dict from it: {"score": ..., "correct": ..., "format": ...}',
         )
     named = {"filter.metric": [config.filter.metric] if config.filter.metric != "reward" else []}
@@ -201,7 +232,7 @@ def _require_components(config: RlConfig, found: set[str]) -> None:
         for name in names:
             if name not in found:
                 raise UserError(
-                    f"{key} names {name!r}, which {config.reward.function} does not return", fix=nearest(name, found)
+                    f"{key} names {name!r}, which {_reward_name(config)} does not return", fix=nearest(name, found)
                 )
 
 

@@ -15,8 +15,9 @@ from hybridflow.config.sections import EvalSection
 from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, RolloutEngine, Sampling
-from hybridflow.rewards.function import RewardFunction, score_of
+from hybridflow.protocols import Grader, Request, Result, RolloutEngine, Sampling, Score
+from hybridflow.rollout.groups import FailurePolicy, total
+from hybridflow.trainers.rewarding import answers_to, score_all
 from hybridflow.trainers.statistics import maj_at_k, mean_interval, pass_at_k
 
 SECONDS_BETWEEN_NOTES = 10.0
@@ -56,13 +57,13 @@ class Evaluation:
 
     Args:
         measures: all of one data source, then those of the next.
-        lengths: ``response_length`` metrics of each source.
+        others: ``response_length`` metrics of each source, and how many of its answers the reward failed on.
         records: a row for each answer, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
         prompts: how many prompts were answered.
     """
 
     measures: list[Measure]
-    lengths: dict[str, float]
+    others: dict[str, float]
     records: list[dict[str, Any]]
     prompts: int
 
@@ -72,7 +73,7 @@ class Evaluation:
         for m in self.measures:
             aside = m.key.replace("val-core/", "val-aux/", 1)
             found |= {f"{aside}/ci_low": m.low, f"{aside}/ci_high": m.high}
-        return found | self.lengths
+        return found | self.others
 
 
 def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
@@ -91,7 +92,8 @@ def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
 def evaluate(
     engine: RolloutEngine,
     prompts: PromptSet,
-    reward: RewardFunction,
+    grader: Grader,
+    policy: FailurePolicy,
     section: EvalSection,
     *,
     decode: Callable[[list[int]], str],
@@ -107,7 +109,9 @@ def evaluate(
     Args:
         engine: holds the weights to evaluate.
         prompts: the evaluation set.
-        reward: scores the answers.
+        grader: scores the answers.
+        policy: what happens where the reward fails; unless it ends the evaluation, such an answer gets its value, and
+            is counted.
         section: how many rows and answers, and what is measured.
         decode: token ids to text.
         sampling: what `sampling_for` gave.
@@ -130,11 +134,16 @@ def evaluate(
     rewards: dict[str, list[list[float]]] = defaultdict(list)
     votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []
+    failures: dict[str, float] = {}
     answers = _answers(engine, requests, note)
+    texts_of = [[decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
+    scores_of = score_all(grader, (answers_to(p, texts) for p, texts in zip(asked, texts_of)))
     for i, prompt in enumerate(asked):
-        results = answers[i * n : (i + 1) * n]
-        texts = [decode(result.token_ids) for result in results]
-        values = _scores(reward, prompt, texts, i)
+        results, texts = answers[i * n : (i + 1) * n], texts_of[i]
+        values = [_value(score, policy, f"row {i} of the evaluation data") for score in scores_of[i]]
+        for score in scores_of[i]:
+            name = f"val-aux/{prompt.data_source}/reward_failures"
+            failures[name] = failures.get(name, 0.0) + (score.failure is not None)
         voted = [vote_in(text, section.answer) for text in texts]
         rewards[prompt.data_source].append(values)
         votes[prompt.data_source].append(voted)
@@ -142,7 +151,7 @@ def evaluate(
             record = _record(prompt, result) | {"draw": i, "sample": sample, "response": text, "reward": value}
             records.append(record | {"vote": said})
     measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
-    return Evaluation(measures, _lengths(records), records, count)
+    return Evaluation(measures, _lengths(records) | failures, records, count)
 
 
 def measure(
@@ -217,12 +226,12 @@ def _answers(engine: RolloutEngine, requests: Sequence[Request], note: Callable[
     return [done[handle] for handle in handles]
 
 
-def _scores(reward: RewardFunction, prompt: Prompt, texts: list[str], row: int) -> list[float]:
-    try:
-        found = reward(texts, ground_truth=prompt.ground_truth, prompt=prompt.messages, row=prompt.row)
-    except UserError as error:
-        raise UserError(f"row {row} of the evaluation data: {error.what}", why=error.why, fix=error.fix) from error
-    return [score_of(value) for value in found]
+def _value(score: Score, policy: FailurePolicy, where: str) -> float:
+    if score.failure is None:
+        return total(score)
+    if policy.on_failure == "fail":
+        raise policy.refuse(score, where)
+    return policy.value
 
 
 def _record(prompt: Prompt, result: Result) -> dict[str, Any]:

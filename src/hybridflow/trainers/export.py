@@ -14,6 +14,7 @@ from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps,
 from hybridflow.config.sections import RlModelSection
 from hybridflow.engines.shards import SHARDS, read_shards, whole_tensors
 from hybridflow.errors import UserError
+from hybridflow.models.classifier import holds_classifier
 from hybridflow.models.files import empty_model, export_model, read_weights, write_adapters, write_streamed
 from hybridflow.models.load import load_tokenizer
 from hybridflow.models.lora import load_trainable
@@ -122,7 +123,8 @@ def _write_model(
         write_streamed(model, tensors, target, dtype)
         return load_tokenizer(str(own), trust_remote_code=section.trust_remote_code)
     if own.is_dir():
-        model, tokenizer = load_trainable(section.model_copy(update={"path": str(own), "lora": None}), seed=0)
+        plain = section.model_copy(update={"path": str(own), "lora": None})
+        model, tokenizer = load_trainable(plain, seed=0, classifier=holds_classifier(own))
     else:
         model, tokenizer = _with_adapters(checkpoint, section, seed)
     export_model(model, target, dtype)

@@ -41,6 +41,23 @@ Scores = dict[str, Tensor]
 SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Scores that may still be computed elsewhere: call it to have them.
+
+    Args:
+        result: waits for them.
+        done: whether that would return at once.
+    """
+
+    result: Callable[[], Scores]
+    done: Callable[[], bool] = lambda: True
+
+    def __call__(self) -> Scores:
+        """The scores."""
+        return self.result()
+
+
 class GroupScorer:
     """A `Scorer` over a group of workers.
 
@@ -56,10 +73,10 @@ class GroupScorer:
         """See `Scorer.score`."""
         return self.score_later(batch, outputs, temperature=temperature)()
 
-    def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Callable[[], Scores]:
+    def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
         """Begins to score; what it returns waits for the scores."""
         if not len(batch):
-            return lambda: {name: torch.zeros(0) for name in outputs}
+            return Pending(lambda: {name: torch.zeros(0) for name in outputs})
         rows = self.rows(batch)
         sent = batch.select([name for name in MODEL_COLUMNS if name in batch])
         future = self.group.score.later([sent.take(r) for r in rows], list(outputs), temperature, self.whose)
@@ -75,7 +92,7 @@ class GroupScorer:
                 found[name][position_T] = column_T
             return found
 
-        return in_order
+        return Pending(in_order, future.done)
 
     def rest(self) -> None:
         """Something else works on its devices now: what its section's `offload` names moves to host memory."""
@@ -313,14 +330,12 @@ class GroupRollout:
             self._finish()
 
 
-def score_later(
-    scorer: Scorer, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0
-) -> Callable[[], Scores]:
+def score_later(scorer: Scorer, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
     """Has a model score; what it returns gives the scores. A model in other processes works meanwhile."""
     if isinstance(scorer, GroupScorer):
         return scorer.score_later(batch, outputs, temperature=temperature)
     scores = scorer.score(batch, outputs, temperature=temperature)
-    return lambda: scores
+    return Pending(lambda: scores)
 
 
 def update_later(engine: TrainEngine, batch: Batch, loss: Loss) -> Callable[[], Update]:

@@ -27,20 +27,25 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey, token_keys
-from hybridflow.protocols import Group, TrainEngine
+from hybridflow.protocols import Group, TrainEngine, Trajectory
 from hybridflow.trainers.roles import updates_per_step
 
 # --- groups ---
 
+NOT_SCORED = "reward failed"
+
 
 def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[str]) -> list[Group]:
     """The groups that pass the filter; why the others do not is counted in `dropped`."""
-    kept = []
+    kept: list[Group] = []
     for group in groups:
-        values = [t.reward if section.metric == "reward" else t.components[section.metric] for t in group.trajectories]
-        reason = drop_reason(
-            values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
-        )
+        scored = [t for t in group.trajectories if t.failure is None]
+        values = [t.reward if section.metric == "reward" else t.components[section.metric] for t in scored]
+        reason: str | None = NOT_SCORED
+        if values:
+            reason = drop_reason(
+                values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
+            )
         if reason is None:
             kept.append(group)
         else:
@@ -51,6 +56,12 @@ def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[st
 def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
     """What is said where no group of a step passes the filter."""
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    if set(dropped) == {NOT_SCORED}:
+        return UserError(
+            f"the reward failed on the answers of all {dropped.total()} groups of a step",
+            why="reward.on_failure leaves nothing to learn from",
+            fix="look at the reward: reward.on_failure=fail says what happens to the first answer that it fails on",
+        )
     return UserError(
         f"no group of {dropped.total()} passed the filter: {counts}",
         why=f"filter.max_rounds={section.max_rounds} rounds of prompts gave nothing to learn from",
@@ -59,38 +70,67 @@ def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
     )
 
 
+def failure_counts(groups: Sequence[Group], on_failure: str) -> dict[str, float]:
+    """How many answers of a step the reward failed on, by what happened, and what became of them."""
+    found = {"reward/failures": 0.0}
+    for group in groups:
+        for kind, count in group.failures.items():
+            found["reward/failures"] += count
+            found[f"reward/failures/{kind}"] = found.get(f"reward/failures/{kind}", 0.0) + count
+    if on_failure in ("drop_group", "mask"):
+        found["reward/dropped_groups"] = float(sum(not g.trajectories for g in groups))
+    if on_failure == "mask":
+        found["reward/masked_answers"] = float(sum(t.failure is not None for g in groups for t in g.trajectories))
+    return found
+
+
 def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], dict[str, float]]:
-    """The groups without the answers that were cut at the limit, where ``filter.overlong`` asks for it.
+    """The groups without the answers that carry no loss: those that the reward failed on, and, where
+    ``filter.overlong`` asks for it, those that were cut at the limit.
 
     A group that is left with a single answer has nothing to be compared with: where the advantage needs groups, it is
     dropped, and counted.
     """
-    if not config.filter.overlong:
+    overlong = config.filter.overlong
+    if not overlong and all(t.failure is None for g in groups for t in g.trajectories):
         return list(groups), {}
-    whole = [replace(g, trajectories=[t for t in g.trajectories if t.finish_reason != "length"]) for g in groups]
+    scored = [replace(g, trajectories=[t for t in g.trajectories if t.failure is None]) for g in groups]
+
+    def lost(t: Trajectory) -> bool:
+        return overlong and t.finish_reason == "length"
+
+    whole = [replace(g, trajectories=[t for t in g.trajectories if not lost(t)]) for g in scored]
     least = 2 if needs_of(config.algorithm.advantage, ADVANTAGES).needs_group else 1
     kept = [g for g in whole if len(g.trajectories) >= least]
     counts = {
-        "training/overlong_answers": sum(len(g.trajectories) for g in groups) - sum(len(g.trajectories) for g in whole),
         "training/single_answer_groups": sum(len(g.trajectories) == 1 for g in whole) if least == 2 else 0,
     }
+    if overlong:
+        counts["training/overlong_answers"] = sum(lost(t) for g in scored for t in g.trajectories)
     return kept, {name: float(count) for name, count in counts.items()}
 
 
 def component_names(groups: Sequence[Group]) -> list[str]:
-    """The names of the rewards' components, in order; all answers must have the same.
+    """The names of the rewards' components, in order: all that some answer has (sources may have others each).
 
     Raises:
-        UserError: they have not.
+        UserError: answers to the same prompt have others.
     """
-    found = {tuple(sorted(t.components)) for g in groups for t in g.trajectories}
-    if len(found) > 1:
-        first, second = sorted(found)[:2]
-        raise UserError(
-            f"the reward returned components {list(first)} for one answer and {list(second)} for another",
-            fix="return the same names for every answer",
-        )
-    return list(found.pop()) if found else []
+    for group in groups:
+        found = {tuple(sorted(t.components)) for t in group.trajectories if t.failure is None}
+        if len(found) > 1:
+            first, second = sorted(found)[:2]
+            raise UserError(
+                f"the reward returned components {list(first)} for one answer and {list(second)} for another",
+                fix="return the same names for every answer",
+            )
+    return sorted({name for g in groups for t in g.trajectories for name in t.components})
+
+
+def shared_components(groups: Sequence[Group]) -> list[str]:
+    """The names of the components that all answers have, in order."""
+    having = [set(t.components) for g in groups for t in g.trajectories if t.failure is None and t.components]
+    return [name for name in component_names(groups) if all(name in names for names in having)]
 
 
 # --- before the step's updates ---

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.placement import PlacementSection, check_placement, engines_of, in_pool, resolved_placement
-from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.config.reward_model import TrainingConfig
+from hybridflow.config.sections import RlConfig
 from hybridflow.controller.cluster import Cluster, open_cluster
 from hybridflow.controller.forking import MODELS
 from hybridflow.controller.group import WorkerGroup
@@ -38,9 +40,10 @@ class Places:
         UserError: there are not enough devices, a port is taken, no cluster answers, ...
     """
 
-    def __init__(self, config: RlConfig | SftConfig, events: Callable[[str, str], None]) -> None:
+    def __init__(self, config: TrainingConfig, events: Callable[[str, str], None]) -> None:
         self.placement, self.device = resolved_placement(config.placement), config.run.device
         self.events = events
+        self._beside = ExitStack()
         try:  # the sections were checked without what the environment decides
             check_placement(config.model_copy(update={"placement": self.placement}))
         except ValueError as error:
@@ -55,8 +58,13 @@ class Places:
                 events=events,
             )
 
+    def on_close(self, end: Callable[[], None]) -> None:
+        """Has something end when the processes do."""
+        self._beside.callback(end)
+
     def close(self) -> None:
         """Ends the processes, if there are any."""
+        self._beside.close()
         if self.cluster is not None:
             self.cluster.close()
 
@@ -81,7 +89,7 @@ class Places:
         """
         if self.cluster is None:
             return local_engine(role, pick_device(self.device))
-        assert role.name != "reference"
+        assert role.name in ("actor", "critic")
         return GroupEngine(self._group(role, EngineWorker), role.name, placement=self.placement)
 
     def reference(self, role: Role) -> Scorer:
@@ -156,7 +164,7 @@ class Places:
         return self.cluster.group(role.name, cls, pool, role, mesh={"dp": size // sp, "sp": sp})
 
 
-def describe_placement(config: RlConfig | SftConfig) -> Iterator[str]:
+def describe_placement(config: TrainingConfig) -> Iterator[str]:
     """Says which model is in which pool, before anything starts."""
     placement = resolved_placement(config.placement)
     cut: dict[str, list[str]] = {pool: [] for pool in placement.pools}

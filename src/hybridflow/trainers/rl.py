@@ -11,7 +11,6 @@ import torch
 
 from hybridflow.algorithms.advantage import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
-from hybridflow.algorithms.filtering import overlong_penalty_N
 from hybridflow.algorithms.kl import KL_ESTIMATORS, mean_per_answer
 from hybridflow.algorithms.mismatch import token_ages
 from hybridflow.batch import Batch
@@ -20,13 +19,15 @@ from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.faults import fault_point
-from hybridflow.protocols import Group, Loss, Scorer, TrainEngine
+from hybridflow.protocols import Group, Loss, Scorer, TrainEngine, Trajectory
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
+from hybridflow.trainers.diversity import diversity
 from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
 from hybridflow.trainers.group_engine import score_later, update_later
 from hybridflow.trainers.learning import (
     component_names,
     corrected,
+    failure_counts,
     nothing_passed,
     old_logp_is,
     part_sizes,
@@ -35,6 +36,7 @@ from hybridflow.trainers.learning import (
     policy_outputs,
     rejected,
     reweighted,
+    shared_components,
     trainable,
     whole_gap,
     with_current,
@@ -42,6 +44,7 @@ from hybridflow.trainers.learning import (
 from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.rl_run import RlRun, open_run
 from hybridflow.trainers.roles import sequences_per_update
+from hybridflow.trainers.shaping import shaped_rewards, token_rewards
 
 
 def train(config: RlConfig) -> Path:
@@ -71,12 +74,14 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
     fault_point("gen", step)
     f, wanted = run.config.filter, run.config.train.prompts_per_step
     groups: list[Group] = []
+    drawn: list[Group] = []
     dropped: Counter[str] = Counter()
     rounds, reward_seconds = 0, 0.0
     with run.clock.phase("gen"):
         run.turn.to_generation()
         while len(groups) < wanted and rounds < (f.max_rounds if f.active else 1):
             found = run.source.collect(step, run.sampler.take(wanted - len(groups)))
+            drawn += found
             groups += passing(found, f, dropped)
             reward_seconds += run.source.reward_seconds
             rounds += 1
@@ -84,6 +89,7 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
     run.clock.seconds["gen"] -= reward_seconds
     if not groups:
         raise nothing_passed(f, dropped)
+    run.measured |= failure_counts(drawn, run.config.reward.on_failure)
     if f.active:
         run.measured |= {f"training/filtered_groups/{reason}": float(n) for reason, n in dropped.items()}
         run.measured |= {"training/num_gen_batches": float(rounds), "training/groups": float(len(groups))}
@@ -116,11 +122,11 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
         if a.correction.active and a.correction.mode == "decoupled":
             batch, found = corrected(batch, batch["old_logp_T"], a)
             counts |= found
-        batch["reward_T"] = token_rewards(batch, shaped_rewards(batch, config))
+        batch["reward_T"] = token_rewards(batch, shaped_rewards(batch, config, run.moments))
         if a.kl_reward_coef:
             batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
             batch["reward_T"] -= run.kl.coef * batch["kl_T"]
-        values = piece_values(a, component_names(groups))
+        values = piece_values(a, shared_components(groups))
         for name, column_T in advantage_columns(a.advantage, batch, values).items():
             batch[name] = column_T
     run.measured |= counts
@@ -171,9 +177,10 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         fault_point("eval", step)
     if batch is not None:
         metrics = metrics | run.take_measured() | batch_metrics(groups, batch, config.rollout.max_response_tokens)
-        drifted = run.watch.observe(metrics)
-        if drifted is not None:
-            run.trackers.advise(f"step {step}: {drifted}")
+        for watch in (run.watch, run.reward_watch):
+            advice = watch.observe(metrics)
+            if advice is not None:
+                run.trackers.advise(f"step {step}: {advice}")
         if step == 1:
             _advise_where_none_ended(run, "first step", [t.finish_reason for g in groups for t in g.trajectories])
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
@@ -226,25 +233,28 @@ def batch_of(groups: list[Group]) -> Batch:
 
     Columns: ``input_ids_T``, ``loss_mask_T`` (the answer), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
     ``sample_B``, ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
-    Where the reward has components: ``components_BK``, in the order of `component_names`. Where greedy answers were
+    Where the reward has components: ``components_BK``, in the order of `shared_components`. Where it has parts:
+    ``step_reward_T``. Where greedy answers were
     asked for: ``baseline_B``. Where tokens were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for
     all of it) and ``support_ids_K``.
     """
     answers = [(g, t) for g in groups for t in g.trajectories]
-    supports: dict[str, list[list[int]]] = {}
+    ragged: dict[str, list[Any]] = {}
     if any(t.support is not None for _, t in answers):
         sizes = [t.support.sizes if t.support else [0] * len(t.token_ids) for _, t in answers]
-        supports["support_size_T"] = [[0] * len(g.prompt_ids) + size for (g, _), size in zip(answers, sizes)]
-        supports["support_ids_K"] = [t.support.ids if t.support else [] for _, t in answers]
-    names = component_names(groups)
+        ragged["support_size_T"] = [[0] * len(g.prompt_ids) + size for (g, _), size in zip(answers, sizes)]
+        ragged["support_ids_K"] = [t.support.ids if t.support else [] for _, t in answers]
+    names = shared_components(groups)
     dense: dict[str, list[Any]] = {}
     if names:
-        dense["components_BK"] = [[t.components[name] for name in names] for _, t in answers]
+        dense["components_BK"] = [[t.components.get(name, 0.0) for name in names] for _, t in answers]
+    if any(t.step_rewards for _, t in answers):
+        ragged["step_reward_T"] = [[0.0] * len(g.prompt_ids) + _by_token(t) for g, t in answers]
     if any(g.baseline is not None for g in groups):
         dense["baseline_B"] = [g.baseline for g, _ in answers]
     batch = Batch.from_rows(
         {
-            **supports,
+            **ragged,
             **dense,
             "input_ids_T": [g.prompt_ids + t.token_ids for g, t in answers],
             "loss_mask_T": [[False] * len(g.prompt_ids) + [True] * len(t.token_ids) for g, t in answers],
@@ -264,24 +274,12 @@ def batch_of(groups: list[Group]) -> Batch:
     return batch
 
 
-def shaped_rewards(batch: Batch, config: RlConfig) -> torch.Tensor:
-    """The reward of every answer ``[B]``, less what ``reward.overlong_buffer`` takes off long ones."""
-    r, reward_B = config.reward, batch["reward_B"]
-    if r.overlong_buffer is None:
-        return reward_B
-    length_B = torch.zeros_like(reward_B).index_add_(0, batch.sequence_of(), batch["loss_mask_T"].to(reward_B.dtype))
-    limit = config.rollout.max_response_tokens
-    return reward_B + overlong_penalty_N(length_B, limit, r.overlong_buffer, r.overlong_penalty)
-
-
-def token_rewards(batch: Batch, reward_B: torch.Tensor | None = None) -> torch.Tensor:
-    """The reward of every token ``[T]``: all of an answer's (``reward_B``) on its last token that carries loss."""
-    reward_B = batch["reward_B"] if reward_B is None else reward_B
-    reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
-    scored_T = batch["loss_mask_T"].nonzero()[:, 0]
-    last_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.sequence_of()[scored_T], scored_T, "amax")
-    reward_T[last_B[last_B >= 0]] = reward_B[last_B >= 0]
-    return reward_T
+def _by_token(t: Trajectory) -> list[float]:
+    """The rewards of an answer's parts, on its tokens; parts may end with the same one."""
+    found = [0.0] * len(t.token_ids)
+    for position, reward in t.step_rewards:
+        found[position] += reward
+    return found
 
 
 def divergence(batch: Batch, estimator: str) -> torch.Tensor:
@@ -369,18 +367,22 @@ def value_loss(config: RlConfig) -> Loss:
 def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -> dict[str, float]:
     """Rewards and lengths of a step's answers, advantages of those that are trained on, under verl's names."""
     mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
+    scored = [t for t in answers if t.failure is None]
     response_B = torch.tensor([len(t.token_ids) for t in answers], dtype=torch.float32)
-    equal = [len({t.reward for t in g.trajectories}) == 1 for g in groups]
+    equal = [len({t.reward for t in g.trajectories if t.failure is None}) <= 1 for g in groups]
     metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
+    rows = [g.row for g in groups for t in g.trajectories if t.failure is None]
+    rewards = [t.reward for t in scored]
+    metrics |= diversity([t.token_ids for t in scored], [t.response for t in scored], rows, rewards)
     measured = {
-        "critic/score": torch.tensor([t.reward for t in answers]),
-        "critic/rewards": torch.tensor([t.reward for t in answers]),
+        "critic/score": torch.tensor([t.reward for t in scored]),
+        "critic/rewards": torch.tensor([t.reward for t in scored]),
         "critic/advantages": batch["advantage_T"][mask_T],
         "response_length": response_B,
         "prompt_length": torch.tensor([len(g.prompt_ids) for g in groups for _ in g.trajectories]).float(),
     }
     for name in component_names(groups):
-        measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in answers])
+        measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in scored if name in t.components])
     if "reward_T" in batch:  # with penalties, of the answers that are trained on
         measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
     if "value_T" in batch:
@@ -408,7 +410,8 @@ def _evaluate(run: RlRun, step: int) -> dict[str, float]:
     done = evaluate(
         run.rollout,
         run.eval_prompts,
-        run.reward,
+        run.grader,
+        run.policy,
         config.eval,
         decode=run.decode,
         sampling=sampling_for(config.eval, run.source.sampling),
@@ -448,7 +451,7 @@ def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[d
                     "data_source": prompt.data_source,
                     "prompt": prompt.text,
                     "response": t.response,
-                    "reward": t.reward,
+                    "reward": None if t.failure is not None else t.reward,
                     "advantage": advantage.get((g.draw, t.sample)),
                     "finish_reason": t.finish_reason,
                     "ground_truth": str(prompt.ground_truth),

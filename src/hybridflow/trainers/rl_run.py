@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +17,8 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.models.load import load_tokenizer
-from hybridflow.protocols import Restarting, RolloutEngine, Scorer, TrainEngine
-from hybridflow.rewards.function import RewardFunction, load_reward
-from hybridflow.rollout.groups import GroupSource
+from hybridflow.protocols import Grader, Restarting, RolloutEngine, Scorer, TrainEngine
+from hybridflow.rollout.groups import FailurePolicy, GroupSource
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
@@ -29,8 +28,11 @@ from hybridflow.trainers.handover import HandOver
 from hybridflow.trainers.lifecycle import StopRequest
 from hybridflow.trainers.placing import Places
 from hybridflow.trainers.publishing import Publisher, publisher_of
+from hybridflow.trainers.reward_watch import RewardWatch
+from hybridflow.trainers.rewarding import data_sources, failure_policy, make_grader
 from hybridflow.trainers.roles import actor_role
 from hybridflow.trainers.session import Session, opening, total_steps
+from hybridflow.trainers.shaping import Moments
 from hybridflow.trainers.watch import MismatchWatch
 
 
@@ -41,7 +43,8 @@ class RlRun(Session):
     config: RlConfig
     rollout: RolloutEngine
     source: GroupSource
-    reward: RewardFunction
+    grader: Grader
+    policy: FailurePolicy
     prompts: PromptSet
     eval_prompts: PromptSet | None
     journal: Journal
@@ -50,8 +53,10 @@ class RlRun(Session):
     reference: Scorer | None = None
     kl: KlController
     watch: MismatchWatch
+    reward_watch: RewardWatch
     turn: HandOver
     publisher: Publisher
+    moments: Moments = field(default_factory=Moments)
     token_text: dict[int, str] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)  # of the step under way, besides its updates' metrics
 
@@ -88,13 +93,14 @@ class RlRun(Session):
         return super().engines() | ({"critic": self.critic.engine} if own and self.critic else {})
 
     def extra_state(self) -> dict[str, Any]:
-        """The coefficient of the KL penalty, which an adaptive controller moves."""
-        return {"kl_reward_coef": self.kl.coef}
+        """The coefficient of the KL penalty, which an adaptive controller moves, and what is known of all rewards."""
+        return {"kl_reward_coef": self.kl.coef, "reward_moments": astuple(self.moments)}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """See `Session.load_extra`. A fixed coefficient is the configuration's, which may have been changed."""
         if self.kl.target is not None:
             self.kl.coef = state["kl_reward_coef"]
+        self.moments = Moments(*state["reward_moments"])
 
     def save(self, step: int) -> None:
         """See `Session.save`. Models that are offloaded between phases come back for it."""
@@ -125,7 +131,8 @@ class RlRun(Session):
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         for line in lines:
-            self.watch.observe(line)  # what it says of these was said before
+            for watch in (self.watch, self.reward_watch):
+                watch.observe(line)  # what they say of these was said before
         self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
         if self.best is not None:
             write_best(self.folder.checkpoints, self.best)
@@ -160,10 +167,12 @@ def _assemble(
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
-    scorer = RewardFunction(reward, reward.__name__) if reward else load_reward(config.reward.function)
     role = actor_role(config, steps)
     engine = places.trained(role)
     rollout = places.rollout(config, role, engine, tokenizer, folder.path)
+    grader = make_grader(config, places, data_sources(prompts, evaluated), function=reward)
+    places.on_close(grader.close)
+    policy = failure_policy(config.reward)
     journal = Journal(folder.path / "journal")
 
     def decode(token_ids: list[int]) -> str:
@@ -172,12 +181,13 @@ def _assemble(
     source = GroupSource(
         rollout,
         prompts.__getitem__,
-        scorer,
+        grader,
         decode=decode,
         sampling=training_sampling(config.rollout, places.stop_ids(engine, tokenizer)),
         samples=t.samples_per_prompt,
         seed=seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
+        policy=policy,
         journal=journal,
         whole_step=config.rollout.engine == "inline",
         should_stop=stop.requested,
@@ -192,7 +202,8 @@ def _assemble(
         engine=engine,
         rollout=rollout,
         source=source,
-        reward=scorer,
+        grader=grader,
+        policy=policy,
         prompts=prompts,
         eval_prompts=evaluated,
         sampler=prompts.sampler(seed=seed),
@@ -202,6 +213,7 @@ def _assemble(
         reference=reference,
         kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
         watch=MismatchWatch(corrected=a.correction.active),
+        reward_watch=RewardWatch({n: t.weight for n, t in (config.reward.terms or {}).items() if t.weight}),
         publisher=publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events),
         turn=HandOver(rollout, models, sleeps=places.rollout_sleeps(config)),
         trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),

@@ -12,7 +12,8 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.sections import EngineSection, ModelSection, OptimSection, RlConfig, SftConfig
+from hybridflow.config.reward_model import RewardModelConfig
+from hybridflow.config.sections import EngineSection, EvalConfig, ModelSection, OptimSection, RlConfig, SftConfig
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
 from hybridflow.models.load import load_tokenizer, require_context
@@ -25,11 +26,12 @@ class Role:
     """One model of a run.
 
     Args:
-        name: actor, critic or reference.
+        name: actor, critic, reference or reward.
         model: where it begins.
         engine: how it is cut over processes.
         optim: how it is trained; None: never.
         value_head: whether it values states.
+        classifier: whether it is a sequence classifier, which values them too.
         total_steps: optimizer steps of the whole run.
         tokens_per_microbatch: most tokens in one forward pass.
         longest: tokens of the longest sequence that it can meet, where that is known beforehand.
@@ -37,11 +39,12 @@ class Role:
         publish: how adapters leave for an engine that has weights of its own.
     """
 
-    name: Literal["actor", "critic", "reference"]
+    name: Literal["actor", "critic", "reference", "reward"]
     model: ModelSection
     engine: EngineSection
     optim: OptimSection | None
     value_head: bool = False
+    classifier: bool = False
     total_steps: int = 0
     tokens_per_microbatch: int
     longest: int | None
@@ -113,6 +116,44 @@ def sft_role(config: SftConfig, steps: int) -> Role:
     )
 
 
+def reward_model_role(config: RewardModelConfig, steps: int) -> Role:
+    """The model that a run of so many steps trains on preferences."""
+    return Role(
+        name="actor",
+        model=config.model,
+        engine=config.engine,
+        optim=config.optim,
+        classifier=True,
+        total_steps=steps,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        longest=None,  # data.max_tokens is a limit, and pairs may all be shorter
+        seed=config.run.seed,
+    )
+
+
+def reward_role(config: RlConfig | EvalConfig, *, packing: bool) -> Role:
+    """The reward model of a run.
+
+    Args:
+        config: the configuration; it has the section.
+        packing: whether its family takes packed sequences.
+    """
+    section = config.reward.model
+    assert section is not None
+    engine = section.engine or (config.engine if isinstance(config, RlConfig) else EngineSection())
+    budget = config.train.tokens_per_microbatch if isinstance(config, RlConfig) else 0
+    return Role(
+        name="reward",
+        model=ModelSection(path=section.path, packing=packing, trust_remote_code=section.trust_remote_code),
+        engine=engine.model_copy(update={"dtype": section.dtype}),
+        optim=None,
+        classifier=True,
+        tokens_per_microbatch=max(budget, section.max_tokens + 1),
+        longest=None,  # its own limit, reward.model.max_tokens, is held against its context before
+        seed=config.run.seed,
+    )
+
+
 def beside(config: RlConfig, path: str | None) -> ModelSection:
     """A model beside the actor, loaded as the actor is; None: the actor's own."""
     m = config.model
@@ -125,7 +166,7 @@ def load_role(role: Role) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: it cannot be loaded, or a sequence can be longer than its context.
     """
-    model, tokenizer = load_trainable(role.model, seed=role.seed)
+    model, tokenizer = load_trainable(role.model, seed=role.seed, classifier=role.classifier)
     if role.longest is not None:
         require_context(model, role.longest)
     return model, tokenizer
@@ -142,7 +183,7 @@ def local_engine(role: Role, device: torch.device) -> LocalEngine:
     Raises:
         UserError: see `load_role`.
     """
-    assert role.optim is not None and role.name != "reference"
+    assert role.optim is not None and role.name in ("actor", "critic")
     model, _ = load_role(role)
     return LocalEngine(
         model,
@@ -162,7 +203,8 @@ def local_reference(role: Role, device: torch.device) -> LocalReference:
         UserError: see `load_role`.
     """
     model, _ = load_role(role)
-    return LocalReference(model, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
+    dtype = role.engine.dtype if role.name == "reward" else None
+    return LocalReference(model, tokens_per_microbatch=role.tokens_per_microbatch, device=device, dtype=dtype)
 
 
 def longest_sequence(config: RlConfig) -> int:

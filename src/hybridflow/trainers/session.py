@@ -15,7 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import Best, NewCheckpoint, read_checkpoint, saved_steps, step_folder
-from hybridflow.config.sections import CheckpointSection, RlConfig, SftConfig
+from hybridflow.config.reward_model import TrainingConfig
+from hybridflow.config.sections import CheckpointSection
 from hybridflow.data.sampler import Sampler
 from hybridflow.engines.background import Background
 from hybridflow.errors import UserError
@@ -49,7 +50,7 @@ def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_st
 
 
 @contextmanager
-def opening(config: RlConfig | SftConfig) -> Iterator[tuple[RunFolder, StopRequest, Places, dict[str, Any]]]:
+def opening(config: TrainingConfig) -> Iterator[tuple[RunFolder, StopRequest, Places, dict[str, Any]]]:
     """The run's folder, locked, its stop request, its processes, and its plain configuration.
 
     On an error the processes end and the folder is let go of. In a process that torchrun started as a worker this

@@ -6,18 +6,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from hybridflow.checkpoint.store import read_best
-from hybridflow.config.sections import RlConfig, SftConfig
+from hybridflow.config.reward_model import RewardModelConfig, TrainingConfig
+from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.check import check
 from hybridflow.trainers.lifecycle import Interrupted
 from hybridflow.trainers.placing import serve_torchrun
+from hybridflow.trainers.reward_model import check_preferences, train_reward_model
 from hybridflow.trainers.rl import train
 from hybridflow.trainers.sft import train_sft
 from hybridflow.viewer.report import write_report
 
 
-def start(config: RlConfig | SftConfig, *, again: str) -> int:
+def start(config: TrainingConfig, *, again: str) -> int:
     """Checks a configuration and runs it.
 
     Args:
@@ -28,11 +30,14 @@ def start(config: RlConfig | SftConfig, *, again: str) -> int:
         0 when the run is done, 130 when it was stopped before its end.
     """
     serve_torchrun(config.placement)
-    for line in check(config):
+    for line in check_preferences(config) if isinstance(config, RewardModelConfig) else check(config):
         print(line)
     folder = Path(config.run.folder)
     with suppress(Interrupted):
-        train(config) if isinstance(config, RlConfig) else train_sft(config)
+        if isinstance(config, RlConfig):
+            train(config)
+        else:
+            train_reward_model(config) if isinstance(config, RewardModelConfig) else train_sft(config)
     print(f"report: {write_report(folder)}")
     if read_events(folder / "events.jsonl")[-1]["kind"] == "done":  # model/ alone may be of a shorter run before
         print(f"model: {folder / 'model'}  (a Hugging Face folder)")

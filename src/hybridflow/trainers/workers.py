@@ -292,7 +292,7 @@ def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine |
 
 def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:
     """This rank's part of a model that is trained."""
-    assert role.optim is not None and role.name != "reference"
+    assert role.optim is not None and role.name in ("actor", "critic")
     model = _sharded_model(role)
     return ShardedEngine(
         model,
@@ -313,7 +313,7 @@ def sharded_reference(role: Role, device: torch.device) -> ShardedReference:
 
 
 def _sharded_model(role: Role) -> PreTrainedModel:
-    model, _ = load_sharded(role.model, seed=role.seed)
+    model, _ = load_sharded(role.model, seed=role.seed, classifier=role.classifier)
     if role.longest is not None:
         require_context(model, role.longest)
     return model

@@ -1,0 +1,257 @@
+"""Preferences: rows with two answers of which one was preferred, to conversations that a reward model reads.
+
+A value is read from the state before the token that is masked in (`models.forward`), so every conversation gets one
+more token, which nothing before it sees, and the token after each one that is read is masked in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.batch import Batch
+from hybridflow.config.reward_model import PreferenceDataSection
+from hybridflow.data.chat import CHAT, Messages, as_messages, conversation_text, require_template, tokenize
+from hybridflow.data.rows import column, require_one_schema
+from hybridflow.data.sampler import Sampler
+from hybridflow.data.sources import RowSet, Sources, read_sources
+from hybridflow.errors import UserError
+
+_CHUNK = 500  # pairs tokenised together
+
+
+def readings(conversations: Sequence[Sequence[int]], read: Sequence[Sequence[int]]) -> Batch:
+    """``input_ids_T`` and ``loss_mask_T``: scoring "value" gives the values of the states after the tokens `read`.
+
+    Args:
+        conversations: token ids.
+        read: of each, the places of the tokens to read at, ascending.
+    """
+    masks = []
+    for ids, places in zip(conversations, read):
+        mask = torch.zeros(len(ids) + 1, dtype=torch.bool)
+        mask[torch.tensor(places, dtype=torch.int64) + 1] = True
+        masks.append(mask)
+    ids_T = [torch.tensor([*ids, ids[-1]]) for ids in conversations]
+    return Batch.from_rows({"input_ids_T": ids_T, "loss_mask_T": masks})
+
+
+def last_read(token_ids: Sequence[int], padding: int | None) -> int:
+    """The token that transformers reads a conversation at: the last one that is not the padding token.
+
+    >>> last_read([5, 6, 7], None), last_read([5, 6, 0], 0)
+    (2, 1)
+    """
+    return next((i for i in reversed(range(len(token_ids))) if token_ids[i] != padding), len(token_ids) - 1)
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, file: str | None, *, key: str) -> None:
+    """Gives a tokenizer the template in a file, and makes sure that it has one.
+
+    Raises:
+        UserError: there is no such file, or no template.
+    """
+    if file is None:
+        require_template(tokenizer)
+    elif not Path(file).is_file():
+        raise UserError(f"{key}: no file {file}", fix="give a Jinja file that writes `messages` as text")
+    else:
+        tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+
+
+class PreferenceSet:
+    """Pairs of conversations; batches are rendered when they are asked for.
+
+    Args:
+        data: the rows.
+        config: which columns, which limit.
+        tokenizer: renders and tokenises.
+        padding: the padding token in the model's configuration, which transformers does not read at.
+        alike: how many rows were left out because both answers are the same.
+        over_long: how many were over the limit and left out.
+    """
+
+    def __init__(
+        self,
+        data: RowSet,
+        config: PreferenceDataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        padding: int | None = None,
+        alike: int = 0,
+        over_long: int = 0,
+    ) -> None:
+        self.data, self.config, self.tokenizer, self.padding = data, config, tokenizer, padding
+        self.alike, self.over_long = alike, over_long
+        self.source = data.name
+
+    def __len__(self) -> int:
+        return len(self.data.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows that are drawn from; see `RowSet.fingerprint`."""
+        return self.data.fingerprint()
+
+    def sampler(self, *, seed: int) -> Sampler:
+        """Draws from these pairs, as ``data.order`` and the weights of the sources say."""
+        return self.data.sampler(self.config.order, seed=seed)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The conversations of these rows, the preferred one of each first: `readings`, and what their loss reads.
+
+        Columns: ``chosen_T`` (bool), ``margin_T``, ``pair_weight_T`` (all pairs count the same and add up to 1), and
+        ``trajectory_B``, the row.
+
+        Raises:
+            UserError: a row is no pair, or over the limit.
+        """
+        conversations = self.tokens(indices)
+        for place, ids in enumerate(conversations):
+            if len(ids) > self.config.max_tokens:
+                source, number = self.data.place(indices[place // 2])
+                raise UserError(
+                    f"row {number} of {source} has a conversation of {len(ids)} tokens, data.max_tokens is "
+                    f"{self.config.max_tokens}",
+                    fix="raise the limit or leave the row out (data.over_long=filter does)",
+                )
+        batch = readings(conversations, [[last_read(ids, self.padding)] for ids in conversations])
+        sequence_T = batch.sequence_of()
+        margin_N = torch.tensor([self._margin(i) for i in indices])
+        batch["chosen_T"] = sequence_T % 2 == 0
+        batch["margin_T"] = margin_N[sequence_T // 2]
+        batch["pair_weight_T"] = torch.full((batch.total(),), 1 / len(indices))
+        batch["trajectory_B"] = torch.tensor([i for i in indices for _ in range(2)])
+        return batch
+
+    def tokens(self, indices: Sequence[int]) -> list[list[int]]:
+        """Token ids of the conversations of these rows: preferred, other, preferred, other, ...
+
+        Raises:
+            UserError: a row is no pair.
+        """
+        pairs = [self.pair(i) for i in indices]
+        texts = [conversation_text(self.tokenizer, messages) for pair in pairs for messages in pair]
+        return tokenize(self.tokenizer, texts, CHAT)
+
+    def longest(self) -> list[int]:
+        """Tokens of the longer conversation of every row."""
+        lengths: list[int] = []
+        for first in range(0, len(self), _CHUNK):
+            ids = self.tokens(range(first, min(first + _CHUNK, len(self))))
+            lengths += [max(len(a), len(b)) for a, b in zip(ids[::2], ids[1::2])]
+        return lengths
+
+    def fit(self) -> PreferenceSet:
+        """Without pairs of one and the same answer, and without over-long ones where ``data.over_long`` is filter.
+
+        Raises:
+            UserError: nothing is left.
+        """
+        c = self.config
+        differ = [i for i, row in enumerate(self.data.rows) if self._value(i, row, True) != self._value(i, row, False)]
+        alike = len(self) - len(differ)
+        if not differ:
+            raise UserError(
+                f"in every row of {self.source} {c.chosen_key} and {c.rejected_key} are the same",
+                why="there is nothing to tell apart",
+            )
+        kept = PreferenceSet(self.data.keep(differ), c, self.tokenizer, padding=self.padding, alike=alike)
+        if c.over_long == "refuse":
+            return kept
+        fitting = [i for i, length in enumerate(kept.longest()) if length <= c.max_tokens]
+        return PreferenceSet(
+            kept.data.keep(fitting), c, self.tokenizer, padding=self.padding, alike=alike,
+            over_long=len(kept) - len(fitting),
+        )  # fmt: skip
+
+    def notes(self) -> list[str]:
+        """What is to be said of the rows, in words."""
+        lines = [f"pairs of the same answer twice, left out: {self.alike}"] if self.alike else []
+        if self.config.over_long == "filter":
+            lines.append(
+                f"pairs with a conversation of more than {self.config.max_tokens} tokens, left out: {self.over_long}"
+            )
+        empty = sum(not str(pair[-1].get("content")).strip() for i in range(len(self)) for pair in self.pair(i))
+        if empty:
+            lines.append(f"advice: {empty} of {2 * len(self)} answers are empty")
+        return lines
+
+    def pair(self, index: int) -> tuple[Messages, Messages]:
+        """The preferred conversation of a row, and the other.
+
+        Raises:
+            UserError: the row has no such columns, or something else in them.
+        """
+        row, c = self.data.rows[index], self.config
+        prompt: Messages = []
+        if c.prompt_key is not None:
+            source, number = self.data.place(index)
+            given = column(row, c.prompt_key, source=source, index=number)
+            if not isinstance(given, str | list):
+                raise UserError(
+                    f"{c.prompt_key} of row {number} of {source} is a {type(given).__name__}",
+                    fix="give a string or chat messages, or set data.prompt_key=null where answers are conversations",
+                )
+            prompt = as_messages(given)
+        return self._conversation(index, prompt, True), self._conversation(index, prompt, False)
+
+    def _conversation(self, index: int, prompt: Messages, chosen: bool) -> Messages:
+        key = self.config.chosen_key if chosen else self.config.rejected_key
+        answer, (source, number) = self._value(index, self.data.rows[index], chosen), self.data.place(index)
+        if isinstance(answer, str) and prompt:
+            return [*prompt, {"role": "assistant", "content": answer}]
+        if isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
+            return answer if answer[: len(prompt)] == prompt else [*prompt, *answer]
+        what = "a string without a prompt" if isinstance(answer, str) else f"a {type(answer).__name__}"
+        raise UserError(
+            f"{key} of row {number} of {source} is no answer: it is {what}",
+            fix="give a string and a prompt column (data.prompt_key), or a list of chat messages",
+        )
+
+    def _value(self, index: int, row: dict[str, Any], chosen: bool) -> Any:
+        source, number = self.data.place(index)
+        key = self.config.chosen_key if chosen else self.config.rejected_key
+        return column(row, key, source=source, index=number)
+
+    def _margin(self, index: int) -> float:
+        key = self.config.margin_key
+        if key is None:
+            return 0.0
+        source, number = self.data.place(index)
+        value = column(self.data.rows[index], key, source=source, index=number)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{key} of row {number} of {source} is {value!r}, not a number")
+        return float(value)
+
+
+def load_preferences(
+    sources: Sources,
+    config: PreferenceDataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    padding: int | None = None,
+) -> PreferenceSet:
+    """Reads pairs; those of one answer twice are left out, and over-long ones where ``data.over_long`` says so.
+
+    Args:
+        sources: training or held-out rows.
+        config: which columns.
+        tokenizer: with a template: see `use_template`.
+        seed: for sources that are functions.
+        padding: see `PreferenceSet`.
+
+    Raises:
+        UserError: a source cannot be read, a row is of another kind, or nothing is left.
+    """
+    data = read_sources(sources, seed=seed)
+    keys = [config.chosen_key, config.rejected_key]
+    keys += [] if config.prompt_key is None else [config.prompt_key]
+    for part, source in zip(data.parts(), data.sources):
+        require_one_schema(data.rows[part.start : part.stop], keys, source=source.source)
+    return PreferenceSet(data, config, tokenizer, padding=padding).fit()

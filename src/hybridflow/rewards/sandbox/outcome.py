@@ -1,0 +1,78 @@
+"""How a program ended, and what it may use. Shared by all back ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Status = Literal["ok", "error", "timeout", "output"]
+
+
+class SandboxError(RuntimeError):
+    """The sandbox, not the program, has failed: there is no outcome, and no score may be made of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use.
+
+    Args:
+        seconds: wall-clock time from its first line to its end, and CPU time of all its threads.
+        memory_mb: address space, MiB.
+        output_kb: most that it may write to its output, or return, KiB.
+    """
+
+    seconds: float
+    memory_mb: int
+    output_kb: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a program.
+
+    Args:
+        status: "ok" (exit status 0), "error" (another status, or killed by a signal), "timeout", or "output" (ended
+            because it wrote too much).
+        stdout: what it wrote, at most `Limits.output_kb`.
+        stderr: the same for the other stream.
+        code: exit status, or the negative number of the signal.
+        cpu_seconds: its CPU time; 0 where the back end does not say.
+        peak_kb: its greatest resident memory, KiB; 0 where the back end does not say.
+        result: what the called function returned, as `calls.encode` wrote it; None unless a function was called.
+    """
+
+    status: Status
+    stdout: str = ""
+    stderr: str = ""
+    code: int = 0
+    cpu_seconds: float = 0.0
+    peak_kb: int = 0
+    result: str | None = None
+
+
+class Sandbox(Protocol):
+    """Where programs run. All methods may be called from several threads at once."""
+
+    parallel: int
+
+    def run(self, program: str, stdin: str) -> Outcome:
+        """Runs a program with that input.
+
+        Raises:
+            SandboxError: no outcome could be had.
+        """
+
+    def call(self, program: str, name: str, arguments: list[object]) -> Outcome:
+        """Loads a program and calls one function of it (of its class ``Solution``, where it has no such function).
+
+        Raises:
+            SandboxError: no outcome could be had.
+        """
+
+    def check(self, program: str, test: str) -> Outcome:
+        """Runs a test, Python text with assert statements, against a program; "ok" if the test goes through.
+
+        Raises:
+            SandboxError: no outcome could be had.
+        """

@@ -1,0 +1,96 @@
+"""What rewards share in reading an answer out of a text. All of it is linear in the text's length."""
+
+from __future__ import annotations
+
+import numbers
+import re
+from fractions import Fraction
+from typing import Any
+
+# Characters that look like ASCII ones: full-width forms, dashes that stand for a minus, spaces, and nothing at all.
+_PLAIN = (
+    {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
+    | dict.fromkeys([*range(0x2010, 0x2014), 0x2212, 0xFE63], "-")
+    | dict.fromkeys([0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
+    | dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF], None)
+)
+_BOX = re.compile(r"\\f?box(?:ed)?[ \t]{0,9}\{")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]*)(\.[0-9]*)?")
+LONGEST_NUMBER = 1000  # characters
+
+
+def plain(text: str) -> str:
+    """The text with characters that only look different in ASCII, and without invisible ones.
+
+    >>> plain("\\uff14\\uff12\\u00a0\\u2212 1\\u200b")
+    '42 - 1'
+    """
+    return text if text.isascii() else text.translate(_PLAIN)
+
+
+def required(ground_truth: Any, reward: str) -> Any:
+    """The ground truth, which must be there.
+
+    Raises:
+        ValueError: it is None or empty.
+    """
+    if ground_truth is None or (isinstance(ground_truth, str | list | tuple | dict) and not ground_truth):
+        raise ValueError(f"the reward {reward} needs a ground_truth, and the row has none")
+    return ground_truth
+
+
+def required_text(ground_truth: Any, reward: str) -> str:
+    """The ground truth as text, which must be there, and be a text or a number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(required(ground_truth, reward), str | numbers.Number):
+        raise ValueError(
+            f"the reward {reward} compares with a text or a number, and the ground_truth is {ground_truth!r}"
+        )
+    return str(ground_truth)
+
+
+def last_boxed(text: str) -> tuple[str, int] | None:
+    r"""What the last ``\boxed{...}`` (or ``\fbox{...}``) holds, and where it begins; None without one.
+
+    Braces balance; escaped ones do not count. A last box that never closes is no answer, whatever came before it.
+
+    >>> last_boxed(r"so \boxed{1}, no: $\boxed{\frac{1}{2}}$")[0], last_boxed(r"\boxed{1} \boxed{2"), last_boxed("1")
+    ('\\frac{1}{2}', None, None)
+    """
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    found = _BOX.match(text, start) if start >= 0 else None
+    if found is None:
+        return None
+    depth = 1
+    for brace in _BRACES.finditer(text, found.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[found.end() : brace.start()], start
+    return None
+
+
+def last_tag(text: str, tag: str) -> str | None:
+    """What the last ``<tag>...</tag>`` holds, without white space around it; None without one.
+
+    >>> last_tag("<answer>a</answer> <answer> b </answer> c", "answer"), last_tag("<answer>a", "answer")
+    ('b', None)
+    """
+    before, closed, _ = text.rpartition(f"</{tag}>")
+    _, opened, inside = before.rpartition(f"<{tag}>")
+    return inside.strip() if closed and opened else None
+
+
+def decimal(text: str) -> Fraction | None:
+    """A number in decimal notation, exactly; commas may part its thousands.
+
+    >>> decimal("-1,000.50"), decimal("007"), decimal(".5"), decimal("1,00"), decimal("1e3"), decimal("-")
+    (Fraction(-2001, 2), Fraction(7, 1), Fraction(1, 2), None, None, None)
+    """
+    found = _NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
+    if found is None or not (found[2] or len(found[3] or "") > 1):
+        return None
+    return Fraction(found[1] + (found[2].replace(",", "") or "0") + (found[3] or "").rstrip("."))

@@ -1,0 +1,242 @@
+"""Training a reward model on preferences (Bradley and Terry 1952; arXiv 2203.02155, equation 1): the loop, and putting
+its run together.
+
+A step scores its pairs first, under the weights that the update begins with. That gives accuracy and margin, and every
+conversation the value of its partner: both of a pair need not be in one micro-batch, or on one rank, for the gradient
+to be that of the whole batch (`algorithms.losses.bradley_terry`). It costs one more forward pass, a third of an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.algorithms.preference import bradley_terry
+from hybridflow.batch import Batch
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.reward_model import RewardModelConfig
+from hybridflow.data.preference import PreferenceSet, load_preferences, use_template
+from hybridflow.devices import pick_device
+from hybridflow.errors import UserError
+from hybridflow.faults import fault_point
+from hybridflow.models.classifier import classifier_config, holds_classifier, padding_of
+from hybridflow.models.load import causal_config, load_tokenizer
+from hybridflow.models.source import model_folder
+from hybridflow.protocols import Loss
+from hybridflow.tracking.trackers import Trackers
+from hybridflow.trainers.lifecycle import memory_metrics
+from hybridflow.trainers.placing import describe_placement
+from hybridflow.trainers.roles import reward_model_role
+from hybridflow.trainers.session import Session, opening, total_steps
+
+
+@dataclass(kw_only=True)
+class RewardModelRun(Session):
+    """Everything that the loop works with; use it as a context."""
+
+    config: RewardModelConfig
+    data: PreferenceSet
+    held_out: PreferenceSet | None
+
+
+def train_reward_model(config: RewardModelConfig) -> Path:
+    """Runs a configuration to its end, or to where it is asked to stop; the same call then goes on.
+
+    Returns:
+        The run's folder. Once the run has ended, ``model/`` in it is a sequence classifier of one label.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM stopped the run; its checkpoint is saved.
+    """
+    with open_reward_model(config) as run:
+        if run.step == 0 and run.held_out is not None:
+            run.trackers.log(0, evaluate(run))
+        for step in run.steps():
+            batch = next_batch(run)
+            metrics = update(run, batch, step)
+            record(run, step, batch, metrics)
+        run.finish()
+    return run.folder.path
+
+
+def next_batch(run: RewardModelRun) -> Batch:
+    """The step's pairs, tokenised, with what their loss reads."""
+    with run.clock.phase("data"):
+        return run.data.batch([row for _, row in run.sampler.take(run.config.train.pairs_per_update)])
+
+
+def update(run: RewardModelRun, batch: Batch, step: int) -> dict[str, float]:
+    """One optimizer step, and what the model made of its pairs before.
+
+    Raises:
+        UserError: the loss was not finite three times in a row; the rows are named.
+    """
+    center = run.config.train.center_coef
+    with run.clock.phase("score"):
+        value_N2 = values_of(run, batch)
+        batch["partner_value_T"] = torch.zeros(batch.total(), dtype=value_N2.dtype)
+        batch["partner_value_T"][batch["loss_mask_T"]] = value_N2.flip(1).flatten()
+    with run.clock.phase("update"):
+        result = run.engine.update(batch, Loss("bradley_terry", {"center_coef": center}))
+    fault_point("update", step)
+    run.note_update(result, batch["trajectory_B"].tolist())
+    own = {name.replace("actor/", "train/"): value for name, value in result.metrics.items()}
+    return {f"train/{name}": value for name, value in pair_metrics(value_N2, batch, center).items()} | own
+
+
+def evaluate(run: RewardModelRun) -> dict[str, float]:
+    """Loss, accuracy and margin on the held-out pairs."""
+    assert run.held_out is not None
+    count, size = len(run.held_out), run.config.train.pairs_per_update
+    rows = range(count if run.config.eval.max_rows is None else min(count, run.config.eval.max_rows))
+    total: dict[str, float] = {}
+    with run.clock.phase("testing"):
+        for first in rows[::size]:
+            batch = run.held_out.batch(rows[first : first + size])
+            found = pair_metrics(values_of(run, batch), batch, run.config.train.center_coef)
+            for name, value in found.items():
+                total[f"val/{name}"] = total.get(f"val/{name}", 0.0) + value * len(batch) / 2
+    return {name: value / len(rows) for name, value in total.items()}
+
+
+def record(run: RewardModelRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
+    """Evaluates where it is due, writes what happened, and saves a checkpoint where it is due."""
+    every = run.config.eval.every
+    if run.held_out is not None and (step == run.total_steps or (every and step % every == 0)):
+        metrics = metrics | evaluate(run)
+    times = run.clock.take()
+    metrics = (
+        memory_metrics()
+        | metrics
+        | {
+            "training/global_step": step,
+            "train/global_tokens": batch.total(),
+            "perf/throughput": batch.total() / times["timing_s/step"],
+        }
+    )
+    run.trackers.log(step, metrics | times)
+    every = run.config.checkpoint.every
+    if every and step % every == 0 and step < run.total_steps:
+        with run.clock.phase("save_checkpoint"):
+            run.save(step)
+        fault_point("saved", step)
+
+
+def values_of(run: RewardModelRun, batch: Batch) -> Tensor:
+    """``[N, 2]`` rewards of the preferred conversation of each pair and of the other, without gradients."""
+    return run.engine.score(batch, ["value"])["value"][batch["loss_mask_T"]].view(-1, 2)
+
+
+def pair_metrics(value_N2: Tensor, batch: Batch, center_coef: float) -> dict[str, float]:
+    """Means over pairs: "loss", "accuracy" (a tie counts half), "margin", "chosen_reward" and "rejected_reward"."""
+    chosen_N, rejected_N = value_N2.double().unbind(1)
+    margin_N = batch["margin_T"][batch["loss_mask_T"]][::2].double()
+    loss_N, _ = bradley_terry(chosen_N, rejected_N, margin_N, center_coef=center_coef)
+    return {
+        "loss": float(loss_N.mean()),
+        "accuracy": float((0.5 * (chosen_N - rejected_N).sign() + 0.5).mean()),
+        "margin": float((chosen_N - rejected_N).mean()),
+        "chosen_reward": float(chosen_N.mean()),
+        "rejected_reward": float(rejected_N.mean()),
+    }
+
+
+def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
+    """Opens the run that a configuration describes, going on where its folder's records end.
+
+    Raises:
+        UserError: something in the configuration, the data or the folder is wrong.
+    """
+    with opening(config) as (folder, stop, places, resolved):
+        t = config.train
+        tokenizer, data, held_out = load_pairs(config)
+        steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.pairs_per_update)
+        engine = places.trained(reward_model_role(config, steps))
+        trackers = Trackers(
+            folder.path, config.track, resolved_config=resolved, total_steps=steps, title="reward-model"
+        )
+        run = RewardModelRun(
+            config=config,
+            folder=folder,
+            places=places,
+            tokenizer=tokenizer,
+            engine=engine,
+            data=data,
+            held_out=held_out,
+            sampler=data.sampler(seed=config.run.seed),
+            trackers=trackers,
+            stop=stop,
+            total_steps=steps,
+            checkpoint=config.checkpoint,
+            data_source=data.source,
+            data_fingerprint=data.fingerprint,
+        )
+        run.restore()
+        run.trackers.start(run.step)
+        return run
+
+
+def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, PreferenceSet, PreferenceSet | None]:
+    """The tokenizer with its template, the training pairs, and the held-out ones.
+
+    Raises:
+        UserError: one of them is not as it should be.
+    """
+    seed, m, d = config.run.seed, config.model, config.data
+    tokenizer = load_tokenizer(m.path, seed=seed, trust_remote_code=m.trust_remote_code)
+    use_template(tokenizer, d.template, key="data.template")
+    padding = padding_of(m.path, seed=seed)
+    data = load_preferences(d.train, d, tokenizer, seed=seed, padding=padding)
+    held_out = None if d.eval is None else load_preferences(d.eval, d, tokenizer, seed=seed, padding=padding)
+    return tokenizer, data, held_out
+
+
+def check_preferences(config: RewardModelConfig) -> Iterator[str]:
+    """Checks one thing after the other before anything is trained, and says in words what it found.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    pick_device(config.run.device)  # refused if there is no such device
+    yield _describe_start(config)
+    yield from describe_placement(config)
+    tokenizer, data, held_out = load_pairs(config)
+    for name, found in [("training", data), ("held-out", held_out)]:
+        if found is None:
+            continue
+        longest = found.longest()
+        found.batch([max(range(len(longest)), key=longest.__getitem__)])  # refused if it is over the limit
+        yield f"{name} pairs {found.source}: {len(found)}, longest conversation {max(longest)} tokens"
+        for note in found.notes():
+            yield f"  {note}"
+    batch = data.batch([0])
+    for what, ids, mask in zip(("chosen", "rejected"), batch.rows("input_ids_T"), batch.rows("loss_mask_T")):
+        read = int(mask.nonzero()[0, 0]) - 1
+        text = tokenizer.decode(ids[:-1]).replace("\n", "\\n")
+        yield f"  first {what}: {text[-300:]}  (read at {tokenizer.decode([int(ids[read])])!r}, token {read + 1})"
+    data.sampler(seed=config.run.seed).take(1)  # tries data.order
+    t = config.train
+    steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.pairs_per_update)
+    epochs = steps * t.pairs_per_update / len(data)
+    yield f"{steps} optimizer steps on {t.pairs_per_update} pairs each: {epochs:.2g} passes over the data"
+
+
+def _describe_start(config: RewardModelConfig) -> str:
+    m, limit = config.model, config.data.max_tokens
+    if is_function_reference(m.path):
+        return f"model {m.path}: what the function makes"
+    if holds_classifier(model_folder(m.path, weights=False)):
+        values = classifier_config(m.path, key="model.path", trust_remote_code=m.trust_remote_code)
+        said = f"model {m.path}: a reward model, which is trained further"
+    else:
+        values = causal_config(m.path, trust_remote_code=m.trust_remote_code)
+        said = f"model {m.path}: a language model, which gets a head of zeros"
+    context = values.get("max_position_embeddings")
+    if context is not None and limit > context:
+        raise UserError(f"data.max_tokens is {limit}, the context of {m.path} is {context}", fix="lower it")
+    return said

@@ -1,0 +1,82 @@
+"""What is measured of a step's answers: worked by hand, and against a plain count."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+
+import pytest
+
+from hybridflow.trainers.diversity import PAIRS, diversity, final_answer
+
+
+def measured(
+    texts: list[str], prompts: list[int], rewards: list[float] | None = None, tokens: list[list[int]] | None = None
+) -> dict[str, float]:
+    found = diversity(tokens or [list(map(ord, text)) for text in texts], texts, prompts, rewards or [])
+    return {name.removeprefix("rollout/"): value for name, value in found.items()}
+
+
+def test_distinct_pairs_are_counted_over_all_answers() -> None:
+    assert measured(["abab", "ab", "x", ""], [0, 1, 2, 3])["distinct_2"] == 2 / 4  # ab ba ab, ab
+    assert measured(["abcd", "efgh"], [0, 1])["distinct_2"] == 1.0
+    assert "distinct_2" not in measured(["a", ""], [0, 1])
+
+
+def test_longer_answers_of_the_same_kind_are_as_distinct() -> None:
+    rng = random.Random(0)
+
+    def share(length: int, alphabet: int = 60) -> float:
+        tokens = [[rng.randrange(alphabet) for _ in range(length)] for _ in range(64)]
+        return measured([""] * 64, [*range(64)], tokens=tokens)["distinct_2"]
+
+    assert PAIRS / 64 < 40
+    assert share(400) == pytest.approx(share(40), rel=0.05)  # all pairs together would be ten times as many
+    assert share(400, alphabet=6) < 0.1 * share(400)
+
+
+def test_the_share_of_one_answer_counts_other_prompts_only() -> None:
+    def share(*answers: list[str]) -> float:
+        texts = [text for group in answers for text in group]
+        return measured(texts, [i for i, group in enumerate(answers) for _ in group])["top_answer_share"]
+
+    assert share(["so 1", "so 1"], ["so 2", "so 2"], ["so 3", "so 3"]) == 0.0
+    assert share(["so 7", "7!"], ["it is 7", "7"], ["7", "7"]) == 1.0
+    assert share(["7", "7"], ["7", "2"], ["3", "4"]) == pytest.approx((1 + 0.5 - 1) / 2)
+    assert share(["7", "1"], ["2", "3"], ["4", "5"]) == 0.0
+    assert "top_answer_share" not in measured(["7", "7"], [0, 0])
+
+
+def test_what_an_answer_comes_to() -> None:
+    assert final_answer("7+6=13,4+8+1=13,3+5+1=9#933") == "933"
+    assert final_answer("Step 1. x = 3\nThe answer is \\boxed{1,234.50}.") == "1234.50"
+    assert final_answer(" I cannot say. ") == "I cannot say."
+    assert final_answer("12 " + "word " * 200) == ("12 " + "word " * 200).strip()  # a number at the beginning is not it
+
+
+def test_whether_length_is_paid_is_a_matter_between_answers_to_one_prompt() -> None:
+    def pull(texts: list[str], rewards: list[float], prompts: list[int]) -> float | None:
+        return measured(texts, prompts, rewards).get("length_reward_corr")
+
+    assert pull(["a", "aa", "aaa"], [1, 2, 3], [0, 0, 0]) == pytest.approx(1.0)
+    assert pull(["a", "aa", "aaa"], [3, 2, 1], [0, 0, 0]) == pytest.approx(-1.0)
+    # Between the prompts longer answers earn more, to each of them less.
+    assert pull(["a", "aa", "a" * 50, "a" * 51], [0.1, 0.0, 1.0, 0.9], [0, 0, 1, 1]) == pytest.approx(-1.0)
+    assert pull(["a", "aa", "a" * 9, "a" * 9], [1, 0, 1, 0], [0, 0, 1, 1]) == pytest.approx(-1.0)  # one of them tells
+    assert pull(["a", "aa"], [1, 1], [0, 0]) is None
+    x, y = [3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 7.0, 1.0, 8.0, 2.0]
+    assert pull(["a" * int(n) for n in x], y, [0] * 5) == pytest.approx(statistics.correlation(x, y))
+
+
+def test_it_costs_milliseconds() -> None:
+    rng = random.Random(0)
+    tokens = [[rng.randrange(1000) for _ in range(64)] for _ in range(512)]
+    texts = [" ".join(map(str, ids)) for ids in tokens]
+    prompts, rewards = [i // 8 for i in range(512)], [rng.random() for _ in range(512)]
+    seconds = []
+    for _ in range(5):
+        began = time.process_time()
+        diversity(tokens, texts, prompts, rewards)
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.01
