@@ -124,6 +124,7 @@ def test_growing_memory_is_found(tmp_path: Path, rows: Path) -> None:
     assert [f.text for f in report.findings if f.kind == "leak" and "its process grew by" in f.text]
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_or_dies_is_found_and_not_suffered(tmp_path: Path, rows: Path) -> None:
     hangs = run(tmp_path, rows, "hangs", processes=1, timeout=0.5, heavy=True)
     assert ("failure", "timeout: 1 MB of letters") in found(hangs)

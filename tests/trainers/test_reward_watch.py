@@ -101,6 +101,7 @@ def hacked(folder: Path, model: PreTrainedModel) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_hacks_its_reward_says_so(
     tmp_path: Path, trained_model: PreTrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,8 @@ def view() -> dict[str, Any]:
     Installed packages are covered: programs have the standard library. Neither home nor /proc, /sys, /etc or /tmp of
     this machine are there, nor this library's own files.
     """
-    stdlib = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment over it
+    stdlib = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     wanted = {path for path in (*stdlib, *_LIBRARIES) if os.path.exists(path)}
     links = sorted((path, os.readlink(path)) for path in wanted if os.path.islink(path))
     real = {path for path in wanted if not os.path.islink(path)}
