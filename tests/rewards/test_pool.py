@@ -257,6 +257,24 @@ def test_a_process_that_something_else_kills_loses_nothing(make: Make, tmp_path:
     assert drain(grader) == {0: [Score(1.0)]}
 
 
+def test_a_process_that_stood_still_before_it_took_its_calls_still_answers(make: Make) -> None:
+    """As on a busy machine: what it reads at last is its calls, and then that others have taken all but the first."""
+    grader = make(processes=1, timeout=30)
+    grader.submit(0, answers("hang 0"))
+    assert drain(grader) == {0: [Score(1.0)]}
+    (pid,) = _workers()
+    os.kill(pid, signal.SIGSTOP)
+    for key in range(1, 9):
+        grader.submit(key, answers("hang 0", "hang 0"))
+    found: dict[int, list[Score]] = {}
+    while len(found) < 7:  # another process has taken over what waited
+        found.update(grader.wait())
+    os.kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    assert found | drain(grader) == {key: [Score(1.0)] * 2 for key in range(1, 9)}
+    assert time.monotonic() - began < 20, "the call that it had was lost, and only its time limit showed it"
+
+
 def _workers() -> list[int]:
     found = []
     for pid in children():

@@ -381,12 +381,12 @@ class ProcessGrader:
         """Gives calls to processes that have room, and starts processes that are missing."""
         for process in self._processes:
             if process.forget and process.ready:
-                process.send(("forget",))
-                self._watch(process)
                 if process.asynchronous:
                     process.calls.clear()
                 else:
                     process.calls = dict(list(process.calls.items())[:1])
+                process.send(("forget", next(iter(process.calls), None)))
+                self._watch(process)
             process.forget = False
         while self._kinds and self._new:
             group = self._new.popleft()

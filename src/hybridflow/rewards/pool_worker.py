@@ -5,7 +5,7 @@ not touch them. Every frame is the length of what follows in four bytes, and a p
 
     to it    ("load", functions, check, memory_mb, timeout)      once
              ("score", number, function, answers, indices)       answers: pickled; an index: see `RewardFunction.calls`
-             ("forget",)                                         what has not begun
+             ("forget", (number, index) or None)                 what has not begun, but for this call
     from it  ("ready", {function: (whole group, async)})         once, or
              ("broken", what, why, fix)                          a UserError
              (number, index, scores)                             for every call, as it ends
@@ -157,7 +157,9 @@ def _serve(channel: Channel, loaded: Mapping[str, RewardFunction], messages: lis
     while True:
         for message in messages:
             if message[0] == "forget":
-                tasks.clear()
+                kept = message[1]  # the parent waits for it, though this process may not have come to it yet
+                pending = [t for t in tasks if kept is not None and t[0] == kept[0] and kept[1] in t[3]]
+                tasks = deque((number, function, answers, deque([kept[1]])) for number, function, answers, _ in pending)
                 continue
             _, number, name, answers, indices = message
             tasks.append((number, loaded[name], pickle.loads(answers), deque(indices)))
