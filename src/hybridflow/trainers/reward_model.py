@@ -29,7 +29,6 @@ from hybridflow.models.load import causal_config, load_tokenizer
 from hybridflow.models.source import model_folder
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.placing import describe_placement
 from hybridflow.trainers.roles import reward_model_role
 from hybridflow.trainers.session import Session, opening, total_steps
@@ -109,22 +108,7 @@ def record(run: RewardModelRun, step: int, batch: Batch, metrics: dict[str, floa
     every = run.config.eval.every
     if run.held_out is not None and (step == run.total_steps or (every and step % every == 0)):
         metrics = metrics | evaluate(run)
-    times = run.clock.take()
-    metrics = (
-        memory_metrics()
-        | metrics
-        | {
-            "training/global_step": step,
-            "train/global_tokens": batch.total(),
-            "perf/throughput": batch.total() / times["timing_s/step"],
-        }
-    )
-    run.trackers.log(step, metrics | times)
-    every = run.config.checkpoint.every
-    if every and step % every == 0 and step < run.total_steps:
-        with run.clock.phase("save_checkpoint"):
-            run.save(step)
-        fault_point("saved", step)
+    run.record_training(step, batch.total(), metrics)
 
 
 def values_of(run: RewardModelRun, batch: Batch) -> Tensor:

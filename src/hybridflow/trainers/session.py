@@ -26,7 +26,7 @@ from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.export import export_engine, save_engine
-from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest
+from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest, memory_metrics
 from hybridflow.trainers.placing import Places, serve_torchrun
 
 NONFINITE_LIMIT = 3  # updates in a row
@@ -148,6 +148,20 @@ class Session:
             yield self.step + 1
             self.step += 1
             self.settle(wait=False)
+
+    def record_training(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Writes what happened in a step that trained on so many tokens, and saves a checkpoint where it is due."""
+        times = self.clock.take()
+        counts = {
+            "training/global_step": step,
+            "train/global_tokens": tokens,
+            "perf/throughput": tokens / times["timing_s/step"],
+        }
+        self.trackers.log(step, memory_metrics() | dict(metrics) | counts | times)
+        if self.checkpoint.every and step % self.checkpoint.every == 0 and step < self.total_steps:
+            with self.clock.phase("save_checkpoint"):
+                self.save(step)
+            fault_point("saved", step)
 
     def note_update(self, update: Update, data_rows: list[int]) -> None:
         """Counts updates that were not applied because the loss was not finite.

@@ -16,7 +16,6 @@ from hybridflow.faults import fault_point
 from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.roles import sft_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
@@ -89,22 +88,7 @@ def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
 
 def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
     """Writes what happened, and saves a checkpoint where it is due."""
-    times = run.clock.take()
-    metrics = (
-        memory_metrics()
-        | metrics
-        | {
-            "training/global_step": step,
-            "train/global_tokens": batch.total(),
-            "perf/throughput": batch.total() / times["timing_s/step"],
-        }
-    )
-    run.trackers.log(step, metrics | times)
-    every = run.config.checkpoint.every
-    if every and step % every == 0 and step < run.total_steps:
-        with run.clock.phase("save_checkpoint"):
-            run.save(step)
-        fault_point("saved", step)
+    run.record_training(step, batch.total(), metrics)
 
 
 def open_sft(config: SftConfig) -> SftRun:
