@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import EvalConfig
@@ -50,12 +53,133 @@ GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k"
         ("#### 1000", "1,000", 1, 1),
         ("#### " + chr(0x2212) + chr(0xFF11) + chr(0xFF15), "-15", 1, 1),  # a minus sign and full-width digits
         ("#### 15", "10 + 5 = 15\n#### 15", 1, 1),  # GSM8K's own answer as ground truth
+        ("#### 18\n#### $20", "18", 0, 0),  # the last marker decides, or there is no answer
+        ("#### 18\n#### 20", "18", 0, 0),
+        ("#### 18\n####20", "18", 0, 0),
+        ("#### 18\n####", "18", 0, 1),
+        ("#### 18\n####\n", "18", 0, 1),
+        ("#### 18\n#### twenty", "18", 0, 1),
+        ("#### 18\n####\n20", "18", 0, 0),
+        ("#### 18 ####", "18", 0, 1),
+        ("#### \n18", "18", 0, 1),
         ("#### 15" * 10**5, "15", 1, 1),
         ("9." * 10**6, "15", 0, 0),
     ],
 )
 def test_an_answer_is_worth_one_or_nothing(response: str, truth: Any, strictly: int, flexibly: int) -> None:
     assert (strict(response, truth), flexible(response, truth)) == (strictly, flexibly)
+
+
+RIGHT_18 = [
+    "18",
+    "18.0",
+    "18.",
+    "+18",
+    "018",
+    "18.00.",
+    "18,",
+    "18 eggs",
+    "18 eggs per day.",
+    "18%",
+    "18 km/h",
+    "18cm",
+    "18 m",
+] + ["18 (in all)", "18**", "18 a day", "18 - done", "18!", "\u0661\u0668", "\uff11\uff18", "18\u00a0eggs", "18\u20ac"]
+WRONG_18 = (
+    ["1,8", "18,00", "1.8", "1,800", ",18", "1 8", "18 0", "-18", "--18", "18 million", "18k", "18 K", "18x", "18 x"]
+    + [
+        "18 or 19",
+        "18 or twenty",
+        "18 hundred",
+        "18/4",
+        "18/x",
+        "18 / 4",
+        "18 = x",
+        "18^2",
+        "18^x",
+        "18e2",
+        "18E2",
+        "18:30",
+    ]
+    + [
+        "18\u00bd",
+        "18\u00b2",
+        "18\u221a2",
+        "18\u03c0x",
+        "18 and a half",
+        "18 squared",
+        "18 dozen",
+        "18 to 20",
+        "18 minus two",
+    ]
+    + [
+        "18 \u0662",
+        "1.8.",
+        "1,8,",
+        "18+2",
+        "18 + x",
+        "18 thousand",
+        "18 - 4",
+        "18 19",
+        "18,19",
+        "18, 19",
+        "18;19",
+        "18..0",
+    ]
+    + ["0x12", "1_8", "XVIII", "{18}"]
+)
+
+
+def test_what_stands_beside_a_number_is_a_unit_or_makes_it_another() -> None:
+    assert [said for said in RIGHT_18 if strict(f"#### {said}", "18") != 1] == []
+    assert [said for said in WRONG_18 if strict(f"#### {said}", "18") != 0] == []
+
+
+@given(st.integers(0, 10**12), st.data())
+def test_commas_part_thousands_and_nothing_else(value: int, data: st.DataObject) -> None:
+    digits = str(value)
+    cuts = data.draw(st.sets(st.integers(0, len(digits)), max_size=4))
+    said = "".join("," * (i in cuts) + digit for i, digit in enumerate(digits))
+    right = said in (digits, f"{value:,}")
+    assert strict(f"#### {said}", value) == flexible(f"it is {said}", value) == right
+
+
+@given(st.decimals(0, 10**9, places=2), st.sampled_from(["{}", "-{}", "{}.", "{} cm", "{}0"]), st.sampled_from("#\n "))
+def test_whatever_comes_before_the_last_marker_is_no_answer(value: Decimal, form: str, between: str) -> None:
+    said = form.format(value)
+    true = -value if said.startswith("-") else value
+    assert strict(f"#### {value + 1}{between}#### {said}", str(true)) == 1
+    assert strict(f"#### {said}{between}#### {true + 1}", str(true)) == 0
+    assert strict(f"#### {said}{between}####{true + 1}", str(true)) == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "score"),
+    [
+        ("it is 1/2", "0.5", 1),
+        ("it is 1/2", "2", 0),
+        ("it is 1.5e3", "3", 0),
+        ("it is 10^3", "3", 0),
+        ("at 12:30", "30", 0),
+        ("it is 3,4", "34", 0),
+        ("it is 3,4", "4", 0),
+        ("it is 3, 4", "4", 1),
+        ("18, no: \u0662\u0660", "18", 0),
+        ("it is -\u20ac15", "-15", 1),
+        ("it is \u20ac1,500.", "1500", 1),
+        ("so <<9*2=18>>18", "18", 1),
+        ("(5)-15", "15", 1),
+    ],
+)
+def test_the_last_number_is_read_whole(response: str, truth: str, score: int) -> None:
+    assert flexible(response, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"), [(1e-05, "0.00001"), (1e16, "10,000,000,000,000,000"), (0.5, ".5"), ("$5", 5)]
+)
+def test_a_right_answer_may_be_any_number(truth: Any, said: Any) -> None:
+    assert strict(f"#### {said}", truth) == 1
 
 
 @pytest.mark.parametrize(

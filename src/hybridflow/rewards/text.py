@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
+import unicodedata
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +15,7 @@ _PLAIN = (
     | dict.fromkeys([0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
     | dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF], None)
 )
+_OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _BOX = re.compile(r"\\f?box(?:ed)?[ \t]{0,9}\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]*)(\.[0-9]*)?")
@@ -21,12 +23,14 @@ LONGEST_NUMBER = 1000  # characters
 
 
 def plain(text: str) -> str:
-    """The text with characters that only look different in ASCII, and without invisible ones.
+    """The text with characters that only look different in ASCII, digits of any script as 0 to 9, nothing invisible.
 
-    >>> plain("\\uff14\\uff12\\u00a0\\u2212 1\\u200b")
-    '42 - 1'
+    >>> plain("\\uff14\\uff12\\u00a0\\u2212 1\\u200b"), plain("\\u0661\\u0668")
+    ('42 - 1', '18')
     """
-    return text if text.isascii() else text.translate(_PLAIN)
+    if text.isascii():
+        return text
+    return _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text.translate(_PLAIN))
 
 
 def required(ground_truth: Any, reward: str) -> Any:
