@@ -27,7 +27,8 @@ def python_files(*folders: str) -> list[Path]:
 def texts() -> Iterator[Path]:
     for folder in TEXTS:
         yield from (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix in ENDINGS)
-    yield from (p for p in ROOT.iterdir() if p.is_file() and p.suffix in ENDINGS)
+    of_git = ROOT / ".git"  # in a worktree it is a file, which names the folder of the repository
+    yield from (p for p in ROOT.iterdir() if p.is_file() and p.suffix in ENDINGS and p != of_git)
 
 
 def test_no_file_is_long() -> None:

@@ -7,8 +7,8 @@ by listing numbers.
 
 They differ from verl's in how a number is read. Numbers are compared as numbers, so 72.0 is 72, and a full stop after a
 number does not make it wrong. Commas part thousands and nothing else: ``3,4`` is not 34. A unit may follow; what makes
-another number of it (``18 or 19``, ``18 million``, ``18/4``) may not. A ground truth that is no number raises. It may be
-the whole of GSM8K's own answer: what stands after its ``####`` counts.
+another number of it (``18 or 19``, ``18 million``, ``18/4``) may not. A ground truth that is no number raises. It may
+be the whole of GSM8K's own answer: what stands after its ``####`` counts.
 """
 
 from __future__ import annotations

@@ -59,18 +59,14 @@ _ONLY_IN_TEXT = frozenset({"m", "g", "l", "s", "h", "in", "rad", "number", "pers
 UNITS = (CANONICAL.keys() | MODIFIERS) - _ONLY_IN_TEXT
 
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
-_NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
-)
-NOT_UNITS = (
-    frozenset(MULTIPLES)
-    | {f"{name}s" for name in MULTIPLES}
-    | frozenset(_NUMERALS.split())
-    | frozenset("k bn mn mil mio tn dozen dozens half halves third thirds quarter quarters fifth tenth tenths".split())
-    | frozenset("hundredth hundredths thousandth thousandths pi squared cubed factorial root sqrt base".split())
-    | frozenset("or and not nor no plus minus times over divided mod modulo to than more less least most wrong".split())
-)
+_OTHER_NUMBERS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty thirty forty fifty sixty seventy eighty ninety k bn mn mil mio tn hundreds thousands millions billions
+trillions dozen dozens half halves third thirds quarter quarters fifth tenth tenths hundredth hundredths thousandth
+thousandths pi squared cubed factorial root sqrt base or and not nor no plus minus times over divided mod modulo to than
+more less least most wrong
+"""
+NOT_UNITS = frozenset(MULTIPLES) | frozenset(_OTHER_NUMBERS.split())
 _WORD = re.compile(r"[^\W\d_]+")
 _CHANGES = re.compile(r"[+=<>^~|\\{}\u00d7\u00f7\u221a\u00b1\u03c0]|/(?!\s?[^\W\d_])")
 
