@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+import tempfile
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.jsonl import MetricsFile
@@ -269,3 +273,55 @@ def test_a_large_run_has_a_modest_report_that_says_what_it_leaves_out(tmp_path: 
     assert group["size"] == 16 and len(group["answers"]) == 8
     assert group["answers"][0]["length"] == 2_000 and len(group["answers"][0]["tokens"]) == 400
     assert "characters left out" in data["evaluations"]["pairs"][0]["answers"][1]["response"]
+
+
+NUMBERS = (
+    st.none() | st.floats() | st.sampled_from([0.0, -0.0, 3e38, 1e300, 1.797694e308, math.nan, math.inf, -math.inf])
+)
+METRICS = ("critic/score/mean", "val-core/carry/reward/mean@1", "actor/entropy", "reward/acc/mean", "train/loss")
+
+
+@st.composite
+def steps_of_a_run(draw: st.DrawFn) -> list[tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Metrics, rollouts and evaluation answers of some steps: whatever values the columns can hold, or none at all."""
+    text = draw(st.sampled_from([*HOSTILE, "", "caf\u00e9 \u2713", "\x00\n", "bad \ud83d"]))
+
+    def rows(step: int, evaluation: bool) -> list[dict[str, Any]]:
+        found = []
+        for draw_of, size in enumerate(draw(st.lists(st.integers(1, 3), max_size=2))):
+            for row in answers(step, [0.0] * size, draw=draw_of, evaluation=evaluation):
+                changes = {"reward": draw(NUMBERS), "response": text, "data_source": text, "ground_truth": text}
+                logps = draw(st.lists(NUMBERS, min_size=2, max_size=2))
+                found.append(row | changes | {"advantage": draw(NUMBERS), "logps": logps})
+        return found
+
+    def measured() -> dict[str, float]:
+        found = {name: draw(NUMBERS) for name in draw(st.sets(st.sampled_from(METRICS)))}
+        return {name: math.nan if value is None else value for name, value in found.items()} | {
+            "timing_s/step": draw(st.sampled_from([0.0, 1.0, math.nan])), "count": draw(st.sampled_from([0, 10**400]))
+        }  # fmt: skip
+
+    return [(measured(), rows(step, False), rows(step, True)) for step in range(draw(st.integers(1, 3)))]
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps_of_a_run())
+def test_whatever_a_run_can_write_has_a_report(steps: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name)
+        (run / "config.yaml").write_text(yaml.safe_dump({"algorithm": GRPO}))
+        file = MetricsFile(run / "metrics.jsonl")
+        for step, (measured, rollouts, evaluated) in enumerate(steps):
+            file.append(step, measured)
+            write_rollouts(run / f"rollouts/step-{step:06d}.parquet", rollouts)
+            write_rollouts(run / f"evaluations/step-{step:06d}.parquet", evaluated)
+        data = Page(write_report(run)).data
+    finite = [
+        [r["reward"] for r in rows if r["reward"] is not None and math.isfinite(r["reward"])] for _, rows, _ in steps
+    ]
+    for shown in data["rollouts"]["steps"]:
+        given = finite[shown["step"]]
+        assert shown["reward"] == (statistics.mean(given) if given else None)
+        for group in shown["shown"]:
+            for answer in group["answers"]:
+                assert (answer["reward"] is None) == (answer["why"] == "no reward: nothing is learned from it")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -50,15 +51,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     steps = _parse(path, path.read_text(encoding="utf-8").splitlines())
-    return [{name: math.nan if value is None else value for name, value in values.items()} for values in steps]
+    return [{name: _number(value) for name, value in values.items()} for values in steps]
+
+
+def _number(value: Any) -> float:
+    """What `_plain` wrote; NaN for anything else that a line may hold."""
+    if isinstance(value, int | float):
+        with suppress(OverflowError):
+            return value if math.isfinite(value) else math.nan
+    return math.nan
 
 
 def _plain(value: SupportsFloat) -> int | float | None:
     """A number as JSON has it: an int or a finite float; None for NaN and the infinities."""
-    if type(value) is int:
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond all floats
+        return None
+    if not math.isfinite(number):
+        return None
+    return value if type(value) is int else number
 
 
 def _parse(path: Path, lines: list[str]) -> list[dict[str, Any]]:

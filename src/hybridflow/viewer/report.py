@@ -63,10 +63,11 @@ def write_report(run_folder: Path) -> Path:
     template = resources.files("hybridflow.viewer").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only "<" can end it; escaping it as JSON keeps every text as it is.
     encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    # Names of files can hold bytes that are no text.
     page = template.replace("{{data}}", encoded, 1).replace("{{title}}", html.escape(data["title"]), 1)
     target = run_folder / "report.html"
     aside = run_folder / ".report.html.partial"
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(page, encoding="utf-8", errors="replace")
     os.replace(aside, target)
     return target
 
@@ -136,7 +137,8 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> dict[str, Curve]:
     for values in metrics:
         for name, value in values.items():
             if name not in ("step", "training/global_step"):
-                number = float(f"{value:.6g}") if math.isfinite(value) else None
+                short = float(f"{value:.6g}")  # the largest floats round up to infinity
+                number = short if math.isfinite(short) else None
                 curves.setdefault(name, []).append((int(values["step"]), number))
     return curves
 
@@ -208,7 +210,7 @@ def _phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
         for name, value in values.items():
             if name.startswith("timing_s/") and name != "timing_s/step" and math.isfinite(value):
                 totals[name] = totals.get(name, 0.0) + value
-    whole = sum(m["timing_s/step"] for m in steps)
+    whole = sum(m["timing_s/step"] for m in steps) or 1.0
     named = [n for n in sorted(totals, key=lambda n: -totals[n])[:PHASES] if totals[n] > 0.01 * whole]
     shares = {n.removeprefix("timing_s/"): totals[n] / whole for n in named}
     shares["other"] = max(0.0, 1 - sum(shares.values()))

@@ -20,10 +20,11 @@ ANSWERS_PER_GROUP = 8
 TOKENS_PER_ANSWER = 400
 CHARACTERS = 2_000
 
+NO_REWARD = "no reward"
 # What can become of an evaluation prompt, in the order of the buttons.
 KINDS = (
     *("wrong \u2192 right", "right \u2192 wrong", "wrong \u2192 wrong", "right \u2192 right", "wrong", "right"),
-    *("higher", "lower", "equal", "all"),
+    *("higher", "lower", "equal", "all", NO_REWARD),
 )
 
 
@@ -39,10 +40,10 @@ def evaluations(folder: Path, last_step: int) -> dict[str, Any] | None:
     if not files:
         return None
     first, last = min(files), max(files)
-    before = {(row["draw"], row["sample"]): row for row in read_rollouts(files[first])}
-    after = {(row["draw"], row["sample"]): row for row in read_rollouts(files[last])}
+    before = {(row["draw"], row["sample"]): row for row in _rows(files[first])}
+    after = {(row["draw"], row["sample"]): row for row in _rows(files[last])}
     keys = sorted(before.keys() & after.keys())
-    binary = all(row["reward"] in (0.0, 1.0) for row in [*before.values(), *after.values()])
+    binary = all(row["reward"] in (0.0, 1.0, None) for row in [*before.values(), *after.values()])
     counts: dict[str, int] = {}
     pairs = []
     for key in keys:
@@ -67,24 +68,42 @@ def rollouts(folder: Path, last_step: int, algorithm: Mapping[str, Any]) -> dict
     )
     return {
         "available": len(steps),
-        "steps": [_step(step, read_rollouts(files[step]), algorithm) for step in shown],
+        "steps": [_step(step, _rows(files[step]), algorithm) for step in shown],
         "answers_per_group": ANSWERS_PER_GROUP,
         "tokens_per_answer": TOKENS_PER_ANSWER,
     }
 
 
-def explain(reward: float, rewards: Sequence[float], advantage: float | None, algorithm: Mapping[str, Any]) -> str:
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The answers in a file; numbers that are not finite, which a page has no form for, are None as if absent."""
+    rows = read_rollouts(file)
+    for row in rows:
+        for name in ("reward", "advantage"):
+            if row[name] is not None and not math.isfinite(row[name]):
+                row[name] = None
+        for name in ("data_source", "prompt", "response", "ground_truth"):
+            row[name] = row[name] or ""
+        for name in ("tokens", "logps"):
+            row[name] = row[name] or []
+    return rows
+
+
+def explain(
+    reward: float | None, rewards: Sequence[float], advantage: float | None, algorithm: Mapping[str, Any]
+) -> str:
     """Why an answer got its advantage.
 
     Args:
-        reward: what the answer was worth.
-        rewards: of all answers of its group, this one included.
+        reward: what the answer was worth; None where it has no reward (`reward.on_failure` is mask).
+        rewards: of all answers of its group that have one, this one included.
         advantage: as it was trained on.
         algorithm: the configuration's ``algorithm`` section.
 
     >>> explain(1.0, [1.0, 0.0], 0.7071, {"advantage": "grpo", "normalize_by_std": True})
     'reward 1.00, group mean 0.50, std 0.71 \u2192 advantage +0.71'
     """
+    if reward is None:
+        return "no reward: nothing is learned from it"
     if advantage is None:
         return f"reward {reward:.2f}"
     if len(rewards) > 1 and min(rewards) == max(rewards):
@@ -113,7 +132,9 @@ def shorten(text: str) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
-def _kind(old: float, new: float, *, binary: bool, same: bool) -> str:
+def _kind(old: float | None, new: float | None, *, binary: bool, same: bool) -> str:
+    if old is None or new is None:
+        return NO_REWARD
     if binary:
         words = ["right" if value else "wrong" for value in (old, new)]
         return words[1] if same else " \u2192 ".join(words)
@@ -137,20 +158,25 @@ def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -
         "groups": len(groups),
         "with_signal": len(signal),
         "answers": len(rows),
-        "reward": mean(row["reward"] for row in rows) if rows else None,
+        "reward": mean(given) if (given := _rewards(rows)) else None,
         "shown": [_group(group, algorithm) for group in chosen],
         "shown_equal": len(equal[:GROUPS_WITHOUT_SIGNAL]),
     }
 
 
+def _rewards(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The rewards of the answers that have one."""
+    return [row["reward"] for row in rows if row["reward"] is not None]
+
+
 def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:
-    rewards = [row["reward"] for row in rows]
+    rewards = _rewards(rows)
     return {
         "draw": rows[0]["draw"],
         "data_source": rows[0]["data_source"],
         "prompt": shorten(rows[0]["prompt"]),
         "ground_truth": shorten(rows[0]["ground_truth"]),
-        "reward": f"{mean(rewards):.2f}",
+        "reward": f"{mean(rewards):.2f}" if rewards else "none",
         "size": len(rows),
         "answers": [
             {
@@ -160,7 +186,10 @@ def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str
                 "cut": row["finish_reason"] == "length",
                 "length": len(row["tokens"]),
                 "tokens": row["tokens"][:TOKENS_PER_ANSWER],
-                "logps": [round(x, 3) if math.isfinite(x) else None for x in row["logps"][:TOKENS_PER_ANSWER]],
+                "logps": [
+                    round(x, 3) if x is not None and math.isfinite(x) else None
+                    for x in row["logps"][:TOKENS_PER_ANSWER]
+                ],
             }
             for row in rows[:ANSWERS_PER_GROUP]
         ],
