@@ -195,6 +195,28 @@ def test_gdpo_against_plain_python(batch: list[list[tuple[float, ...]]], weights
     assert found.tolist() == pytest.approx([(s - mean) / scale for s in sums], abs=1e-6)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.none() | st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=5), min_size=1, max_size=4)
+)
+def test_gdpo_of_a_component_that_some_lack(batch: list[list[float | None]]) -> None:
+    """It is that of the others alone; whoever lacks it, or is alone in having it, gets nothing from it."""
+    sums = []
+    for group in batch:
+        having = [r for r in group if r is not None]
+        mean, std = mean_and_std(having) if len(having) > 1 else (0.0, 1.0)
+        sums += [0.0 if r is None or len(having) < 2 else (r - mean) / std for r in group]
+    group_N = torch.tensor([g for g, group in enumerate(batch) for _ in group])
+    lacking = [torch.nan if r is None else r for group in batch for r in group]
+    scale = statistics.stdev(sums) + 1e-6
+    component_N = torch.tensor(lacking, dtype=torch.float64)
+    found_N = gdpo(component_N[:, None], group_N)
+    assert found_N.tolist() == pytest.approx([s / scale for s in sums], abs=1e-6)
+    whole_N = torch.arange(len(lacking)) % 3 / 2  # beside one that nobody lacks
+    both_N = gdpo(torch.stack([component_N, whole_N], 1), group_N, reward_weights=[0.0, 1.0])
+    assert both_N.tolist() == pytest.approx(gdpo(whole_N[:, None], group_N).tolist(), abs=1e-6)
+
+
 def test_gdpo_keeps_answers_apart_whose_rewards_have_equal_sums() -> None:
     """The paper's figure 2: of two answers with rewards (0, 1) and (0, 2), GRPO sees the same as with (0, 1) twice."""
     one = gdpo(torch.tensor([[0.0, 0], [0, 1], [0, 0], [1, 1]]), torch.tensor([0, 0, 1, 1]))

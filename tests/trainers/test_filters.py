@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from hybridflow.checkpoint.journal import Journal
+from hybridflow.config.learning import FilterSection
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
-from hybridflow.protocols import Group
+from hybridflow.protocols import Group, Trajectory
 from hybridflow.tracking.rollouts import read_rollouts
+from hybridflow.trainers.learning import passing
 from hybridflow.trainers.rl import estimate, next_groups
 from hybridflow.trainers.rl_run import RlRun, open_run
 
@@ -179,11 +181,56 @@ def test_mistakes(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_component_that_comes_and_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = configuration(tmp_path)
-    (tmp_path / "reward.py").write_text(
-        "def score(response):\n    return {'score': 1.0, ('a' if len(response) % 2 else 'b'): 1.0}\n"
-    )
-    said = mistake(capsys, "train", path, "train.prompts_per_step=8")
-    assert "components ['a'] for one answer and ['b'] for another" in said
-    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["training/global_step"] == 0
+# As many rewards are written: what is measured depends on the branch; one component comes with the second step only.
+SOMETIMES = """
+from pathlib import Path
+
+def score(response, ground_truth):
+    calls = Path(__file__).with_name("calls")
+    calls.write_text(calls.read_text() + "." if calls.exists() else ".")
+    found = {"score": len(response) % 3}
+    if len(response) % 2 or response == ground_truth:  # the right answer, which the start tries, has it
+        found["acc"] = sum(map(ord, response)) % 7 / 7
+    if len(calls.read_text()) > 33:
+        found["late"] = 1.0
+    return found
+"""
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"algorithm": {"preset": "gdpo"}},
+        {"filter": {"metric": "acc", "max_mean": 0.9}},
+    ],
+    ids=["learned", "filtered"],
+)
+def test_a_component_that_comes_and_goes_is_of_the_answers_that_have_it(
+    sections: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configuration(tmp_path, train={"steps": 3, "samples_per_prompt": 8}, data={"eval": None}, **sections)
+    (tmp_path / "reward.py").write_text(SOMETIMES)
+    succeed(capsys, "train", path)
+    lines = metrics(tmp_path / "run")[1:]
+    for step, line in enumerate(lines, start=1):
+        answers = read_rollouts(tmp_path / f"run/rollouts/step-{step:06d}.parquet")
+        having = [sum(map(ord, a["response"])) % 7 / 7 for a in answers if len(a["response"]) % 2]
+        assert 0 < len(having) < len(answers)
+        assert line["reward/acc/mean"] == pytest.approx(sum(having) / len(having))
+        assert "filter" in sections or line["actor/grad_norm"] > 0
+        if step == 3:
+            assert line["reward/late/mean"] == 1
+    assert "reward/late/mean" not in lines[0]
+
+
+def test_a_group_is_filtered_by_the_answers_that_have_the_component() -> None:
+    looked = FilterSection(metric="acc", min_mean=0.5)
+
+    def group(*accs: float | None) -> Group:
+        parts = [{} if acc is None else {"acc": acc} for acc in accs]
+        return Group(0, 0, [], [Trajectory(i, [], [], "stop", [], "", 1.0, None, c) for i, c in enumerate(parts)])
+
+    dropped: Counter[str] = Counter()
+    groups = [group(1.0, None), group(None, 0.0, 0.0), group(None, None), group(0.0, 1.0)]
+    assert passing(groups, looked, dropped) == [groups[0], groups[3]]
+    assert dropped == {"too hard": 1, "no acc": 1}

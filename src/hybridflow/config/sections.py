@@ -152,8 +152,8 @@ class RlTrainSection(Section):
     tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
     skip_zero_advantage: bool = Field(
         True,
-        description="Leave out answers whose loss is zero whatever the weights (groups of equal reward). They still "
-        "count in denominators, so the gradient is the same.",
+        description="Leave out answers whose loss is zero whatever the weights (as a rule groups of equal reward). "
+        "They still count in denominators, so the gradient is the same.",
     )
 
 

@@ -40,8 +40,11 @@ def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[st
     kept: list[Group] = []
     for group in groups:
         scored = [t for t in group.trajectories if t.failure is None]
-        values = [t.reward if section.metric == "reward" else t.components[section.metric] for t in scored]
-        reason: str | None = NOT_SCORED
+        if section.metric == "reward":
+            values = [t.reward for t in scored]
+        else:  # of the answers that have it
+            values = [t.components[section.metric] for t in scored if section.metric in t.components]
+        reason: str | None = f"no {section.metric}" if scored else NOT_SCORED
         if values:
             reason = drop_reason(
                 values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
@@ -111,26 +114,8 @@ def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], d
 
 
 def component_names(groups: Sequence[Group]) -> list[str]:
-    """The names of the rewards' components, in order: all that some answer has (sources may have others each).
-
-    Raises:
-        UserError: answers to the same prompt have others.
-    """
-    for group in groups:
-        found = {tuple(sorted(t.components)) for t in group.trajectories if t.failure is None}
-        if len(found) > 1:
-            first, second = sorted(found)[:2]
-            raise UserError(
-                f"the reward returned components {list(first)} for one answer and {list(second)} for another",
-                fix="return the same names for every answer",
-            )
+    """The names of the rewards' components, in order: all that some answer has."""
     return sorted({name for g in groups for t in g.trajectories for name in t.components})
-
-
-def shared_components(groups: Sequence[Group]) -> list[str]:
-    """The names of the components that all answers have, in order."""
-    having = [set(t.components) for g in groups for t in g.trajectories if t.failure is None and t.components]
-    return [name for name in component_names(groups) if all(name in names for names in having)]
 
 
 # --- before the step's updates ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.kl import KL_ESTIMATORS, mean_per_answer
 from hybridflow.algorithms.mismatch import token_ages
 from hybridflow.batch import Batch
-from hybridflow.config.algorithms import POLICY_LOSSES
+from hybridflow.config.algorithms import ADVANTAGES, POLICY_LOSSES
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
@@ -36,7 +37,6 @@ from hybridflow.trainers.learning import (
     policy_outputs,
     rejected,
     reweighted,
-    shared_components,
     trainable,
     whole_gap,
     with_current,
@@ -126,7 +126,9 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
         if a.kl_reward_coef:
             batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
             batch["reward_T"] -= run.kl.coef * batch["kl_T"]
-        values = piece_values(a, shared_components(groups))
+        if needs_of(a.advantage, ADVANTAGES).needs_components and "components_BK" not in batch:
+            batch["components_BK"] = torch.zeros(len(batch), 0)  # no answer of the step has any
+        values = piece_values(a, component_names(groups))
         for name, column_T in advantage_columns(a.advantage, batch, values).items():
             batch[name] = column_T
     run.measured |= counts
@@ -149,7 +151,7 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                 current, found = with_current(mini, config, run.engine)
                 prepared = with_loss(with_weights(current, config), config)  # weights count what is left
                 metrics.append(found)
-                if len(prepared):  # else every group is of equal reward: nothing to learn from, no step
+                if len(prepared):  # else no answer has an advantage: nothing to learn from, no step
                     # The gap between engines is measured once: here where old log-probabilities were not computed,
                     # and in the first update, before it changes the weights.
                     loss = policy_loss(config, measure_gap=i == 0 and old_logp_is(config) != "recompute")
@@ -233,7 +235,8 @@ def batch_of(groups: list[Group]) -> Batch:
 
     Columns: ``input_ids_T``, ``loss_mask_T`` (the answer), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
     ``sample_B``, ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
-    Where the reward has components: ``components_BK``, in the order of `shared_components`. Where it has parts:
+    Where the reward has components: ``components_BK``, in the order of `component_names`, NaN for one that an answer
+    lacks. Where it has parts:
     ``step_reward_T``. Where greedy answers were
     asked for: ``baseline_B``. Where tokens were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for
     all of it) and ``support_ids_K``.
@@ -244,10 +247,10 @@ def batch_of(groups: list[Group]) -> Batch:
         sizes = [t.support.sizes if t.support else [0] * len(t.token_ids) for _, t in answers]
         ragged["support_size_T"] = [[0] * len(g.prompt_ids) + size for (g, _), size in zip(answers, sizes)]
         ragged["support_ids_K"] = [t.support.ids if t.support else [] for _, t in answers]
-    names = shared_components(groups)
+    names = component_names(groups)
     dense: dict[str, list[Any]] = {}
     if names:
-        dense["components_BK"] = [[t.components.get(name, 0.0) for name in names] for _, t in answers]
+        dense["components_BK"] = [[t.components.get(name, math.nan) for name in names] for _, t in answers]
     if any(t.step_rewards for _, t in answers):
         ragged["step_reward_T"] = [[0.0] * len(g.prompt_ids) + _by_token(t) for g, t in answers]
     if any(g.baseline is not None for g in groups):

@@ -8,6 +8,8 @@ As each component is normalised on its own, none drowns another by its scale, an
 they earned them otherwise. The last line is over trajectories, as in the paper, and keeps the size of advantages
 whatever the number of components; as S has the mean 0 in every group, only its division matters. verl takes the last
 statistics over tokens, so that advantages there depend on lengths and do not vanish in a group of equal rewards.
+
+A trajectory that lacks a component (NaN) gets nothing from it, and its group's mean and std are those of the others.
 Shapes: N trajectories, K components.
 """
 
@@ -25,7 +27,7 @@ def gdpo(components_NK: Tensor, group_N: Tensor, *, reward_weights: Sequence[flo
     """Advantage of each trajectory, ``[N]``.
 
     Args:
-        components_NK: the reward's components.
+        components_NK: the reward's components; NaN where a trajectory lacks one.
         group_N: group of each trajectory (any integers).
         reward_weights: weight of each component, in their order; None: 1 for all.
 
@@ -35,5 +37,17 @@ def gdpo(components_NK: Tensor, group_N: Tensor, *, reward_weights: Sequence[flo
     groups, sum_N = Groups.of(group_N), components_NK.new_zeros(len(components_NK))
     weights = [1.0] * components_NK.shape[1] if reward_weights is None else reward_weights
     for component_N, weight in zip(components_NK.unbind(1), weights, strict=True):
-        sum_N = sum_N + weight * groups.normalized(component_N)
+        lacks_N = component_N.isnan()
+        own_N = _of_those_that_have(component_N, group_N) if lacks_N.any() else groups.normalized(component_N)
+        sum_N = sum_N + weight * own_N
     return sum_N / (torch.std(sum_N) + EPSILON) if len(sum_N) else sum_N
+
+
+def _of_those_that_have(component_N: Tensor, group_N: Tensor) -> Tensor:
+    """A component normalised among the trajectories of each group that have it ``[N]``; 0 for those that lack it."""
+    has_N = ~component_N.isnan()
+    _, index_N, count_G = torch.unique(group_N[has_N], return_inverse=True, return_counts=True)
+    compared_N = has_N.nonzero()[:, 0][count_G[index_N] > 1]  # a single one has nothing to be compared with
+    found_N = torch.zeros_like(component_N)
+    found_N[compared_N] = Groups.of(group_N[compared_N]).normalized(component_N[compared_N])
+    return found_N
