@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import linecache
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -26,3 +31,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def raised(error: BaseException, text: str | None = None) -> str:
+    """What code of the user's raised, in one line that ends with where it did: file, line, function and code.
+
+    Of the calls that led to the error it is the last one in a file that is neither Python's, nor an installed
+    package's, nor ours, so that a mistake that only a library notices is told by the line that made it.
+
+    Args:
+        error: what was raised.
+        text: the error's own words; None takes them from the error.
+    """
+    said = " ".join((str(error) if text is None else text).split())
+    place = _place(error)
+    return type(error).__name__ + (f": {said}" if said else "") + (f" ({place})" if place else "")
+
+
+def _place(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        code = (error.text or linecache.getline(error.filename, error.lineno)).strip()
+        return f"{error.filename}, line {error.lineno}: {code}" if code else f"{error.filename}, line {error.lineno}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_OURS, "<frozen "))]
+    theirs = [
+        f for f in frames if not f.filename.startswith(_STDLIB) and not _PACKAGES.intersection(Path(f.filename).parts)
+    ]
+    if not frames:
+        return ""
+    last = theirs[-1] if theirs else frames[0]
+    return f"{last.filename}, line {last.lineno}, in {last.name}: {(last.line or '').strip()}".removesuffix(": ")
+
+
+_OURS, _STDLIB = (folder + os.sep for folder in (os.path.dirname(__file__), sysconfig.get_paths()["stdlib"]))
+_PACKAGES = {"site-packages", "dist-packages"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.errors import UserError
 from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.function import FIXES, RewardFunction, load_reward
+from hybridflow.rewards.composed import Part, combined
+from hybridflow.rewards.function import FIXES, RewardFunction, load_reward, name_of, read_score
+from hybridflow.rewards.in_process import InProcessGrader
+from hybridflow.rollout.groups import total
 
 ROW = {"prompt": "1+1=", "ground_truth": "2", "level": 3, "data_source": "sums", "extra_info": {"index": 7}}
 
@@ -197,7 +204,7 @@ def test_a_reward_that_raises_shows_the_answer() -> None:
     assert fine == Score(1.0) and bad.kind == "raised" and bad.failure is not None
     assert bad.failure.startswith("the reward mine raised KeyError: 'strange xxx")
     assert "it was scoring 'strange xxx" in bad.failure and bad.failure.endswith("against '2')")
-    assert len(bad.failure) < 600
+    assert len(bad.failure) < 800  # three texts of 200 characters, a line of code and names
 
 
 class Hostile:
@@ -263,3 +270,125 @@ def test_a_reward_is_found_by_file_and_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no function 'hafl'") as caught:
         load_reward(f"{tmp_path}/mine.py:hafl")
     assert caught.value.fix == "did you mean 'half'?"
+
+
+RAISING = """
+import asyncio, functools, json
+from dataclasses import dataclass
+
+def own(response):
+    return 1 / 0  # own
+
+def batch(responses):
+    return [len(r) / 0 for r in responses]  # batch
+
+async def later(response):
+    await asyncio.sleep(0)
+    return {}["later"]
+
+def of_a_library(response):
+    return json.loads(response)  # of_a_library
+
+def deep(response):
+    return _helper(response)
+
+def _helper(response):
+    raise ValueError(\"\"\"two
+lines\"\"\")  # _helper
+
+@dataclass
+class Judge:
+    def __call__(self, response):
+        return response["x"]  # __call__
+
+judge = Judge()
+part = functools.partial(own)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "where", "said"),
+    [
+        ("own", 6, "own: return 1 / 0  # own", "ZeroDivisionError: division by zero"),
+        ("batch", 9, "<listcomp>: ", "ZeroDivisionError: division by zero"),
+        ("later", 13, 'later: return {}["later"]', "KeyError: 'later'"),
+        ("of_a_library", 16, "of_a_library: return json.loads(response)", "JSONDecodeError: Expecting value"),
+        ("deep", 22, "_helper: raise ValueError", "ValueError: two lines"),
+        ("judge", 28, '__call__: return response["x"]', "TypeError: string indices"),
+        ("part", 6, "own: return 1 / 0  # own", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_reward_that_raises_shows_file_line_and_code(
+    name: str, line: int, where: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RAISING)
+    (score,) = load_reward(f"{file}:{name}").scores(answers("x"))
+    assert score.failure is not None and score.kind == "raised" and "\n" not in score.failure
+    assert f"raised {said}" in score.failure, score.failure
+    place = f"({file}, line {line}, in "
+    assert place in score.failure and (where in score.failure or sys.version_info >= (3, 12)), score.failure
+
+
+SIZES = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([1e12, 1.01e12, 3e38, 1e300, 1e39, -1e300])
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(SIZES, st.dictionaries(st.sampled_from(["a", "b"]), SIZES, max_size=2), st.lists(SIZES, max_size=2))
+def test_what_is_learned_from_is_finite_in_float32_and_so_are_its_squares(
+    value: float, parts: dict[str, float], steps: list[float]
+) -> None:
+    given = {"score": value, **parts, "steps": [(1, reward) for reward in steps]}
+    (score,) = RewardFunction(lambda response: given, "mine").scores(answers("x"))
+    numbers = [value, *parts.values(), *steps, value + sum(steps)]
+    assert (score.failure is None) == all(abs(n) <= LARGEST_REWARD for n in numbers)
+    if score.failure is None:
+        found_N = torch.tensor([total(score)], dtype=torch.float32).repeat(1024)
+        assert bool(torch.isfinite(found_N.square().sum() * 1e10))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(SIZES, st.floats(-1e12, 1e12)), min_size=1, max_size=3))
+def test_a_sum_of_parts_is_as_bounded(parts: list[tuple[float, float]]) -> None:
+    scores = [[read_score("mine", value, answers("x"), 0)] for value, _ in parts]
+    (score,) = combined([Part(str(i), None, weight=w) for i, (_, w) in enumerate(parts)], scores)  # type: ignore[arg-type]
+    fits = all(abs(v) <= LARGEST_REWARD for v, _ in parts) and abs(sum(w * v for v, w in parts)) <= LARGEST_REWARD
+    assert (score.failure is None) == fits and (score.kind == "nonsense") == (not fits)
+
+
+def bonus(response: str, ground_truth: str = "", extra: float = 0.0) -> float:
+    return float(response == ground_truth) + extra
+
+
+class Scorer:
+    def __call__(self, response: str) -> float:
+        return float(response)
+
+    async def later(self, response: str) -> float:
+        return float(response)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "value"),
+    [
+        (functools.partial(bonus, extra=2.0), "bonus", 3.0),
+        (functools.partial(functools.partial(bonus, extra=2.0), ground_truth="other"), "bonus", 2.0),
+        (Scorer(), "Scorer", 2.0),
+        (functools.partial(Scorer()), "Scorer", 2.0),
+        (Scorer().later, "later", 2.0),
+        (functools.partial(Scorer().later), "later", 2.0),
+        (lambda response: 7, "<lambda>", 7.0),
+        (functools.partial(max, 1), "max", None),
+    ],
+)
+def test_whatever_can_be_called_is_a_reward(function: Any, name: str, value: float | None) -> None:
+    assert name_of(function) == name
+    if value is None:
+        assert "has no signature" in str(refused(function))
+        return
+    grader = InProcessGrader({name_of(function): function})
+    try:
+        grader.submit(0, answers("2"))
+        assert grader.ready() == [(0, [Score(value)])]
+    finally:
+        grader.close()

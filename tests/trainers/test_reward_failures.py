@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
+from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
 from hybridflow.trainers.rl import estimate, next_groups, train
 from hybridflow.trainers.rl_run import RlRun, open_run
@@ -104,6 +106,51 @@ def test_mask_leaves_out_the_failed_answers_and_nothing_else(tmp_path: Path) -> 
             torch.testing.assert_close(own_T, expected.expand(len(own_T)), atol=1e-4, rtol=1e-4)
 
 
+STRANGE = """
+def score(response, ground_truth):
+    kind = sum(map(ord, response)) % 8
+    if response != ground_truth and kind < 6:
+        return [3e38, 1e300, float("inf"), float("nan"), {"score": 1.0, "acc": 1e39}, None][kind]
+    if response != ground_truth and kind == 6:
+        return {}[response]  # not there
+    return len(response) / 8
+"""
+
+
+@pytest.mark.parametrize("policy", ["mask", "value"])
+def test_a_run_whose_rewards_fail_ends_with_its_report_and_says_where_they_did(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "strange.py"
+    file.write_text(STRANGE)
+    train = {"steps": 2, "prompts_per_step": 8}
+    reward = {"function": f"{file}:score", "on_failure": policy}
+    path = configuration(tmp_path, train=train, reward=reward, data={"eval": None})
+    succeed(capsys, "train", path)
+    lines = steps(tmp_path)
+    assert sum(line["reward/failures/raised"] for line in lines) > 0
+    assert sum(line["reward/failures/nonsense"] for line in lines) > 0
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run/model/model.safetensors").values())
+    assert (tmp_path / "run/report.html").is_file()
+    told = [e["text"] for e in read_events(tmp_path / "run/events.jsonl") if e["kind"] == "advice"]
+    told = [text for text in told if "the reward" in text and "on_failure" in text]
+    assert len(told) == 2, told  # each kind of failure once
+    (raised,) = [text for text in told if "raised" in text]
+    assert "raised KeyError: " in raised and f"({file}, line 7, in score: return {{}}[response]" in raised
+    assert raised.endswith(f"reward.on_failure is {policy}") and "of the training data" in raised
+
+
+@pytest.mark.parametrize("policy", ["mask", "fail"])
+def test_the_first_failing_call_names_the_line_and_the_key_only_where_it_is_not_set(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.py").write_text("def score(response):\n    return 1 / 0\n")
+    reward = {"function": f"{tmp_path}/wrong.py:score", "on_failure": policy}
+    said = mistake(capsys, "check", configuration(tmp_path, reward=reward))
+    assert f"raised ZeroDivisionError: division by zero ({tmp_path}/wrong.py, line 2, in score: return 1 / 0)" in said
+    assert ("reward.on_failure" in said) == (policy == "fail")
+
+
 def test_drop_group_leaves_out_whole_groups_and_nothing_else(tmp_path: Path) -> None:
     policy = {"on_failure": "drop_group", "pool": {"timeout": 1}}
     with opened(tmp_path / "a", "broken", reward=policy) as run, opened(tmp_path / "b", "clean") as whole:
@@ -118,6 +165,8 @@ def test_drop_group_leaves_out_whole_groups_and_nothing_else(tmp_path: Path) -> 
 def test_fail_ends_the_run_with_the_row_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = mistake(capsys, "train", file_of(tmp_path, "broken", reward={"pool": {"timeout": 1}}))
     assert "row " in said and "of the training data: the reward" in said
+    event = read_events(tmp_path / "run/events.jsonl")[-1]
+    assert event["kind"] == "failed" and said.startswith(f"error: {event['text'].removeprefix('UserError: ')}\n")
     assert "reward.on_failure (drop_group, mask, value)" in said
     config = load_config(RlConfig, file_of(tmp_path, "replaced"))
     assert config.reward.on_failure == "fail"

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, nearest, raised
 
 
 def locate(reference: str, base: Path) -> str:
@@ -64,5 +64,5 @@ def _import_file(path: Path, reference: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[unique]
-        raise UserError(f"{path} cannot be imported (for {reference}): {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} cannot be imported (for {reference}): {raised(error)}") from error
     return module

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.config.placement import EngineSection
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
@@ -44,16 +45,25 @@ def _check_name(name: str) -> str:
 RewardName = Annotated[str, AfterValidator(_check_name)]
 
 
+def _check_worth(value: float) -> float:
+    if not abs(value) <= LARGEST_REWARD:
+        raise ValueError(f"{value:g} is out of the range of rewards, {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+    return value
+
+
+Worth = Annotated[float, AfterValidator(_check_worth)]
+
+
 class RewardTermSection(Section):
     """One part of a reward that is a weighted sum."""
 
     function: RewardName = Field(description="As reward.function.")
-    weight: float = Field(1.0, description="What it is multiplied with.")
+    weight: Worth = Field(1.0, description="What it is multiplied with.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="As reward.kwargs.")
     normalize: Literal["none", "group"] = Field(
         "none", description="group: less the mean of the answers to the same prompt, divided by their deviation."
     )
-    clip: tuple[float, float] | None = Field(None, description="Least and greatest value, before the weight.")
+    clip: tuple[Worth, Worth] | None = Field(None, description="Least and greatest value, before the weight.")
 
 
 class RewardPoolSection(Section):
@@ -192,13 +202,13 @@ class RewardSection(Section):
         "drop_group: the prompt's answers are left out; mask: that answer is; value: it gets failure_value. Counted "
         "as reward/failures either way.",
     )
-    failure_value: float = Field(0.0, description="The reward of a failed answer, for on_failure=value.")
+    failure_value: Worth = Field(0.0, description="The reward of a failed answer, for on_failure=value.")
     pool: RewardPoolSection = RewardPoolSection()
     sandbox: SandboxSection = SandboxSection()
     model: RewardModelSection | None = Field(None, description="The reward model, for function=model.")
     judge: JudgeSection | None = Field(None, description="The judge, for function=judge.")
-    clip: tuple[float, float] | None = Field(None, description="Least and greatest reward, in training.")
-    length_coef: float = Field(
+    clip: tuple[Worth, Worth] | None = Field(None, description="Least and greatest reward, in training.")
+    length_coef: Worth = Field(
         0.0, description="In training, times tokens / rollout.max_response_tokens; negative prefers short answers."
     )
     overlong_buffer: PositiveInt | None = Field(
@@ -206,7 +216,7 @@ class RewardSection(Section):
         description="In training, the last so many tokens before rollout.max_response_tokens lower the reward step by "
         "step (DAPO's soft punishment); unset: they do not.",
     )
-    overlong_penalty: float = Field(1.0, gt=0, description="By how much at most.")
+    overlong_penalty: Worth = Field(1.0, gt=0, description="By how much at most.")
     normalize: Literal["none", "step", "running"] = Field(
         "none",
         description="In training, at last: less the mean and divided by the deviation of the step's rewards, or of "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.protocols import Answers, Score
 
 
@@ -141,14 +142,26 @@ class ComposedGrader:
 
 
 def combined(parts: Sequence[Part], scores: Sequence[Sequence[Score]]) -> list[Score]:
-    """The scores of answers to one prompt, from those of each part (part by part). A failed part fails the answer."""
+    """The scores of answers to one prompt, from those of each part (part by part). A failed part fails the answer.
+
+    So does a sum that is larger than a reward may be (`config.bounds.LARGEST_REWARD`).
+    """
     if len(parts) == 1 and parts[0].name is None:
-        return list(scores[0])
+        return [_bounded(score) for score in scores[0]]
     values = [_values(part, of_part) for part, of_part in zip(parts, scores)]
     return [
-        _sum(parts, [of_part[i] for of_part in scores], [of_part[i] for of_part in values])
+        _bounded(_sum(parts, [of_part[i] for of_part in scores], [of_part[i] for of_part in values]))
         for i in range(len(scores[0]))
     ]
+
+
+def _bounded(score: Score) -> Score:
+    numbers = {"is": score.value, "and its steps add up to": score.value + sum(reward for _, reward in score.steps)}
+    numbers |= {f"has as {name!r}": value for name, value in score.components.items()}
+    said = next((f"{verb} {value:g}" for verb, value in numbers.items() if not abs(value) <= LARGEST_REWARD), None)
+    if score.failure is not None or said is None:
+        return score
+    return Score(0.0, failure=f"the reward {said}, not a finite number of at most {LARGEST_REWARD:g}", kind="nonsense")
 
 
 def _values(part: Part, scores: Sequence[Score]) -> list[float]:

@@ -16,6 +16,7 @@ works as it is, of one answer and of a batch. All of these may be ``async def``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import numbers
@@ -24,8 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybridflow import rewards
+from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.config.locate import load_function
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, nearest, raised
 from hybridflow.protocols import Answers, Score
 
 ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
@@ -80,10 +82,21 @@ class RewardFunction:
 
     def __init__(self, function: Callable[..., Any], name: str, kwargs: Mapping[str, Any] | None = None) -> None:
         self.function, self.name, self.kwargs = function, name, dict(kwargs or {})
-        parameters = inspect.signature(function).parameters
+        inner, bound = function, set[str]()  # what a partial was given stays as it is
+        while isinstance(inner, functools.partial):
+            bound |= inner.keywords.keys()
+            inner = inner.func
+        try:
+            parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in bound}
+        except ValueError as error:  # of functions that are written in C
+            raise UserError(
+                f"the reward {name} has no signature that Python can read",
+                why="the names of its arguments say what it is given",
+                fix=f"call it in a function of yours: {_FORMS}",
+            ) from error
         self.whole_group = not set(ANSWERS).isdisjoint(parameters)
         # Of an object it is the class's method that is called.
-        self.is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+        self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
         answer = ANSWERS if self.whole_group else ANSWER
         known = (*answer, *ROW, *(ROWS if self.whole_group else ()))
         self.arguments = [n for n in known if n in parameters]
@@ -168,8 +181,14 @@ class RewardFunction:
         return read_scores(self.name, value, answers)
 
     def _raised(self, error: BaseException, answers: Answers, index: int | None) -> list[Score]:
-        said = f"{type(error).__name__}: {_text(error, str)}" if _text(error, str) else type(error).__name__
-        return failures(self.name, "raised", f"raised {said}", answers, index)
+        return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called in messages; a partial as what it calls, an object as its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def failures(name: str, kind: str, what: str, answers: Answers, index: int | None) -> list[Score]:
@@ -188,7 +207,7 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
     else:
         many, response, count = "", answers.responses[index], 1
     against = _text(answers.ground_truth, repr)
-    failure = f"the reward {name} {what[:CUT]} (it was scoring {many}{response[:CUT]!r} against {against})"
+    failure = f"the reward {name} {what} (it was scoring {many}{response[:CUT]!r} against {against})"
     return [Score(0.0, failure=failure, kind=kind)] * count
 
 
@@ -204,7 +223,7 @@ def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
 
 
 def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
-    """What a reward returned for one answer: a finite number, or a dict with such a one as "score".
+    """What a reward returned for one answer: a number of at most `LARGEST_REWARD`, or a dict with such a one as "score".
 
     Further numbers of a dict are components; what else stands in it, such as text, is left out. "steps" are rewards of
     parts of the answer: pairs of how many characters of it the part ends after, and the reward.
@@ -218,7 +237,9 @@ def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
         score = components.pop("score", None)
         if score is None:
             raise _Nonsense(_no_number(value["score"], " as 'score'"))
-        return Score(score, components, _steps(value.get("steps"), len(answers.responses[index])))
+        steps = _steps(value.get("steps"), len(answers.responses[index]))
+        _number(score + sum(reward for _, reward in steps), " as 'score' and 'steps' together")
+        return Score(score, components, steps)
     except _Nonsense as said:
         return failures(name, "nonsense", str(said), answers, index)[0]
 
@@ -234,7 +255,7 @@ def _number(value: Any, where: str = "") -> float:
             number = float(found)
         except OverflowError:
             number = math.inf
-        if math.isfinite(number):
+        if abs(number) <= LARGEST_REWARD:
             return number
     raise _Nonsense(_no_number(value, where))
 
@@ -250,7 +271,8 @@ def _is_number(value: Any) -> bool:
 
 def _no_number(value: Any, where: str) -> str:
     several = (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or hasattr(value, "shape")
-    said = f"returned {_text(value, repr)} ({type(value).__name__}){where}, not a finite number"
+    wanted = f"not a finite number of at most {LARGEST_REWARD:g}"
+    said = f"returned {_text(value, repr)} ({type(value).__name__}){where}, {wanted}"
     return f"{said}: {STEPS}" if several and not _is_number(value) else said
 
 
@@ -291,9 +313,7 @@ def load_all(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> dict
         UserError: see `load_reward`.
     """
     return {
-        name: load_reward(f.reference, f.kwargs)
-        if isinstance(f, FunctionSpec)
-        else RewardFunction(f, getattr(f, "__name__", name))
+        name: load_reward(f.reference, f.kwargs) if isinstance(f, FunctionSpec) else RewardFunction(f, name_of(f))
         for name, f in functions.items()
     }
 

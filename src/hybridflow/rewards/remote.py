@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow.errors import UserError
 from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.function import failures, read_scores
+from hybridflow.rewards.function import CUT, failures, read_scores
 from hybridflow.rewards.limits import CallFailed, LimitedClient
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class RemoteGrader:
         except CancelledError:
             return failures(self.url, "refused", "was given up", answers, None)
         if not isinstance(said, Mapping) or "scores" not in said:
-            found = json.dumps(said)
+            found = json.dumps(said)[:CUT]
             return failures(self.url, "nonsense", f"answers without 'scores': {found}", answers, None)
         return read_scores(self.url, said["scores"], answers)
 

@@ -84,7 +84,8 @@ class FailurePolicy:
             where: which row of which data.
         """
         what, scoring, why = str(score.failure).partition(" (it was scoring ")
-        fix = self.advice.get(score.kind, "look at the reward") + OTHERWISE
+        otherwise = OTHERWISE if self.on_failure == "fail" else ""  # else the user has said so already
+        fix = self.advice.get(score.kind, "look at the reward") + otherwise
         return UserError(f"{where}: {what}", why=f"it was scoring {why.removesuffix(')')}" if scoring else "", fix=fix)
 
 
@@ -104,6 +105,7 @@ class GroupSource:
         greedy: whether every prompt is answered once more, greedily, for a baseline.
         policy: what happens where the reward fails.
         seed: the run's seed.
+        tell: takes a sentence about the first answer that the reward failed on in each way, where the run goes on.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
             computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
@@ -123,6 +125,7 @@ class GroupSource:
         seed: int,
         greedy: bool = False,
         policy: FailurePolicy = FailurePolicy(),
+        tell: Callable[[str], None] = lambda text: None,
         journal: GroupStore | None = None,
         whole_step: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
@@ -131,6 +134,8 @@ class GroupSource:
         self.sampling, self.seed, self.policy = sampling, seed, policy
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
         self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
+        self.tell = tell
+        self._told: set[str] = set()
         self.reward_seconds = 0.0
         self._kept: list[Result] = []
 
@@ -246,6 +251,10 @@ class GroupSource:
         policy = self.policy
         if failed and policy.on_failure == "fail":
             raise policy.refuse(failed[0], f"row {row} of the training data")
+        for score in failed:
+            if score.kind not in self._told:
+                self._told.add(score.kind)
+                self.tell(f"row {row} of the training data: {score.failure}; reward.on_failure is {policy.on_failure}")
         if found.baseline is not None:
             group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
         baseline_failed = found.baseline is not None and found.baseline.failure is not None

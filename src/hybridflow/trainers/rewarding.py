@@ -10,7 +10,7 @@ from hybridflow.config.sections import EvalConfig, RlConfig
 from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.protocols import Answers, Grader, Score
 from hybridflow.rewards.composed import Backend, ComposedGrader, Part
-from hybridflow.rewards.function import FIXES, FunctionSpec
+from hybridflow.rewards.function import FIXES, FunctionSpec, name_of
 from hybridflow.rewards.in_process import InProcessGrader
 from hybridflow.rewards.pool import ProcessGrader
 from hybridflow.rewards.remote import RemoteGrader
@@ -54,8 +54,8 @@ def make_grader(
         UserError: rows are of an unknown source; a function, model or judge cannot be used.
     """
     if function is not None:
-        whole = InProcessGrader({function.__name__: function})
-        return ComposedGrader(lambda answers: [Part(None, whole, function.__name__)], [whole])
+        whole = InProcessGrader({name_of(function): function})
+        return ComposedGrader(lambda answers: [Part(None, whole)], [whole])
     parts = _Parts(config, places, scoring)
     if config.reward.terms is None:
         only = RewardTermSection(function=config.reward.function, kwargs=config.reward.kwargs)

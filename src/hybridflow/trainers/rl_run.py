@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from hybridflow.algorithms.kl import KlController
 from hybridflow.checkpoint.journal import Journal
 from hybridflow.checkpoint.run_folder import RunFolder
@@ -152,6 +154,10 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
         return _assemble(config, folder, stop, places, resolved, reward)
 
 
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
 def _assemble(
     config: RlConfig,
     folder: RunFolder,
@@ -175,9 +181,8 @@ def _assemble(
     policy = failure_policy(config.reward)
     journal = Journal(folder.path / "journal")
 
-    def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
+    trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train")
+    decode = _decoder(tokenizer)
     source = GroupSource(
         rollout,
         prompts.__getitem__,
@@ -188,6 +193,7 @@ def _assemble(
         seed=seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
         policy=policy,
+        tell=trackers.advise,
         journal=journal,
         whole_step=config.rollout.engine == "inline",
         should_stop=stop.requested,
@@ -216,7 +222,7 @@ def _assemble(
         reward_watch=RewardWatch({n: t.weight for n, t in (config.reward.terms or {}).items() if t.weight}),
         publisher=publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events),
         turn=HandOver(rollout, models, sleeps=places.rollout_sleeps(config)),
-        trackers=Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train"),
+        trackers=trackers,
         stop=stop,
         total_steps=steps,
         checkpoint=config.checkpoint,
