@@ -1,26 +1,33 @@
-"""Real processes for tests: a gloo group that lives as long as the test session, so that a test does not wait for it.
+"""Real processes for tests: gloo groups that live as long as the test session, so that a test does not wait for them.
 
 The functions that it runs stand in `tests/on_ranks/`, because a process finds them by their module's name.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 
+GRACE = 5.0  # seconds that other ranks have to answer once one has failed: they may wait for it in a collective
+
+
 class Ranks:
-    """`size` processes in one gloo process group; `run` calls a function on all of them."""
+    """`size` processes in one gloo process group; `run` calls a function on all of them.
+
+    A run that fails, or is cut short, ends them all: what they hold is unknown then, and an answer may still be under
+    way. `shared_ranks` makes new ones for the next test.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.closed = False
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "tiny"])
@@ -36,26 +43,61 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What the function returns on every rank; an exception on a rank fails the test with its traceback."""
-        for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
-        answers = [pipe.recv() for pipe in self._pipes]
-        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
-        assert not failed, "\n".join(failed)
-        return [value for _, value in answers]
+        try:
+            for pipe in self._pipes:
+                pipe.send((function, args, kwargs))
+            answers = self._answers()
+            failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+            assert not failed, "\n".join(failed)
+        except BaseException:  # the limit on a test's time is one too
+            self.close(0)
+            raise
+        return [answers[rank][1] for rank in range(self.size)]
 
-    def close(self) -> None:
+    def close(self, patience: float = 5) -> None:
+        self.closed = True
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
+            process.join(patience)
             process.kill()
+            process.join()
         self._folder.cleanup()
 
+    def _answers(self) -> dict[int, tuple[bool, Any]]:
+        """(whether it went well, what it returned or its traceback) by rank, in the order in which they came."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        failed = False
+        while len(answers) < self.size:
+            waited_for = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(waited_for, GRACE if failed else None)
+            for pipe in ready or waited_for:
+                answers[waited_for[pipe]] = _answer(pipe) if ready else (False, "it did not answer: does it wait?")
+            failed = not all(ok for ok, _ in answers.values())
+        return answers
 
-@functools.cache
-def shared_ranks(size: int) -> Ranks:
-    """The group of this size, the same for all tests of the session. It ends with the test process."""
-    return Ranks(size)
+
+def _answer(pipe: Any) -> tuple[bool, Any]:
+    try:
+        answer: tuple[bool, Any] = pipe.recv()
+    except (EOFError, OSError):
+        return False, "its process ended"
+    return answer
+
+
+_SHARED: dict[tuple[str, int], Ranks] = {}
+
+
+def shared_ranks(size: int, pool: str = "") -> Ranks:
+    """The group of this size, the same for all tests of the session until a test breaks it.
+
+    Args:
+        size: how many processes.
+        pool: a name, for a group beside the first of this size.
+    """
+    if (pool, size) not in _SHARED or _SHARED[pool, size].closed:
+        _SHARED[pool, size] = Ranks(size)
+    return _SHARED[pool, size]
 
 
 def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import socket
@@ -23,16 +22,10 @@ from hybridflow.weights.stream import WeightSyncError, receive, stream_of, verif
 from hybridflow.weights.transport import Kind, Receiver, Sender, open_receiver, open_sender, pick_transport
 
 from on_ranks import weights
-from ranks import Ranks, shared_ranks
+from ranks import shared_ranks
 from tiny import packed_model
 
 KINDS: list[Kind] = ["shared_memory", "broadcast", "files"]
-
-
-@functools.cache
-def rollout_ranks() -> Ranks:
-    """A second pool of two processes: a process group of its own."""
-    return Ranks(2)
 
 
 def free_port() -> int:
@@ -57,7 +50,7 @@ def test_a_sharded_model_reaches_replicas_in_another_pool(
     with ThreadPoolExecutor(1) as pool:
         how = {"bucket_bytes": bucket_bytes, "folder": str(tmp_path), "delta": delta}
         sent = pool.submit(shared_ranks(2).run, weights.send, kind, port, 2, 2, **how)
-        arrived = rollout_ranks().run(weights.receive_into_replica, f"127.0.0.1:{port}", 2)
+        arrived = shared_ranks(2, "rollout").run(weights.receive_into_replica, f"127.0.0.1:{port}", 2)
     (rank0, rank1), model = sent.result(), packed_model("qwen3")
     whole = sum(p.nbytes for p in model.parameters())
     for update in range(2):
