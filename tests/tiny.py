@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -92,6 +93,7 @@ KINDS = {
         )
     ),
 }
+SINGLE = ("Norm", "Router", "RotaryEmbedding")  # modules of Hugging Face's that compute in float32 by themselves
 HEADS = {  # of query and key-value heads
     "one_kv_head": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"num_key_value_heads": 1})),
     "six_of_twelve_heads": lambda: LlamaForCausalLM(
@@ -115,33 +117,43 @@ def packed_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.
     """The same model with ragged attention; in float64 every operation on activations is in float64."""
     model = plain_model(kind, seed).to(dtype)
     model.set_attn_implementation(ATTENTION)
-    if dtype == torch.float64:
-        if "moe" in kind or "deepseek" in kind:
-            model.set_experts_implementation("eager")  # the grouped product has no float64
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.__class__ = GemmaNorm if type(module).__name__.startswith("Gemma") else Norm
-    return model
+    return in_double(model) if dtype == torch.float64 else model
 
 
-class Norm(torch.nn.Module):
-    """Root-mean-square norm in the precision of its input; Hugging Face's computes in float32, whatever it is given."""
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64, and every operation on its activations too."""
+    if any("experts" in name for name, _ in model.named_parameters()):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    for module in model.modules():
+        if type(module).__name__.endswith(SINGLE):
+            module.__class__ = _doubled(type(module))
+    return model.double()
 
-    weight: Tensor
-    variance_epsilon: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+class Double(TorchFunctionMode):
+    """Where a module asks for float32, whatever it is given, it gets float64.
+
+    Norms, routers and rotary embeddings do. What float32 rounds away depends on the shapes that a processor multiplies
+    and on its instructions; a router's rounding can even choose another expert. Float64 has none of that at 1e-10.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wide, args), **{name: wide(x) for name, x in (kwargs or {}).items()})
 
 
-class GemmaNorm(torch.nn.Module):
-    """The same for Gemma, whose weights are kept less 1."""
+@functools.cache
+def _doubled(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The same kind of module, whose forward pass gets float64 where it asks for float32."""
 
-    weight: Tensor
-    eps: float
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Double():
+            return kind.forward(self, *args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (1.0 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def ragged_batch(lengths: Sequence[int] = (7, 3, 12, 5, 9, 4), seed: int = 0) -> Batch:

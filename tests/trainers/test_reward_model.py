@@ -26,7 +26,7 @@ from hybridflow.trainers.reward_model import check_preferences, pair_metrics, tr
 
 from preferences import classifier, config_of, pairs, saved_classifier, tokenizer, yaml_of
 from runs import assert_same_tensors, metrics, mistake, succeed
-from tiny import CARRY, Norm
+from tiny import CARRY, in_double
 
 Output = pytest.CaptureFixture[str]
 WEIGHTS = "model/model.safetensors"
@@ -52,10 +52,7 @@ def reference_gradient(model: PreTrainedModel, rows: list[dict[str, Any]], cente
 @pytest.mark.parametrize("budget", [28, 70, 10_000])
 def test_the_gradient_is_that_of_all_pairs_however_they_are_cut(budget: int) -> None:
     rows = [row | {"margin": 0.25 * i} for i, row in enumerate(pairs(count=7))]
-    model = classifier("qwen2").to(torch.float64)
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.__class__ = Norm
+    model = in_double(classifier("qwen2"))
     loss, expected = reference_gradient(model, rows, 0.05)
     model.zero_grad()
     model.set_attn_implementation(ATTENTION)
