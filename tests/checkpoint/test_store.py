@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_what_was_saved_reads_back_as_it_was(tmp_path: Path) -> None:
     assert folder == step_folder(tmp_path / "checkpoints", 7) and folder.name == "step-000007"
     assert read_checkpoint(folder) == {"drawn": 12, "recent": [0.1], "step": 7}
     assert (folder / "model/w.safetensors").read_bytes() == b"\x07" * 200
+
+
+def test_a_checkpoint_has_the_state_of_when_it_was_begun(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"drawn": 12, "recent": [0.1], "nonfinite_in_a_row": {}}
+    new = NewCheckpoint(tmp_path, 7, state, keep=2)
+    new.begin()
+    state["drawn"] = 13
+    state["recent"].append(0.2)
+    state["nonfinite_in_a_row"]["actor"] = 1
+    new.complete()
+    expected = {"drawn": 12, "recent": [0.1], "nonfinite_in_a_row": {}, "step": 7}
+    assert read_checkpoint(step_folder(tmp_path, 7)) == expected
 
 
 def test_the_manifest_names_every_file(tmp_path: Path) -> None:

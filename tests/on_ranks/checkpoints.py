@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridflow.batch import Batch
+from hybridflow.engines.background import Background
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.sharded import ShardedEngine
 from hybridflow.protocols import Loss
@@ -120,3 +123,40 @@ def train_while_saving(case: Case, folder: Path) -> dict[str, Tensor]:
     after = state_of(engine)
     assert any(not t.equal(before[n]) for n, t in after.items())
     return before
+
+
+class HeldBack(Background):
+    """Writes only once `gate` is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def start(self, work: Callable[[], None]) -> None:
+        super().start(lambda: self.gate.wait(60) and work())  # type: ignore[func-returns-value]
+
+
+def save_then_wreck(engine: ShardedEngine | LocalEngine, folder: Path) -> None:
+    """Saves in the background, with a writer that comes when nothing of the engine can be read any more."""
+    holder = engine.files if isinstance(engine, ShardedEngine) else engine
+    writer = holder.writing = HeldBack()
+    engine.save(folder, background=True)
+    for module in engine.model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+        for name in ("config", "generation_config", "peft_config"):
+            if name in vars(module):
+                delattr(module, name)
+    if engine.value_head is not None:
+        engine.value_head._parameters.clear()
+    engine.optimizer.state.clear()
+    engine.steps_done = -1
+    writer.gate.set()
+    assert engine.saved(wait=True)
+
+
+def save_from_wrecks(case: Case, at_once: Path, beside: Path) -> None:
+    engine = case.sharded()
+    step(engine)
+    engine.save(at_once)
+    save_then_wreck(engine, beside)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 BEST = "best.json"
 HASHES = 4  # files that are hashed at a time
 
@@ -81,14 +81,14 @@ class NewCheckpoint:
         return _aside(step_folder(self.checkpoints, self.step))
 
     def begin(self) -> None:
-        """Makes the folder."""
+        """Makes the folder, and writes the run's state into it: as it is now, whatever the run goes on to do."""
         _make_empty(self.folder)
+        state = {"step": self.step, "run": dict(self.run_state)}
+        (self.folder / STATE).write_text(json.dumps(state, indent=1))
 
     def complete(self) -> None:
         """Makes a checkpoint of what engines have written, and deletes old ones beyond `keep`, except the best."""
         fault_point("save", self.step)
-        state = {"step": self.step, "run": dict(self.run_state)}
-        (self.folder / "state.json").write_text(json.dumps(state, indent=1))
         _write_manifest(self.folder)
         _take_place(self.folder, step_folder(self.checkpoints, self.step))
         if self.best is not None:  # before the best one until now is deleted: what best.json names is always there
@@ -191,7 +191,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         UserError: a file is missing, cut short or altered; the message names it.
     """
     _verify_manifest(folder)
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     return {**state["run"], "step": state["step"]}
 
 

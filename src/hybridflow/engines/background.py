@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from transformers.modeling_utils import PreTrainedModel
 
 
 class Background:
-    """Does one thing at a time beside the caller."""
+    """Does one thing at a time beside the caller.
+
+    What it does may read nothing that the caller goes on to use (a model, its configuration, a tokenizer): such things
+    are copied, or rendered to bytes, before it is begun.
+    """
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None  # most engines never need one
@@ -44,3 +51,19 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             copies[key] = copy
         found[name] = copies[key]
     return found
+
+
+def host_twin(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of the same modules and configuration, none of them shared, around copies of its tensors.
+
+    Args:
+        model: whose twin.
+        tensors: what `host_copies` gave of its state; all else of it is copied here.
+    """
+    own = model.state_dict(keep_vars=True)
+    made: dict[int, Tensor] = {}
+    for name, tensor in own.items():
+        copied = tensors[name]
+        made[id(tensor)] = Parameter(copied, tensor.requires_grad) if isinstance(tensor, Parameter) else copied
+    twin: PreTrainedModel = copy.deepcopy(model, made)  # type: ignore[arg-type]
+    return twin

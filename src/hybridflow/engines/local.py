@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.adam import AdamEngine, matrices
-from hybridflow.engines.background import Background, host_copies
+from hybridflow.engines.background import Background, host_copies, host_twin
 from hybridflow.engines.microbatch import Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
@@ -91,15 +91,17 @@ class LocalEngine(AdamEngine):
 
     def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`. Everything is in open formats: safetensors, and JSON for plain values."""
-        weights, head, steps_done = dict(self.model.state_dict()), self.value_head, self.steps_done
+        model, head, steps_done = self.model, self.value_head, self.steps_done
+        weights = dict(model.state_dict())
         moments = {f"{kind}/{name}": t for name, kept in self.moments().items() for kind, t in kept.items()}
         if background:
             weights, head, moments = host_copies(weights), copy.deepcopy(head), host_copies(moments)
+            model = host_twin(model, weights)
         if not has_adapters(self.model):
             (folder / "model").mkdir()
 
         def write() -> None:
-            write_weights(self.model, folder, weights)
+            write_weights(model, folder, weights)
             if head is not None:
                 write_value_head(head, folder)
             save_file({key: t.detach().cpu().contiguous() for key, t in moments.items()}, folder / MOMENTS)

@@ -29,7 +29,13 @@ from hybridflow.engines.background import Background, host_copies
 from hybridflow.engines.fsdp2 import from_first
 from hybridflow.engines.shards import PLAIN, SHARDS, Moments, read_state, require_kind, write_shards
 from hybridflow.errors import UserError
-from hybridflow.models.files import read_adapters, read_model, require_same_shapes, write_config, write_streamed
+from hybridflow.models.files import (
+    files_beside_weights,
+    read_adapters,
+    read_model,
+    require_same_shapes,
+    write_streamed,
+)
 from hybridflow.models.lora import has_adapters
 from hybridflow.models.value import read_value_tensors
 
@@ -138,14 +144,17 @@ class ShardedFiles:
         tensors, steps_done = self.tensors(), self.engine.steps_done
         if background:
             tensors = host_copies(tensors)
-        if self.engine.ranks.rank == 0 and not self.adapters:
+        first, beside = self.engine.ranks.rank == 0, {}
+        if first and not self.adapters:
+            # Now: a thread must not ask a model that is at work (FSDP1 takes its parameters away meanwhile).
+            beside = files_beside_weights(self.engine.model)
             (folder / "model").mkdir()
 
         def write() -> None:
             write_shards(tensors, folder, self.group)
-            if self.engine.ranks.rank == 0:
-                if not self.adapters:
-                    write_config(self.engine.model, folder / "model")
+            for name, content in beside.items():
+                (folder / "model" / name).write_bytes(content)
+            if first:
                 (folder / PLAIN).write_text(json.dumps({"steps_done": steps_done}))
 
         if background:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +40,13 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     """Writes what stands beside a model's weights in its folder: configurations, and code of its own."""
     model.save_pretrained(folder, state_dict={})
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of some versions, an empty one
+
+
+def files_beside_weights(model: PreTrainedModel) -> dict[str, bytes]:
+    """What `write_config` writes, by file name: for whoever writes it when the model may not be asked any more."""
+    with TemporaryDirectory() as folder:
+        write_config(model, Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def read_weights(model: PreTrainedModel, folder: Path) -> None:
