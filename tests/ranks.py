@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-
 GRACE = 5.0  # seconds that other ranks have to answer once one has failed: they may wait for it in a collective
 
 

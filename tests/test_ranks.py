@@ -47,7 +47,9 @@ def test_a_test_that_breaks_a_group_fails_alone(how: str, said: str, group: list
     works(group)
 
 
-def test_a_test_that_runs_out_of_time_takes_its_group_with_it(group: list[int]) -> None:
+def test_a_test_that_runs_out_of_time_takes_its_group_with_it(
+    group: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the limit on a test's seconds does, an exception comes between a question and its answer."""
 
     class Late(BaseException):
@@ -56,7 +58,8 @@ def test_a_test_that_runs_out_of_time_takes_its_group_with_it(group: list[int]) 
     def late(*_: object) -> None:
         raise Late
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Late):
-        patch.setattr(ranks, "wait", late)
+    monkeypatch.setattr(ranks, "wait", late)
+    with pytest.raises(Late):
         shared_ranks(2, "broken").run(breaking.break_on_rank_1, "hangs")
+    monkeypatch.undo()
     works(group)
