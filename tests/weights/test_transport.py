@@ -86,6 +86,28 @@ def received(receiver: Receiver) -> tuple[WeightStream, dict[str, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_of_a_failed_stream_does_not_end_a_later_one(kind: Kind, tmp_path: Path) -> None:
+    """A traceback keeps the first stream's generator, and it is collected in the middle of the second."""
+    sender, receiver = pair(kind, tmp_path, bucket_bytes=1024)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, stream_of(packed_model()))
+        left = receiver.receive()
+        next(iter(left.tensors))
+        receiver.refuse("model.norm.weight is twice as long")
+        with pytest.raises(WeightSyncError, match=r"receiver 0 of 1 .* failed: model\.norm\.weight is twice as long"):
+            sent.result()
+        stream = stream_of(packed_model())
+        sent = pool.submit(sender.send, stream)
+        arriving, found = receiver.receive(), dict[str, int]()
+        for _ in receive(arriving, found):
+            left.tensors.close()  # type: ignore[attr-defined]
+        sent.result()
+    assert found == stream.published and found.keys() == stream.names
+    receiver.close()
+    sender.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_dropped_tensor_is_named_where_it_is_missed(kind: Kind, tmp_path: Path) -> None:
     sender, receiver = pair(kind, tmp_path, bucket_bytes=4096)
     stream = stream_of(packed_model())

@@ -121,10 +121,9 @@ class Fsdp1:
             with FullyShardedDataParallel.summon_full_params(
                 unit, recurse=False, writeback=False, with_grads=gradients
             ):
-                for name, parameter in _own_parameters(prefix, unit):
-                    tensor = parameter.grad if gradients else parameter
-                    if tensor is not None:
-                        yield name, tensor.detach().clone()
+                own = [(n, p.grad if gradients else p) for n, p in _own_parameters(prefix, unit)]
+                copies = [(name, tensor.detach().clone()) for name, tensor in own if tensor is not None]
+            yield from copies  # outside: who stops in the middle leaves nothing gathered
 
     def _units(self) -> dict[str, FullyShardedDataParallel]:
         """The modules that are gathered as a whole, by name."""

@@ -249,7 +249,7 @@ class Receiver:
             WeightSyncError: now or while it is consumed: the sender went away, stopped, sent nothing for `timeout`
                 seconds, or ended before all tensors were there.
         """
-        self._ticket = secrets.token_hex(8)
+        self._ticket = ticket = secrets.token_hex(8)
         version = self._base.version if self._base is not None else ""
         self._say("here", receiver=self._name, base=version)
         record = json.loads(self._get(f"stream/{self._ticket}"))
@@ -260,7 +260,7 @@ class Receiver:
         if record["delta"] and self._base is None:
             self._base = Base()
         stream = WeightStream(iter(()), frozenset(names), adapter=record["adapter"])
-        stream.tensors = self._tensors(stream, record["delta"])
+        stream.tensors = self._tensors(stream, record["delta"], ticket)
         return stream
 
     def refuse(self, reason: str) -> None:
@@ -277,7 +277,7 @@ class Receiver:
         self._base = None
         del self._store
 
-    def _tensors(self, stream: WeightStream, version: str | None) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, stream: WeightStream, version: str | None, ticket: str) -> Iterator[tuple[str, Tensor]]:
         missing, patches = set(stream.names), set[str]()
         tensors = unpack(self._arriving(), stream.published, patches)
         if self._base is not None and version is not None:
@@ -288,7 +288,9 @@ class Receiver:
                 yield name, tensor
                 del tensor
         except BaseException as error:
-            self.refuse(first_line(error) or "it was given up in the middle")
+            # What is left of a stream that failed may be collected while a later one arrives, which is not to blame.
+            if self._ticket == ticket:
+                self.refuse(first_line(error) or "it was given up in the middle")
             raise
         if missing:
             some = ", ".join(sorted(missing)[:5])
