@@ -57,11 +57,16 @@ def give(program: str, truth: Any, **options: Any) -> dict[str, float]:
 
 def test_programs_that_read_and_write() -> None:
     truth = json.dumps(SQUARES)
-    assert give("```python\nprint(int(input()) ** 2)\n```", truth) == {"score": 1, "passed": 1, "timeouts": 0}
-    assert give("print(int(input()) * 3)", truth) == {"score": 0, "passed": 1 / 3, "timeouts": 0}
+    assert give("```python\nprint(int(input()) ** 2)\n```", truth) == {
+        "score": 1,
+        "passed": 1,
+        "timeouts": 0,
+        "not_plain": 0,
+    }
+    assert give("print(int(input()) * 3)", truth) == {"score": 0, "passed": 1 / 3, "timeouts": 0, "not_plain": 0}
     assert give("print(abs(int(input())) * 4)", truth)["passed"] == 0  # right for 4 only, and 3 comes first
     assert give("print(abs(int(input())) * 4)", truth, partial=True)["score"] == pytest.approx(1 / 3)
-    assert give("this is no program", truth) == {"score": 0, "passed": 0, "timeouts": 0}
+    assert give("this is no program", truth) == {"score": 0, "passed": 0, "timeouts": 0, "not_plain": 0}
     assert give("print(int(input()) ** 2); raise SystemExit(3)", truth)["score"] == 0
     assert give("import sys\nfor line in sys.stdin: print(int(line) ** 2)", truth)["score"] == 1
     assert give("if __name__ == '__main__':\n    print(int(open(0).read()) ** 2)", truth)["score"] == 1
@@ -70,13 +75,13 @@ def test_programs_that_read_and_write() -> None:
 def test_a_program_that_is_slow_for_one_case_costs_one_time_limit() -> None:
     slow = "n = int(input())\nwhile n == 4: pass\nprint(n * n)"
     given = give(slow, SQUARES, partial=True, sandbox={"seconds": 1})
-    assert given == {"score": pytest.approx(1 / 3), "passed": pytest.approx(1 / 3), "timeouts": 1}
+    assert given == {"score": pytest.approx(1 / 3), "passed": pytest.approx(1 / 3), "timeouts": 1, "not_plain": 0}
     one_by_one = give(slow, SQUARES, partial=True, sandbox={"seconds": 1, "parallel": 1})
     assert one_by_one == given
 
 
 def test_functions_that_are_called() -> None:
-    assert give(TWO_SUM_PROGRAM, TWO_SUM) == {"score": 1, "passed": 1, "timeouts": 0}
+    assert give(TWO_SUM_PROGRAM, TWO_SUM) == {"score": 1, "passed": 1, "timeouts": 0, "not_plain": 0}
     assert give(TWO_SUM_PROGRAM.replace("return (", "return (1 + "), TWO_SUM)["score"] == 0
     assert give("def other(): pass", TWO_SUM)["score"] == 0
     plain = {"fn_name": "f", "inputs": ["[1, 2]\n3", '"a"\n2'], "outputs": ["6", '"aa"']}
@@ -89,12 +94,12 @@ def test_functions_that_are_called() -> None:
 
 def test_assert_statements() -> None:
     tests = ["assert f(2) == {4}", "assert f(3) == {9}", "assert isinstance(f(1), set) and len(f(0)) == 1"]
-    assert give("def f(x): return {x * x}", tests) == {"score": 1, "passed": 1, "timeouts": 0}
+    assert give("def f(x): return {x * x}", tests) == {"score": 1, "passed": 1, "timeouts": 0, "not_plain": 0}
     assert give("def f(x): return {x + x}", {"assert_case": tests}, partial=True)["score"] == pytest.approx(2 / 3)
     assert give("def total(xs): return sum(xs)", HUMAN_EVAL)["score"] == 1
     assert give("def total(xs): return len(xs) * xs[0]", HUMAN_EVAL)["score"] == 0
     hangs = give("def total(xs):\n    while True: pass", HUMAN_EVAL, sandbox={"seconds": 1})
-    assert hangs == {"score": 0, "passed": 0, "timeouts": 1}
+    assert hangs == {"score": 0, "passed": 0, "timeouts": 1, "not_plain": 0}
 
 
 def test_objects_with_a_state() -> None:

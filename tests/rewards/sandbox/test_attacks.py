@@ -177,7 +177,12 @@ HONEST = "def f(x): return 306091 * x\nif __name__ == '__main__': print(f(int(in
 
 @pytest.mark.parametrize("form", TRUTHS)
 def test_an_honest_program_passes(form: str) -> None:
-    assert score(HONEST, TRUTHS[form], sandbox=SETTINGS) == {"score": 1.0, "passed": 1.0, "timeouts": 0.0}
+    assert score(HONEST, TRUTHS[form], sandbox=SETTINGS) == {
+        "score": 1.0,
+        "passed": 1.0,
+        "timeouts": 0.0,
+        "not_plain": 0.0,
+    }
 
 
 @pytest.mark.parametrize("name", ON_GRADER)

@@ -1,24 +1,26 @@
-"""What runs inside the jail around a program, and how values travel between jails: plain data as JSON.
+"""What runs inside the jail around a program.
 
-Everything here that shares a process with the program may be rewritten by it, so nothing here is trusted: `run` and
-`serve` hold no expected value. `check` runs the tests of a row in a jail of its own; there the program's functions are
-stand-ins that send arguments to the program's jail and get plain data back. Standard library only.
+Everything here shares a process with the program and may be rewritten by it, so nothing here is trusted, and nothing
+here holds an expected value: it has the program's functions called, and says what came of it. Tests run in a jail of
+their own (`standins.py`). Standard library only.
+
+**Names.** What a program has defined is its module's dictionary, and nothing else is ever found there: what it may use
+without importing it lies among the built-ins of its module.
 """
 
 from __future__ import annotations
 
 import builtins
-import os
 import sys
 
 TYPE_CHECKING = False  # typing itself takes longer to import than most programs run
 if TYPE_CHECKING:
     from typing import Any
 
-_PLAIN = (type(None), bool, int, str)
-_TAGS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+if __name__ != "driver":  # in a jail it has been executed before, in this very namespace
+    from hybridflow.rewards.sandbox.values import KNOWN, Wire, base_of, base_value, known_name
 
-# Solutions written for a judge that has imported these already, as LeetCode has: what is used is imported.
+# Solutions written for a judge that has imported these already, as LeetCode, APPS and LiveCodeBench have.
 _MODULES = (
     "bisect collections copy datetime functools heapq itertools json math operator random re string sys time typing"
 )
@@ -34,135 +36,99 @@ _IMPORTED = {
     "Tuple Union",
 }
 
-
-def encode(value: Any, depth: int = 0) -> Any:
-    """Plain data as what JSON can hold. The types are compared exactly: a subclass could be anything.
-
-    >>> encode((1, [2.5, "x"], {3: None}))
-    {'tuple': [1, [{'float': '2.5'}, 'x'], {'dict': [[3, None]]}]}
-
-    Raises:
-        TypeError: a value that is not plain data.
-    """
-    kind = type(value)
-    if depth > 200:
-        raise TypeError("nested too deeply")
-    if kind in _PLAIN:
-        return value
-    if kind is float:
-        return {"float": repr(value)}
-    if kind is complex:
-        return {"complex": repr(value)}
-    if kind is bytes:
-        return {"bytes": value.hex()}
-    if kind is list:
-        return [encode(v, depth + 1) for v in value]
-    if kind is dict:
-        return {"dict": [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in value.items()]}
-    for tag, known in _TAGS.items():
-        if kind is known:
-            return {tag: [encode(v, depth + 1) for v in value]}
-    raise TypeError(f"{kind.__name__} is not plain data")
-
-
-def decode(value: Any) -> Any:
-    """The value that `encode` was given.
-
-    >>> decode(encode([(1, 2), {3}, {"a": float("inf")}, b"x"]))
-    [(1, 2), {3}, {'a': inf}, b'x']
-
-    Raises:
-        ValueError: not what `encode` writes.
-        TypeError: a set or a dict of what cannot be hashed.
-    """
-    if isinstance(value, list):
-        return [decode(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1:
-        raise ValueError("not an encoded value")
-    tag, held = next(iter(value.items()))
-    if tag == "float":
-        return float(held)
-    if tag == "complex":
-        return complex(held)
-    if tag == "bytes":
-        return bytes.fromhex(held)
-    if tag == "dict":
-        return {decode(k): decode(v) for k, v in held}
-    if tag in _TAGS:
-        return _TAGS[tag](decode(v) for v in held)
-    raise ValueError(f"not an encoded value: {str(tag)[:40]}")
-
-
-# --- in the jail of the program ---
+# What Python asks of a type rather than of an object: a stand-in has those that the program's class has.
+SYMBOLS = {
+    "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "add": "+", "sub": "-", "mul": "*",
+    "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@", "and": "&", "or": "|", "xor": "^",
+    "lshift": "<<", "rshift": ">>",
+}  # fmt: skip
+_ASKED: dict[str, Any] = {
+    "bool": bool, "len": len, "iter": iter, "next": next, "str": str, "repr": repr, "hash": hash, "int": int,
+    "float": float, "complex": complex, "reversed": reversed, "format": format, "round": round, "abs": abs,
+}  # fmt: skip
+_OTHERS = "index neg pos invert call contains getitem setitem delitem enter exit trunc floor ceil"
+SPECIAL = [f"__{name}__" for name in (*SYMBOLS, *_ASKED, *_OTHERS.split())]
 
 
 def run(program: str) -> None:
     """The program as `python program.py` would run it."""
-    space = _module("__main__")
-    exec(compile(program, "program.py", "exec"), space)
+    exec(compile(program, "program.py", "exec"), _module("__main__"))
 
 
-def serve(program: str, requests: int, replies: int) -> None:
-    """Loads the program, then calls what the other side names: one JSON line in, one out."""
-    space = _load(program)
-    objects: list[Any] = []  # results that are not plain data stay here, and are called by their number
+def serve(program: str, requests: int, replies: int, judge: bool) -> None:
+    """Loads the program, then does what the other side asks: one JSON line in, one out.
+
+    Args:
+        program: its text.
+        requests: a descriptor to read from.
+        replies: one to write to.
+        judge: whether one function is called as judges do it; else a test asks for names, and what is printed goes to
+            the test.
+    """
+    import json  # before the program, which may have another
+
     with open(requests, encoding="utf-8") as lines, open(replies, "w", encoding="utf-8") as out:
+        printed = None if judge else _Printed()
+        if printed is not None:
+            sys.stdout = printed
+        served = Served(_load(program, judge), printed)
+
+        def back(request: dict[str, Any]) -> Any:
+            """Has the test call a function of its own, which may call the program."""
+            out.write(json.dumps(request) + "\n")
+            out.flush()
+            while True:
+                reply = json.loads(next(lines))
+                if "op" not in reply:
+                    return reply
+                out.write(json.dumps(served.answer(reply)) + "\n")
+                out.flush()
+
+        served.back = back
         for line in lines:
-            out.write(_answer(space, objects, line) + "\n")
+            out.write(json.dumps(served.answer(json.loads(line))) + "\n")
             out.flush()
 
 
 def answer(program: str, request: str) -> str:
-    """Loads the program, and calls it once."""
-    return _answer(_load(program), [], request)
+    """Loads the program, and calls it once, as judges do."""
+    import json
+
+    return json.dumps(Served(_load(program, True), None).answer(json.loads(request)))
 
 
-def _load(program: str) -> dict[str, Any]:
+def function_call(name: str, arguments: list[Any]) -> dict[str, Any]:
+    """The request that a function be called as judges do it."""
+    wire = Wire(shared=False)
+    kwargs: dict[str, Any] = {}
+    return {"op": "function", "name": name, "args": wire.encode(arguments), "kwargs": wire.encode(kwargs)}
+
+
+def _load(program: str, judge: bool) -> dict[str, Any]:
     space = _module("solution")
     code = compile(program, "program.py", "exec")
-    _import_used(code, space)
+    given = imported(code, _MODULES.split() if judge else ["typing"])
+    if given:
+        space["__builtins__"] = {**builtins.__dict__, **given}
     exec(code, space)
     return space
 
 
-def _answer(space: dict[str, Any], objects: list[Any], line: str) -> str:
-    import json
-
-    request = json.loads(line)
-    try:
-        target = _target(space, objects, request)
-        result = target(*decode(request["args"]), **decode(request["kwargs"]))
-        try:
-            return json.dumps({"value": encode(result)})
-        except TypeError:
-            objects.append(result)
-            return json.dumps({"object": len(objects) - 1})
-    except Exception as error:
-        return json.dumps({"raised": type(error).__name__, "text": str(error)[:500]})
-
-
-def _target(space: dict[str, Any], objects: list[Any], request: Any) -> Any:
-    if request["object"] is not None:
-        return getattr(objects[request["object"]], request["name"])
-    if request["name"] not in space and "Solution" in space:
-        return getattr(space["Solution"](), request["name"])
-    return space[request["name"]]
-
-
-def _import_used(code: Any, space: dict[str, Any]) -> None:
+def imported(code: Any, modules: list[str]) -> dict[str, Any]:
+    """Those of these modules, and of their names in `_IMPORTED`, that a code names."""
     codes, names = [code], set()
     while codes:
         code = codes.pop()
         names.update(code.co_names)
         codes += [c for c in code.co_consts if type(c) is type(code)]
-    for module in _MODULES.split():
+    given: dict[str, Any] = {}
+    for module in modules:
         wanted = names & set(_IMPORTED.get(module, "").split())
         if wanted or module in names:
             loaded = __import__(module)
-            space.update({name: getattr(loaded, name) for name in wanted})
-            space.setdefault(module, loaded)
+            given.update({name: getattr(loaded, name) for name in wanted})
+            given.setdefault(module, loaded)
+    return given
 
 
 def _module(name: str) -> dict[str, Any]:
@@ -171,74 +137,192 @@ def _module(name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-# --- in the jail of the tests ---
+class _Printed:
+    """What the program prints, for the test that has called it. At most a megabyte between two calls."""
+
+    encoding, errors = "utf-8", "strict"
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.left = 1 << 20
+
+    def write(self, text: str) -> int:
+        """As a file has it."""
+        self.parts.append(text[: self.left])
+        self.left -= len(self.parts[-1])
+        return len(text)
+
+    def flush(self) -> None:
+        """As a file has it."""
+
+    def isatty(self) -> bool:
+        """As a file has it."""
+        return False
+
+    def take(self) -> str:
+        """What was printed since the last time."""
+        text, self.parts, self.left = "".join(self.parts), [], 1 << 20
+        return text
 
 
-class StandIn:
-    """A function, a class or an object of the program, which is in another jail."""
+class Theirs:
+    """A function, or an iterator, of the test's, which is in another jail."""
 
-    def __init__(self, link: Any, name: str, number: int | None = None) -> None:
-        self._link, self._name, self._number = link, name, number
+    def __init__(self, served: Served, number: int) -> None:
+        self._served, self._number = served, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Has the program call it.
+        """Has the test call it.
 
         Raises:
-            Exception: of the built-in kind that the program raised.
+            Exception: of the built-in kind that it raised.
         """
-        return self._link({"object": self._number, "name": self._name, "args": encode(list(args))}, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or self._number is None:
-            raise AttributeError(name)
-        return StandIn(self._link, name, self._number)
-
-    def _refuse(self, *_: Any) -> Any:
-        raise TypeError("what the program returned is not plain data, so it is neither true nor equal to anything")
-
-    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __contains__ = _refuse
-    __hash__ = object.__hash__
+        return self._served.ask_back("call", self._number, args, kwargs)
 
 
-def check(test: str, requests: int, replies: int, verdict: int) -> None:
-    """Runs a test; writes `passed` to the descriptor `verdict` if it goes through to its end."""
-    import ast
-    import json
+class TheirIterator(Theirs):
+    """An iterator of the test's."""
 
-    tree = ast.parse(test)
-    lines = open(replies, encoding="utf-8")  # noqa: SIM115  (both are open until the process ends)
-    out = open(requests, "w", encoding="utf-8")  # noqa: SIM115
+    def __iter__(self) -> TheirIterator:
+        return self
 
-    def link(request: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        sent = json.dumps(request | {"kwargs": encode(kwargs)}) + "\n"
+    def __next__(self) -> Any:
+        return self._served.ask_back("next", self._number, (), {})
+
+
+class Served:
+    """A loaded program: does what is asked of it, and keeps what is no plain data, by its number.
+
+    Args:
+        space: the program's names.
+        printed: where what it prints goes; None: to its output.
+    """
+
+    def __init__(self, space: dict[str, Any], printed: _Printed | None) -> None:
+        self.space, self.printed = space, printed
+        self.back: Any = None
+        self._objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._told: set[int] = set()
+        if printed is not None:
+            printed.take()
+
+    def answer(self, request: Any) -> Any:
+        """The reply to a request."""
+        wire = Wire(self._refer, self._resolve, shared=request["op"] != "function")
         try:
-            out.write(sent)
-            out.flush()
-            line = lines.readline()
-        except OSError:
-            line = ""
-        if not line:  # the program has ended; an exception could be one that the test is glad to catch
-            os._exit(1)
-        reply = json.loads(line)
-        if "raised" in reply:
-            kind = getattr(builtins, str(reply["raised"]), None)
-            if not isinstance(kind, type) or not issubclass(kind, Exception):
-                kind = RuntimeError
-            raise kind(str(reply.get("text")))
-        if "object" in reply:
-            return StandIn(link, "", int(reply["object"]))
-        return decode(reply["value"])
+            args, kwargs = wire.decode(request["args"]), wire.decode(request["kwargs"])
+            before = wire.contents() if wire.shared else []
+            reply = self._do(request, wire, args, kwargs)
+            changed = wire.changes(before)
+            if changed:
+                reply["changed"] = changed
+        except Exception as error:
+            reply = self._raised(error)
+        if self.printed is not None and self.printed.parts:
+            reply["printed"] = self.printed.take()
+        return reply
 
-    space = _module("__main__")
-    code = compile(tree, "test.py", "exec")
-    _import_used(code, space)
-    imports = ast.Import | ast.ImportFrom
-    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    bound |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    bound |= {a.asname or a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, imports) for a in n.names}
-    named = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-    for name in named:
-        if name not in bound and name not in space and not hasattr(builtins, name):
-            space[name] = StandIn(link, name)
-    exec(code, space)
-    os.write(verdict, b"passed")
+    def _do(self, request: Any, wire: Wire, args: Any, kwargs: Any) -> dict[str, Any]:
+        op, name = request["op"], request["name"]
+        if op == "function":
+            return {"value": wire.encode(_function(self.space, name)(*args, **kwargs))}
+        if op == "names":
+            return {"value": [name for name in self.space if type(name) is str and not name.startswith("__")]}
+        if op == "name":
+            return {"value": wire.encode(self.space[name])} if name in self.space else {"missing": True}
+        target = self._objects[request["object"]]
+        if op == "base":
+            base = base_of(type(target))
+            if base is None:
+                return {"missing": True}
+            value = base_value(target) if base in (int, str) else base(target)
+            return {"value": wire.encode(value)}
+        if op == "call":
+            return {"value": wire.encode(target(*args, **kwargs))}
+        if op == "get":
+            return {"value": wire.encode(getattr(target, name))}
+        if op == "set":
+            setattr(target, name, *args)
+            return {"value": None}
+        if op == "delete":
+            delattr(target, name)
+            return {"value": None}
+        plain = name.strip("_")
+        if op == "reflected":
+            return {"value": wire.encode(eval(f"b {SYMBOLS[plain]} a", {"a": target, "b": args[0]}))}
+        if plain in SYMBOLS:
+            return {"value": wire.encode(eval(f"a {SYMBOLS[plain]} b", {"a": target, "b": args[0]}))}
+        if plain in _ASKED:
+            return {"value": wire.encode(_ASKED[plain](target, *args))}
+        return {"value": wire.encode(getattr(type(target), name)(target, *args, **kwargs))}
+
+    def ask_back(self, op: str, number: int, args: Any, kwargs: Any) -> Any:
+        """Has the test do something with what it gave."""
+        wire = Wire(self._refer, self._resolve)
+        sent = {"back": op, "theirs": number, "args": wire.encode(args), "kwargs": wire.encode(kwargs)}
+        reply = self.back(sent)
+        wire.change(reply.get("changed", ()))
+        if "raised" in reply:
+            kind = getattr(builtins, str(reply["raised"]), RuntimeError)
+            raise kind(*wire.decode(reply["args"]))
+        return wire.decode(reply["value"])
+
+    def _raised(self, error: BaseException) -> dict[str, Any]:
+        wire = Wire(self._refer, self._resolve)
+        reply: dict[str, Any] = {"raised": self._refer_class(type(error)), "number": self._number(error)}
+        try:
+            reply["args"] = wire.encode(error.args)
+        except Exception:
+            reply["args"] = {"tuple": []}
+        return reply
+
+    def _number(self, value: Any) -> int:
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._objects)
+            self._objects.append(value)
+        return self._numbers[id(value)]
+
+    def _refer(self, value: Any) -> Any:
+        if isinstance(value, Theirs):
+            return {"theirs": value._number}
+        if isinstance(value, type):
+            return self._refer_class(value)
+        if isinstance(value, type(sys)) and value.__name__ in KNOWN:
+            return {"module": value.__name__}
+        return {"object": self._number(value), "class": self._tell_class(type(value))}
+
+    def _refer_class(self, kind: type) -> Any:
+        known = known_name(kind)
+        return self._tell_class(kind) if known is None else {"known": known}
+
+    def _tell_class(self, kind: type) -> dict[str, Any]:
+        """What the test's side needs to know of a class, the first time; then its number."""
+        known = known_name(kind)
+        wire: dict[str, Any] = {"class": self._number(kind)}
+        if wire["class"] not in self._told:
+            self._told.add(wire["class"])
+            wire["name"] = kind.__name__
+            wire["bases"] = [self._refer_class(base) for base in kind.__bases__]
+            wire["special"] = [
+                name for name in SPECIAL if getattr(kind, name, None) not in (None, getattr(object, name, None))
+            ]
+            base = base_of(kind)
+            wire["base"] = None if base is None else base.__name__
+            if known is not None:
+                wire["known"] = known
+        return wire
+
+    def _resolve(self, wire: dict[str, Any]) -> Any:
+        if "mine" in wire:
+            return self._objects[wire["mine"]]
+        if "theirs" in wire:
+            return (TheirIterator if wire["iterator"] else Theirs)(self, wire["theirs"])
+        return __import__(wire["module"])
+
+
+def _function(space: dict[str, Any], name: str) -> Any:
+    """The function that a judge calls: of the program, or of its class ``Solution``."""
+    if name not in space and "Solution" in space:
+        return getattr(space["Solution"](), name)
+    return space[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.rewards.limits import CallFailed, LimitedClient
-from hybridflow.rewards.sandbox import calls
+from hybridflow.rewards.sandbox import calls, values
 from hybridflow.rewards.sandbox.outcome import Limits, Outcome, SandboxError, Status
 
 NETWORK_SECONDS = 30.0  # for the way there and back, and for waiting in the server's queue
@@ -42,9 +42,13 @@ class FusionSandbox:
 
     def call(self, program: str, name: str, arguments: list[object]) -> Outcome:
         """See `Sandbox.call`. The result is the last line of what the server says the program wrote."""
-        request = {"object": None, "name": name, "args": calls.encode(arguments), "kwargs": calls.encode({})}
-        source = Path(calls.__file__).read_text(encoding="utf-8")
-        code = f"{source}\n\nprint({_MARK!r}, answer({program!r}, {json.dumps(request)!r}))\n"
+        sources = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (values, calls)]
+        request = json.dumps(calls.function_call(name, arguments))
+        code = (
+            "space = {'__name__': 'driver'}\n"
+            f"for source in {sources!r}: exec(compile(source, 'driver.py', 'exec'), space)\n"
+            f"print({_MARK!r}, space['answer']({program!r}, {request!r}))\n"
+        )
         outcome = self.run(code, "")
         _, found, result = outcome.stdout.rpartition(_MARK)
         return Outcome(

@@ -91,7 +91,8 @@ def main(request: dict[str, Any]) -> None:
 def run_driver(request: dict[str, Any]) -> None:
     """The last step in the child: the code that calls the program."""
     space: dict[str, Any] = {"__name__": "driver"}
-    exec(request["driver"], space)
+    for code in request["driver"]:
+        exec(code, space)
     function, arguments = request["call"]
     space[function](*arguments)
 

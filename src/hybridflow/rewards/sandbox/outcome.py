@@ -39,7 +39,10 @@ class Outcome:
         code: exit status, or the negative number of the signal.
         cpu_seconds: its CPU time; 0 where the back end does not say.
         peak_kb: its greatest resident memory, KiB; 0 where the back end does not say.
-        result: what the called function returned, as `calls.encode` wrote it; None unless a function was called.
+        result: what the called function returned, as JSON of `calls.py`; None unless a function was called.
+        asked: whether a test used anything that the program defines.
+        strange: whether a test met an object of the program's that it cannot compare, or could not give it something.
+        shadowed: whether a test used built-ins that the program defines anew, and more of the program than that.
     """
 
     status: Status
@@ -49,6 +52,9 @@ class Outcome:
     cpu_seconds: float = 0.0
     peak_kb: int = 0
     result: str | None = None
+    asked: bool = True
+    strange: bool = False
+    shadowed: bool = False
 
 
 class Sandbox(Protocol):

@@ -1,0 +1,148 @@
+"""Tests that are Python text: whether they can tell a right program from a wrong one, before any program runs.
+
+Nothing of a test is executed here. Its scopes say which names it would look for outside itself (symtable); functions
+that nothing names are not counted, as nothing calls them.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import symtable
+import sys
+from collections.abc import Iterator
+
+from hybridflow.errors import UserError
+
+_FIX = "write assert statements that call the function that the program is to define, such as assert f(1) == 2"
+
+
+def whole_test(test: str, entry_point: str | None) -> str:
+    r"""The test as it is run: with the call that HumanEval's tests leave to whoever runs them.
+
+    >>> whole_test("def check(candidate):\n    assert candidate(1) == 2", "f").splitlines()[-1]
+    'check(f)'
+
+    Args:
+        test: Python text.
+        entry_point: the function that is tested, where the row says it.
+
+    Raises:
+        UserError: the test can never fail, or never pass, whatever the program is.
+    """
+    try:
+        reached = _Reached(test)
+        if "check" in reached.never_called and entry_point is not None:
+            test = f"{test.rstrip()}\n\ncheck({entry_point})\n"
+            reached = _Reached(test)
+    except (SyntaxError, ValueError) as error:
+        raise _refusal(test, f"it is not Python ({error})", "mend its text, or leave the row out") from error
+    if "check" in reached.never_called:
+        raise _refusal(
+            test,
+            "it defines check and never calls it, so every program would pass",
+            "give the row a column entry_point with the name of the function, as HumanEval has it, or write "
+            "check(NAME) at the end of the test",
+        )
+    if reached.missing is not None:
+        raise _refusal(
+            test,
+            f"it imports {reached.missing!r}, and in the sandbox is nothing but Python's standard library, so no program "
+            "could pass",
+            "write the test without it, or leave the row out",
+        )
+    if not reached.asserts:
+        idle = (
+            f"nothing calls {', '.join(sorted(reached.never_called))}" if reached.never_called else "it asserts nothing"
+        )
+        raise _refusal(test, f"{idle}, so every program would pass", _FIX)
+    if not reached.free:
+        raise _refusal(test, "it uses nothing of the program, so it says nothing about it", _FIX)
+    if entry_point is not None and "check" in reached.defined and entry_point not in reached.free:
+        raise _refusal(test, f"it never calls the entry point {entry_point!r}", _FIX)
+    return test
+
+
+def _refusal(test: str, why: str, fix: str) -> UserError:
+    text = " ".join(test.split())
+    shown = repr(text if len(text) <= 100 else text[:100] + "...")
+    return UserError(f"the reward 'code' finds no test case in {shown}: {why}", fix=fix)
+
+
+class _Reached:
+    """What a test does when it is run: `free` names that it does not define, whether it `asserts`, and what not."""
+
+    def __init__(self, test: str) -> None:
+        tree, top = ast.parse(test), symtable.symtable(test, "test", "exec")
+        self._own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+        reached, waiting, used = {top.get_id()}, [top], set[str]()
+        tables = list(_below(top))
+        while waiting:
+            table = waiting.pop()
+            used |= {s.get_name() for s in table.get_symbols() if s.is_referenced()}
+            for other, parent in tables:
+                # Functions and methods run if something names them or their class; the rest runs where it stands.
+                named = other.get_name() in used or _is_method(parent) and parent.get_name() in used
+                if other.get_id() not in reached and parent.get_id() in reached and (named or not _is_named(other)):
+                    reached.add(other.get_id())
+                    waiting.append(other)
+        self.free = {
+            s.get_name()
+            for table in (top, *(t for t, _ in tables if t.get_id() in reached))
+            for s in table.get_symbols()
+            if s.is_referenced() and (s.is_global() or table is top) and s.get_name() not in self._own
+        } - {name for name in dir(builtins) if name.startswith("__")}
+        self.defined = {t.get_name() for t, _ in tables if _is_named(t)}
+        asleep = {(t.get_name(), t.get_lineno()) for t, _ in tables if t.get_id() not in reached}
+        self.never_called = {name for name, _ in asleep}
+        awake = list(_awake(tree, asleep))
+        self.asserts = any(_asserts(node) for node in awake)
+        self.missing = next((name for name in _imports(tree) if name not in sys.stdlib_module_names), None)
+
+
+def _below(table: symtable.SymbolTable) -> Iterator[tuple[symtable.SymbolTable, symtable.SymbolTable]]:
+    """Every scope inside a scope, with the one around it."""
+    for child in table.get_children():
+        yield child, table
+        yield from _below(child)
+
+
+def _is_named(table: symtable.SymbolTable) -> bool:
+    return table.get_type() == "function" and table.get_name().isidentifier() and table.get_name() not in _INLINE
+
+
+_INLINE = ("lambda", "genexpr", "listcomp", "setcomp", "dictcomp")
+
+
+def _is_method(parent: symtable.SymbolTable) -> bool:
+    return parent.get_type() == "class"
+
+
+def _awake(node: ast.AST, asleep: set[tuple[str, int]]) -> Iterator[ast.AST]:
+    """Every node but those inside functions that nothing calls."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (child.name, child.lineno) in asleep:
+            continue
+        yield child
+        yield from _awake(child, asleep)
+
+
+def _asserts(node: ast.AST) -> bool:
+    """Whether this is what makes a test fail: an assertion, an exception or the want of one, or self.assertEqual."""
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return name.lower().startswith("assert")
+    return isinstance(node, ast.Assert | ast.Raise | ast.Try)
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    """The modules that a test cannot do without: not those that it tries to import."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Try):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield (child.module or "").split(".")[0]
+        else:
+            yield from _imports(child)
