@@ -32,6 +32,16 @@ def builtin(name: str) -> Callable[..., Any]:
     return _resolve(REWARDS[name])
 
 
+def check_row(name: str, ground_truth: Any, row: Mapping[str, Any]) -> None:
+    """Makes sure that a reward can judge answers to a row.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if name in ROW_CHECKS:
+        _resolve(ROW_CHECKS[name])(ground_truth, row)
+
+
 def _resolve(reference: str) -> Callable[..., Any]:
     module, _, function = reference.partition(":")
     resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -44,6 +54,10 @@ def _on_use(reference: str) -> Callable[[Mapping[str, Any]], None]:
 
     return check
 
+
+# By the name of a reward: makes sure, before anything is scored, that a ground truth (and its row) is one that it can
+# judge answers by, or raises UserError. A reward that is not here takes any.
+ROW_CHECKS: dict[str, str] = {"code": "hybridflow.rewards.code:check_row"}
 
 # By the name of a reward: makes sure, before anything is scored, that it can work with these keyword arguments, or
 # raises UserError. A reward that is not here needs no check.

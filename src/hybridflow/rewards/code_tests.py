@@ -47,8 +47,7 @@ def whole_test(test: str, entry_point: str | None) -> str:
     if reached.missing is not None:
         raise _refusal(
             test,
-            f"it imports {reached.missing!r}, and in the sandbox is nothing but Python's standard library, so no program "
-            "could pass",
+            f"it imports {reached.missing!r}, and the sandbox has Python's standard library alone: no program passes",
             "write the test without it, or leave the row out",
         )
     if not reached.asserts:
@@ -82,7 +81,7 @@ class _Reached:
             used |= {s.get_name() for s in table.get_symbols() if s.is_referenced()}
             for other, parent in tables:
                 # Functions and methods run if something names them or their class; the rest runs where it stands.
-                named = other.get_name() in used or _is_method(parent) and parent.get_name() in used
+                named = other.get_name() in used or (_is_method(parent) and parent.get_name() in used)
                 if other.get_id() not in reached and parent.get_id() in reached and (named or not _is_named(other)):
                     reached.add(other.get_id())
                     waiting.append(other)

@@ -31,7 +31,7 @@ from hybridflow.protocols import Request, Sampling, generate
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import inline_engine, training_sampling
-from hybridflow.trainers.rewarding import data_sources, failure_policy, make_grader
+from hybridflow.trainers.rewarding import check_rows, data_sources, failure_policy, make_grader
 
 DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
 
@@ -60,6 +60,7 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     model, tokenizer = load_trainable(section, seed=config.run.seed)
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    check_rows(config, prompts)
     limit = config.rollout.max_response_tokens
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(

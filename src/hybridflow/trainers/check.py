@@ -29,6 +29,7 @@ from hybridflow.trainers.rewarding import (
     JUDGE,
     MODEL,
     answers_to,
+    check_rows,
     data_sources,
     first_of_each,
     make_grader,
@@ -183,6 +184,7 @@ def _check_prompts(
 
 def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> Iterator[str]:
     """Has the ground truth scored as an answer, for the first row of every data source."""
+    check_rows(config, prompts)
     r = config.reward
     loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
     if r.judge is not None and r.judge.url is not None:

@@ -7,8 +7,11 @@ from typing import Any
 
 from hybridflow.config.rewards import RewardSection, RewardTermSection
 from hybridflow.config.sections import EvalConfig, RlConfig
-from hybridflow.data.prompts import Prompt, PromptSet
+from hybridflow.data.prompts import Prompt, PromptSet, truth_key
+from hybridflow.data.rows import column
+from hybridflow.errors import UserError
 from hybridflow.protocols import Answers, Grader, Score
+from hybridflow.rewards import ROW_CHECKS, check_row
 from hybridflow.rewards.composed import Backend, ComposedGrader, Part
 from hybridflow.rewards.function import FIXES, FunctionSpec, name_of
 from hybridflow.rewards.in_process import InProcessGrader
@@ -122,6 +125,33 @@ class _Parts:
             place += "'"  # the same function with other arguments
         self.functions[place] = spec
         return place
+
+
+def check_rows(config: RlConfig | EvalConfig, *sets: PromptSet | None) -> None:
+    """Makes sure that the built-in rewards can judge answers to every row.
+
+    Raises:
+        UserError: rows have ground truths that they cannot judge by; says which is the first, and how many there are.
+    """
+    section, terms = config.reward, config.reward.terms
+    functions = {section.function} if terms is None else {term.function for term in terms.values()}
+    if not functions & {BY_SOURCE, *ROW_CHECKS}:
+        return
+    for prompts in filter(None, sets):
+        bad: list[tuple[int, UserError]] = []
+        for index, row in enumerate(prompts.data.rows):
+            routed = {route(row.get("data_source"), section.sources) if f == BY_SOURCE else f for f in functions}
+            try:
+                for name in routed & ROW_CHECKS.keys():
+                    source, number = prompts.data.place(index)
+                    truth = column(row, truth_key(row, prompts.config), source=source, index=number)
+                    check_row(name, truth, row)
+            except UserError as error:
+                bad.append((index, error))
+        if bad:
+            (index, first), more = bad[0], f"; so it is with {len(bad) - 1} rows more" if len(bad) > 1 else ""
+            source, number = prompts.data.place(index)
+            raise UserError(f"row {number} of {source}: {first.what}{more}", why=first.why, fix=first.fix) from first
 
 
 def first_of_each(prompts: PromptSet, count: int) -> Iterable[Prompt]:

@@ -31,7 +31,7 @@ from hybridflow.trainers.lifecycle import StopRequest
 from hybridflow.trainers.placing import Places
 from hybridflow.trainers.publishing import Publisher, publisher_of
 from hybridflow.trainers.reward_watch import RewardWatch
-from hybridflow.trainers.rewarding import data_sources, failure_policy, make_grader
+from hybridflow.trainers.rewarding import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.trainers.roles import actor_role
 from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.trainers.shaping import Moments
@@ -173,6 +173,8 @@ def _assemble(
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
+    if reward is None:
+        check_rows(config, prompts, evaluated)
     role = actor_role(config, steps)
     engine = places.trained(role)
     rollout = places.rollout(config, role, engine, tokenizer, folder.path)

@@ -227,11 +227,12 @@ class Link:
     def _error(self, reply: Any) -> BaseException:
         kind = self._resolve(reply["raised"]) if "class" in reply["raised"] else known_value(reply["raised"]["known"])
         assert issubclass(kind, Exception)
+        blank: Any = kind
         args = Wire(self._refer, self._resolve).decode(reply["args"])
         try:
-            error = kind.__new__(kind) if isinstance(kind, StandInClass) else kind(*args)
+            error = blank.__new__(blank) if isinstance(kind, StandInClass) else kind(*args)
         except Exception:  # its class wants something else than it then holds
-            error = kind.__new__(kind)
+            error = blank.__new__(blank)
         error.args = args
         number = int(reply["number"])
         self._objects[number] = error
@@ -259,7 +260,7 @@ class Link:
             number = int(wire["object"])
             if number not in self._objects:
                 kind = self._class(wire["class"])
-                self._objects[number] = kind.__new__(kind)  # type: ignore[call-overload]
+                self._objects[number] = kind.__new__(kind)
                 _HELD[id(self._objects[number])] = self, number
             return self._objects[number]
         return self._class(wire)
