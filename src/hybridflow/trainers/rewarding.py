@@ -127,15 +127,22 @@ class _Parts:
         return place
 
 
-def check_rows(config: RlConfig | EvalConfig, *sets: PromptSet | None) -> None:
+def check_rows(
+    config: RlConfig | EvalConfig, *sets: PromptSet | None, function: Callable[..., Any] | None = None
+) -> None:
     """Makes sure that the built-in rewards can judge answers to every row.
+
+    Args:
+        config: its ``reward`` section.
+        sets: the rows.
+        function: a function instead of the configured ones, which is asked for nothing.
 
     Raises:
         UserError: rows have ground truths that they cannot judge by; says which is the first, and how many there are.
     """
     section, terms = config.reward, config.reward.terms
     functions = {section.function} if terms is None else {term.function for term in terms.values()}
-    if not functions & {BY_SOURCE, *ROW_CHECKS}:
+    if function is not None or not functions & {BY_SOURCE, *ROW_CHECKS}:
         return
     for prompts in filter(None, sets):
         bad: list[tuple[int, UserError]] = []

@@ -173,8 +173,7 @@ def _assemble(
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
     evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
-    if reward is None:
-        check_rows(config, prompts, evaluated)
+    check_rows(config, prompts, evaluated, function=reward)
     role = actor_role(config, steps)
     engine = places.trained(role)
     rollout = places.rollout(config, role, engine, tokenizer, folder.path)
@@ -182,7 +181,6 @@ def _assemble(
     places.on_close(grader.close)
     policy = failure_policy(config.reward)
     journal = Journal(folder.path / "journal")
-
     trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train")
     decode = _decoder(tokenizer)
     source = GroupSource(
