@@ -349,12 +349,6 @@ def going_on(folder: Path, capsys: Output, *overrides: str) -> str:
     return said
 
 
-def test_a_run_that_is_done_is_an_error(done: Path, capsys: Output) -> None:
-    said = going_on(done, capsys)
-    assert f"the run in {done / 'run'} is already done: 2 of 2 steps" in said
-    assert "fix: raise train.steps (or train.epochs) to train longer, or choose another run.folder" in said
-
-
 def test_resume_never(done: Path, capsys: Output) -> None:
     said = going_on(done, capsys, "run.resume=never", "train.steps=3")
     assert "already holds a run, and run.resume is never" in said and "fix: choose another run.folder" in said

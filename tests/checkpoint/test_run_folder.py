@@ -34,7 +34,8 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
 
 def begun(path: Path) -> Path:
     """A folder in which a run with `CONFIG` has made a step."""
-    with RunFolder(path, CONFIG, resume="auto"):
+    with RunFolder(path, CONFIG, resume="auto") as folder:
+        folder.keep_config()
         (path / "metrics.jsonl").write_text('{"step": 1}\n')
     return path
 
@@ -66,8 +67,9 @@ def test_a_folder_that_was_refused_is_not_kept_locked(tmp_path: Path) -> None:
 
 def test_the_configuration_is_kept_resolved(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "a/b", CONFIG, resume="never") as folder:
+        folder.keep_config()
         assert yaml.safe_load((folder.path / "config.yaml").read_text()) == CONFIG
-        assert folder.changed_keys == []
+        assert folder.changed == {}
 
 
 @pytest.mark.parametrize(
@@ -95,16 +97,23 @@ def test_what_makes_it_another_run_is_refused(key: str, value: Any, shown: str, 
 def test_what_may_change_is_told_and_kept(tmp_path: Path) -> None:
     changed = {**with_value("optim.lr", 0.2), "train": {**CONFIG["train"], "steps": 9}, "track": {"wandb": True}}
     with RunFolder(begun(tmp_path), changed, resume="auto") as folder:
-        assert folder.changed_keys == ["optim.lr", "track.wandb", "train.steps"]
+        assert list(folder.changed) == ["optim.lr", "track.wandb", "train.steps"]
+        assert folder.changed["optim.lr"] == (CONFIG["optim"]["lr"], 0.2)
+        before = (tmp_path / "config.yaml").read_bytes()
+    with RunFolder(tmp_path, CONFIG, resume="auto") as folder:  # nobody has gone on with the others
+        assert folder.changed == {} and (tmp_path / "config.yaml").read_bytes() == before
     with RunFolder(tmp_path, changed, resume="auto") as folder:
-        assert folder.changed_keys == []
+        folder.keep_config()
+    with RunFolder(tmp_path, changed, resume="auto") as folder:
+        assert folder.changed == {}
 
 
 def test_a_start_that_failed_before_anything_was_recorded_does_not_bind(tmp_path: Path) -> None:
-    RunFolder(tmp_path, CONFIG, resume="auto").close()
-    for name in ("journal", "checkpoints"):
-        (tmp_path / name).mkdir()
-    RunFolder(tmp_path, with_value("model.path", "mended"), resume="auto").close()
+    for config in (CONFIG, with_value("model.path", "mended")):
+        with RunFolder(tmp_path, config, resume="auto") as folder:
+            folder.keep_config()
+        for name in ("journal", "checkpoints"):
+            (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / "journal/step-000001.jsonl").touch()
     with pytest.raises(UserError, match=r"model\.path was 'mended', is 'm'"):
         RunFolder(tmp_path, CONFIG, resume="auto")

@@ -43,14 +43,45 @@ def test_a_supervised_run_shows_its_loss(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.strip().split("  ")[:2] == ["sft 1/500", "loss 2.5000"]
 
 
-def test_quick_steps_do_not_flood_a_log_file_but_the_last_is_there(capsys: pytest.CaptureFixture[str]):
-    progress = ProgressConsole("sft", 5000)
-    for step in range(1, 5001):
+@pytest.mark.parametrize("loss", [0.0, -0.0, -3e-9, 4.9e-5])
+def test_a_policy_loss_that_is_nothing_is_left_out_and_what_tells_of_learning_is_there(
+    loss: float, capsys: pytest.CaptureFixture[str]
+):
+    progress = ProgressConsole("train", 3)
+    measured = {"actor/entropy": 1.25, "actor/grad_norm": 0.125, "actor/kl_loss": 0.0625}
+    progress.log(1, {"actor/pg_loss": 0.5} | measured)
+    progress.log(2, {"actor/pg_loss": loss} | measured)
+    first, second = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    assert "loss 0.5000" in first and not any(part.startswith("loss") for part in second)
+    assert {"KL 0.0625", "entropy 1.250", "gradient 0.125"} <= set(second)
+
+
+@pytest.mark.parametrize(("total", "every"), [(1, 1), (40, 1), (500, 1), (501, 2), (5000, 10)])
+def test_a_log_file_has_every_step_or_says_which_it_has(total: int, every: int, capsys: pytest.CaptureFixture[str]):
+    progress = ProgressConsole("sft", total)
+    for step in range(1, total + 1):
         progress.log(step, {"train/loss": 1.0} | ({"val-core/a/reward/mean@1": 0.5} if step == 77 else {}))
+    progress.close()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) < 20
-    assert any(line.startswith("sft 77/5000") for line in lines)
-    assert lines[-1].startswith("sft 5000/5000")
+    if every > 1:
+        assert f"a line for every {every} steps, or second; metrics.jsonl has every step" in lines
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines if line.startswith("sft ")]
+    assert set(range(every, total + 1, every)) | {77, total} - set(range(total + 1, 78)) <= set(steps)
+    assert len(steps) == len(set(steps)) < 510
+
+
+def test_the_last_step_of_a_run_that_stops_early_has_its_line(capsys: pytest.CaptureFixture[str]):
+    progress = ProgressConsole("sft", 5000)
+    for step in (1, 2):
+        progress.log(step, {"train/loss": 1.0})
+    progress.close()
+    progress.close()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["1/5000", "2/5000"]
+
+
+def test_a_reward_model_shows_its_accuracies(capsys: pytest.CaptureFixture[str]):
+    ProgressConsole("reward-model", 9).log(1, {"train/loss": 0.5, "train/accuracy": 0.75, "val/accuracy": 0.5})
+    assert {"held-out 0.500 (at 1)", "accuracy 0.750"} <= set(capsys.readouterr().out.strip().split("  "))
 
 
 def test_a_loss_that_is_not_finite_is_seen(capsys: pytest.CaptureFixture[str]):
@@ -99,7 +130,7 @@ def on_a_terminal(script: str) -> str:
     return output.decode(errors="replace")
 
 
-def test_held_out_accuracy_is_found_by_source_and_nothing_else():
+def test_held_out_reward_is_found_by_source_and_nothing_else():
     metrics = {
         "val-core/openai/gsm8k/reward/mean@1": 0.5,
         "val-core/carry/acc/mean@4": 0.25,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.jsonl import MetricsFile
 from hybridflow.tracking.rollouts import write_rollouts
-from hybridflow.viewer.report import write_report
+from hybridflow.viewer.report import gather, write_report
 from hybridflow.viewer.samples import explain
 
 GRPO = {"advantage": "grpo", "normalize_by_std": True}
@@ -125,6 +125,21 @@ def test_the_report_has_the_numbers_of_the_run(tmp_path: Path):
     assert "carry-sft" in data["config"] and [e["kind"] for e in data["events"]] == ["done"]
 
 
+@pytest.mark.parametrize(
+    ("rewards", "label"),
+    [
+        ([0.0, 1.0], "Held-out accuracy"),
+        ([0.0, 0.5], "Held-out mean reward"),
+        ([-1.0, 1.0], "Held-out mean reward"),
+        ([3.0, 7.5], "Held-out mean reward"),
+    ],
+)
+def test_a_held_out_reward_is_called_an_accuracy_only_where_it_is_one(rewards: list[float], label: str, tmp_path: Path):
+    run = make_run(tmp_path / "run", steps=0)
+    write_rollouts(run / "evaluations/step-000000.parquet", answers(0, rewards, evaluation=True))
+    assert [t["label"] for t in gather(run)["tiles"] if t["label"].startswith("Held")] == [label]
+
+
 def test_before_and_after_are_the_same_prompts_at_the_first_and_last_evaluation(tmp_path: Path):
     found = Page(write_report(make_run(tmp_path / "run"))).data["evaluations"]
     assert found["steps"] == [0, 10] and found["total"] == 3
@@ -138,6 +153,7 @@ def test_rollouts_of_first_middle_and_last_step_say_why(tmp_path: Path):
     assert [step["step"] for step in found["steps"]] == [1, 5, 9] and found["available"] == 9
     first = found["steps"][0]
     assert (first["groups"], first["with_signal"], first["answers"]) == (2, 1, 8)
+    assert first["which"] == "1 group with advantages; 1 group without"
     varied, equal = first["shown"]
     assert varied["answers"][0]["why"] == "reward 1.00, group mean 0.25, std 0.50 \u2192 advantage +1.50"
     assert varied["answers"][1]["why"] == "reward 0.00, group mean 0.25, std 0.50 \u2192 advantage -0.50"

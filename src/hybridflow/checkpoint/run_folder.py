@@ -13,6 +13,8 @@ import yaml
 
 from hybridflow.errors import UserError
 
+STEP = "model-step"  # the step that model/ has the weights of
+
 # A run whose data order or shapes change is another run; its journal and sampler would not fit.
 FIXED_KEYS = (
     *("run.seed", "model.path", "model.reference", "model.lora", "critic.path", "critic.lora", "critic.shared_trunk"),
@@ -25,7 +27,7 @@ class RunFolder:
 
     Args:
         path: the folder; made if absent.
-        config: the resolved configuration, plain values; kept in config.yaml.
+        config: the resolved configuration, plain values; `keep_config` writes it into config.yaml.
         resume: "auto" goes on in a folder that has a run, "never" refuses it.
 
     Raises:
@@ -33,7 +35,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: str) -> None:
-        self.path = path
+        self.path, self.config = path, dict(config)
         self.checkpoints = path / "checkpoints"
         make_folder(path)
         self._lock = self._acquire()
@@ -43,8 +45,7 @@ class RunFolder:
                     f"{path} already holds a run, and run.resume is never",
                     fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
                 )
-            self.changed_keys = self._compare(config)
-            write_atomically(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            self.changed = changed_settings(path, config)
         except BaseException:
             os.close(self._lock)
             raise
@@ -57,14 +58,18 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def keep_config(self) -> None:
+        """Writes ``config.yaml``: the run goes on with these settings, or begins. A model that is there is old then."""
+        (self.path / STEP).unlink(missing_ok=True)
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
     def exported_step(self) -> int | None:
-        """The step that ``model/`` was exported at; None before that."""
-        file = self.path / "model-step"
-        return int(file.read_text()) if file.is_file() else None
+        """See `exported_step`."""
+        return exported_step(self.path)
 
     def note_export(self, step: int) -> None:
         """Notes that ``model/`` holds the weights of this step."""
-        write_atomically(self.path / "model-step", str(step))
+        write_atomically(self.path / STEP, str(step))
 
     def close(self) -> None:
         """Lets other processes have the folder."""
@@ -92,28 +97,39 @@ class RunFolder:
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         return lock
 
-    def _compare(self, config: Mapping[str, Any]) -> list[str]:
-        """Keys whose values differ from those that the folder's run began with."""
-        file = self.path / "config.yaml"
-        begun = [n for n in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*") if any(self.path.glob(n))]
-        if not begun or not file.is_file():  # a mistake that ended the first start may be mended
-            return []
-        try:
-            before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
-        except (yaml.YAMLError, AttributeError) as error:
-            raise UserError(
-                f"{file} cannot be read any more: {error}", fix="restore it, or choose another run.folder"
-            ) from error
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        fixed = [k for k in changed if any(k == f or k.startswith(f + ".") for f in FIXED_KEYS)]
-        if fixed:
-            shown = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in fixed)
-            raise UserError(
-                f"{self.path} holds a run with other settings: {shown}",
-                why="going on with them would mix two runs",
-                fix="choose another run.folder, or give the old values",
-            )
-        return changed
+
+def changed_settings(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ from those that the run in a folder had last, with what each was and is.
+
+    Raises:
+        UserError: keys are among them that a run has for good, or config.yaml cannot be read.
+    """
+    file = path / "config.yaml"
+    begun = [n for n in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*") if any(path.glob(n))]
+    if not begun or not file.is_file():  # a mistake that ended the first start may be mended
+        return {}
+    try:
+        before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read any more: {error}", fix="restore it, or choose another run.folder"
+        ) from error
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    fixed = [k for k in changed if any(k == f or k.startswith(f + ".") for f in FIXED_KEYS)]
+    if fixed:
+        shown = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in fixed)
+        raise UserError(
+            f"{path} holds a run with other settings: {shown}",
+            why="going on with them would mix two runs",
+            fix="choose another run.folder, or give the old values",
+        )
+    return {key: (before.get(key), now.get(key)) for key in changed}
+
+
+def exported_step(path: Path) -> int | None:
+    """The step that a run was done at, whose weights its ``model/`` has; None if there is none, or it went on since."""
+    file = path / STEP
+    return int(file.read_text()) if file.is_file() and (path / "model").is_dir() else None
 
 
 def make_folder(path: Path) -> None:

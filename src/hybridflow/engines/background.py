@@ -65,5 +65,5 @@ def host_twin(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrain
     for name, tensor in own.items():
         copied = tensors[name]
         made[id(tensor)] = Parameter(copied, tensor.requires_grad) if isinstance(tensor, Parameter) else copied
-    twin: PreTrainedModel = copy.deepcopy(model, made)  # type: ignore[arg-type]
+    twin: PreTrainedModel = copy.deepcopy(model, made)
     return twin

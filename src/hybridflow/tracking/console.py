@@ -25,9 +25,17 @@ NUMBERS = (
     ("reward", ("critic/score/mean",), "{:.3f}"),
     ("held-out", (), "{:.3f}"),
     ("loss", ("train/loss", "actor/pg_loss"), "{:.4f}"),
+    ("value loss", ("critic/loss",), "{:.4g}"),
+    ("accuracy", ("train/accuracy",), "{:.3f}"),
+    ("KL", ("actor/reward_kl_penalty", "actor/kl_loss"), "{:.4f}"),
+    ("entropy", ("actor/entropy",), "{:.3f}"),
+    ("gradient", ("actor/grad_norm", "train/grad_norm"), "{:.3g}"),
     ("length", ("response_length/mean",), "{:.0f}"),
     ("tokens/s", ("perf/throughput",), "{:,.0f}"),
 )
+# On answers of the current weights a policy loss is 0 whatever is learned: its gradient is not. It then says nothing.
+NOTHING = {"loss": ("0.0000", "-0.0000")}
+LINES = 500  # where there is no terminal; a step that takes longer than a second always has one
 SECONDS_BETWEEN_LINES = 1.0
 STEPS_FOR_PACE = 20
 
@@ -48,7 +56,8 @@ class ProgressConsole:
         self.title, self.total_steps, self.step = title, total_steps, done_steps
         self._numbers: dict[str, str] = {}
         self._pace = deque([(time.monotonic() if began is None else began, done_steps)], maxlen=STEPS_FOR_PACE + 1)
-        self._last_line = -math.inf
+        self._last_line, self._told_step = -math.inf, done_steps
+        self._every = max(1, math.ceil(total_steps / LINES))
         self._live: Live | None = None
         if sys.stdout.isatty() and not RichConsole().is_dumb_terminal:
             self._live = Live(get_renderable=self._render, refresh_per_second=4)
@@ -64,19 +73,22 @@ class ProgressConsole:
         if step == 0:
             self._pace.clear()  # the evaluation before training says nothing about the pace
         self._pace.append((now, step))
-        evaluated = held_out(metrics)
+        evaluated = held_out(metrics) or {name: metrics[name] for name in ("val/accuracy",) if name in metrics}
         for label, names, form in NUMBERS:
             value = next((metrics[name] for name in names if name in metrics), None)
-            if value is not None:
-                self._numbers[label] = form.format(value)
+            text = "" if value is None else form.format(value)
+            if text in NOTHING.get(label, ()):
+                self._numbers.pop(label, None)
+            elif text:
+                self._numbers[label] = text
         if evaluated:
             mean = sum(evaluated.values()) / len(evaluated)
             self._numbers["held-out"] = f"{mean:.3f} (at {step})"
-        if self._live is None and (
-            evaluated or step == self.total_steps or now - self._last_line > SECONDS_BETWEEN_LINES
-        ):
-            self._last_line = now
-            self.note(self._line())
+        due = step % self._every == 0 or step == self.total_steps or now - self._last_line > SECONDS_BETWEEN_LINES
+        if self._live is None and (evaluated or due):
+            if self._every > 1 and self._last_line == -math.inf:
+                self.note(f"a line for every {self._every} steps, or second; metrics.jsonl has every step")
+            self._tell(now)
 
     def note(self, text: str) -> None:
         """Writes a line of text, above the bar if there is one."""
@@ -92,6 +104,12 @@ class ProgressConsole:
             live, self._live = self._live, None
             atexit.unregister(self.close)
             live.stop()
+        elif self.step != self._told_step:
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        self._last_line, self._told_step = now, self.step
+        self.note(self._line())
 
     def _line(self) -> str:
         left = self._seconds_left()
@@ -123,7 +141,7 @@ class ProgressConsole:
 
 
 def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The held-out accuracy of each data source in a step's metrics; empty if the step has no evaluation."""
+    """The mean held-out reward of each data source in a step's metrics; empty if the step has no evaluation."""
     found = {match["source"]: metrics[name] for name in metrics if (match := _HELD_OUT.fullmatch(name))}
     return {source: value for source, value in found.items() if math.isfinite(value)}
 

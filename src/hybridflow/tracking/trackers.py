@@ -111,9 +111,19 @@ class Trackers:
 
     def advise(self, text: str) -> None:
         """Something that may be wrong, for whoever watches and for events.jsonl; the run goes on."""
-        self.events.append("advice", text)
+        self.tell("advice", f"advice: {text}", text)
+
+    def tell(self, kind: str, said: str, text: str | None = None) -> None:
+        """What happened, for whoever watches and for events.jsonl.
+
+        Args:
+            kind: of the event.
+            said: to whoever watches.
+            text: of the event, if it is another.
+        """
+        self.events.append(kind, said if text is None else text)
         if self.config.console:
-            self.note(f"advice: {text}")
+            self.note(said)
 
     def note(self, text: str) -> None:
         """A line for whoever watches: above the progress bar, or on stderr if there is none."""

@@ -161,7 +161,6 @@ def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
             data_fingerprint=data.fingerprint,
         )
         run.restore()
-        run.trackers.start(run.step)
         return run
 
 

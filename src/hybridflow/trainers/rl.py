@@ -45,6 +45,7 @@ from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.rl_run import RlRun, open_run
 from hybridflow.trainers.roles import sequences_per_update
 from hybridflow.trainers.shaping import shaped_rewards, token_rewards
+from hybridflow.trainers.signal_watch import TEACHES, teaches
 
 
 def train(config: RlConfig) -> Path:
@@ -179,7 +180,10 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         fault_point("eval", step)
     if batch is not None:
         metrics = metrics | run.take_measured() | batch_metrics(groups, batch, config.rollout.max_response_tokens)
-        for watch in (run.watch, run.reward_watch):
+        taught = teaches(groups, config.algorithm.advantage, config.reward.clip)
+        if taught is not None:
+            metrics[TEACHES] = float(taught)
+        for watch in run.watches():
             advice = watch.observe(metrics)
             if advice is not None:
                 run.trackers.advise(f"step {step}: {advice}")

@@ -35,6 +35,7 @@ from hybridflow.trainers.rewarding import check_rows, data_sources, failure_poli
 from hybridflow.trainers.roles import actor_role
 from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.trainers.shaping import Moments
+from hybridflow.trainers.signal_watch import SignalWatch
 from hybridflow.trainers.watch import MismatchWatch
 
 
@@ -56,6 +57,7 @@ class RlRun(Session):
     kl: KlController
     watch: MismatchWatch
     reward_watch: RewardWatch
+    signal_watch: SignalWatch = field(default_factory=SignalWatch)
     turn: HandOver
     publisher: Publisher
     moments: Moments = field(default_factory=Moments)
@@ -74,6 +76,10 @@ class RlRun(Session):
             if i not in self.token_text:
                 self.token_text[i] = str(self.tokenizer.decode([i]))
         return [self.token_text[i] for i in token_ids]
+
+    def watches(self) -> tuple[MismatchWatch, RewardWatch, SignalWatch]:
+        """What looks at the metrics of every step, and may have something to say."""
+        return self.watch, self.reward_watch, self.signal_watch
 
     def take_measured(self) -> dict[str, float]:
         """What was measured of the step under way, which is then forgotten."""
@@ -133,7 +139,7 @@ class RlRun(Session):
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         for line in lines:
-            for watch in (self.watch, self.reward_watch):
+            for watch in self.watches():
                 watch.observe(line)  # what they say of these was said before
         self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
         if self.best is not None:
@@ -229,12 +235,11 @@ def _assemble(
         data_source=prompts.source,
         data_fingerprint=prompts.fingerprint,
     )
-    if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in folder.changed_keys):
+    if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in folder.changed):
         journal.clear()  # its answers are of weights that the changed settings will not lead to
     run.restore()
     if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
         rollout.on_restart = lambda: run.publisher.send(rollout.version)
     run.publish(run.step)
     run.measured.clear()  # it is of no step
-    run.trackers.start(run.step)
     return run

@@ -26,6 +26,7 @@ from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.export import export_engine, save_engine
+from hybridflow.trainers.finished import LONGER, AlreadyDone, said_changes
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest, memory_metrics
 from hybridflow.trainers.placing import Places, serve_torchrun
 
@@ -93,7 +94,7 @@ class Session:
     stop: StopRequest
     total_steps: int
     checkpoint: CheckpointSection
-    longer: str = "raise train.steps (or train.epochs)"
+    longer: str = LONGER
     data_source: str
     data_fingerprint: str
     clock: Clock = field(default_factory=Clock)
@@ -260,7 +261,8 @@ class Session:
         """Goes on from the newest checkpoint, if there is one, and drops records of later steps.
 
         Raises:
-            UserError: it is damaged, of another model, of other data, or the run is already at its end.
+            UserError: it is damaged, of another model, or of other data.
+            AlreadyDone: the run is at its end.
         """
         steps = saved_steps(self.folder.checkpoints)
         if steps:
@@ -279,15 +281,16 @@ class Session:
             self.load_extra(run_state)
             self.step = self.saved_step = steps[-1]
         if self.done() and self.folder.exported_step() == self.step:
-            raise UserError(
-                f"the run in {self.folder.path} is already done: {self.step} of {self.total_steps} steps",
-                fix=f"{self.longer} to train longer, or choose another run.folder",
-            )
+            raise AlreadyDone(self.folder.path, self.step, self.total_steps, self.folder.changed, self.longer)
+        self.folder.keep_config()
+        self.trackers.start(self.step)
         if steps:
-            self.trackers.events.append("resume", f"going on after step {self.step}")
-        if self.folder.changed_keys:
-            changed = ", ".join(self.folder.changed_keys)
-            self.trackers.events.append("config", f"settings changed since the run began: {changed}")
+            self.trackers.tell("resume", f"going on after step {self.step} of {self.total_steps}, from {folder}")
+        if self.folder.changed:
+            self.trackers.tell("config", f"settings changed since: {said_changes(self.folder.changed)}")
+        if self.step > self.total_steps:
+            text = f"{self.step} steps are done, more than the {self.total_steps} asked for: the run ends here"
+            self.trackers.tell("config", text)
         self.trackers.metrics.truncate_after(self.step if steps else -1)
 
     def finish(self) -> Path:

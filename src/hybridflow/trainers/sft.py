@@ -16,6 +16,7 @@ from hybridflow.faults import fault_point
 from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
+from hybridflow.trainers.finished import LONGER, LONGER_SFT
 from hybridflow.trainers.roles import sft_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
@@ -116,10 +117,9 @@ def open_sft(config: SftConfig) -> SftRun:
             stop=stop,
             total_steps=steps,
             checkpoint=config.checkpoint,
-            longer="raise train.steps (or train.epochs) or lower train.stop_below_loss",
+            longer=LONGER if t.stop_below_loss is None else LONGER_SFT,
             data_source=data.source,
             data_fingerprint=data.fingerprint,
         )
         run.restore()
-        run.trackers.start(run.step)
         return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
 from pathlib import Path
 
 from hybridflow.checkpoint.store import read_best
@@ -11,11 +11,13 @@ from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.check import check
+from hybridflow.trainers.finished import AlreadyDone, finished
 from hybridflow.trainers.lifecycle import Interrupted
 from hybridflow.trainers.placing import serve_torchrun
 from hybridflow.trainers.reward_model import check_preferences, train_reward_model
 from hybridflow.trainers.rl import train
 from hybridflow.trainers.sft import train_sft
+from hybridflow.trainers.signal_watch import SignalWatch
 from hybridflow.viewer.report import write_report
 
 
@@ -27,17 +29,31 @@ def start(config: TrainingConfig, *, again: str) -> int:
         again: the command that goes on with this run, to be shown when it stops early.
 
     Returns:
-        0 when the run is done, 130 when it was stopped before its end.
+        0 when the run is done (also when it was so before), 130 when it was stopped before its end.
     """
+    over = finished(config)
+    if over is not None:
+        return _nothing_to_do(over)
     serve_torchrun(config.placement)
     for line in check_preferences(config) if isinstance(config, RewardModelConfig) else check(config):
         print(line)
     folder = Path(config.run.folder)
-    with suppress(Interrupted):
+    try:
         if isinstance(config, RlConfig):
             train(config)
         else:
             train_reward_model(config) if isinstance(config, RewardModelConfig) else train_sft(config)
+    except Interrupted:
+        pass
+    except AlreadyDone as done:
+        return _nothing_to_do(done)
+    steps = read_metrics(folder / "metrics.jsonl")
+    watch = SignalWatch()
+    for metrics in steps:
+        watch.observe(metrics)
+    advice = watch.summary()
+    if advice is not None:
+        print(f"advice: {advice}")
     print(f"report: {write_report(folder)}")
     if read_events(folder / "events.jsonl")[-1]["kind"] == "done":  # model/ alone may be of a shorter run before
         print(f"model: {folder / 'model'}  (a Hugging Face folder)")
@@ -45,10 +61,11 @@ def start(config: TrainingConfig, *, again: str) -> int:
         if best is not None:
             print(f"best: step {best.step}, {best.metric} {best.value:.4f}; hybridflow export {folder} FOLDER --best")
         return 0
-    print(f"stopped after step {_last_step(folder)}; to go on: {again}")
+    print(f"stopped after step {max((int(m['step']) for m in steps), default=0)}; to go on: {again}")
     return 130
 
 
-def _last_step(folder: Path) -> int:
-    steps = [int(m["step"]) for m in read_metrics(folder / "metrics.jsonl")]
-    return max(steps, default=0)
+def _nothing_to_do(done: AlreadyDone) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
+        print(done.line())
+    return 0

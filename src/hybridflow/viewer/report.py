@@ -81,19 +81,20 @@ def gather(run_folder: Path) -> dict[str, Any]:
     events = read_events(run_folder / "events.jsonl")
     curves = _curves(metrics)
     last_step = max((int(m["step"]) for m in metrics), default=0)
-    total_steps = int(_section(config, "train").get("steps") or last_step)
+    total_steps = max(last_step, int(_section(config, "train").get("steps") or 0))
+    evaluations = samples.evaluations(run_folder / "evaluations", last_step)
     return {
         "title": run_folder.resolve().name,
         "subtitle": _subtitle(config),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "status": _status(events, last_step, total_steps),
-        "tiles": _tiles(metrics, last_step, total_steps),
+        "tiles": _tiles(metrics, last_step, total_steps, accuracy=evaluations is not None and evaluations["binary"]),
         "charts": _charts(curves),
         "steps": [min((int(m["step"]) for m in metrics), default=0), last_step],
         "phases": _phases(metrics),
         "table": _table(curves),
         "stride": _stride(max(map(len, curves.values()), default=0), POINTS_PER_CURVE),
-        "evaluations": samples.evaluations(run_folder / "evaluations", last_step),
+        "evaluations": evaluations,
         "rollouts": samples.rollouts(run_folder / "rollouts", last_step, _section(config, "algorithm")),
         "config": config_text,
         "events": events[-EVENTS:],
@@ -143,24 +144,30 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> dict[str, Curve]:
     return curves
 
 
-def _tiles(metrics: Sequence[Mapping[str, float]], last_step: int, total_steps: int) -> list[dict[str, str]]:
+def _tiles(
+    metrics: Sequence[Mapping[str, float]], last_step: int, total_steps: int, *, accuracy: bool
+) -> list[dict[str, str]]:
+    """The numbers at the top of the page; held-out rewards of 0 and 1 alone have an accuracy as their mean."""
     tiles = []
-    accuracy = [(int(m["step"]), sum(found.values()) / len(found)) for m in metrics if (found := held_out(m))]
-    if accuracy:
-        (first_step, first), (end_step, end) = accuracy[0], accuracy[-1]
+    evaluated = [(int(m["step"]), sum(found.values()) / len(found)) for m in metrics if (found := held_out(m))]
+    if evaluated:
+        (first_step, first), (end_step, end) = evaluated[0], evaluated[-1]
         note = f"{first:.3f} at step {first_step}" if end_step > first_step else f"at step {end_step}"
         sources = max(len(held_out(m)) for m in metrics)
         if sources > 1:
             note += f"; mean of {sources} sources"
-        tiles.append({"label": "Held-out accuracy", "value": f"{end:.3f}", "note": note})
+        tiles.append(
+            {"label": "Held-out accuracy" if accuracy else "Held-out mean reward", "value": f"{end:.3f}", "note": note}
+        )
     for label, name, form in [
         ("Training reward", "critic/score/mean", "{:.3f}"),
         ("Loss", "train/loss", "{:.4f}"),
+        ("Held-out accuracy of pairs", "val/accuracy", "{:.3f}"),
         ("Response length", "response_length/mean", "{:.1f}"),
     ]:
         values = [m[name] for m in metrics if name in m]
         if values:
-            note = f"{form.format(values[0])} in the first step"
+            note = f"{form.format(values[0])} at first"
             tiles.append({"label": label, "value": form.format(values[-1]), "note": note})
     tiles.append({"label": "Steps", "value": f"{last_step:,}", "note": f"of {total_steps:,}"})
     seconds = [m["timing_s/step"] for m in metrics if math.isfinite(m.get("timing_s/step", math.nan))]

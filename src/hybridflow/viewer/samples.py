@@ -160,13 +160,31 @@ def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -
         "answers": len(rows),
         "reward": mean(given) if (given := _rewards(rows)) else None,
         "shown": [_group(group, algorithm) for group in chosen],
-        "shown_equal": len(equal[:GROUPS_WITHOUT_SIGNAL]),
+        "which": "; ".join(
+            _part(what, len(found), most)
+            for what, found, most in (
+                ("with advantages", signal, GROUPS_WITH_SIGNAL),
+                ("without", equal, GROUPS_WITHOUT_SIGNAL),
+            )
+        ),
     }
 
 
 def _rewards(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """The rewards of the answers that have one."""
     return [row["reward"] for row in rows if row["reward"] is not None]
+
+
+def _part(what: str, count: int, most: int) -> str:
+    """How many groups of a kind there are, and how many of them are shown.
+
+    >>> _part("with advantages", 3, 2)
+    '3 groups with advantages (the first 2 are shown)'
+    """
+    if not count:
+        return f"no group {what}"
+    shown = f" (the first {most} are shown)" if count > most else ""
+    return f"{count} group{'s' * (count > 1)} {what}{shown}"
 
 
 def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:

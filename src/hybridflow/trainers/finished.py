@@ -1,0 +1,74 @@
+"""A run that is done, and is started again: nothing is left to do, which is no mistake (a requeued job)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridflow.checkpoint.run_folder import changed_settings, exported_step
+from hybridflow.checkpoint.store import saved_steps
+from hybridflow.config.reward_model import TrainingConfig
+from hybridflow.errors import UserError
+
+ENDS = ("train.steps", "train.epochs", "train.stop_below_loss")  # what decides where a run ends
+LONGER = "raise train.steps (or train.epochs)"
+LONGER_SFT = f"{LONGER} or lower train.stop_below_loss"
+CHANGES = 10  # that are named
+Changes = Mapping[str, tuple[Any, Any]]  # what each setting was, and is
+
+
+class AlreadyDone(UserError):
+    """The run in a folder is at its end; the command line says so and ends well.
+
+    Args:
+        folder: the run's.
+        step: the last.
+        total: how many steps are asked for now; None if as many as when it ended.
+        changed: settings that are other than they were then.
+        longer: how it becomes longer.
+    """
+
+    def __init__(self, folder: Path, step: int, total: int | None, changed: Changes, longer: str) -> None:
+        what = f"the run in {folder} is already done: {step} of {step} steps; its model is in {folder / 'model'}"
+        if total is not None and total < step:
+            what = what.replace(f"{step} of {step} steps", f"{step} steps, and {total} are asked for")
+        others = {key: change for key, change in changed.items() if key not in ENDS}
+        why = f"nothing was trained with the settings that changed since: {said_changes(others)}" if others else ""
+        super().__init__(what, why=why, fix=f"{longer} to train longer, or choose another run.folder")
+
+    def line(self) -> str:
+        """All of it in one line."""
+        return "; ".join(filter(None, [self.what, self.why, self.fix]))
+
+
+def finished(config: TrainingConfig) -> AlreadyDone | None:
+    """What to say where a run's folder shows, without anything being loaded, that it is done as it is configured.
+
+    Raises:
+        UserError: the folder is of another run.
+    """
+    folder, step = Path(config.run.folder), exported_step(Path(config.run.folder))
+    if config.run.resume == "never" or step is None or saved_steps(folder / "checkpoints")[-1:] != [step]:
+        return None
+    changed = changed_settings(folder, config.model_dump(mode="json"))
+    total = config.train.steps
+    if any(key in changed for key in ENDS) and (total is None or total > step):
+        return None  # loading the run tells
+    longer = LONGER_SFT if getattr(config.train, "stop_below_loss", None) is not None else LONGER
+    return AlreadyDone(folder, step, total, changed, longer)
+
+
+def said_changes(changed: Changes) -> str:
+    """Settings with what they were and are.
+
+    >>> said_changes({"optim.lr": (0.1, 0.2), "data.eval": (None, "rows.jsonl")})
+    'optim.lr was 0.1, is 0.2; data.eval was unset, is rows.jsonl'
+    """
+    said = [f"{key} was {_said(old)}, is {_said(new)}" for key, (old, new) in changed.items()]
+    more = [f"and {len(said) - CHANGES} more"] if len(said) > CHANGES else []
+    return "; ".join(said[:CHANGES] + more)
+
+
+def _said(value: Any) -> str:
+    return "unset" if value is None else str(value)
