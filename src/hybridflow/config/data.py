@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, WithJsonSchema, model_validator
 
+from hybridflow.config.paths import FunctionName, ReadPath
 from hybridflow.config.section import Section
+from hybridflow.errors import nearest
 
 
 class SourceSection(Section):
     """One source of rows."""
 
-    source: str = Field(
+    source: ReadPath = Field(
         description="A .jsonl or .parquet file, file.py:function returning dicts, or a name on the Hugging Face hub "
         "(org/name:config/split)."
     )
     weight: PositiveFloat | None = Field(None, description="Share of the draws beside the other sources' weights.")
 
 
+ONE = ("source", "weight")
+
+
 def _as_sources(value: object) -> object:
     """One source, or a list in which a plain string is a source too."""
-    if isinstance(value, list | tuple):
-        return [{"source": entry} if isinstance(entry, str) else entry for entry in value]
-    if isinstance(value, dict):
-        return [value]
-    return [{"source": value}] if isinstance(value, str) else value
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    for entry in entries:
+        rows = isinstance(entry, dict) and entry and not any(nearest(k, ONE).startswith("did") for k in map(str, entry))
+        if rows or callable(entry) or (hasattr(entry, "__getitem__") and not isinstance(entry, str | dict)):
+            raise ValueError(
+                f"a configuration names where rows are, and this is a {type(entry).__name__} in memory: write the rows "
+                "to a .jsonl or .parquet file, or name a function that returns them, as file.py:function"
+            )
+    if isinstance(value, str | os.PathLike | dict | list | tuple):
+        return [{"source": entry} if isinstance(entry, str | os.PathLike) else entry for entry in entries]
+    return value
 
 
 def _sources_schema() -> dict[str, Any]:
@@ -82,7 +94,7 @@ class PromptDataSection(Section):
         description="What happens to prompts over max_prompt_tokens: an error, left out, or cut at their beginning. "
         "`hybridflow check` says how many there are.",
     )
-    order: str = Field("shuffled", description=_ORDER)
+    order: FunctionName = Field("shuffled", description=_ORDER)
 
     @model_validator(mode="after")
     def _check(self) -> PromptDataSection:
@@ -119,7 +131,7 @@ class SftDataSection(Section):
         description="What happens to conversations over max_tokens: an error, left out, or cut at their end. "
         "`hybridflow check` says how many there are.",
     )
-    order: str = Field("shuffled", description=_ORDER)
+    order: FunctionName = Field("shuffled", description=_ORDER)
 
     @model_validator(mode="after")
     def _check(self) -> SftDataSection:

@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hybridflow.config.algorithms import PRESETS
+from hybridflow.config.inherit import INHERITS
+from hybridflow.config.paths import PATHS
 from hybridflow.config.reward_model import RewardModelConfig
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
 
@@ -55,14 +57,26 @@ A run is configured by one YAML file with the sections below, and by overrides o
 hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
 ```
 
-- An override is `section.key=value`, with the value in YAML. It wins over the file.
-- An unknown key is an error that names the nearest known one. All mistakes are reported together.
-- A file that is named (`model.path`, `data.train`, `data.eval`, `reward.function`, `eval.answer`) is looked for from
-  the current folder, then beside the YAML file. `file.py:function` names a function in a file.
-- Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`.
-- The resolved configuration of a run is in its `config.yaml`. Of these keys a run that is gone on with must keep
-  `run.seed`, `model.path`, `model.lora`, everything in `data`, `train.prompts_per_step` and
-  `train.samples_per_prompt`; others may change, and `events.jsonl` says which did.
+- An override is `section.key=value`. It wins over the file. The type of the key says how the value is read:
+  - text and paths: as they are typed, with `#`, colons, brackets and spaces (`data.system_prompt=Answer after ####
+    please`). `null` leaves the key unset. Quotes around all of the value are taken off, so `'"null"'` is the word
+    null.
+  - numbers, true and false, lists and sections: as in YAML (`optim.betas=[0.9, 0.99]`, `model.lora={rank: 16}`);
+    `null` or nothing leaves the key unset. Where a list is wanted, one value may stand for it: `rollout.stop=####`.
+  - keys below `reward.kwargs`, `algorithm.values` and the like, which may hold anything: what is plainly a number,
+    true, false, null, a list or a section is that, all else is text.
+- An unknown key is an error that names the nearest known one; names that users of verl, TRL, OpenRLHF and the Hugging
+  Face Trainer know are told what they are here. All mistakes are reported together. A key that stands twice in the
+  file is a mistake.
+- In every path, `~` and `$VARIABLE` are filled in. A file that is read (`model.path`, `data.train`,
+  `reward.function`, ...) is looked for from the current folder, then beside the YAML file. `file.py:function` names a
+  function in a file.
+- Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`. A default
+  "as `optim.lr`" is taken from that key of the same run.
+- A run's folder holds its resolved configuration, `config.yaml`. When the run is resumed, these keys must be as they
+  were: `run.seed`, `model.path`, `model.reference`, `model.lora`, `critic.path`, `critic.lora`,
+  `critic.shared_trunk`, everything in `data`, `train.prompts_per_step` and `train.samples_per_prompt`. Others may
+  change; `events.jsonl` says which did.
 - With `data.eval` set, `hybridflow train` evaluates before the first step (unless `eval.before_training` is false) and
   after the last one; `eval.every` adds evaluations in between. Answers are greedy, unless `eval.temperature` is set.
 - `hybridflow check --explain KEY` says the same of one key, and what a configuration has there. For an editor,
@@ -132,13 +146,15 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{a}`" for a in arguments)
     if origin is list:
         word = _type(arguments[0])
-        return f"text or list of {word}" if word.startswith("{") else f"list of {word}"  # one source is a text
+        return f"path or list of {word}" if word.startswith("{") else f"list of {word}"  # one source is a path
     if origin is tuple:
         return f"[{', '.join(_type(a) for a in arguments)}]"
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
+    if any(m in PATHS for m in metadata):
+        return "path"
     word = {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
     return " ".join([word, " and ".join(_bounds(metadata))]).strip()
 
@@ -154,6 +170,9 @@ def _bounds(metadata: Sequence[Any]) -> list[str]:
 
 def _default(key: str, field: FieldInfo) -> str:
     section, _, name = key.partition(".")
+    inside, _, last = key.rpartition(".")
+    if inside in INHERITS:
+        return f"as `{INHERITS[inside]}.{last}`"
     if section == "algorithm" and any(name in values for values in PRESETS.values()):
         return "by preset"
     if field.is_required():

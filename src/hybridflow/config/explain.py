@@ -53,7 +53,7 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
     ]
     if values is not None:
         for one in described:
-            one |= _said(str(one["key"]), values, next(iter(kinds.values())))
+            one |= _said(str(one["key"]), values, next(iter(kinds.values())), path)
     return described
 
 
@@ -88,11 +88,11 @@ def kind_of(values: dict[str, Any]) -> str:
     return "train" if "train" in values else "eval"
 
 
-def _said(key: str, values: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
+def _said(key: str, values: dict[str, Any], kind: type[Section], path: Path | None) -> dict[str, Any]:
     """What a configuration has at a key: as it is validated, or as it is written where it has mistakes."""
     given, written = _at(values, key)
     try:
-        resolved = validate(kind, values).model_dump(mode="json")
+        resolved = validate(kind, values, base=path and path.parent).model_dump(mode="json")
     except UserError:
         return {"given": given} | ({"value": written} if given else {})
     return {"given": given, "value": _at(resolved, key)[1]}

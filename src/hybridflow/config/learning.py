@@ -17,6 +17,7 @@ from hybridflow.config.algorithms import (
     REJECTION_LEVELS,
 )
 from hybridflow.config.locate import is_function_reference
+from hybridflow.config.paths import FunctionName
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
@@ -131,7 +132,7 @@ class AlgorithmSection(Section):
     """The three pieces of the algorithm and their values. A preset fills what is not given."""
 
     preset: str = Field("grpo", description="Named choice of all the values below.")
-    advantage: str = Field("grpo", description="Advantage estimator, or file.py:function.")
+    advantage: FunctionName = Field("grpo", description="Advantage estimator, or file.py:function.")
     normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
     gamma: float = Field(1.0, ge=0, le=1, description="Discount of a reward, per token that lies before it.")
     lam: float = Field(
@@ -145,7 +146,7 @@ class AlgorithmSection(Section):
         None, description="Weight of each reward component, by its name (gdpo); unset: 1 for all."
     )
     step_weight: float = Field(1.0, ge=0, description="Weight of the advantage within steps from one state (gigpo).")
-    policy_loss: str = Field("ppo_clip", description="Per-token policy loss, or file.py:function.")
+    policy_loss: FunctionName = Field("ppo_clip", description="Per-token policy loss, or file.py:function.")
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
     clip_dual: float | None = Field(
@@ -178,7 +179,9 @@ class AlgorithmSection(Section):
         "(decoupled_ppo); unset: no bound.",
     )
     sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage (sppo).")
-    aggregation: str = Field("token-mean", description="How token losses become one number, or file.py:function.")
+    aggregation: FunctionName = Field(
+        "token-mean", description="How token losses become one number, or file.py:function."
+    )
     values: dict[str, float | int | bool | str | None] = Field(
         default_factory=dict, description="Values that functions of your own (file.py:function) take, by name."
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from hybridflow.errors import UserError, nearest, raised
+
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
 
 def locate(reference: str, base: Path) -> str:
@@ -21,10 +25,30 @@ def locate(reference: str, base: Path) -> str:
     if "://" in reference:
         return reference
     file, colon, name = reference.rpartition(":") if is_function_reference(reference) else (reference, "", "")
-    path = Path(file).expanduser()
+    path = Path(file)
     if not path.is_absolute() and not path.exists() and (base / path).exists():
-        path = base / path
-    return f"{path}{colon}{name}"
+        return f"{base / path}{colon}{name}"
+    return reference
+
+
+def expanded(text: str) -> str:
+    """A path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` filled in; ``scheme://...`` is left as it is.
+
+    A file that really has a dollar sign in its name keeps it where the variable is not set.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such user. A folder of that name would be made otherwise.
+    """
+    if "://" in text:
+        return text
+    missing = [a or b for a, b in _VARIABLE.findall(text) if (a or b) not in os.environ]
+    if missing and not os.path.lexists(text):
+        raise ValueError(f"{text!r} has the variable ${missing[0]}, which is not set")
+    filled = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2], found[0]), text)
+    path = os.path.expanduser(filled)
+    if path.startswith("~") and not os.path.lexists(path):
+        raise ValueError(f"{text!r} begins with ~, and there is no such user; write ./{text} for a name that does")
+    return path
 
 
 def is_function_reference(text: str) -> bool:

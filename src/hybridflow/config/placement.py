@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from hybridflow.config.section import Section
+from hybridflow.config.paths import WrittenPath
+from hybridflow.config.section import HERE, Section
 from hybridflow.errors import nearest
 
 if TYPE_CHECKING:  # the sections check themselves with this file
@@ -69,9 +70,9 @@ class EngineSection(Section):
             plain = EngineSection.model_construct()
             for key in type(self).model_fields:
                 if getattr(self, key) != getattr(plain, key):
-                    raise ValueError(f"engine.{key} is for sharded models: set engine.strategy=fsdp2 or leave it out")
+                    raise ValueError(f"{HERE}.{key} is for sharded models: set {HERE}.strategy=fsdp2 or leave it out")
         if self.cpu_offload and "parameters" in self.offload:
-            raise ValueError("engine.cpu_offload keeps parameters in host memory already: leave engine.offload out")
+            raise ValueError(f"{HERE}.cpu_offload keeps parameters in host memory already: leave {HERE}.offload out")
         return self
 
 
@@ -100,7 +101,7 @@ class PlacementSection(Section):
         description="How weights travel between processes. auto: shared memory on one host, else broadcast; cuda_ipc: "
         "handles of GPU memory, where sender and receiver share a GPU; files: in placement.folder.",
     )
-    folder: str | None = Field(
+    folder: WrittenPath | None = Field(
         None, description="Where transport files puts weights: a folder that all processes reach under this path."
     )
     delta: bool = Field(

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field, PositiveInt, model_validator
 
 from hybridflow.config.data import Sources
+from hybridflow.config.paths import FunctionName, ReadPath
 from hybridflow.config.placement import EngineSection, PlacementSection, check_placement
 from hybridflow.config.section import Section
 from hybridflow.config.sections import (
@@ -41,7 +42,7 @@ class PreferenceDataSection(Section):
     margin_key: str | None = Field(
         None, description="Column with a number: by how much the preferred answer should be ahead (as Llama 2 does)."
     )
-    template: str | None = Field(
+    template: ReadPath | None = Field(
         None,
         description="Jinja file from messages to the text that is read; unset: the tokenizer's chat template. The "
         "trained model's tokenizer has it as its chat template.",
@@ -52,7 +53,7 @@ class PreferenceDataSection(Section):
         description="What happens to pairs with a conversation over max_tokens: an error, or left out. `hybridflow "
         "check` says how many there are.",
     )
-    order: str = Field(
+    order: FunctionName = Field(
         "shuffled",
         description="Order of each epoch: shuffled, sequential, or file.py:function, which takes any of rows, seed and "
         "epoch and returns the positions of the rows in the order to draw them.",

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from hybridflow.config.bounds import LARGEST_REWARD
+from hybridflow.config.paths import FunctionName, ReadPath, WrittenPath
 from hybridflow.config.placement import EngineSection
 from hybridflow.config.section import Section
 from hybridflow.errors import nearest
@@ -42,7 +51,16 @@ def _check_name(name: str) -> str:
     return name
 
 
-RewardName = Annotated[str, AfterValidator(_check_name)]
+def _no_object(value: Any) -> Any:
+    if callable(value):
+        raise ValueError(
+            "a configuration is text, and this is a function in memory: write it into a file and name it, as "
+            "file.py:function; a program may give it beside the configuration: open_run(config, reward=function)"
+        )
+    return value
+
+
+RewardName = Annotated[FunctionName, AfterValidator(_check_name), BeforeValidator(_no_object)]
 
 
 def _check_worth(value: float) -> float:
@@ -108,8 +126,8 @@ class SandboxSection(Section):
 class RewardModelSection(Section):
     """A model that scores answers: a sequence classifier with one label."""
 
-    path: str = Field(description="Its Hugging Face folder or name, with a classification head of one label.")
-    template: str | None = Field(
+    path: ReadPath = Field(description="Its Hugging Face folder or name, with a classification head of one label.")
+    template: ReadPath | None = Field(
         None,
         description="Jinja file from messages to the text that it reads; unset: its own tokenizer's chat template.",
     )
@@ -123,23 +141,25 @@ class RewardModelSection(Section):
         "auto", description="What is multiplied in. auto: bfloat16 on a GPU, float32 on a CPU."
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
-    engine: EngineSection | None = Field(None, description="How it is computed in its pool; unset: as engine.")
+    engine: EngineSection | None = Field(
+        None, description="How it is computed in its pool: what differs from engine; unset: nothing."
+    )
 
 
 class JudgeSection(Section):
     """A model that reads an answer and writes a verdict."""
 
-    path: str | None = Field(None, description="A model that a generation engine of this run loads.")
+    path: ReadPath | None = Field(None, description="A model that a generation engine of this run loads.")
     engine: Literal["inline", "vllm", "sglang"] = Field("inline", description="Which engine answers for it.")
     url: str | None = Field(None, description="Instead: an OpenAI-compatible endpoint, such as http://host:8000/v1.")
     model: str | None = Field(None, description="The model's name at the endpoint; unset: the first that it lists.")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key, if any.")
-    template: str | None = Field(
+    template: ReadPath | None = Field(
         None,
         description="Jinja file from question, response, ground_truth and row to what the judge is asked; unset: "
         "the built-in one, which asks for a grade from 0 to 10.",
     )
-    parser: str | None = Field(
+    parser: ReadPath | None = Field(
         None,
         description="file.py:function from the verdict's text to a number; unset: the number in the last [[...]] "
         "divided by 10.",
@@ -151,7 +171,7 @@ class JudgeSection(Section):
         3584,
         description="Of a model of this run: longest question to it, with the answer; a longer one has no verdict.",
     )
-    python: str | None = Field(
+    python: WrittenPath | None = Field(
         None,
         description="The Python of the environment of vllm or sglang; unset: rollout.python where that is of the same "
         "engine, else this one's.",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from hybridflow.config.paths import WrittenPath
 from hybridflow.config.section import Section
 
 
@@ -30,7 +31,7 @@ class RolloutSection(Section):
         description="Servers that run already, as http://host:port, in rollout.mode server; empty: the run starts its "
         "own.",
     )
-    python: str | None = Field(
+    python: WrittenPath | None = Field(
         None,
         description="The Python of the engine's own environment, for servers that the run starts and for sglang; "
         "unset: this one's.",

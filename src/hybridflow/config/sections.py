@@ -18,8 +18,10 @@ from pydantic import (
 from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.combinations import check_algorithm
 from hybridflow.config.data import PromptDataSection, SftDataSection
+from hybridflow.config.inherit import inherited
 from hybridflow.config.learning import AlgorithmSection as AlgorithmSection
 from hybridflow.config.learning import FilterSection, ReweightSection
+from hybridflow.config.paths import ReadPath, WrittenPath
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.placement import EngineSection as EngineSection
 from hybridflow.config.placement import PlacementSection as PlacementSection
@@ -35,7 +37,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class RunSection(Section):
     """Where the run lives and how it is repeated."""
 
-    folder: str = Field(description="Folder of the run: metrics, rollouts, journal, checkpoints, report.")
+    folder: WrittenPath = Field(description="Folder of the run: metrics, rollouts, journal, checkpoints, report.")
     seed: int = Field(0, ge=0, description="Seed of everything random: noise, data order, fresh weights.")
     resume: Literal["auto", "never"] = Field(
         "auto",
@@ -65,7 +67,7 @@ class LoraSection(Section):
 class ModelSection(Section):
     """The model to train or to ask."""
 
-    path: str = Field(
+    path: ReadPath = Field(
         description="Hugging Face folder, org/name on the hub, modelscope://org/name, or file.py:function returning "
         "(model, tokenizer)."
     )
@@ -93,12 +95,14 @@ class ModelSection(Section):
 class RlModelSection(ModelSection):
     """The model to train, and the one that it is held against."""
 
-    reference: str | None = Field(
+    reference: ReadPath | None = Field(
         None,
         description="The reference of the KL terms (algorithm.kl_reward_coef, kl_loss_coef), as in model.path; unset: "
         "the model that the run began with. Its weights never change.",
     )
-    reference_engine: EngineSection | None = Field(None, description="How the reference is computed; unset: as engine.")
+    reference_engine: EngineSection | None = Field(
+        None, description="How the reference is computed: what differs from engine; unset: nothing."
+    )
 
 
 class OptimSection(Section):
@@ -117,15 +121,21 @@ class OptimSection(Section):
 class CriticSection(Section):
     """The model that says what a state is worth, for advantages that need one."""
 
-    path: str | None = Field(None, description="Where its trunk begins, as in model.path; unset: the actor's model.")
+    path: ReadPath | None = Field(
+        None, description="Where its trunk begins, as in model.path; unset: the actor's model."
+    )
     lora: LoraSection | None = Field(None, description="Train adapters of this shape; unset trains all weights.")
     shared_trunk: bool = Field(
         False,
         description="The value head stands on the actor's own trunk and is trained in the actor's updates, with weight "
         "algorithm.value_coef; there is no second model.",
     )
-    optim: OptimSection | None = Field(None, description="AdamW of the critic and its schedule; unset: as in optim.")
-    engine: EngineSection | None = Field(None, description="How the critic is computed; unset: as engine.")
+    optim: OptimSection | None = Field(
+        None, description="AdamW of the critic and its schedule: what differs from optim; unset: nothing."
+    )
+    engine: EngineSection | None = Field(
+        None, description="How the critic is computed: what differs from engine; unset: nothing."
+    )
     epochs_per_step: PositiveInt | None = Field(
         None, description="The critic's own passes over a step's answers; unset: as in train.epochs_per_step."
     )
@@ -201,7 +211,7 @@ class EvalSection(Section):
     success_threshold: float = Field(
         1.0, description="An answer with at least this reward is a success, for pass@k. Means take rewards as they are."
     )
-    answer: str | None = Field(
+    answer: ReadPath | None = Field(
         None,
         description="file.py:function from the text of a response to the answer that maj@k counts as a vote; unset: "
         "the whole response.",
@@ -296,6 +306,11 @@ class RlConfig(Section):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: object) -> object:
+        return inherited(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_sizes(self) -> RlConfig:

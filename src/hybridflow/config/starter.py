@@ -8,7 +8,8 @@ from typing import Any
 
 from hybridflow.config.describe import COMMANDS, keys_of
 from hybridflow.config.explain import as_yaml
-from hybridflow.config.load import apply_override, validate
+from hybridflow.config.load import validate
+from hybridflow.config.overrides import apply_override
 from hybridflow.errors import UserError
 
 # What a starter sets, and what it shows commented out because many will want it next.

@@ -1,0 +1,47 @@
+"""Sections that stand for a part of the run and begin with the values of another section, key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# The section, and where it takes what it does not give itself.
+INHERITS = {
+    "critic.optim": "optim",
+    "critic.engine": "engine",
+    "model.reference_engine": "engine",
+    "reward.model.engine": "engine",
+}
+
+
+def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration, with what these sections leave out filled in; a section that is not given is not.
+
+    >>> inherited({"optim": {"lr": 1e-4}, "critic": {"optim": {"warmup_steps": 5}}})["critic"]
+    {'optim': {'lr': 0.0001, 'warmup_steps': 5}}
+    """
+    filled = dict(values)
+    for path, source in INHERITS.items():
+        if isinstance(given := values.get(source), Mapping):
+            filled = _fill(filled, path.split("."), given)
+    return filled
+
+
+def _fill(values: Mapping[str, Any], path: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    first, *rest = path
+    own = values.get(first)
+    if not isinstance(own, Mapping):
+        return dict(values)
+    return {**values, first: _fill(own, rest, given) if rest else {**_fitting(given, own), **own}}
+
+
+def _fitting(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a section fits beside the values of another's own: an engine's keys exclude each other in places."""
+    if own.get("strategy") == "local":  # the others are of sharded models
+        return {}
+    fitting = dict(given)
+    if "parameters" in (own.get("offload") or ()):
+        fitting.pop("cpu_offload", None)
+    if own.get("cpu_offload") and isinstance(given.get("offload"), list):
+        fitting["offload"] = [what for what in given["offload"] if what != "parameters"]
+    return fitting
