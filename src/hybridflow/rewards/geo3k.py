@@ -1,7 +1,7 @@
 r"""The reward of Geometry3K: 0.9 for the right answer and 0.1 for the form. Lu et al. 2021, arXiv 2105.04165.
 
 The answer is right as in `math`: its last ``\boxed{...}`` equals the right one. The form is ``<think>...</think>`` at
-the very beginning and a closed box after it. Scores are verl's; there mathruler compares, here math-verify does.
+the very beginning and a closed box after it. Scores are verl's; there mathruler compares answers.
 """
 
 from __future__ import annotations

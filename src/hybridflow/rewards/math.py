@@ -1,10 +1,10 @@
 r"""The reward of MATH and its kin: 1 if the last ``\boxed{...}`` equals the right answer. Hendrycks et al. 2021.
 
 The set: arXiv 2103.03874. Only the last box counts. An answer without any box may say ``Answer: ...`` or ``the answer
-is ...`` in its last `LAST_CHARACTERS`; then what follows the last of these counts, to the end of the line. Texts and
-numbers are compared first (`expressions`: what counts as a number, and why 37 * 43 is not one), then expressions by
-algebra (`algebra`), in a process that can be killed. A comparison that comes to no end within its limits scores 0 and
-says ``undecided: 1``.
+is ...`` in its last `LAST_CHARACTERS`; then what follows the last of these counts, to the end of the line. Answers are
+read as trees and compared by structure and exact arithmetic (`expressions`: what is equal to what, and why 37 * 43 is
+not 1591); what these leave open is compared by algebra (`algebra`), in a process that can be killed. A comparison that
+comes to no end within its limits scores 0 and says ``undecided: 1``.
 
 verl compares normalised texts, so there 0.25 is not 1/4 and x + 1 is not 1 + x; verl's grader for Numina sets besides
 refuses 3/6 for 1/2. Here whatever is equal is right, except that a number must be worked out.
@@ -66,7 +66,7 @@ def answer(response: str) -> str | None:
     >>> answer(r"\boxed{1} no, \boxed{2}"), answer("**Answer:** $3$\n"), answer(r"\boxed{1"), answer("4")
     ('2', '$3$', None, None)
     """
-    if "\\boxed" in response or "\\fbox" in response:
+    if "\\boxed" in response or "\\fbox" in response or "\\framebox" in response:
         box = last_boxed(response)
         return None if box is None else box[0]
     stated = _STATED.findall(response[-LAST_CHARACTERS:])
@@ -97,7 +97,6 @@ def _equal(said: str, true: str, by_algebra: bool, seconds: float) -> bool | Non
         return None
     if not by_algebra:
         return False
-    said, true = expressions.normal(said), expressions.normal(true)
     try:
         return bool(killable.call("hybridflow.rewards.algebra:equal", said, true, seconds=seconds))
     except killable.Undecided:

@@ -16,9 +16,14 @@ _PLAIN = (
     | dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF], None)
 )
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
-_BOX = re.compile(r"\\f?box(?:ed)?[ \t]{0,9}\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s{0,9}\{")
+# Without braces, what stands next to it: a number, a letter, or a command with what it takes.
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])[ \t]{0,9}"
+    r"(-?[0-9](?:[0-9.,]{0,99}[0-9])?|[a-zA-Z](?![a-zA-Z])|\\[a-zA-Z]+(?:[ \t]?[0-9]{1,2}|(?:\{[^{}]{0,99}\}){0,2}))"
+)
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]*)(\.[0-9]*)?")
+_NUMBER = re.compile(r"([+-]?)([1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]*)(\.[0-9]*)?")
 LONGEST_NUMBER = 1000  # characters
 
 
@@ -60,15 +65,19 @@ def required_text(ground_truth: Any, reward: str) -> str:
 def last_boxed(text: str) -> tuple[str, int] | None:
     r"""What the last ``\boxed{...}`` (or ``\fbox{...}``) holds, and where it begins; None without one.
 
-    Braces balance; escaped ones do not count. A last box that never closes is no answer, whatever came before it.
+    Braces balance; escaped ones do not count. Without braces it holds a number, a letter or a command next to it. A
+    last box that never closes, or holds nothing, is no answer, whatever came before it.
 
     >>> last_boxed(r"so \boxed{1}, no: $\boxed{\frac{1}{2}}$")[0], last_boxed(r"\boxed{1} \boxed{2"), last_boxed("1")
     ('\\frac{1}{2}', None, None)
     """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    found = _BOX.match(text, start) if start >= 0 else None
-    if found is None:
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"), text.rfind("\\framebox"))
+    if start < 0:
         return None
+    found = _BOX.match(text, start)
+    if found is None:
+        bare = _BARE_BOX.match(text, start)
+        return None if bare is None else (bare[1], start)
     depth = 1
     for brace in _BRACES.finditer(text, found.end()):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
