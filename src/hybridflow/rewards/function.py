@@ -223,7 +223,7 @@ def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
 
 
 def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
-    """What a reward returned for one answer: a number of at most `LARGEST_REWARD`, or a dict with such a one as "score".
+    """What a reward returned for one answer: a number of at most `LARGEST_REWARD`, or a dict with such as "score".
 
     Further numbers of a dict are components; what else stands in it, such as text, is left out. "steps" are rewards of
     parts of the answer: pairs of how many characters of it the part ends after, and the reward.
