@@ -12,11 +12,14 @@ from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
+from hybridflow.models.files import export_model
+from hybridflow.models.load import load_model
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.rl import estimate, next_groups, publish_weights, record, update
 from hybridflow.trainers.rl_run import RlRun, open_run
 
+from preferences import yaml_of
 from runs import configuration, metrics, mistake, succeed
 from tiny import CARRY
 
@@ -126,3 +129,58 @@ def test_a_poisoned_parameter_is_noticed_in_reinforcement_too(
     assert "the log-probabilities of an answer to row " in said and "are not finite" in said
     assert "why: the model's weights hold numbers that are not finite" in said and "fix: look at model.path" in said
     assert not (tmp_path / "run/model").exists()
+
+
+# Finite as they are configured; what they do to weights in float32 is not.
+BEYOND = {"lr": 1e30, "weight_decay": 1e30}
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward-model"])
+def test_a_model_that_is_not_finite_is_never_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step is enough: there is no later one whose loss would tell."""
+    train = {"steps": 1} if command != "train" else {"steps": 1, "prompts_per_step": 4}
+    if command == "reward-model":
+        config = yaml_of(tmp_path, optim=BEYOND, train=train)
+    else:
+        config = configuration(tmp_path, command, optim=BEYOND, train=train)
+    said = mistake(capsys, command, config)
+    assert "the model's weights are not finite after optimizer step 1" in said
+    assert "optim.lr is 1e+30, optim.weight_decay 1e+30" in said
+    run = tmp_path / "run"
+    assert not (run / "model").exists() and not list((run / "checkpoints").glob("step-*"))
+    assert read_events(run / "events.jsonl")[-1]["kind"] == "failed"
+
+
+def test_a_model_that_began_so_is_not_written_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two updates are not applied, which is no end yet; the run is then at its end."""
+    (tmp_path / "mine.py").write_text(POISONED)
+    (tmp_path / "poison").touch()
+    model = {"path": str(tmp_path / "mine.py:model")}
+    said = mistake(capsys, "sft", configuration(tmp_path, "sft", model=model, train={"steps": 2}))
+    assert "the model's weights are not finite and are not saved: model.norm.weight" in said
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_evaluation_and_generation_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(POISONED)
+    (tmp_path / "poison").touch()
+    model = f"{tmp_path}/mine.py:model"
+    said = mistake(capsys, "eval", configuration(tmp_path, "eval", model={"path": model}))
+    assert "an answer to row 0 of the evaluation data are not finite" in said and "look at model.path" in said
+    for more in ([], ["--temperature", "0.7"]):
+        said = mistake(capsys, "generate", model, "1+1=", "--max-tokens", "4", *more)
+        assert "an answer to prompt 1 are not finite" in said and "look at model.path" in said
+
+
+def test_a_checkpoint_or_a_precision_without_end_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_model(f"{CARRY}:tiny_qwen3", packing=False)
+    model.model.norm.weight.data[3] = 1e6
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not finite in float16"):
+        export_model(model, tmp_path, torch.float16)
+    model.model.norm.weight.data[3] = math.inf
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not finite\n"):
+        export_model(model, tmp_path)

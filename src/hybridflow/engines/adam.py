@@ -10,9 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.microbatch import Sums
+from hybridflow.errors import UserError
 from hybridflow.protocols import Update
 from hybridflow.weights.drill import perturb
 
@@ -63,6 +65,9 @@ class AdamEngine(ABC):
         Args:
             sums: of the whole mini-batch.
             norm: of the whole gradient before it was clipped.
+
+        Raises:
+            UserError: weights are not finite afterwards.
         """
         lr = learning_rate(self.optim, self.steps_done, self.total_steps)
         own = {"loss": sums.loss, "grad_norm": norm, "lr": lr}
@@ -74,7 +79,29 @@ class AdamEngine(ABC):
             group["lr"] = lr
         self.optimizer.step()
         self.steps_done += 1
+        self.require_finite(self.trained, f"after optimizer step {self.steps_done}")
         return Update(metrics)
+
+    def require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
+        """Makes sure that all these are finite, of every process that holds a part of the model.
+
+        Raises:
+            UserError: one is not.
+        """
+        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items() if t.is_floating_point()}
+        finite = {n: t.detach().isfinite().all() for n, t in local.items() if t.numel()}
+        if self.anywhere(bool(finite) and not bool(torch.stack(list(finite.values())).all())):
+            bad = [name for name, whole in finite.items() if not whole]
+            raise UserError(
+                f"the model's weights are not finite {when}" + (f": {bad[0]} and {len(bad) - 1} others" if bad else ""),
+                why="nothing is learned or written from here on; "
+                f"optim.lr is {self.optim.lr:g}, optim.weight_decay {self.optim.weight_decay:g}",
+                fix="lower them and go on from the last checkpoint; if there is none, look at model.path",
+            )
+
+    def anywhere(self, found: bool) -> bool:
+        """Whether this is so in any process that holds a part of the model."""
+        return found
 
     def move_moments(self, device: torch.device) -> None:
         """Moves AdamW's state; the number of steps in it stays on the host."""

@@ -91,6 +91,7 @@ class LocalEngine(AdamEngine):
 
     def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`. Everything is in open formats: safetensors, and JSON for plain values."""
+        self.require_finite(self.weights(), "and are not saved")
         model, head, steps_done = self.model, self.value_head, self.steps_done
         weights = dict(model.state_dict())
         moments = {f"{kind}/{name}": t for name, kept in self.moments().items() for kind, t in kept.items()}

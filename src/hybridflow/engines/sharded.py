@@ -221,8 +221,13 @@ class ShardedEngine(AdamEngine):
         norm = self.sharded.sharding.clip(list(self.trained.values()), self.optim.clip_grad_norm)
         return self.step(sums, norm)
 
+    def anywhere(self, found: bool) -> bool:
+        """See `AdamEngine.anywhere`."""
+        return bool(self.ranks.largest(int(found)))
+
     def save(self, folder: Path, *, background: bool = False) -> None:
         """See `TrainEngine.save`."""
+        self.require_finite(self.published() | self.trained, "and are not saved")
         self.files.save(folder, background=background)
 
     def saved(self, *, wait: bool) -> bool:
@@ -235,6 +240,7 @@ class ShardedEngine(AdamEngine):
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """See `TrainEngine.export`: tensor by tensor, and rank 0 writes."""
+        self.require_finite(self.published() | self.trained, "and are not exported")
         self.files.export(folder, dtype)
 
     def stream_weights(

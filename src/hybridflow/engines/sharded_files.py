@@ -38,6 +38,7 @@ from hybridflow.models.files import (
 )
 from hybridflow.models.lora import has_adapters
 from hybridflow.models.value import read_value_tensors
+from hybridflow.weights.adapters import adapted_weights
 
 if TYPE_CHECKING:
     from hybridflow.engines.sharded import ShardedEngine
@@ -132,6 +133,8 @@ class ShardedFiles:
         self.engine = engine
         self.state = STATES[engine.section.strategy](engine)
         self.adapters = has_adapters(engine.model)
+        if self.adapters:  # what cannot be merged is refused now, not when the trained model is to be written
+            adapted_weights(engine.model, {n for names in engine.sharded.names.values() for n in names})
         world = dist.group.WORLD
         assert world is not None
         limit = world._get_backend(torch.device("cpu")).options._timeout

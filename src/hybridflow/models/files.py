@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from hybridflow.errors import UserError
 from hybridflow.models.classifier import empty_classifier, holds_classifier
 from hybridflow.models.lora import has_adapters, load_adapters, merged
+from hybridflow.models.probe import probe_scores, require_same
 
 FILE_BYTES = 2 << 30  # of an exported file: it is put together in memory
 
@@ -134,16 +135,35 @@ def require_same_shapes(
 def export_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a plain Hugging Face folder without a tokenizer, adapters merged; the model is left as it is.
 
+    Merged weights are held against the trained model on a probe, in memory and once more as they are read back.
+
     Args:
         model: the trained model.
         folder: an existing, empty folder.
         dtype: precision of the written weights.
+
+    Raises:
+        UserError: with its adapters merged the model is another one; a weight is not finite.
     """
     plain = merged(model)
-    plain.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in plain.state_dict().items()})
+    if has_adapters(model):
+        trained = probe_scores(model)
+        with model.disable_adapter():
+            before = probe_scores(model)
+        require_same("the model with its adapters merged", probe_scores(plain), trained, before)
+    plain.save_pretrained(folder, state_dict=dict(_finite(plain.state_dict().items(), dtype)))
     config = copy.deepcopy(plain.config)
     config.dtype = dtype  # save_pretrained wrote the model's own, whatever the state's is
     config.save_pretrained(folder)
+    if has_adapters(model):
+        if dtype != torch.float32:  # what rounding does to it is no fault
+            for parameter in plain.parameters():
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+            trained = probe_scores(plain)
+        kind, device = type(plain), plain.device
+        del plain
+        written = kind.from_pretrained(folder, dtype=torch.float32).to(device)
+        require_same(f"the model read back from {folder}", probe_scores(written), trained, before)
 
 
 def write_adapters(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -163,13 +183,16 @@ def write_streamed(
         tensors: under the model's names, each layer's together; tied ones may come under each of theirs.
         folder: an existing, empty folder.
         dtype: precision of the written weights.
+
+    Raises:
+        UserError: a weight is not finite.
     """
     write_config(model, folder)
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(folder)
     tied = model.all_tied_weights_keys.keys()
-    untied = ((name, tensor.to("cpu", dtype)) for name, tensor in tensors if name not in tied)
+    untied = _finite(((name, tensor.cpu()) for name, tensor in tensors if name not in tied), dtype)
     places: dict[str, int] = {}
     waiting: dict[str, Tensor] = {}
     files = sizes = 0
@@ -198,6 +221,26 @@ def write_streamed(
     if files > 1:
         index = {"metadata": {"total_size": sizes}, "weight_map": {n: names[i] for n, i in sorted(places.items())}}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same in another precision.
+
+    Raises:
+        UserError: one of them is not finite, or has no form in that precision.
+    """
+    for name, tensor in tensors:
+        rounded = tensor.to(dtype)
+        if not bool(rounded.isfinite().all()):
+            narrow = bool(tensor.isfinite().all())  # it is the precision's range that is
+            raise UserError(
+                f"{name} is not finite" + f" in {str(dtype).removeprefix('torch.')}" * narrow,
+                why="a model with such a weight computes nothing",
+                fix="give another --dtype: bfloat16 has the range of float32"
+                if narrow
+                else "export an earlier checkpoint (--step)",
+            )
+        yield name, rounded
 
 
 def _layer_of(name: str) -> str:

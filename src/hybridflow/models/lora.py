@@ -26,7 +26,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
         seed: of the adapters' random half.
 
     Raises:
-        UserError: peft is not installed, or the model has no such modules.
+        UserError: peft is not installed, the model has no such modules, or one of them shares its weight with another
+            module.
     """
     try:
         import peft
@@ -40,11 +41,32 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             raise UserError(
                 f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
             ) from error
+    _refuse_shared(adapted)
+    return adapted
+
+
+def _refuse_shared(model: PreTrainedModel) -> None:
+    """Raises a UserError for an adapter on a weight that another module computes with too, such as a tied output layer.
+
+    Added into that weight the adapter would change the other module, which was trained without it.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1 and any(".base_layer." in name for name in shared):
+            plain = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in shared]
+            raise UserError(
+                f"model.lora.target_modules puts an adapter on {plain[-1]}, which is the same tensor as {plain[0]}",
+                why="merged into it (to export the model, or to publish it), the adapter would change both",
+                fix=f"leave {plain[-1].split('.')[-2]} out of model.lora.target_modules, or give a model whose "
+                "config says tie_word_embeddings=false, with a tensor for each",
+            )
 
 
 def load_trainable(

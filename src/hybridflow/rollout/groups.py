@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -206,12 +206,7 @@ class GroupSource:
 
     def _submit(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> _Scoring:
         """Has a finished group scored."""
-        if not all(math.isfinite(logp) for result in results.values() for logp in result.logps):
-            raise UserError(
-                f"the log-probabilities of an answer to row {row} of the training data are not finite",
-                why="the model's weights hold numbers that are not finite, or rollout.temperature is far too small",
-                fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
-            )
+        require_finite(results.values(), f"row {row} of the training data", "rollout.temperature")
         began = time.perf_counter()
         greedy = results.pop(GREEDY, None)
         group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
@@ -294,6 +289,25 @@ class GroupSource:
                     low = middle + 1
             found.append((low - 1, reward))
         return found
+
+
+def require_finite(results: Iterable[Result], to: str, temperature: str) -> None:
+    """Makes sure that a model gave answers their probabilities.
+
+    Args:
+        results: of the model.
+        to: what it answered.
+        temperature: what says how it drew, for the message.
+
+    Raises:
+        UserError: its numbers are not finite.
+    """
+    if not all(math.isfinite(logp) for result in results for logp in result.logps):
+        raise UserError(
+            f"the log-probabilities of an answer to {to} are not finite",
+            why=f"the model's weights hold numbers that are not finite, or {temperature} is far too small",
+            fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
+        )
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from hybridflow.models.load import load_model, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Sampling, generate
+from hybridflow.rollout.groups import require_finite
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import inline_engine, training_sampling
@@ -180,7 +181,8 @@ def ask(
         trust_remote_code: see ``model.trust_remote_code``.
 
     Raises:
-        UserError: the model cannot be loaded, or a prompt is longer than its context.
+        UserError: the model cannot be loaded, a prompt is longer than its context, or the model's numbers are not
+            finite.
     """
     for name, value, low in [
         ("--max-tokens", 1 if max_tokens is None else max_tokens, 1),
@@ -207,5 +209,6 @@ def ask(
         asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
         requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
     for i, result in enumerate(generate(inline_engine(model, tokenizer), requests)):
+        require_finite([result], f"prompt {i // samples + 1}", "--temperature")
         text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
         yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))

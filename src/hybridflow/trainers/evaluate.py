@@ -16,7 +16,7 @@ from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Grader, Request, Result, RolloutEngine, Sampling, Score
-from hybridflow.rollout.groups import FailurePolicy, total
+from hybridflow.rollout.groups import FailurePolicy, require_finite, total
 from hybridflow.trainers.rewarding import answers_to, score_all
 from hybridflow.trainers.statistics import maj_at_k, mean_interval, pass_at_k
 
@@ -119,7 +119,7 @@ def evaluate(
         note: takes a line about the progress, every 10 seconds.
 
     Raises:
-        UserError: the reward or ``eval.answer`` failed on an answer.
+        UserError: the reward or ``eval.answer`` failed on an answer, or the model's numbers are not finite.
     """
     if section.answer is not None:
         load_function(section.answer)  # a mistake in it is told before anything is generated
@@ -136,6 +136,8 @@ def evaluate(
     records = []
     failures: dict[str, float] = {}
     answers = _answers(engine, requests, note)
+    for i in range(count):
+        require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
     texts_of = [[decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
     scores_of = score_all(grader, (answers_to(p, texts) for p, texts in zip(asked, texts_of)))
     for i, prompt in enumerate(asked):
