@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hybridflow.algorithms.aggregation import token_weights
@@ -20,12 +21,15 @@ from hybridflow.config.sections import OptimSection
 from hybridflow.engines.adam import learning_rate
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.microbatch import microbatches
+from hybridflow.engines.reference import LocalReference
 from hybridflow.models.attention import PackedLayout
 from hybridflow.models.forward import score_tokens
+from hybridflow.models.value import value_head
 from hybridflow.protocols import Loss, TrainEngine, Update
 from hybridflow.rollout.inline import InlineEngine
 from hybridflow.weights.stream import verify
 
+from runs import configuration, metrics, succeed
 from simulated_ranks import SimulatedRanks
 from tiny import group_batch, packed_model, ragged_batch, sft_losses_and_model, weights_of, with_policy_columns
 
@@ -356,3 +360,85 @@ def test_moving_to_the_host_and_back_keeps_everything() -> None:
     moved.to("host")
     moved.to("device")
     assert_close(outcome(straight, batch, loss), outcome(moved, batch, loss), 0.0)
+
+
+def in_bfloat16(kind: str = "qwen3", *, head: bool = False, **optim: Any) -> tuple[LocalEngine, LocalEngine]:
+    """An engine that multiplies in bfloat16, and the same in float32."""
+    engines = []
+    for dtype in ("bfloat16", "float32"):
+        model = packed_model(kind)
+        top = value_head(model) if head else None
+        for parameter in () if top is None else top.parameters():
+            parameter.data = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+        section = OptimSection(**{"lr": 1e-3, "clip_grad_norm": 1e9, **optim})
+        engines.append(
+            LocalEngine(model, section, total_steps=10, tokens_per_microbatch=1000, value_head=top, dtype=dtype)  # type: ignore[arg-type]
+        )
+    return engines[0], engines[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_bfloat16_is_of_products_alone(kind: str, tmp_path: Path) -> None:
+    """The bounds are those of the sharded engines (tests/engines/test_fsdp.py): a product of numbers of 8 bits is off
+    by 2^-9 of its size, a gradient behind a dozen of them by some hundredths. All that is kept is in float32."""
+    low, full = in_bfloat16(kind)
+    batch = policy_batch("token-mean", double=False)
+    columns = [engine.score(batch, ["logp", "entropy"]) for engine in (low, full)]
+    assert all(column.dtype == torch.float32 for column in columns[0].values())
+    apart = (columns[0]["logp"] - columns[1]["logp"]).abs().max()
+    assert 1e-4 < apart < 0.2
+    updates = [engine.update(batch, policy_loss()) for engine in (low, full)]
+    assert updates[0].metrics["actor/loss"] == pytest.approx(updates[1].metrics["actor/loss"], abs=0.02)
+    gaps = []
+    for name, expected in full.trained.items():
+        found = low.trained[name]
+        assert found.grad is not None and expected.grad is not None
+        assert found.dtype == found.grad.dtype == torch.float32
+        gaps.append(float((found.grad - expected.grad).norm() / expected.grad.norm()))
+        assert not torch.equal(found, found.bfloat16().float())
+    assert 1e-3 < max(gaps) < 0.1
+    assert {t.dtype for kept in low.moments().values() for t in kept.values()} == {torch.float32}
+    low.save(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.float32}
+
+
+def test_a_value_is_read_in_float32_from_products_in_bfloat16() -> None:
+    low, full = in_bfloat16(head=True)
+    batch = ragged_batch(LENGTHS)
+    value_T = low.score(batch, ["value"])["value"]
+    assert not torch.equal(value_T, value_T.bfloat16().float())
+    assert (value_T - full.score(batch, ["value"])["value"]).abs().max() < 0.1
+
+
+def test_a_frozen_actor_and_its_reference_multiply_in_the_same_type() -> None:
+    """The divergence of a model from itself is 0, bit for bit."""
+    low, _ = in_bfloat16()
+    batch = ragged_batch(LENGTHS)
+    reference = LocalReference(packed_model(), tokens_per_microbatch=1000, device="cpu", dtype="bfloat16")
+    assert reference.score(batch, ["logp"])["logp"].equal(low.score(batch, ["logp"])["logp"])
+
+
+def test_the_engine_section_says_so_for_one_process_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        (tmp_path / dtype).mkdir()
+        config = configuration(tmp_path / dtype, "sft", engine={"dtype": dtype}, train={"steps": 1})
+        succeed(capsys, "sft", config)
+        found[dtype] = metrics(tmp_path / dtype / "run")[0]["train/loss"]
+        weights = load_file(tmp_path / dtype / "run/model/model.safetensors")
+        assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert found["auto"] == found["float32"] != found["bfloat16"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], abs=0.02)
+
+
+def test_a_supervised_run_learns_in_bfloat16() -> None:
+    """As many steps, to within a twentieth of what was learned in float32."""
+    batch = ragged_batch((12,) * 8)
+    batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=1)
+    losses = []
+    for engine in in_bfloat16(lr=2e-2):
+        found = [engine.update(batch, Loss("cross_entropy")).metrics["actor/loss"] for _ in range(8)]
+        losses += [found[0], found[-1]]
+    _, low, first, full = losses
+    assert full < first - 1
+    assert low == pytest.approx(full, abs=0.05 * (first - full))

@@ -69,7 +69,7 @@ class EngineSection(Section):
         if self.strategy == "local":
             plain = EngineSection.model_construct()
             for key in type(self).model_fields:
-                if getattr(self, key) != getattr(plain, key):
+                if key != "dtype" and getattr(self, key) != getattr(plain, key):
                     raise ValueError(f"{HERE}.{key} is for sharded models: set {HERE}.strategy=fsdp2 or leave it out")
         if self.cpu_offload and "parameters" in self.offload:
             raise ValueError(f"{HERE}.cpu_offload keeps parameters in host memory already: leave {HERE}.offload out")

@@ -17,7 +17,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.sections import OptimSection
 from hybridflow.engines.adam import AdamEngine, matrices
 from hybridflow.engines.background import Background, host_copies, host_twin
-from hybridflow.engines.microbatch import Passes, autocast_on
+from hybridflow.engines.microbatch import Dtype, Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
 from hybridflow.models.files import export_model, read_weights, write_weights
@@ -28,7 +28,7 @@ from hybridflow.weights.stream import stream_of
 
 
 class LocalEngine(AdamEngine):
-    """A `TrainEngine` around one model: AdamW on float32 master weights, bfloat16 compute on a GPU.
+    """A `TrainEngine` around one model: AdamW on float32 master weights, products in bfloat16 where that is asked for.
 
     Args:
         model: a model that `models.load` loaded; parameters that require no gradient are left alone (LoRA).
@@ -39,6 +39,7 @@ class LocalEngine(AdamEngine):
         value_head: trained with the model and asked for "value" scores: it makes the model a critic, or an actor whose
             trunk is the critic's too. Its weights are not streamed.
         name: what its metrics begin with.
+        dtype: what is multiplied in, see ``engine.dtype``; auto is bfloat16 on a GPU.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LocalEngine(AdamEngine):
         device: torch.device | str = "cpu",
         value_head: ValueHead | None = None,
         name: Literal["actor", "critic"] = "actor",
+        dtype: Dtype = "auto",
     ) -> None:
         self.model = model.to(device).train()
         self.value_head = None if value_head is None else value_head.to(device)
@@ -60,9 +62,8 @@ class LocalEngine(AdamEngine):
             trained |= {f"value_head.{n}": p for n, p in value_head.named_parameters()}
         super().__init__(trained, optim, decayed=matrices(trained), total_steps=total_steps, name=name)
         self.writing = Background()
-        self.passes = Passes(
-            TokenScorer(model, value_head), model, tokens_per_microbatch, self.device, within=autocast_on(self.device)
-        )
+        self.dtype, within = dtype, autocast_on(self.device, dtype)
+        self.passes = Passes(TokenScorer(model, value_head), model, tokens_per_microbatch, self.device, within=within)
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """See `TrainEngine.score`."""

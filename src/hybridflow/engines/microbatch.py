@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from hybridflow.models.attention import similar
 from hybridflow.models.forward import beginnings, packs
 from hybridflow.protocols import Loss
 
+Dtype = Literal["auto", "float32", "bfloat16"]  # see ``engine.dtype``
 MODEL_COLUMNS = ("input_ids_T", "loss_mask_T", "group_B", "support_size_T", "support_ids_K")  # what scores depend on
 
 
@@ -204,11 +206,16 @@ def telling_memory(part: Batch, budget: int) -> Iterator[None]:
         ) from error
 
 
-def autocast_on(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """The precision of a forward pass: bfloat16 where a GPU computes it, else that of the weights."""
-    if device.type != "cuda":
+def autocast_on(device: torch.device, dtype: Dtype = "auto") -> Callable[[], AbstractContextManager[None]]:
+    """The precision of a forward pass: bfloat16 where that is asked for, else that of the weights.
+
+    Args:
+        device: where it is computed.
+        dtype: auto is bfloat16 on a GPU.
+    """
+    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
         return nullcontext
-    return lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _outputs(loss: Loss) -> tuple[str, ...]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.engines.microbatch import Passes, autocast_on
+from hybridflow.engines.microbatch import Dtype, Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 
 
@@ -23,8 +22,8 @@ class LocalReference:
             scores: what is left is the model that the run began with, without a second copy.
         tokens_per_microbatch: most tokens in one forward pass.
         device: where to score; None leaves the actor where it is.
-        dtype: of a reward model: what its weights are kept, and multiplied, in; "auto" is bfloat16 on a GPU. None
-            keeps float32 weights, and multiplies in bfloat16 on a GPU.
+        dtype: what is multiplied in; "auto" is bfloat16 on a GPU.
+        keeps: whether weights are kept in that type too (a reward model's), rather than in float32.
     """
 
     def __init__(
@@ -33,14 +32,15 @@ class LocalReference:
         *,
         tokens_per_microbatch: int,
         device: torch.device | str | None = None,
-        dtype: Literal["auto", "float32", "bfloat16"] | None = None,
+        dtype: Dtype = "auto",
+        keeps: bool = False,
     ) -> None:
         self.model, self.tokens_per_microbatch = model, tokens_per_microbatch
         self.adapted = hasattr(model, "peft_config")
         if not self.adapted:
             self.model.to(device).eval().requires_grad_(False)
-        self.plain = dtype is not None
-        if dtype is not None:
+        self.dtype, self.keeps = dtype, keeps
+        if keeps:
             low = dtype == "bfloat16" or (dtype == "auto" and self.model.device.type != "cpu")
             self.model.to(torch.bfloat16 if low else torch.float32)
         self.scorer = TokenScorer(model)
@@ -48,7 +48,7 @@ class LocalReference:
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
         """See `Scorer.score`."""
         device = self.model.device
-        within = nullcontext if self.plain else autocast_on(device)
+        within = nullcontext if self.keeps else autocast_on(device, self.dtype)
         passes = Passes(self.scorer, self.model, self.tokens_per_microbatch, device, within=within)
         with self.model.disable_adapter() if self.adapted else nullcontext():
             return passes.score(batch, outputs, temperature)

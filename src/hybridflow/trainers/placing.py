@@ -107,7 +107,8 @@ class Places:
         if isinstance(actor, GroupEngine):
             return GroupScorer(actor.group, "reference")
         assert isinstance(actor, LocalEngine)
-        return LocalReference(actor.model, tokens_per_microbatch=actor.passes.tokens_per_microbatch)
+        budget = actor.passes.tokens_per_microbatch
+        return LocalReference(actor.model, tokens_per_microbatch=budget, dtype=actor.dtype)
 
     def rollout(
         self, config: RlConfig, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path

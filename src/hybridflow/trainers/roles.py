@@ -193,6 +193,7 @@ def local_engine(role: Role, device: torch.device) -> LocalEngine:
         device=device,
         value_head=value_head(model) if role.value_head else None,
         name=role.name,
+        dtype=role.engine.dtype,
     )
 
 
@@ -203,8 +204,13 @@ def local_reference(role: Role, device: torch.device) -> LocalReference:
         UserError: see `load_role`.
     """
     model, _ = load_role(role)
-    dtype = role.engine.dtype if role.name == "reward" else None
-    return LocalReference(model, tokens_per_microbatch=role.tokens_per_microbatch, device=device, dtype=dtype)
+    return LocalReference(
+        model,
+        tokens_per_microbatch=role.tokens_per_microbatch,
+        device=device,
+        dtype=role.engine.dtype,
+        keeps=role.name == "reward",
+    )
 
 
 def longest_sequence(config: RlConfig) -> int:
