@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.sections import ModelSection
-from hybridflow.models.attention import ATTENTION
-from hybridflow.models.checkpointing import checkpoint_activations
-from hybridflow.models.classifier import empty_classifier
-from hybridflow.models.load import load_tokenizer, remove_dropout
-from hybridflow.models.lora import add_lora, load_trainable
-from hybridflow.models.source import model_folder
+from hybridflow.models.lora import load_trainable
 
 
 def load_sharded(
@@ -41,29 +34,4 @@ def load_sharded(
         dist.barrier()  # what had to be fetched is there now, and fits
         return loaded
     dist.barrier()
-    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
-    return _without_weights(section, seed, classifier), tokenizer
-
-
-def _without_weights(section: ModelSection, seed: int, classifier: bool) -> PreTrainedModel:
-    """The model that `load_trainable` loads, on the meta device; whether it can be loaded, rank 0 has found out."""
-    folder, trust = model_folder(section.path, weights=False), section.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    with torch.device("meta"):
-        if classifier:
-            model = empty_classifier(config, packing=section.packing, trust_remote_code=trust)
-        else:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation="eager" if section.packing else None,
-                trust_remote_code=trust,
-            )
-        remove_dropout(model)
-        if section.packing:
-            model.set_attn_implementation(ATTENTION)
-        if (folder / "generation_config.json").is_file():  # it says which tokens end an answer
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        if section.activation_checkpointing:
-            checkpoint_activations(model)
-        return model if section.lora is None else add_lora(model, section.lora, seed=seed)
+    return load_trainable(section, seed=seed, classifier=classifier, outline=True)

@@ -22,8 +22,8 @@ from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.families import KNOWN
 from hybridflow.models.load import (
-    BROKEN,
     causal_config,
+    from_folder,
     from_function,
     load_tokenizer,
     refuse_both_directions,
@@ -106,7 +106,7 @@ def classifier_config(path: str, *, key: str, trust_remote_code: bool = False) -
 
 
 def load_classifier(
-    path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False
+    path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence classifier of one label in float32, without dropout, and its tokenizer.
 
@@ -117,22 +117,38 @@ def load_classifier(
         seed: for a function that makes random weights.
         packing: give it ragged attention; of families that the tests cover alone.
         trust_remote_code: run code that the folder brings along.
+        outline: as in `load_model`.
 
     Raises:
-        UserError: nothing there, no such model, or a family that is not known to pack.
+        UserError: nothing there, no such model, weights that are not whole, or a family that is not known to pack.
     """
     logging.disable_progress_bar()
     if is_function_reference(path):
         made, tokenizer = from_function(path, seed)
         model = made if is_classifier(type(made).__name__) else _from_causal(made)
     else:
-        folder = model_folder(path)
-        own = holds_classifier(folder)
+        own = holds_classifier(model_folder(path, weights=False))
         if own:
             classifier_config(path, key="model.path", trust_remote_code=trust_remote_code)
         else:
             causal_config(path, trust_remote_code=trust_remote_code)
-        model = _from_folder(folder, path, own_head=own, packing=packing, trust_remote_code=trust_remote_code)
+        said = logging.get_verbosity()
+        if not own:
+            logging.set_verbosity_error()  # that the head is a fresh one is meant
+        try:
+            model = from_folder(
+                AutoModelForSequenceClassification,
+                path,
+                packing=packing,
+                trust_remote_code=trust_remote_code,
+                outline=outline,
+                fresh=None if own else f"{HEAD}.",
+                num_labels=1,
+            )
+        finally:
+            logging.set_verbosity(said)
+        if not own:
+            _begin_at_zero(model)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if state_reader(model) is None:
         raise UserError(
@@ -172,40 +188,6 @@ def padding_of(path: str, *, seed: int = 0) -> int | None:
     values: Mapping[str, Any] = read_config(model_folder(path, weights=False))
     text: Mapping[str, Any] = values.get("text_config") or {}
     return text.get("pad_token_id", values.get("pad_token_id"))
-
-
-def _from_folder(folder: Path, path: str, *, own_head: bool, packing: bool, trust_remote_code: bool) -> PreTrainedModel:
-    said = logging.get_verbosity()
-    if not own_head:
-        logging.set_verbosity_error()  # that the head is a fresh one is meant
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=1,
-            dtype=torch.float32,
-            attn_implementation="eager" if packing else None,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except BROKEN as error:
-        raise UserError(
-            f"the model in {path} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}",
-            fix="check that the folder is complete",
-        ) from error
-    finally:
-        logging.set_verbosity(said)
-    lacking = {name for name in report["missing_keys"] if own_head or not name.startswith(f"{HEAD}.")}
-    if lacking:
-        raise UserError(
-            f"the weights in {path} lack tensors of a {type(model).__name__} ({len(lacking)}): "
-            + ", ".join(sorted(lacking)[:3]),
-            why="they would start from random numbers",
-            fix="fetch or save the model again",
-        )
-    if not own_head:
-        _begin_at_zero(model)
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def _from_causal(causal: PreTrainedModel) -> PreTrainedModel:

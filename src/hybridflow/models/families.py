@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 def use_packing(model: PreTrainedModel) -> None:
-    """Gives the model ragged attention; a family that is not known is tried first.
+    """Gives the model ragged attention; a family that is not known is tried first, where its weights are there.
 
     Raises:
         UserError: the family's attention is not covered, or its packed scores are not its own.
@@ -37,7 +37,7 @@ def use_packing(model: PreTrainedModel) -> None:
         uncovered.append("an attention of its own")
     if uncovered:
         raise _refusal(model, f"it has {', '.join(uncovered)}")
-    if family in KNOWN:
+    if family in KNOWN or model.device.type == "meta":
         model.set_attn_implementation(ATTENTION)
         return
     difference = packing_error(model)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,15 +19,14 @@ from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION, attention
 from hybridflow.models.families import use_packing
+from hybridflow.models.outline import cannot_load, first_line, outlined, stored_shapes
 from hybridflow.models.source import code_files, model_folder, read_config, refuse_own_code
 
 AttentionInterface.register(ATTENTION, attention)
 
-BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)  # what incomplete folders raise
-
 
 def load_model(
-    path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False
+    path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in float32 master weights, with ragged attention and without dropout, and its tokenizer.
 
@@ -39,17 +37,20 @@ def load_model(
         seed: for a function that makes random weights.
         packing: give it ragged attention; without, sequences are padded and the model keeps its own.
         trust_remote_code: run code that the folder brings along.
+        outline: read no weights: the model is on the meta device, and what is wrong with its files is refused all the
+            same. A function makes its model whole.
 
     Raises:
-        UserError: nothing there, no causal language model, code of its own, or attention that the ragged layout does
-            not cover.
+        UserError: nothing there, no causal language model, code of its own, weights that are not whole or not the
+            configuration's, or attention that the ragged layout does not cover.
     """
     disable_progress_bar()  # a bar for every load and save drowns the run's own progress
     if is_function_reference(path):
         model, tokenizer = from_function(path, seed)
     else:
         causal_config(path, trust_remote_code=trust_remote_code)
-        model = _from_folder(model_folder(path), path, packing=packing, trust_remote_code=trust_remote_code)
+        trust = trust_remote_code
+        model = from_folder(AutoModelForCausalLM, path, packing=packing, trust_remote_code=trust, outline=outline)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     remove_dropout(model)
     refuse_both_directions(path, model)
@@ -72,11 +73,12 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
             _refuse_own_tokenizer(path, folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except BROKEN as error:
-            raise UserError(
-                f"no tokenizer in {path}: {str(error).splitlines()[0]}",
-                fix="save the tokenizer into the model's folder (tokenizer.save_pretrained)",
-            ) from error
+        except Exception as error:  # two libraries raise anything, where files are missing or damaged
+            raise _no_tokenizer(path, first_line(error)) from error
+    if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys() - {*tokenizer.all_special_ids}:
+        # transformers makes one of the family's special tokens where there are no files.
+        names = ", ".join(sorted(tokenizer.get_vocab())[:5])
+        raise _no_tokenizer(path, f"all that can be made of its files knows special tokens alone: {names}")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {path} has no end-of-sequence token",
@@ -84,6 +86,35 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
             fix="set eos_token in its tokenizer_config.json",
         )
     return tokenizer
+
+
+def _no_tokenizer(path: str, what: str) -> UserError:
+    return UserError(
+        f"no tokenizer in {path}: {what}",
+        fix="save the tokenizer into the model's folder (tokenizer.save_pretrained)",
+    )
+
+
+def require_vocabulary(
+    path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, special: bool = True
+) -> None:
+    """Raises a UserError if the tokenizer has ids that the model has no embedding for.
+
+    Args:
+        path: of the model.
+        model: the model, or its outline.
+        tokenizer: its tokenizer.
+        special: whether special tokens count: to a family's tokenizer transformers adds the family's own.
+    """
+    passed = set() if special else set(tokenizer.all_special_ids)
+    ids, rows = max({*tokenizer.get_vocab().values()} - passed) + 1, model.get_input_embeddings().weight.shape[0]
+    if rows < ids:
+        token = tokenizer.convert_ids_to_tokens(ids - 1)
+        raise UserError(
+            f"the tokenizer of {path} has ids up to {ids - 1} ({token!r}), the model's vocabulary ends at {rows - 1}",
+            why="a token without a row in the embedding ends the run when it first appears",
+            fix=f"give the tokenizer that belongs to the model, or model.resize_token_embeddings({ids}) and save it",
+        )
 
 
 def causal_config(path: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -113,30 +144,65 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, extra)}))
 
 
-def _from_folder(folder: Path, path: str, *, packing: bool, trust_remote_code: bool) -> PreTrainedModel:
+def from_folder(
+    auto: Any,
+    path: str,
+    *,
+    packing: bool,
+    trust_remote_code: bool,
+    outline: bool,
+    fresh: str | None = None,
+    **config: Any,
+) -> PreTrainedModel:
+    """The model in a folder or on a hub, in float32.
+
+    Args:
+        auto: a class such as `AutoModelForCausalLM`.
+        path: see `load_model`.
+        packing: as in `load_model`.
+        trust_remote_code: as in `load_model`.
+        outline: as in `load_model`.
+        fresh: beginning of the names of tensors that may be missing, if any may.
+        config: changes to the model's configuration.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not those of its configuration.
+    """
+    folder = model_folder(path, weights=not outline)
+    shapes = stored_shapes(folder, path, outline=outline)
+    how: dict[str, Any] = {
+        "dtype": torch.float32,
+        # Every model has eager attention; packing brings its own. Without packing, transformers chooses.
+        "attn_implementation": "eager" if packing else None,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in the report, by name
+    }
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            # Every model has eager attention; packing brings its own. Without packing, transformers chooses.
-            attn_implementation="eager" if packing else None,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except BROKEN as error:
+        if outline:
+            model, report = outlined(auto, folder, shapes, config_kwargs=config, **how)
+        else:
+            model, report = auto.from_pretrained(folder, **config, **how)
+    except Exception as error:  # transformers raises anything, where a folder is incomplete or its configuration wrong
         raise UserError(
-            f"the model in {path} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}",
-            fix="check that the folder is complete and holds a causal language model",
+            f"the model in {path} cannot be loaded: {first_line(error)}",
+            fix="check that the folder is complete and holds such a model; newer families need a newer transformers "
+            f"(this is {transformers.__version__})",
         ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        some = ", ".join(missing[:3])
+    kind = f"a {type(model).__name__}"
+    missing = sorted(name for name in report.get("missing_keys", ()) if not (fresh and name.startswith(fresh)))
+    if missing:
         raise UserError(
-            f"the weights in {path} lack tensors of a {type(model).__name__} ({len(missing)}): {some}",
+            f"the weights in {path} lack tensors of {kind} ({len(missing)}): {', '.join(missing[:3])}",
             why="they would start from random numbers",
             fix="fetch or save the model again",
         )
-    return model
+    for name, stored, wanted in sorted(report.get("mismatched_keys", ())):
+        raise cannot_load(
+            path, f"{name} is {tuple(stored)} in its weights, and {tuple(wanted)} in {kind} as its config.json says"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _require_causal_head(path: str, values: dict[str, Any]) -> None:
@@ -211,23 +277,45 @@ def from_function(path: str, seed: int) -> tuple[Any, Any]:
     return made
 
 
-def require_context(model: PreTrainedModel, tokens: int) -> None:
-    """Raises a UserError if sequences of so many tokens do not fit the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    original = _length_of_one_rotation(model)
+def context_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that a sequence may have, where the model has a bound."""
+    bound: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return bound
+
+
+def longest_trainable(model: PreTrainedModel) -> int | None:
+    """The most tokens that a sequence may have in training: see `require_context`."""
+    bounds = (context_of(model), _length_of_one_rotation(model))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def require_context(
+    model: PreTrainedModel,
+    tokens: int,
+    what: str = "the longest possible sequence",
+    *,
+    why: str = "data.max_prompt_tokens + rollout.max_response_tokens",
+    fix: str = "lower one of them, or take a model with a longer context",
+) -> None:
+    """Raises a UserError if sequences of so many tokens do not fit the model's context.
+
+    Args:
+        model: the model, or its outline.
+        tokens: of the longest.
+        what: that is, in words.
+        why: where the number comes from.
+        fix: how to mend it.
+    """
+    original, context = _length_of_one_rotation(model), context_of(model)
     if original is not None and tokens > original:
         raise UserError(
-            f"the longest possible sequence has {tokens} tokens; the rotary embedding of {type(model).__name__} is "
+            f"{what} has {tokens} tokens; the rotary embedding of {type(model).__name__} is "
             f"another one for a whole batch as soon as one sequence of it is longer than {original}",
             why="a sequence's probabilities would depend on what it is trained and generated with",
-            fix=f"keep data.max_prompt_tokens + rollout.max_response_tokens within {original}",
+            fix=f"keep it within {original}: {fix}",
         )
     if context is not None and tokens > context:
-        raise UserError(
-            f"the longest possible sequence has {tokens} tokens, the model's context is {context}",
-            why="data.max_prompt_tokens + rollout.max_response_tokens",
-            fix="lower one of them, or take a model with a longer context",
-        )
+        raise UserError(f"{what} has {tokens} tokens, the model's context is {context}", why=why, fix=fix)
 
 
 def _length_of_one_rotation(model: PreTrainedModel) -> int | None:

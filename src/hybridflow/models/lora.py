@@ -10,11 +10,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.sections import LoraSection, ModelSection
-from hybridflow.errors import UserError
+from hybridflow.errors import UserError, nearest
 from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.classifier import load_classifier
 from hybridflow.models.liger import apply_liger, require_liger
-from hybridflow.models.load import load_model
+from hybridflow.models.load import load_model, require_vocabulary
+
+ALL_LINEAR = "all-linear"
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrainedModel:
@@ -29,22 +31,22 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
         UserError: peft is not installed, the model has no such modules, or one of them shares its weight with another
             module.
     """
+    targets = _targets(model, lora.target_modules)
     try:
         import peft
     except ImportError as error:
         raise UserError(
             "model.lora needs peft, which is not installed", fix="pip install 'hybridflow[lora]'"
         ) from error
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             raise UserError(
-                f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}"
+                f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}",
+                fix=f"name linear layers, such as {', '.join(_linear_names(model))}, or all-linear",
             ) from error
     _refuse_shared(adapted)
     return adapted
@@ -69,25 +71,61 @@ def _refuse_shared(model: PreTrainedModel) -> None:
             )
 
 
+def _targets(model: PreTrainedModel, named: str | list[str]) -> str | list[str]:
+    """What peft is to look for: a name stands for every module whose path ends in it, and is never a pattern.
+
+    Raises:
+        UserError: a name fits no module.
+    """
+    if named == ALL_LINEAR:
+        return ALL_LINEAR
+    names, paths = [named] if isinstance(named, str) else named, [path for path, _ in model.named_modules()]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise UserError(
+                f"model.lora.target_modules: no module of the {type(model).__name__} is named {name!r}",
+                why="a module is meant by the end of its path, as q_proj or layers.0.self_attn.q_proj; patterns are "
+                "not read",
+                fix=f"{nearest(name, _linear_names(model))}; several are a list, and {ALL_LINEAR} is every linear "
+                "layer but the output's",
+            )
+    return names
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    found = (path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    return sorted(set(found))
+
+
 def load_trainable(
-    section: ModelSection, *, seed: int, classifier: bool = False
+    section: ModelSection, *, seed: int, classifier: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
+
+    Every command loads models here, and asks here for their outlines before anything is started: what one refuses, all
+    do, in the same words.
 
     Args:
         section: which model.
         seed: of random weights and of adapters.
         classifier: as a sequence classifier of one label, without adapters: see `load_classifier`.
+        outline: without its weights: see `load_model`.
 
     Raises:
-        UserError: see `load_model`, `apply_liger`, `checkpoint_activations` and `add_lora`.
+        UserError: see `load_model`, `apply_liger`, `checkpoint_activations` and `add_lora`; or the tokenizer has ids
+            that the model has no embedding for.
     """
     if section.liger:
         require_liger()  # before minutes of loading
     load = load_classifier if classifier else load_model
     model, tokenizer = load(
-        section.path, seed=seed, packing=section.packing, trust_remote_code=section.trust_remote_code
+        section.path,
+        seed=seed,
+        packing=section.packing,
+        trust_remote_code=section.trust_remote_code,
+        outline=outline,
     )
+    require_vocabulary(section.path, model, tokenizer, special=not classifier)
     if section.liger:
         apply_liger(model)
     if section.activation_checkpointing:

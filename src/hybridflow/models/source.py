@@ -46,6 +46,13 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
 
         return _fetched(path, "the Hugging Face hub", lambda: snapshot_download(path, allow_patterns=patterns))
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds adapters (adapter_config.json), not a whole model",
+            why="they say nothing without the model that they were trained on",
+            fix="merge them into it: `hybridflow export RUN FOLDER` for those of a run, peft's merge_and_unload and "
+            "save_pretrained for others",
+        )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"no model at {path}",
@@ -87,13 +94,17 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The plain values of a JSON file in a model folder.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it holds no JSON object.
     """
     try:
-        values = json.loads((folder / name).read_text())
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / name} is not JSON: {error}", fix="fetch or save the model again") from error
-    return dict(values)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{folder / name} holds a JSON {type(values).__name__}, not an object", fix="fetch or save the model again"
+        )
+    return values
 
 
 def code_files(auto_map: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from hybridflow.errors import UserError
 from hybridflow.models.attention import Layout, PackedLayout
 from hybridflow.models.forward import packs, trunk
 from hybridflow.models.head import output_head
+from hybridflow.models.load import context_of
 from hybridflow.models.padded import padded_states
 from hybridflow.protocols import Receipt, Request, Result, WeightStream
 from hybridflow.rollout.cache import Cache, CacheLayout, Kept
@@ -35,6 +36,18 @@ from hybridflow.weights.stream import copy_weights, fingerprint
 
 PREFILL_TOKENS = 8192  # most prompt tokens in one prefill; bounds its activations
 WIDTH_STEP = 16  # cache widths are multiples of this
+
+
+def require_room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int, max_cache_tokens: int) -> None:
+    """Raises a UserError if a prompt and its longest answer do not fit the model's context or the engine's cache."""
+    context = context_of(model)
+    room = min(context or max_cache_tokens, max_cache_tokens)
+    if prompt_tokens + max_tokens > room:
+        raise UserError(
+            f"a request of {prompt_tokens} prompt tokens and up to {max_tokens} new ones does not fit in {room} tokens",
+            why=f"the model's context is {context}, the cache's bound {max_cache_tokens}",
+            fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or raise rollout.max_cache_tokens",
+        )
 
 
 class InlineEngine:
@@ -86,21 +99,13 @@ class InlineEngine:
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
         job, sampling = Job(self._next_handle, request), request.sampling
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        room = min(context or self.max_cache_tokens, self.max_cache_tokens)
         if not request.prompt_ids or len(request.generated_ids) >= request.sampling.max_tokens:
             raise UserError(
                 f"a request with {len(request.prompt_ids)} prompt tokens, {len(request.generated_ids)} generated ones "
                 f"and max_tokens {request.sampling.max_tokens} leaves nothing to do",
                 fix="give a prompt, and more max_tokens than are generated already",
             )
-        if job.limit() > room:
-            raise UserError(
-                f"a request of {len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} new "
-                f"ones does not fit in {room} tokens",
-                why=f"the model's context is {context}, the cache's bound {self.max_cache_tokens}",
-                fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or raise rollout.max_cache_tokens",
-            )
+        require_room(self.model, len(request.prompt_ids), request.sampling.max_tokens, self.max_cache_tokens)
         if request.adapter is not None:
             raise UserError(f"the inline engine has no adapter {request.adapter!r}; it samples from the trained model")
         check_sampling(sampling, output_head(self.model).vocabulary())

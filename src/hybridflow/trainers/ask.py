@@ -19,12 +19,12 @@ from hybridflow import __version__
 from hybridflow.checkpoint.run_folder import make_folder, write_atomically
 from hybridflow.checkpoint.store import saved_steps
 from hybridflow.config.locate import is_function_reference
-from hybridflow.config.sections import EvalConfig
+from hybridflow.config.sections import EvalConfig, ModelSection
 from hybridflow.data.chat import render_prompt, require_template
 from hybridflow.data.prompts import load_prompts
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
-from hybridflow.models.load import load_model, stop_ids
+from hybridflow.models.load import context_of, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Request, Sampling, generate
@@ -50,19 +50,18 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     Raises:
         UserError: the model, the data or the reward is wrong.
     """
-    if config.rollout.engine != "inline":
-        raise UserError("hybridflow eval answers with the inline engine", fix="set rollout.engine=inline")
+    require_inline(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     assert config.data.eval is not None
     began, folder = time.perf_counter(), Path(config.run.folder)
-    make_folder(folder)
     section = config.model.model_copy(update={"path": model_at(config.model.path)})
     model, tokenizer = load_trainable(section, seed=config.run.seed)
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
     check_rows(config, prompts)
     limit = config.rollout.max_response_tokens
+    make_folder(folder)
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(
             inline_engine(model, tokenizer, config.rollout),
@@ -82,6 +81,12 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     result = _result(config, done, time.perf_counter() - began) | {"advice": [advice] if advice else []}
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def require_inline(config: EvalConfig) -> None:
+    """Raises a UserError where an evaluation asks for another engine."""
+    if config.rollout.engine != "inline":
+        raise UserError("hybridflow eval answers with the inline engine", fix="set rollout.engine=inline")
 
 
 def _result(config: EvalConfig, done: Evaluation, seconds: float) -> dict[str, Any]:
@@ -192,10 +197,11 @@ def ask(
     ]:
         if not low <= value < math.inf:
             raise UserError(f"{name} is {value}, it must be at least {low}")
-    model, tokenizer = load_model(model_at(model_path), seed=seed, packing=packing, trust_remote_code=trust_remote_code)
+    section = ModelSection(path=model_at(model_path), packing=packing, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_trainable(section, seed=seed)
     require_template(tokenizer)
     model.to(pick_device())
-    stops, context = stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or math.inf
+    stops, context = stop_ids(model, tokenizer), context_of(model) or math.inf
     requests = []
     for i, prompt in enumerate(prompts):
         ids = tuple(render_prompt(tokenizer, prompt)[1])

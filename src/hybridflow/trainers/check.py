@@ -7,23 +7,27 @@ from collections.abc import Generator, Iterator, Set
 from contextlib import closing
 from pathlib import Path
 
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.config.pieces import needs_of
-from hybridflow.config.sections import EvalConfig, ModelSection, RlConfig, SftConfig
+from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError, nearest
-from hybridflow.models.load import causal_config, load_model, load_tokenizer
+from hybridflow.models.load import longest_trainable, stop_ids
+from hybridflow.models.lora import load_trainable
 from hybridflow.rollout.groups import total
-from hybridflow.trainers.ask import model_at
+from hybridflow.rollout.inline import require_room
+from hybridflow.rollout.sampling import check_sampling
+from hybridflow.trainers.ask import model_at, require_inline
 from hybridflow.trainers.critic import check_companions
-from hybridflow.trainers.evaluate import vote_in
-from hybridflow.trainers.generation import describe_engine
+from hybridflow.trainers.evaluate import sampling_for, vote_in
+from hybridflow.trainers.generation import describe_engine, training_sampling
 from hybridflow.trainers.placing import describe_placement
 from hybridflow.trainers.rewarding import (
     JUDGE,
@@ -36,7 +40,9 @@ from hybridflow.trainers.rewarding import (
     require_score,
     score_all,
 )
+from hybridflow.trainers.roles import actor_role, load_role, sft_role
 from hybridflow.trainers.session import total_steps
+from hybridflow.trainers.sft import require_rows_in_context
 
 MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
 MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
@@ -54,14 +60,17 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
             f"{config.run.folder} already holds a run, and run.resume is never",
             fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
         )
-    path = model_at(config.model.path) if isinstance(config, EvalConfig) else config.model.path
-    tokenizer, vocabulary = _tokenizer_and_vocabulary(path, config.model, config.run.seed)
+    if isinstance(config, EvalConfig):
+        require_inline(config)
+    model, tokenizer = _outline(config)
     yield f"model {config.model.path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
-    yield from _check_vocabulary(path, tokenizer, vocabulary)
+    rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if rows > ids:
+        yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
     if not isinstance(config, EvalConfig):
         yield from describe_placement(config)
     if isinstance(config, SftConfig):
-        yield from _check_sft(config, tokenizer)
+        yield from _check_sft(config, model, tokenizer)
         return
     if config.rollout.engine != "inline":
         yield describe_engine(config.rollout)
@@ -69,39 +78,21 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
         yield from _check_own_functions(config)
         yield from check_companions(config, tokenizer)
         assert config.data.train is not None
-        rows, seen = yield from _check_prompts(config, config.data.train, tokenizer, "training")
+        rows, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training")
     if config.data.eval is not None:
         trained = seen if isinstance(config, RlConfig) else set()
-        yield from _check_prompts(config, config.data.eval, tokenizer, "evaluation", trained)
-        yield from _check_evaluation(config, tokenizer)
+        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", trained)
+        yield from _check_evaluation(config, model, tokenizer)
     if isinstance(config, RlConfig):
         yield arithmetic(config, rows)
 
 
-def _tokenizer_and_vocabulary(
-    path: str, section: ModelSection, seed: int
-) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer, and how many rows the model's embedding has, where its config says so."""
-    if is_function_reference(path):
-        model, tokenizer = load_model(path, seed=seed, packing=section.packing)
-        return tokenizer, model.get_input_embeddings().weight.shape[0]
-    values = causal_config(path, trust_remote_code=section.trust_remote_code)
-    tokenizer = load_tokenizer(path, seed=seed, trust_remote_code=section.trust_remote_code)
-    return tokenizer, values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
-
-
-def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> Iterator[str]:
-    ids = max(tokenizer.get_vocab().values()) + 1
-    if rows is None or rows == ids:
-        return
-    if rows < ids:
-        token = tokenizer.convert_ids_to_tokens(ids - 1)
-        raise UserError(
-            f"the tokenizer of {path} has ids up to {ids - 1} ({token!r}), the model's vocabulary ends at {rows - 1}",
-            why="a token without a row in the embedding ends the run when it first appears",
-            fix=f"give the tokenizer that belongs to the model, or model.resize_token_embeddings({ids}) and save it",
-        )
-    yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
+def _outline(config: RlConfig | SftConfig | EvalConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model without its weights; what a run would refuse when it loads it is refused now."""
+    if isinstance(config, EvalConfig):
+        section = config.model.model_copy(update={"path": model_at(config.model.path)})
+        return load_trainable(section, seed=config.run.seed, outline=True)
+    return load_role(actor_role(config, 1) if isinstance(config, RlConfig) else sft_role(config, 1), outline=True)
 
 
 def _check_own_functions(config: RlConfig) -> Iterator[str]:
@@ -112,8 +103,12 @@ def _check_own_functions(config: RlConfig) -> Iterator[str]:
             yield f"{what} {name}: found"
 
 
-def _check_evaluation(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _check_evaluation(
+    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
     e = config.eval
+    sampling = sampling_for(e, training_sampling(config.rollout, stop_ids(model, tokenizer)))
+    check_sampling(sampling, model.get_input_embeddings().weight.shape[0])
     assert config.data.eval is not None
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
     rows = prompts.data.rows[: e.max_rows]
@@ -153,6 +148,7 @@ def arithmetic(config: RlConfig, rows: int) -> str:
 def _check_prompts(
     config: RlConfig | EvalConfig,
     sources: Sources,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     purpose: str,
     trained: Set[int] = frozenset(),
@@ -162,6 +158,10 @@ def _check_prompts(
     measured = list(prompts.measure(MAX_ROWS))
     longest = max(range(len(measured)), key=lambda i: measured[i][1])
     prompts[longest]  # refused if it is over the limit and data.over_long says so
+    r, asked = config.rollout, measured[: config.eval.max_rows if purpose == "evaluation" else None]
+    if r.engine == "inline":
+        most = min(max(tokens for _, tokens in asked), config.data.max_prompt_tokens)
+        require_room(model, most, r.max_response_tokens, r.max_cache_tokens)
     unseen = f" (the first {MAX_ROWS} were read)" if len(prompts) > MAX_ROWS else ""
     yield f"{purpose} data {prompts.source}: {len(prompts)} rows{unseen}, longest prompt {measured[longest][1]} tokens"
     for note in prompts.notes():
@@ -238,10 +238,11 @@ def _require_components(config: RlConfig, found: set[str]) -> None:
                 )
 
 
-def _check_sft(config: SftConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _check_sft(config: SftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     data, t = load_sft(config.data, tokenizer, seed=config.run.seed), config.train
     lengths = data.lengths(MAX_ROWS)
-    data.batch([max(range(len(lengths)), key=lengths.__getitem__)])  # refused if it is over the limit
+    longest = data.batch([max(range(len(lengths)), key=lengths.__getitem__)])  # refused if it is over the limit
+    require_rows_in_context(longest, data, longest_trainable(model))
     batch = data.batch(list(range(min(len(data), MAX_CONVERSATIONS))))
     unseen = f" (the first {MAX_ROWS} were read)" if len(data) > MAX_ROWS else ""
     yield f"data {data.source}: {len(data)} conversations{unseen}, longest {max(lengths)} tokens"

@@ -9,10 +9,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
-from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import Scorer, TrainEngine
 from hybridflow.trainers.placing import Places
-from hybridflow.trainers.roles import critic_role, reference_role
+from hybridflow.trainers.roles import critic_role, load_role, reference_role
 
 
 @dataclass
@@ -32,10 +31,10 @@ def check_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> It
     """Says what stands beside the actor, before anything is loaded.
 
     Raises:
-        UserError: one of them reads other tokens than the actor.
+        UserError: one of them cannot be loaded, or reads other tokens than the actor.
     """
     c, reference = config.critic, config.model.reference
-    require_same_tokens(config, tokenizer)
+    require_companions(config, tokenizer)
     if c is not None and c.shared_trunk:
         yield "critic: a value head on the actor's own trunk"
     elif c is not None:
@@ -78,15 +77,19 @@ def make_reference(config: RlConfig, actor: TrainEngine, places: Places) -> Scor
     return places.reference(reference_role(config))
 
 
-def require_same_tokens(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Holds the tokenizers of critic and reference against the actor's.
+def require_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Looks at the models of critic and reference, and holds their tokenizers against the actor's.
 
     Raises:
-        UserError: one of them reads other tokens than the actor.
+        UserError: one of them cannot be loaded, or reads other tokens than the actor.
     """
-    named = [("critic.path", config.critic and config.critic.path), ("model.reference", config.model.reference)]
-    for key, path in named:
-        if path and load_tokenizer(path, seed=config.run.seed).get_vocab() != tokenizer.get_vocab():
+    c, named = config.critic, []
+    if c is not None and not c.shared_trunk:
+        named.append(("critic.path", c.path, critic_role(config, 1)))
+    if config.model.reference is not None:
+        named.append(("model.reference", config.model.reference, reference_role(config)))
+    for key, path, role in named:
+        if load_role(role, outline=True)[1].get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{key} {path} has another tokenizer than model.path",
                 why="it would read other text than the actor wrote",

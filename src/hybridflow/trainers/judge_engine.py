@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.placement import PlacementSection
@@ -20,7 +21,8 @@ from hybridflow.config.sections import EngineSection, EvalConfig, ModelSection, 
 from hybridflow.data.chat import render_prompt
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
-from hybridflow.models.load import causal_config, load_model, load_tokenizer, require_context, stop_ids
+from hybridflow.models.load import context_of, load_tokenizer, stop_ids
+from hybridflow.models.lora import load_trainable
 from hybridflow.models.source import model_folder, read_config
 from hybridflow.protocols import Answers, Request, RolloutEngine, Sampling, Score
 from hybridflow.rewards.judge import EndpointJudge, Hearing, Judging, NoVerdict, Verdict, hearing
@@ -185,31 +187,34 @@ def make_judge(config: RlConfig | EvalConfig, places: Places | None) -> Endpoint
 def _require(config: RlConfig | EvalConfig, section: JudgeSection) -> None:
     assert section.path is not None
     _tokenizer(config, section)
-    if ".py:" in section.path:
-        if section.engine != "inline":
-            raise UserError(
-                f"reward.judge.path is {section.path}, a function, and {section.engine} starts from a folder",
-                fix="set reward.judge.engine=inline, or give the folder of a model",
-            )
-        return
-    context = causal_config(section.path).get("max_position_embeddings")
-    if context is not None and _longest(section) > context:
+    if ".py:" in section.path and section.engine != "inline":
         raise UserError(
-            f"a verdict can need {_longest(section)} tokens, the judge's context is {context}",
-            why="reward.judge.max_prompt_tokens + reward.judge.max_tokens",
-            fix="lower one of them, or take a judge with a longer context",
+            f"reward.judge.path is {section.path}, a function, and {section.engine} starts from a folder",
+            fix="set reward.judge.engine=inline, or give the folder of a model",
         )
+    _load(config, section, outline=True)
     if section.engine != "inline":
         describe_engine(_rollout(config, section))
 
 
 def _inline(config: RlConfig | EvalConfig, section: JudgeSection) -> Started:
     assert section.path is not None
-    model, _ = load_model(section.path, seed=config.run.seed)
-    tokenizer = _tokenizer(config, section)
-    require_context(model, _longest(section))
+    model, tokenizer = _load(config, section), _tokenizer(config, section)
     model.to(pick_device(config.run.device)).requires_grad_(False)
     return Started(inline_engine(model, tokenizer), tokenizer, stop_ids(model, tokenizer))
+
+
+def _load(config: RlConfig | EvalConfig, section: JudgeSection, *, outline: bool = False) -> PreTrainedModel:
+    assert section.path is not None
+    model, _ = load_trainable(ModelSection(path=section.path), seed=config.run.seed, outline=outline)
+    context = context_of(model)
+    if context is not None and _longest(section) > context:
+        raise UserError(
+            f"a verdict can need {_longest(section)} tokens, the judge's context is {context}",
+            why="reward.judge.max_prompt_tokens + reward.judge.max_tokens",
+            fix="lower one of them, or take a judge with a longer context",
+        )
+    return model
 
 
 def _server(config: RlConfig | EvalConfig, section: JudgeSection, places: Places | None) -> Started:

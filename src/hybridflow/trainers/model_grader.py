@@ -22,11 +22,11 @@ from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.models.classifier import classifier_config, padding_of
 from hybridflow.models.families import KNOWN
-from hybridflow.models.load import load_tokenizer
+from hybridflow.models.load import context_of
 from hybridflow.protocols import Answers, Score, Scorer
 from hybridflow.trainers.group_engine import Pending, score_later
 from hybridflow.trainers.placing import Places
-from hybridflow.trainers.roles import local_reference, reward_role
+from hybridflow.trainers.roles import load_role, local_reference, reward_role
 
 MARK = "\x02answer\x03"  # rendered in an answer's place, to find that place
 MOST_WORDS = 200  # of a failure, in characters
@@ -208,7 +208,7 @@ def make_reward_model(config: RlConfig | EvalConfig, places: Places | None) -> M
 
 
 def check_reward_model(config: RlConfig | EvalConfig) -> tuple[PreTrainedTokenizerBase, str]:
-    """Holds the reward model of a configuration against what a run needs of it, without loading its weights.
+    """Holds the reward model of a configuration against what a run needs of it, without reading its weights.
 
     Returns:
         Its tokenizer, with the template that conversations are rendered with, and its family.
@@ -219,13 +219,13 @@ def check_reward_model(config: RlConfig | EvalConfig) -> tuple[PreTrainedTokeniz
     section = config.reward.model
     assert section is not None, "the configuration was checked: the reward is a model, and there is a section"
     values = classifier_config(section.path, key="reward.model", trust_remote_code=section.trust_remote_code)
-    context = values.get("max_position_embeddings")
+    model, tokenizer = load_role(reward_role(config, packing=values.get("model_type") in KNOWN), outline=True)
+    context = context_of(model)
     if context is not None and section.max_tokens > context:
         raise UserError(
             f"reward.model.max_tokens is {section.max_tokens}, the context of {section.path} is {context}",
             fix=f"set reward.model.max_tokens={context} or less",
         )
-    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
     use_template(tokenizer, section.template, key="reward.model.template")
     try:
         _render(tokenizer, [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])

@@ -24,13 +24,13 @@ from hybridflow.data.preference import PreferenceSet, load_preferences, use_temp
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
-from hybridflow.models.classifier import classifier_config, holds_classifier, padding_of
-from hybridflow.models.load import causal_config, load_tokenizer
+from hybridflow.models.classifier import holds_classifier, padding_of
+from hybridflow.models.load import context_of
 from hybridflow.models.source import model_folder
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.placing import describe_placement
-from hybridflow.trainers.roles import reward_model_role
+from hybridflow.trainers.roles import load_role, reward_model_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
 
@@ -171,7 +171,10 @@ def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, Pref
         UserError: one of them is not as it should be.
     """
     seed, m, d = config.run.seed, config.model, config.data
-    tokenizer = load_tokenizer(m.path, seed=seed, trust_remote_code=m.trust_remote_code)
+    model, tokenizer = load_role(reward_model_role(config, 1), outline=True)
+    context = context_of(model)
+    if context is not None and d.max_tokens > context:
+        raise UserError(f"data.max_tokens is {d.max_tokens}, the context of {m.path} is {context}", fix="lower it")
     use_template(tokenizer, d.template, key="data.template")
     padding = padding_of(m.path, seed=seed)
     data = load_preferences(d.train, d, tokenizer, seed=seed, padding=padding)
@@ -186,9 +189,9 @@ def check_preferences(config: RewardModelConfig) -> Iterator[str]:
         UserError: the first thing that is wrong.
     """
     pick_device(config.run.device)  # refused if there is no such device
+    tokenizer, data, held_out = load_pairs(config)
     yield _describe_start(config)
     yield from describe_placement(config)
-    tokenizer, data, held_out = load_pairs(config)
     for name, found in [("training", data), ("held-out", held_out)]:
         if found is None:
             continue
@@ -210,16 +213,9 @@ def check_preferences(config: RewardModelConfig) -> Iterator[str]:
 
 
 def _describe_start(config: RewardModelConfig) -> str:
-    m, limit = config.model, config.data.max_tokens
+    m = config.model
     if is_function_reference(m.path):
         return f"model {m.path}: what the function makes"
     if holds_classifier(model_folder(m.path, weights=False)):
-        values = classifier_config(m.path, key="model.path", trust_remote_code=m.trust_remote_code)
-        said = f"model {m.path}: a reward model, which is trained further"
-    else:
-        values = causal_config(m.path, trust_remote_code=m.trust_remote_code)
-        said = f"model {m.path}: a language model, which gets a head of zeros"
-    context = values.get("max_position_embeddings")
-    if context is not None and limit > context:
-        raise UserError(f"data.max_tokens is {limit}, the context of {m.path} is {context}", fix="lower it")
-    return said
+        return f"model {m.path}: a reward model, which is trained further"
+    return f"model {m.path}: a language model, which gets a head of zeros"

@@ -18,13 +18,12 @@ from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
-from hybridflow.models.load import load_tokenizer
 from hybridflow.protocols import Grader, Restarting, RolloutEngine, Scorer, TrainEngine
 from hybridflow.rollout.groups import FailurePolicy, GroupSource
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
-from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_same_tokens
+from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_companions
 from hybridflow.trainers.generation import training_sampling
 from hybridflow.trainers.handover import HandOver
 from hybridflow.trainers.lifecycle import StopRequest
@@ -32,7 +31,7 @@ from hybridflow.trainers.placing import Places
 from hybridflow.trainers.publishing import Publisher, publisher_of
 from hybridflow.trainers.reward_watch import RewardWatch
 from hybridflow.trainers.rewarding import check_rows, data_sources, failure_policy, make_grader
-from hybridflow.trainers.roles import actor_role
+from hybridflow.trainers.roles import actor_role, load_role
 from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.trainers.shaping import Moments
 from hybridflow.trainers.signal_watch import SignalWatch
@@ -173,8 +172,8 @@ def _assemble(
     reward: Callable[..., Any] | None,
 ) -> RlRun:
     seed, t, a = config.run.seed, config.train, config.algorithm
-    tokenizer = load_tokenizer(config.model.path, seed=seed, trust_remote_code=config.model.trust_remote_code)
-    require_same_tokens(config, tokenizer)
+    tokenizer = load_role(actor_role(config, 1), outline=True)[1]
+    require_companions(config, tokenizer)
     assert config.data.train is not None
     prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
     steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)

@@ -18,6 +18,7 @@ from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
 from hybridflow.models.load import load_tokenizer, require_context
 from hybridflow.models.lora import load_trainable
+from hybridflow.models.ulysses import check_degree
 from hybridflow.models.value import value_head
 
 
@@ -160,15 +161,21 @@ def beside(config: RlConfig, path: str | None) -> ModelSection:
     return ModelSection(path=path or m.path, packing=m.packing, liger=m.liger, trust_remote_code=m.trust_remote_code)
 
 
-def load_role(role: Role) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_role(role: Role, *, outline: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The whole model of a role, in this process, and its tokenizer.
 
+    Args:
+        role: which model.
+        outline: without its weights, to find out before anything starts what would be refused.
+
     Raises:
-        UserError: it cannot be loaded, or a sequence can be longer than its context.
+        UserError: it cannot be loaded or not be cut as its engine section says, or a sequence can be longer than its
+            context.
     """
-    model, tokenizer = load_trainable(role.model, seed=role.seed, classifier=role.classifier)
+    model, tokenizer = load_trainable(role.model, seed=role.seed, classifier=role.classifier, outline=outline)
     if role.longest is not None:
         require_context(model, role.longest)
+    check_degree(model.config.get_text_config().num_attention_heads, role.engine.sequence_parallel)
     return model, tokenizer
 
 

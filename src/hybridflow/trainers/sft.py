@@ -12,12 +12,13 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
 from hybridflow.config.sections import SftConfig
 from hybridflow.data.sft import SftSet, load_sft
+from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
-from hybridflow.models.load import load_tokenizer
+from hybridflow.models.load import longest_trainable
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.finished import LONGER, LONGER_SFT
-from hybridflow.trainers.roles import sft_role
+from hybridflow.trainers.roles import load_role, sft_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
@@ -29,6 +30,7 @@ class SftRun(Session):
 
     config: SftConfig
     data: SftSet
+    context: int | None  # of the model, in tokens
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
     def done(self) -> bool:
@@ -68,8 +70,22 @@ def next_batch(run: SftRun) -> Batch:
     """The step's conversations, tokenised, with their loss weights: every answer token of the batch counts the same."""
     with run.clock.phase("data"):
         batch = run.data.batch([row for _, row in run.sampler.take(run.config.train.sequences_per_update)])
+        require_rows_in_context(batch, run.data, run.context)
         batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=1)
     return batch
+
+
+def require_rows_in_context(batch: Batch, data: SftSet, context: int | None) -> None:
+    """Raises a UserError if a row of the data has more tokens than the model can take."""
+    for row, length in zip(batch["trajectory_B"].tolist(), batch.lengths().tolist()):
+        if context is not None and length > context:
+            source, number = data.data.place(row)
+            raise UserError(
+                f"row {number} of {source} has {length} tokens, the model's context is {context}",
+                why="the model has no places for what comes after",
+                fix=f"set data.max_tokens={context} and data.over_long=filter (or truncate), or take a model with a "
+                "longer context",
+            )
 
 
 def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
@@ -99,8 +115,8 @@ def open_sft(config: SftConfig) -> SftRun:
         UserError: something in the configuration, the data or the folder is wrong.
     """
     with opening(config) as (folder, stop, places, resolved):
-        seed, t, m = config.run.seed, config.train, config.model
-        tokenizer = load_tokenizer(m.path, seed=seed, trust_remote_code=m.trust_remote_code)
+        seed, t = config.run.seed, config.train
+        model, tokenizer = load_role(sft_role(config, 1), outline=True)
         data = load_sft(config.data, tokenizer, seed=seed)
         steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
         engine = places.trained(sft_role(config, steps))
@@ -112,6 +128,7 @@ def open_sft(config: SftConfig) -> SftRun:
             tokenizer=tokenizer,
             engine=engine,
             data=data,
+            context=longest_trainable(model),
             sampler=data.sampler(seed=seed),
             trackers=trackers,
             stop=stop,
