@@ -106,6 +106,8 @@ def test_what_init_writes_passes_its_checks_and_says_what_its_keys_mean(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["init", "--kind", kind, "--model", f"{CARRY}:tiny_qwen3", *PIECES[kind], "--out", "jobs/mine.yaml"]
+    if kind != "sft":  # a function says nothing of its model's context, which is short here
+        arguments += ["data.max_prompt_tokens=64", "rollout.max_response_tokens=64"]
     assert "next: hybridflow check jobs/mine.yaml" in succeed(capsys, *arguments)
     assert succeed(capsys, "check", "jobs/mine.yaml").endswith("all checks passed\n")
     text = Path("jobs/mine.yaml").read_text()
@@ -114,6 +116,20 @@ def test_what_init_writes_passes_its_checks_and_says_what_its_keys_mean(
     assert f"hybridflow {kind} jobs/mine.yaml" in text
     assert "jobs/mine.yaml exists already" in mistake(capsys, *arguments)
     assert Path("jobs/mine.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("train", [128, 128]), ("eval", [128, 128]), ("sft", [256])])
+def test_what_init_writes_fits_the_models_context(
+    kind: str, expected: list[int], tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run/model").mkdir(parents=True)
+    Path("run/model/config.json").write_text('{"max_position_embeddings": 256}')
+    for model in ("run", "run/model"):
+        succeed(capsys, "init", "--kind", kind, "--model", model, *PIECES[kind], "--out", f"{Path(model).name}.yaml")
+        values = yaml.safe_load(Path(f"{Path(model).name}.yaml").read_text())
+        found = {**values["data"], **values.get("rollout", {})}
+        assert [value for key, value in found.items() if key.endswith("_tokens")] == expected
 
 
 @pytest.mark.parametrize("kind", PIECES)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hybridflow.config.describe import COMMANDS, keys_of
@@ -92,6 +95,18 @@ WHAT = {
 WIDTH = 100
 
 
+def _limits(model: str, begin: dict[str, Any]) -> dict[str, Any]:
+    """Lengths that fit a model whose folder tells its context: a prompt and its answer get half of it each."""
+    for folder in (Path(model), Path(model, "model")):
+        with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` says what is wrong with it
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            context = values.get("max_position_embeddings")
+            if isinstance(context, int):
+                share = {"data.max_tokens": context}
+                return {k: min(v, share.get(k, context // 2)) for k, v in begin.items() if k.endswith("_tokens")}
+    return {}
+
+
 def starter(
     command: str, *, file: str, folder: str, model: str, data: str, reward: str | None, overrides: Sequence[str] = ()
 ) -> str:
@@ -117,7 +132,8 @@ def starter(
         )
     named = {"run.folder": folder, "model.path": model, f"data.{'eval' if command == 'eval' else 'train'}": data}
     values: dict[str, Any] = {}
-    for key, value in {**named, **({"reward.function": reward} if reward else {}), **BEGIN[command]}.items():
+    begin = {**BEGIN[command], **_limits(model, BEGIN[command])}
+    for key, value in {**named, **({"reward.function": reward} if reward else {}), **begin}.items():
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value
     for text in overrides:
