@@ -68,6 +68,7 @@ def test_programs_that_read_and_write() -> None:
     assert give("print(abs(int(input())) * 4)", truth, partial=True)["score"] == pytest.approx(1 / 3)
     assert give("this is no program", truth) == {"score": 0, "passed": 0, "timeouts": 0, "not_plain": 0}
     assert give("print(int(input()) ** 2); raise SystemExit(3)", truth)["score"] == 0
+    assert give("print(int(input()) ** 2)\nexit()", truth)["score"] == 1
     assert give("import sys\nfor line in sys.stdin: print(int(line) ** 2)", truth)["score"] == 1
     assert give("if __name__ == '__main__':\n    print(int(open(0).read()) ** 2)", truth)["score"] == 1
 

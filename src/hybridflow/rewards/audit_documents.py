@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from hybridflow.rewards.audit import CaseSet
+from hybridflow.rewards.audit_programs import PROGRAMS
 from hybridflow.rewards.mutations import Case
 
 _PERSON = {"name": "Ada", "born": 1815, "tags": ["maths", None], "alive": False}
@@ -174,87 +175,10 @@ _TOOLS = CaseSet(
     partial=True,
 )
 
-_DOUBLE = "n = int(input())\nprint(2 * n)"
-_AREA = "def area(a, b):\n    return a * b"
-_LARGEST = "def largest(values):\n    return max(values)"
-
-
-_EQUAL_TO_ALL = """
-class Right:
-    def __eq__(self, other):
-        return True
-
-area = largest = lambda *given: Right()
-print(Right())
-"""
-
-
-def _program(question: str, truth: Any, program: str, *wrong: str) -> Case:
-    return Case(
-        question,
-        truth,
-        _fenced(program, "python"),
-        right_responses=(
-            _fenced(program, ""),
-            _fenced(f"# right\n{program}\n", "py"),
-            f"{_fenced('1/0', 'python')}{_fenced(program, 'python')}",
-        ),
-        wrong_responses=tuple(
-            _fenced(text, "python")
-            for text in (
-                *wrong,
-                "",
-                "pass",
-                "raise SystemExit(0)",
-                "import os\nos._exit(0)",
-                "syntax error here",
-                program + "\n1/0",
-                "print(open('/proc/self/cmdline').read())",
-                "while True: pass",
-                "import sys\nsys.stdout.write('x' * 10**8)",
-                _EQUAL_TO_ALL,
-            )
-        ),
-    )
-
-
-_CODE = CaseSet(
-    (
-        _program(
-            "Read a number, print its double.",
-            {"inputs": ["2\n", "-7\n", "0\n"], "outputs": ["4\n", "-14\n", "0\n"]},
-            _DOUBLE,
-            "print(4)",
-            "print('4 -14 0')",
-            "print(4)\nprint(-14)\nprint(0)",
-            "n = int(input())\nprint(n * n)",
-            "n = int(input())\nprint(2 * n)\nprint(2 * n)",
-        ),
-        _program(
-            "Write area(a, b) of a rectangle.",
-            {"inputs": [[2, 3], [5, 1]], "outputs": [6, 5], "fn_name": "area"},
-            _AREA,
-            "def area(a, b):\n    return a + b",
-            "def area(a, b):\n    return [6, 5]",
-            "def area(a, b):\n    print(a * b)",
-            "area = 6",
-        ),
-        _program(
-            "Write largest(values).",
-            ["assert largest([1, 9, 3]) == 9", "assert largest([-5]) == -5"],
-            _LARGEST,
-            "def largest(values):\n    return values[-1]",
-            "def largest(values):\n    raise SystemExit(0)",
-            "def largest(values):\n    return True",
-        ),
-    ),
-    ("text",),
-)
-
 DOCUMENTS: dict[str, CaseSet] = {
     "json": _JSON,
     "regex": _REGEX,
     "format": _FORM,
     "tool_format": _TOOLS,
-    "code": _CODE,
+    "code": PROGRAMS,
 }

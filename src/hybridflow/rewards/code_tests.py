@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from hybridflow.errors import UserError
 
+# As MBPP's tests take them for granted. They are the test's then, whatever the program calls by such a name.
+MODULES = "bisect collections copy datetime functools heapq itertools json math operator random re string sys time"
 _FIX = "write assert statements that call the function that the program is to define, such as assert f(1) == 2"
 
 
@@ -30,6 +32,8 @@ def whole_test(test: str, entry_point: str | None) -> str:
     Raises:
         UserError: the test can never fail, or never pass, whatever the program is.
     """
+    if entry_point is not None and not entry_point.isidentifier():
+        raise UserError(f"the entry point {entry_point!r} is not the name of a function", fix="give its name alone")
     try:
         reached = _Reached(test)
         if "check" in reached.never_called and entry_point is not None:
@@ -37,6 +41,9 @@ def whole_test(test: str, entry_point: str | None) -> str:
             reached = _Reached(test)
     except (SyntaxError, ValueError) as error:
         raise _refusal(test, f"it is not Python ({error})", "mend its text, or leave the row out") from error
+    if reached.modules and "__future__" not in test:
+        test = f"import {', '.join(sorted(reached.modules))}\n{test}"
+        reached = _Reached(test)
     if "check" in reached.never_called:
         raise _refusal(
             test,
@@ -69,7 +76,16 @@ def _refusal(test: str, why: str, fix: str) -> UserError:
 
 
 class _Reached:
-    """What a test does when it is run: `free` names that it does not define, whether it `asserts`, and what not."""
+    """What a test does when it is run.
+
+    Attributes:
+        free: the names that it uses and does not define.
+        modules: those of `MODULES` of which it uses something, such as math.isclose, without importing them.
+        missing: a module that it imports and that there is not.
+        asserts: whether anything in it can make it fail.
+        defined: its functions.
+        never_called: those that nothing names.
+    """
 
     def __init__(self, test: str) -> None:
         tree, top = ast.parse(test), symtable.symtable(test, "test", "exec")
@@ -95,6 +111,10 @@ class _Reached:
         asleep = {(t.get_name(), t.get_lineno()) for t, _ in tables if t.get_id() not in reached}
         self.never_called = {name for name, _ in asleep}
         awake = list(_awake(tree, asleep))
+        self.free -= {name for name in self.free & set(dir(builtins)) if not _is_needed(name, awake)}
+        attributes = (node for node in awake if isinstance(node, ast.Attribute))
+        bases = {node.value.id for node in attributes if isinstance(node.value, ast.Name)}
+        self.modules = bases & self.free & set(MODULES.split())
         self.asserts = any(_asserts(node) for node in awake)
         self.missing = next((name for name in _imports(tree) if name not in sys.stdlib_module_names), None)
 
@@ -124,6 +144,13 @@ def _awake(node: ast.AST, asleep: set[tuple[str, int]]) -> Iterator[ast.AST]:
             continue
         yield child
         yield from _awake(child, asleep)
+
+
+def _is_needed(name: str, nodes: list[ast.AST]) -> bool:
+    """Whether anything is done with what a name gives: print(1) says nothing of who defines print."""
+    loads = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
+    calls = (node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+    return loads > sum(isinstance(call.func, ast.Name) and call.func.id == name for call in calls)
 
 
 def _asserts(node: ast.AST) -> bool:

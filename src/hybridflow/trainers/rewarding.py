@@ -148,15 +148,15 @@ def check_rows(
         bad: list[tuple[int, UserError]] = []
         for index, row in enumerate(prompts.data.rows):
             routed = {route(row.get("data_source"), section.sources) if f == BY_SOURCE else f for f in functions}
-            try:
-                for name in routed & ROW_CHECKS.keys():
-                    source, number = prompts.data.place(index)
-                    truth = column(row, truth_key(row, prompts.config), source=source, index=number)
+            for name in routed & ROW_CHECKS.keys():
+                source, number = prompts.data.place(index)
+                truth = column(row, truth_key(row, prompts.config), source=source, index=number)
+                try:
                     check_row(name, truth, row)
-            except UserError as error:
-                bad.append((index, error))
+                except UserError as error:
+                    bad.append((index, error))
         if bad:
-            (index, first), more = bad[0], f"; so it is with {len(bad) - 1} rows more" if len(bad) > 1 else ""
+            (index, first), more = bad[0], f"; of {len(bad)} such rows it is the first" if len(bad) > 1 else ""
             source, number = prompts.data.place(index)
             raise UserError(f"row {number} of {source}: {first.what}{more}", why=first.why, fix=first.fix) from first
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from attacks_on_tests import ON_TESTS
 from hybridflow.rewards.code import read_cases, score
 from hybridflow.rewards.sandbox.local import LocalSandbox
 from hybridflow.rewards.sandbox.outcome import Limits
@@ -169,6 +170,7 @@ TRUTHS: dict[str, Any] = {
         "assert f(3) == 918273",
         "assert not 918273 != f(3)",
         "assert abs(f(3) - 918273) < 1e-6 and f(3) in [918273]",
+        "x = f(3)\nassert 918272 < x < 918274 and {x} == {918273}",
         "def check(candidate):\n    got = candidate(3)\n    assert got == 918273, str(got)\ncheck(f)",
     ],
 }
@@ -185,10 +187,10 @@ def test_an_honest_program_passes(form: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ON_GRADER)
+@pytest.mark.parametrize("name", [*ON_GRADER, *ON_TESTS])
 def test_the_grader_gives_nothing(name: str) -> None:
     for form, truth in TRUTHS.items():
-        given = score(ON_GRADER[name], truth, sandbox=SETTINGS, partial=True)
+        given = score((ON_GRADER | ON_TESTS)[name], truth, sandbox=SETTINGS, partial=True)
         assert (given["score"], given["passed"]) == (0.0, 0.0), form
 
 

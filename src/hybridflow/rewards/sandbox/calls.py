@@ -132,6 +132,9 @@ def imported(code: Any, modules: list[str]) -> dict[str, Any]:
 
 
 def _module(name: str) -> dict[str, Any]:
+    vars(builtins).update(
+        exit=sys.exit, quit=sys.exit
+    )  # as `site` gives them to every program, and is not imported here
     module = type(sys)(name)
     sys.modules[name] = module
     return module.__dict__

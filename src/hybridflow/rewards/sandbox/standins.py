@@ -1,7 +1,7 @@
 """What runs inside the jail of a test: the test, and what stands there for the program, which is in another jail.
 
-**Names.** A name that the test does not define is the program's if the program defines it, else a built-in, else one of
-the standard library's modules, else nothing. A built-in of the program's own counts only as far as the test also goes
+**Names.** A name that the test does not define is the program's if the program defines it, else a built-in, else
+nothing. A built-in of the program's own counts only as far as the test also goes
 through with the real one, where it calls other functions of the program too: it may be what is tested, and it may
 not be what decides (`def abs(x): return 0`).
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 if __name__ != "driver":  # in a jail they have been executed before, in this very namespace
-    from hybridflow.rewards.sandbox.calls import _MODULES, SPECIAL, SYMBOLS, _module
+    from hybridflow.rewards.sandbox.calls import SPECIAL, SYMBOLS, _module
     from hybridflow.rewards.sandbox.values import KNOWN, Wire, known_value
 
 _TRAPS = (AssertionError, Exception, BaseException)  # who catches these catches the failure of a test
@@ -65,8 +65,8 @@ class StandInClass(type):
     """The type of the classes that stand for the program's."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """An object of it: made by the program, except for exceptions, which are raised here."""
-        if issubclass(cls, BaseException):
+        """An object of it: made by the program, except for what a test has made from an exception of the program's."""
+        if issubclass(cls, BaseException) and id(cls) not in _HELD:
             return super().__call__(*args, **kwargs)
         return _ask(cls, "call", "", *args, **kwargs)
 
@@ -168,6 +168,7 @@ class Link:
         self._out = open(requests, "w", encoding="utf-8")  # noqa: SIM115
         self._objects: dict[int, Any] = {}  # the program's, by number
         self._given: list[Any] = []  # what of the test's was sent
+        self._bases: dict[int, Any] = {}  # what objects are as plain data that cannot change
         self.told: dict[type, list[str]] = {}
         self.strange = False  # whether something could not be compared, or not be sent
 
@@ -197,7 +198,12 @@ class Link:
 
     def base(self, number: int) -> Any:
         """What an object is as plain data, or `_MISSING`."""
-        return self.ask("base", "", number)
+        if number in self._bases:
+            return self._bases[number]
+        base = self.ask("base", "", number)
+        if isinstance(base, int | float | complex | str | bytes | tuple | frozenset):
+            self._bases[number] = base
+        return base
 
     def _exchange(self, request: Any) -> Any:
         sent = self._json.dumps(request) + "\n"
@@ -222,7 +228,8 @@ class Link:
             return {"value": wire.encode(value), "changed": wire.changes(before)}
         except Exception as error:
             kind = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
-            return {"raised": kind.__name__, "args": Wire().encode((str(error),))}
+            args = error.args if all(isinstance(arg, str | int | None) for arg in error.args) else (str(error),)
+            return {"raised": kind.__name__, "args": Wire().encode(args)}
 
     def _error(self, reply: Any) -> BaseException:
         kind = self._resolve(reply["raised"]) if "class" in reply["raised"] else known_value(reply["raised"]["known"])
@@ -260,8 +267,10 @@ class Link:
             number = int(wire["object"])
             if number not in self._objects:
                 kind = self._class(wire["class"])
-                self._objects[number] = kind.__new__(kind)
-                _HELD[id(self._objects[number])] = self, number
+                self._objects[number] = made = kind.__new__(kind)
+                _HELD[id(made)] = self, number
+                if isinstance(made, BaseException):
+                    made.args = self.ask("get", "args", number)
             return self._objects[number]
         return self._class(wire)
 
@@ -336,8 +345,6 @@ class Names(dict):  # type: ignore[type-arg]  # Any is not there in the jail
                 return value
         if real is not _MISSING:
             return real
-        if name in _MODULES.split():
-            return __import__(name)
         raise KeyError(name)
 
     def shadowed(self) -> bool:

@@ -83,6 +83,8 @@ class Wire:
             if base in (int, str):
                 return self.encode(base_value(value))
             tag = None if base is None else base.__name__
+        if isinstance(value, Exception) and known_name(kind) is not None:
+            return {"exception": [known_name(kind), *(self.encode(arg, depth + 1) for arg in value.args)]}
         if tag is None:
             known = known_name(value)
             if known is not None:
@@ -150,6 +152,8 @@ class Wire:
             return int(held, 16)
         if tag == "known":
             return known_value(held)
+        if tag == "exception":
+            return known_value(held[0])(*map(self.decode, held[1:]))
         if tag in _MUTABLE.split():
             return self._container(tag, held, new)
         if tag in ("tuple", "frozenset"):
