@@ -18,7 +18,8 @@ from hybridflow.models.load import load_model
 
 from tiny import CARRY, sft_model
 
-torch.set_num_threads(1)
+# One thread, unless the tests themselves are tried on several.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 hypothesis.settings.register_profile("hybridflow", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("hybridflow")
 

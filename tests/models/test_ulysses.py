@@ -44,7 +44,13 @@ def test_scores_losses_and_gradients_are_those_of_one_process(kind: str, degree:
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
 def test_in_single_precision_too(kind: str) -> None:
-    assert_same(shared_ranks(2).run(ulysses.compare, kind, torch.float32), 1e-6)
+    """Each is about as far from float64, so they are about twice that apart; a mistake would be thousands of times."""
+    rounding = ulysses.rounding(kind)
+    for distances in shared_ranks(2).run(ulysses.compare, kind, torch.float32):
+        distances.pop("largest gradient")
+        assert distances.keys() == rounding.keys()
+        assert all(distances[name] <= 8 * rounding[name] for name in rounding), (distances, rounding)
+    assert 0 < max(rounding.values()) < 1e-5
 
 
 @pytest.mark.parametrize("policy", ["gspo", "gmpo"])

@@ -90,6 +90,21 @@ def compare(
     }
 
 
+def rounding(kind: str, lengths: Sequence[int] = (7, 3, 12, 5, 9, 4)) -> dict[str, float]:
+    """How far one process in float32 is from the same in float64: what rounding does to each score here."""
+    sides = []
+    for dtype in (torch.float32, torch.float64):
+        model, batch = packed_model(kind, dtype=dtype), batch_of(lengths, groups=False)
+        head = value_head(model).to(dtype)
+        torch.nn.init.constant_(head.weight, 0.1)
+        found, gradients = scores_and_gradients(model, head, batch, policy_loss("ppo_clip"), None)
+        sides.append((found, gradients))
+    (found, gradients), (exact, exact_gradients) = sides
+    return {n: _distance(found[n], exact[n]) for n in exact} | {
+        "gradients": max(_distance(gradients[n], exact_gradients[n]) for n in gradients)
+    }
+
+
 def compare_without_gradients(kind: str, lengths: Sequence[int]) -> dict[str, float]:
     """The same for sums of squared probabilities, with a support for some tokens, and for values without logits."""
     model, batch, sp = packed_model(kind, dtype=torch.float64), ragged_batch(lengths), sequence_parallel()
