@@ -17,10 +17,11 @@ from hybridflow.checkpoint.store import saved_steps
 from hybridflow.cli import main
 from hybridflow.tracking.events import read_events
 
+import commands
 from runs import assert_same_tensors, configuration, metrics, succeed
 
 Output = pytest.CaptureFixture[str]
-STEPS = 6
+STEPS = 5
 # A reward that takes its time: `pause` is an expression of seconds, in which `calls` counts the answers scored.
 SLOW_REWARD = """
 import time
@@ -55,9 +56,8 @@ PLACED = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
     ("command", "number", "word", "more"),
     [
         ("train", signal.SIGINT, "Ctrl-C", []),
-        ("train", signal.SIGTERM, "SIGTERM", []),
         ("train", signal.SIGTERM, "SIGTERM", PLACED),
-        ("sft", signal.SIGINT, "Ctrl-C", []),
+        ("sft", signal.SIGTERM, "SIGTERM", []),
     ],
 )
 def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
@@ -65,18 +65,16 @@ def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
 ) -> None:
     config, run = slow_configuration(tmp_path, command, "0.1"), tmp_path / "run"
     arguments = [command, config, "optim.betas=[0.9, 0.95]", *more]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hybridflow.cli", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command_line = commands.start(arguments, tmp_path)
     try:
-        while lines(run) < 3 and process.poll() is None:
+        while lines(run) < 3 and command_line.poll() is None:
             time.sleep(0.02)
-        os.killpg(process.pid, number)  # as a terminal does: to all processes of the command
-        said, complained = process.communicate(timeout=60)
+        command_line.signal(number)
+        status = command_line.wait(60)
     finally:
-        process.kill()
-    assert process.returncode == 130, complained
+        command_line.kill()
+    said, complained = command_line.said, command_line.complained
+    assert status == 130, complained
     assert "stopping: saving a checkpoint first (once more to end at once)" in complained
     step = metrics(run)[-1]["step"]
     assert saved_steps(run / "checkpoints")[-1] == step >= 2
@@ -96,10 +94,10 @@ def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, capsys: Output) -> None:
     ends = []
     # The second process makes a step (calls up to 4 of its reward process), and is stopped in those after it.
-    for limits in (["run.max_minutes=1e-9", "run.max_minutes=0.05", "run.max_minutes=null"], []):
+    for limits in (["run.max_minutes=1e-9", "run.max_minutes=0.02", "run.max_minutes=null"], []):
         folder = tmp_path / f"with-{len(limits)}-limits"
         folder.mkdir()
-        config = slow_configuration(folder, "train", "0.8 * (5 <= calls <= 8)" if limits else "0")
+        config = slow_configuration(folder, "train", "0.35 * (5 <= calls <= 8)" if limits else "0")
         for limit in limits[:-1]:
             assert main(["train", config, limit]) == 130
             said = capsys.readouterr().out
