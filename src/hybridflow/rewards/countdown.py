@@ -1,9 +1,10 @@
 """The reward of the countdown game: reach a number with the four operations from given numbers, each used once.
 
 As in TinyZero (Pan et al. 2025), whose rows hold ``{"target": 98, "numbers": [44, 19, 35]}``. What counts is the last
-``<answer>...</answer>``, or the last line of a response without one; ``= 98`` may follow, if that is the target. The
-expression is read, never run, and worked out in fractions. TinyZero gives its format score to any text in the tags;
-here the expression must be one over exactly the given numbers. verl's own table does not route it.
+``<answer>...</answer>``, or the last line of a response without one; ``= 98`` may follow, or ``98 =`` come before, if
+that is the target. The expression, also in LaTeX, is read, never run, and worked out in fractions. TinyZero gives its
+format score to any text in the tags; here the expression must be one over exactly the given numbers. verl's own table
+does not route it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,11 @@ from typing import Any
 from hybridflow.rewards.text import decimal, last_tag, plain, required
 
 LONGEST = 300  # characters of an expression
-_SIGNS = {
-    "\\times": "*",
-    "\\cdot": "*",
-    "\\div": "/",
-    chr(0xD7): "*",
-    chr(0xB7): "*",
-    chr(0xF7): "/",
-    "[": "(",
-    "]": ")",
-}
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_NOTHING = re.compile(r"\\(?:left|right|boxed)(?![a-zA-Z])|\\[()\[\],;! ]|[$`]")
+_TIMES = re.compile(r"\\times(?![a-zA-Z])|\\cdot(?![a-zA-Z])|[\u00d7\u00b7\u22c5]|(?<=[0-9) ])[xX](?=[0-9( ])")
+_DIVIDED = re.compile(r"\\div(?![a-zA-Z])|\u00f7")
+_BRACKETS = str.maketrans("[]{}", "()()")
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -75,10 +71,11 @@ def _evaluate(text: str, target: Fraction) -> tuple[Fraction | None, list[int]] 
     """Value (None: a division by zero) and numbers of an expression; None where it is none."""
     if len(text) > LONGEST:
         return None
-    text = plain(text).strip(" *").removesuffix(".")
-    for sign, ascii_sign in _SIGNS.items():
-        text = text.replace(sign, ascii_sign)
+    text = _FRACTION.sub(r"((\1)/(\2))", plain(text).strip(" *`$").removesuffix("."))
+    text = _DIVIDED.sub("/", _TIMES.sub("*", _NOTHING.sub("", text))).translate(_BRACKETS)
     text, equals, right = (part.strip() for part in text.partition("="))
+    if equals and decimal(text) == target:  # 98 = 44 + 19 + 35
+        text, right = right, text
     if not _ALLOWED.fullmatch(text) or (equals and decimal(right) != target):
         return None
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ def score(
     """
     truth = _truth(required(ground_truth, "json (with compare)")) if compare else None
     try:
-        found = _read(_answer(response))
+        found = read(_answer(response))
     except (ValueError, RecursionError):
         return {"score": 0.0, "valid": 0.0}
     valid = (not required_keys or (isinstance(found, dict) and set(required_keys) <= found.keys())) and (
@@ -99,8 +100,16 @@ def _answer(response: str) -> str:
     return response[fences[-2].end() : fences[-1].start()]
 
 
-def _read(text: str) -> Any:
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+def read(text: str) -> Any:
+    """A JSON value. Raises ValueError where the text is none, as RFC 8259 has it."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits} is too large")
+    return value
 
 
 def _no_constant(name: str) -> None:
@@ -118,7 +127,7 @@ def _truth(ground_truth: Any) -> Any:
     if not isinstance(ground_truth, str):
         return ground_truth
     try:
-        return _read(ground_truth)
+        return read(ground_truth)
     except ValueError as error:
         raise ValueError(f"the ground truth {ground_truth[:200]!r} is not JSON: {error}") from None
 

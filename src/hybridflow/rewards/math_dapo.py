@@ -40,7 +40,8 @@ def score(response: str, ground_truth: Any) -> dict[str, float]:
 
 def _said(tail: str) -> str | None:
     lines = list(_LINE.finditer(tail))
-    box = last_boxed(tail)
-    if box is not None and not (lines and lines[-1].start() > box[1]):
-        return box[0]
-    return lines[-1][1].strip(" \t*") if lines else None
+    marker = max(tail.rfind("\\boxed"), tail.rfind("\\fbox"))
+    if lines and lines[-1].start() > marker:
+        return lines[-1][1].strip(" \t*")
+    box = last_boxed(tail)  # an Answer: line may hold it; one that never closes is no answer
+    return None if box is None else box[0]

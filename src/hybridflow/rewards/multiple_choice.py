@@ -8,7 +8,8 @@ Stated is a letter in one of these forms; the last of them in the response count
 - ``C``, ``C.`` or ``C) Paris`` as the whole last line
 
 Outside brackets and boxes it is a capital letter, for "the answer is a matter of taste" states nothing. Two letters in
-one statement (``Answer: A or C``) are wrong; a statement in quotation marks is none. Sets: GPQA (arXiv 2311.12022),
+one statement (``Answer: A or C``) are wrong; a statement in quotation marks is none. After a last ``Answer:`` or box
+without a letter there is no answer. Sets: GPQA (arXiv 2311.12022),
 MMLU (2009.03300), ARC (1803.05457). verl has no reward for these.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from hybridflow.rewards.text import plain, required_text
 
 LAST_CHARACTERS = 1000
+_MARKER = re.compile(r"(?i:\banswer\b)[ \t*]{0,5}:|\\boxed")
 
 
 def score(response: str, ground_truth: Any, choices: str = "ABCD") -> float:
@@ -42,12 +44,13 @@ def score(response: str, ground_truth: Any, choices: str = "ABCD") -> float:
     true = _truth(ground_truth, choices)
     text = plain(response[-LAST_CHARACTERS:]).rstrip()
     statements = list(_forms(choices).finditer(text))
-    if not statements:
+    markers = list(_MARKER.finditer(text))
+    if not statements or (markers and markers[-1].start() >= statements[-1].end()):
         return 0.0
     stated = statements[-1]
-    letter = next(group for group in stated.groups() if group).upper()
-    another = _another(choices).match(text, stated.end())
-    return float(letter == true and (another is None or another[1].upper() == true))
+    place = next(number for number in range(1, len(stated.groups()) + 1) if stated[number])
+    another = _another(choices).match(text, stated.end(place))
+    return float(stated[place].upper() == true and (another is None or (another[1] or "").upper() == true))
 
 
 def _truth(ground_truth: Any, choices: str) -> str:
@@ -64,11 +67,15 @@ def _forms(choices: str) -> re.Pattern[str]:
     upper, any_case = re.escape(choices.upper()), re.escape(choices.upper() + choices.lower())
     bracketed = rf"\([ \t*]{{0,3}}([{any_case}])[ \t*.]{{0,3}}\)"
     styled = r"(?:\\(?:text|textbf|mathrm|mathbf)[ \t]?\{)?"
-    boxed = rf"\\boxed[ \t]?\{{[ \t]?{styled}[ \t*]{{0,3}}\(?([{any_case}])\)?[ \t*.]{{0,3}}\}}"
-    marked = r"(?i:\banswer(?:[ \t]{1,5}is\b|[ \t*]{0,5}:)(?:[ \t]{0,5}option\b)?)[ \t*:$]{0,9}"
+    named = r"(?:[ \t*.]{0,3}\}|\)?[.):]?[ \t][^\n{}]{0,200}\})"  # what the letter stands for may follow
+    boxed = (
+        rf"\\boxed(?:[ \t]?\{{[ \t]?{styled}[ \t*]{{0,3}}\(?([{any_case}])\)?{named}|[ \t]([{upper}])(?![A-Za-z0-9]))"
+    )
+    announced = r"(?i:\b(?:answer|option|choice)(?:[ \t]{1,5}is\b|[ \t*]{0,5}:)(?:[ \t]{0,5}(?:option|choice)\b)?)"
+    marked = rf"{announced}[ \t*:$]{{0,9}}{styled}"
     alone = rf"^[ \t*]{{0,9}}([{upper}])[*]{{0,3}}(?:[ \t]*[.)]?$|[.):][ \t][^\n]*$)(?![\s\S])"
-    letter = rf"([{upper}])(?![A-Za-z0-9'])"
-    at_the_end = r"(?=[\s.*$]*$(?![\s\S]))"
+    letter = rf"([{upper}])(?![A-Za-z0-9'])(?<!A(?=[ \t][a-z]))(?![-+#=?])"
+    at_the_end = r"(?=[\s.*$}]*$(?![\s\S]))"
     quote = f'["{chr(0x201D)}]'
     return re.compile(
         rf"{boxed}|{marked}(?:{boxed}|{bracketed}|{letter})(?![.)]{{0,2}}{quote})|{bracketed}{at_the_end}|{alone}",
@@ -78,6 +85,8 @@ def _forms(choices: str) -> re.Pattern[str]:
 
 @functools.cache
 def _another(choices: str) -> re.Pattern[str]:
-    """A further letter, right after a first one."""
+    """A further letter, right after a first one, or a word that takes the first one back."""
     letters = re.escape(choices.upper())
-    return re.compile(rf"[ \t.*)}}$]{{0,5}}(?:,|/|&|;|\band\b|\bor\b)[ \t*]{{0,5}}\(?([{letters}])(?![A-Za-z0-9])")
+    word = r"(?:or|nor|maybe|is(?![ \t]+(?:the[ \t]+)?(?:right|correct)))\b"
+    joined = rf"(?:,|/|&|;|\||\+|=|\?|\band\b|\bor\b)[ \t*]{{0,5}}(?:or[ \t])?\(?([{letters}])(?![A-Za-z0-9])"
+    return re.compile(rf"[ \t.*)}}$]{{0,5}}(?:{joined}|[ \t,.(]{{0,3}}(?i:{word}))")

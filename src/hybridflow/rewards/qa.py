@@ -1,9 +1,10 @@
 """Rewards of questions with short answers: exact match and F1 of words, as SQuAD measures. Rajpurkar et al. 2016.
 
 Answer and right answers are compared in lower case, without punctuation, articles and spare white space (arXiv
-1606.05250; search-R1, arXiv 2503.09516). What counts is the last ``<answer>...</answer>``; with ``whole=True`` the
-response itself. verl, as search-R1, quarters the reward of a response with more than ten tags; here the last answer is
-the answer, however many came before.
+1606.05250; search-R1, arXiv 2503.09516). Unlike there, punctuation within a number is a part of it, so that 1.5 is not
+15, -5 is not 5, and 1,000.0 is 1000; C++ is not C, and the A of vitamin A is no article. What counts is the last
+``<answer>...</answer>``; with ``whole=True`` the response itself. verl, as search-R1, quarters the reward of a response
+with more than ten tags; here the last answer is the answer, however many came before.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from hybridflow.rewards.text import last_tag, plain, required, required_text
+from hybridflow.rewards.text import decimal, last_tag, plain, required, required_text
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")
+_NUMBER = re.compile(r"(?<![0-9a-z])-{0,9}[.]?[0-9](?:[0-9.,:/_^-]{0,99}[0-9])?")
+_AFTER_NAME = re.compile(r"(?<=[a-z])[+#]+(?![a-z0-9])")
+_KEPT = str.maketrans(".,:/_^-+#", "\u00b7\u201a\u2236\u2044\u203f\u02c4\u2212\uff0b\uff03")  # what is no ASCII stays
 _VERDICTS = ("yes", "no", "noanswer")  # right or wrong as a whole, as HotpotQA's evaluation has it
 
 
@@ -60,11 +64,20 @@ def f1(response: str, ground_truth: Any, whole: bool = False) -> float:
 def normal(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces; a text that only has those stays as it is.
 
-    >>> normal("The  U.S. Army!"), normal("The"), normal(" C++ ")
-    ('us army', 'the', 'c')
+    >>> normal("The  U.S. Army!"), normal("The"), normal("1,000.0"), normal("C++") == normal("C")
+    ('us army', 'the', '1000', False)
     """
-    lower = plain(text).lower()
+    lower = _AFTER_NAME.sub(lambda found: found[0].translate(_KEPT), plain(text).lower())
+    lower = _NUMBER.sub(_number, lower)
     return " ".join(_ARTICLES.sub(" ", lower.translate(_PUNCTUATION)).split()) or lower.strip()
+
+
+def _number(found: re.Match[str]) -> str:
+    value = decimal(found[0])
+    if value is None:
+        return found[0].translate(_KEPT)
+    digits = found[0].replace(",", "")
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits).translate(_KEPT)
 
 
 def _said(response: str, whole: bool) -> str:

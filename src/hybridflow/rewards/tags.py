@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybridflow.rewards.text import plain
+
 
 def score(response: str, tags: Sequence[str] = ("think", "answer"), opened: str = "") -> float:
     """1.0 for the form, else 0.0.
@@ -32,6 +34,6 @@ def score(response: str, tags: Sequence[str] = ("think", "answer"), opened: str 
     for tag in tags:
         outside, _, rest = rest.partition(f"<{tag}>")
         inside, closed, rest = rest.partition(f"</{tag}>")
-        if outside.strip() or not closed or not inside.strip() or any(f"<{other}>" in inside for other in tags):
+        if outside.strip() or not closed or not plain(inside).strip() or any(f"<{other}>" in inside for other in tags):
             return 0.0
     return float(not rest.strip())

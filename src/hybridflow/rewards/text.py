@@ -89,12 +89,14 @@ def last_boxed(text: str) -> tuple[str, int] | None:
 def last_tag(text: str, tag: str) -> str | None:
     """What the last ``<tag>...</tag>`` holds, without white space around it; None without one.
 
-    >>> last_tag("<answer>a</answer> <answer> b </answer> c", "answer"), last_tag("<answer>a", "answer")
-    ('b', None)
+    A last tag that never closes is no answer, whatever came before it.
+
+    >>> last_tag("<a>1</a> <a> 2 </a> 3", "a"), last_tag("<a>1</a> <a>2", "a"), last_tag("1</a>", "a")
+    ('2', None, None)
     """
-    before, closed, _ = text.rpartition(f"</{tag}>")
+    before, closed, after = text.rpartition(f"</{tag}>")
     _, opened, inside = before.rpartition(f"<{tag}>")
-    return inside.strip() if closed and opened else None
+    return inside.strip() if closed and opened and f"<{tag}>" not in after else None
 
 
 def decimal(text: str) -> Fraction | None:

@@ -1,9 +1,10 @@
 """The reward of tool calls in the form of Hermes: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``.
 
-Every block must be a JSON object with a name and arguments, and no tag may stand alone; otherwise the response scores
-0. Calls are compared with the expected ones, in any order, each with one at most. A call with the right name is worth
-(1 + arguments of equal value) / (1 + names of arguments in either), and the score is the sum of these over the number
-of calls expected or made, whichever is greater: exactly the expected calls score 1, and further ones lower the score.
+Every block must be a JSON object with a name and arguments, no key twice, and no tag may stand alone; otherwise the
+response scores 0. Calls are compared with the expected ones, in any order, each with one at most. A call with the right
+name is worth (1 + arguments of equal value) / (1 + names of arguments in either), and the score is the sum of these
+over the number of calls expected or made, whichever is greater: exactly the expected calls score 1, and further ones
+lower the score.
 
 After ToolRL (arXiv 2504.13958), whose reward (verl's rlla) divides by the expected calls only, so that many guesses
 lose little, reads one block, and runs from -3 to 4 with the form in it.
@@ -16,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hybridflow.rewards.json_answer import same
+from hybridflow.rewards.json_answer import read, same
 
 MOST_CALLS = 64
 _BLOCK = re.compile(r"<tool_call>|</tool_call>")
@@ -70,7 +71,7 @@ def _calls(text: str) -> list[dict[str, Any]] | None:
 
 def _call(text: str) -> dict[str, Any] | None:
     try:
-        call = json.loads(text)
+        call = read(text)
     except (ValueError, RecursionError):
         return None
     return call if _is_call(call) else None
