@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from hybridflow.errors import UserError, nearest, raised
+from hybridflow.config.imports import import_file
+from hybridflow.errors import UserError, nearest
 
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
@@ -57,7 +54,7 @@ def is_function_reference(text: str) -> bool:
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """The function that ``file.py:function`` names. The file is imported once per process.
+    """The function that ``file.py:function`` names. The file is imported once per process: see `imports`.
 
     Raises:
         UserError: no such file, the file raises when imported, or it has no such function.
@@ -68,25 +65,9 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise UserError(
             f"no file {file} (for {reference})", fix="give file.py:function, relative to the current folder"
         )
-    module = _import_file(path.resolve(), reference)
+    module = import_file(path.resolve(), reference)
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(f"{file} has no function {name!r}", fix=nearest(name, known))
     return function
-
-
-def _import_file(path: Path, reference: str) -> ModuleType:
-    unique = f"_hybridflow_user_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
-    if unique in sys.modules:
-        return sys.modules[unique]
-    spec = importlib.util.spec_from_file_location(unique, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[unique]
-        raise UserError(f"{path} cannot be imported (for {reference}): {raised(error)}") from error
-    return module
