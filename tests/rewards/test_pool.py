@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -502,3 +503,48 @@ def test_the_pool_says_what_the_function_says_in_process(
                 grader.submit(2 * key + i, answers(*map(json.dumps, plan)), name)
         found.append({key: repr(scores) for key, scores in drain(grader).items()})
     assert found[0] == found[1] and len(found[0]) == 2 * len(plans)
+
+
+def deep() -> list[Any]:
+    found: list[Any] = []
+    for _ in range(100_000):
+        found = [found]
+    return found
+
+
+class Elsewhere:
+    """What a process of rewards cannot import."""
+
+
+Elsewhere.__module__ = "a_module_that_is_only_here"
+
+
+def test_a_row_that_no_process_can_have_is_told_by_its_column(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(response): return 1.0\nasync def later(response): return 1.0\n")
+    sys.modules[Elsewhere.__module__] = module = ModuleType(Elsewhere.__module__)
+    vars(module)["Elsewhere"] = Elsewhere
+    wrong = [lambda: 1, (x for x in "ab"), {"a": [open(__file__)]}, deep(), Elsewhere]  # noqa: SIM115
+    grader = ProcessGrader({"": FunctionSpec(f"{tmp_path}/mine.py:score")}, RewardPoolSection())
+    try:
+        for value in wrong[:-1]:
+            for place, answers in [
+                ("row['x y']", Answers(["a"], "1", [], {"x y": value})),
+                ("the ground truth", Answers(["a"], value, [], {})),
+            ]:
+                with pytest.raises(UserError) as caught:
+                    grader.submit(0, answers)
+                assert caught.value.what.startswith(f"{place} cannot be sent to a reward process: ")
+                assert "plain data" in caught.value.fix and "reward.pool.processes=0" in caught.value.fix
+        grader.submit(0, Answers(["a"], "1", [], {"x": 1}))
+        assert grader.wait() == [(0, [Score(1.0)])]  # it goes on
+    finally:
+        grader.close()
+    for name in ("score", "later"):
+        grader = ProcessGrader({"": FunctionSpec(f"{tmp_path}/mine.py:{name}")}, RewardPoolSection())
+        try:
+            grader.submit(0, Answers(["a"], "1", [], {"x": Elsewhere()}))
+            with pytest.raises(UserError, match=r"cannot read the row .* No module named 'a_module_that_is_only_here'"):
+                grader.wait()
+        finally:
+            grader.close()
+    del sys.modules[Elsewhere.__module__], wrong

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +47,17 @@ def import_file(path: Path, reference: str) -> ModuleType:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported (for {reference}): {raised(error)}") from error
     return module
+
+
+def user_folders() -> list[Path]:
+    """The folders of users' files that this process has imported from."""
+    return list(_FOLDERS.values())
+
+
+def know(folders: Iterable[Path]) -> None:
+    """Has objects of modules in these folders, which another process has imported, be found here too."""
+    for folder in folders:
+        _package_of(folder)
 
 
 def _package_of(folder: Path) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
+import tempfile
 from collections.abc import Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
+from typing import Any
+
+from hybridflow.sockets import socket_parent
 
 MODELS = ("hybridflow.trainers.workers",)  # what processes with models need
 
@@ -16,7 +21,11 @@ def start_server(preload: Sequence[str] = MODELS) -> ForkServerContext:
 
     Args:
         preload: modules that every process needs: they are imported once, by the server.
+
+    Raises:
+        UserError: no folder can hold its socket.
     """
+    _put_sockets_where_they_fit()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hybridflow.controller.processes", *preload])
     resource_tracker.ensure_running()  # here, because it unblocks signals
@@ -26,3 +35,13 @@ def start_server(preload: Sequence[str] = MODELS) -> ForkServerContext:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _put_sockets_where_they_fit() -> None:
+    """Gives multiprocessing a folder for its sockets, where the one that it would make has too long a path."""
+    process: Any = multiprocessing.current_process()
+    parent = socket_parent()
+    if parent != tempfile.gettempdir() and process._config.get("tempdir") is None:
+        folder = process._config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=parent)
+        # As multiprocessing does with its own: after everything that may use it.
+        util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)

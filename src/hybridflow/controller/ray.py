@@ -36,6 +36,7 @@ from hybridflow.controller.processes import meeting_point
 from hybridflow.controller.worker import Host, keep_beating, read_box
 from hybridflow.devices import CPU, count_devices, kind_of, memory_of, pick_device
 from hybridflow.errors import UserError
+from hybridflow.sockets import socket_parent
 
 try:
     import ray
@@ -252,6 +253,7 @@ class RayBackend:
 
     def _init(self, **settings: Any) -> None:
         handler = signal.getsignal(signal.SIGTERM)
+        os.environ.setdefault("RAY_TMPDIR", socket_parent())  # of a local instance: its sockets are there
         ray.init(**settings, **QUIET)
         self._connected = True
         if threading.current_thread() is threading.main_thread():

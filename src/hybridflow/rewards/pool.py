@@ -30,9 +30,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridflow.config.imports import user_folders
 from hybridflow.errors import UserError
 from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.function import FunctionSpec, failures
+from hybridflow.rewards.function import CUT, FunctionSpec, failures
 from hybridflow.rewards.pool_process import GRACE, START, PoolProcess, start_process
 from hybridflow.rewards.pool_worker import too_long
 
@@ -122,11 +123,14 @@ class ProcessGrader:
             key: comes back with the scores.
             answers: to one prompt.
             function: which one of several scores them.
+
+        Raises:
+            UserError: the row holds what cannot be sent to a process.
         """
         name = next(iter(self._functions)) if function is None else function
         assert name in self._functions and (function is not None or len(self._functions) == 1), name
         size = len(answers.responses)
-        group = Group(key, name, answers, pickle.dumps(answers, pickle.HIGHEST_PROTOCOL), [None] * size, size)
+        group = Group(key, name, answers, _pickled(answers), [None] * size, size)
         with self._lock:
             assert key not in self._open, f"{key} is being scored"
             self._open[key] = group
@@ -446,7 +450,7 @@ class ProcessGrader:
         self._selector.register(process.connection, selectors.EVENT_READ, process)
         if process.exited is not None:
             self._selector.register(process.exited, selectors.EVENT_READ, process)
-        process.send(("load", self._functions, checks, self._pool.memory_mb, self._pool.timeout))
+        process.send(("load", self._functions, checks, self._pool.memory_mb, self._pool.timeout, user_folders()))
         self._watch(process)
 
     def _watch(self, process: PoolProcess) -> None:
@@ -454,3 +458,31 @@ class ProcessGrader:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.unsent else 0)
         if self._selector.get_key(process.connection).events != wanted:
             self._selector.modify(process.connection, wanted, process)
+
+
+def _pickled(answers: Answers) -> bytes:
+    """As they are sent to a process.
+
+    Raises:
+        UserError: something in them has no form that another process can read: a function of a function, an open file.
+    """
+    try:
+        return pickle.dumps(answers, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # whatever the objects' own methods raise
+        parts = {"the prompt": answers.prompt, "the ground truth": answers.ground_truth}
+        parts |= {f"row[{name!r}]": value for name, value in answers.row.items()}
+        place = next((name for name, value in parts.items() if not _can_be_sent(value)), "the row")
+        raise UserError(
+            f"{place} cannot be sent to a reward process: {type(error).__name__}: {str(error)[:CUT]}",
+            why="a process gets the whole row, its prompt and its ground truth",
+            fix="put plain data into rows, and make the rest of it in the reward; or reward.pool.processes=0, which "
+            "scores in this process, without limits",
+        ) from error
+
+
+def _can_be_sent(value: Any) -> bool:
+    try:
+        pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except Exception:
+        return False
+    return True

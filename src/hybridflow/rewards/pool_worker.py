@@ -3,7 +3,7 @@
 It is started with the number of a socket, and reads and writes frames there: what a reward prints, reads or forks does
 not touch them. Every frame is the length of what follows in four bytes, and a pickled tuple:
 
-    to it    ("load", functions, check, memory_mb, timeout)      once
+    to it    ("load", functions, check, memory_mb, timeout, folders)  once; folders: of users' files
              ("score", number, function, answers, indices)       answers: pickled; an index: see `RewardFunction.calls`
              ("forget", (number, index) or None)                 what has not begun, but for this call
     from it  ("ready", {function: (whole group, async)})         once, or
@@ -30,7 +30,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from hybridflow.errors import UserError
+from hybridflow.config.imports import know
+from hybridflow.errors import UserError, raised
 from hybridflow.protocols import Answers, Score
 from hybridflow.rewards.function import RewardFunction, check_builtins, failures, load_all
 
@@ -123,7 +124,8 @@ def _load(channel: Channel) -> tuple[dict[str, RewardFunction], float, list[Any]
     messages: list[Any] = []
     while not messages:
         messages = channel.receive(wait=True)
-    _, functions, check, memory_mb, timeout = messages.pop(0)
+    _, functions, check, memory_mb, timeout, folders = messages.pop(0)
+    know(folders)
     _limit_memory(memory_mb << 20)
     try:
         loaded = load_all(functions)
@@ -139,6 +141,23 @@ def _load(channel: Channel) -> tuple[dict[str, RewardFunction], float, list[Any]
         raise EOFError from error
     channel.send(("ready", {name: (f.whole_group, f.is_async) for name, f in loaded.items()}))
     return loaded, timeout, messages
+
+
+def _answers(channel: Channel, data: bytes) -> Answers:
+    """What was pickled.
+
+    Raises:
+        EOFError: it cannot be read here; the parent has been told why.
+    """
+    try:
+        answers: Answers = pickle.loads(data)
+        return answers
+    except Exception as error:
+        what = f"a reward process cannot read the row that it is to score against: {raised(error)}"
+        why = "the row holds an object whose class this process cannot import"
+        fix = "put plain data into rows, and make the rest of it in the reward; or reward.pool.processes=0"
+        channel.send(("broken", what, why, fix))
+        raise EOFError from error
 
 
 def _limit_memory(size: int) -> None:
@@ -162,7 +181,7 @@ def _serve(channel: Channel, loaded: Mapping[str, RewardFunction], messages: lis
                 tasks = deque((number, function, answers, deque([kept[1]])) for number, function, answers, _ in pending)
                 continue
             _, number, name, answers, indices = message
-            tasks.append((number, loaded[name], pickle.loads(answers), deque(indices)))
+            tasks.append((number, loaded[name], _answers(channel, answers), deque(indices)))
         if tasks:
             number, function, answers, indices = tasks[0]
             index = indices.popleft()
@@ -185,7 +204,7 @@ async def _serve_async(
                     task.cancel()
                 continue
             _, number, name, data, indices = message
-            answers = pickle.loads(data)
+            answers = _answers(channel, data)
             for index in indices:
                 task = loop.create_task(_score_async(channel, loaded[name], timeout, number, answers, index))
                 running.add(task)

@@ -29,6 +29,7 @@ from hybridflow.rollout.sglang_start import arguments, environment
 from hybridflow.rollout.sglang_start import require_sglang as require_sglang
 from hybridflow.rollout.sglang_talk import SglangTalk
 from hybridflow.rollout.vllm_start import check_model
+from hybridflow.sockets import socket_parent
 
 GONE = 5.0  # seconds until a process whose socket is closed is over
 
@@ -135,7 +136,7 @@ class SglangEngine(SglangTalk):
             host.writer = writer
             host.reader = asyncio.create_task(self._read(host, reader))
 
-        with tempfile.TemporaryDirectory(prefix="hybridflow-") as folder:  # short: paths of sockets have 107 bytes
+        with tempfile.TemporaryDirectory(prefix="hybridflow-", dir=socket_parent()) as folder:
             path = f"{folder}/sglang"
             server = await asyncio.start_unix_server(connected, path, limit=LINE)
             command = [self._python, "-m", "hybridflow.rollout.sglang_host", path, json.dumps(self._arguments)]

@@ -16,6 +16,7 @@ import torch
 from hybridflow.errors import UserError
 from hybridflow.rollout.sglang_sampler import MOST_KEPT
 from hybridflow.rollout.sglang_worker import LOADER
+from hybridflow.sockets import socket_parent
 
 SUPPORTED = (0, 5, 23), (0, 6)  # from, below; the sampler reaches into what may change
 INSTALL = (
@@ -132,6 +133,7 @@ def environment(tensor_parallel: int) -> dict[str, str]:
         tensor_parallel: how many compute.
     """
     longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # than the model's: `MARGIN`
+    longer["TMPDIR"] = socket_parent()  # its processes talk over sockets there
     if torch.cuda.is_available():
         return longer
     # Its small compiled functions take longer to compile than they ever save on a CPU.

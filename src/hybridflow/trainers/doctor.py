@@ -13,6 +13,7 @@ import platform
 import resource
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from packaging.requirements import Requirement
 
 from hybridflow.devices import CPU, Kind, count_devices, kind_of, memory_of, name_of, pick_device, synchronize
 from hybridflow.errors import UserError
+from hybridflow.sockets import try_socket
 
 GIB = 2**30
 NEEDED = {"memory": GIB, "disk": 2 * GIB, "shared memory": GIB // 2, "open files": 1024}  # bytes; files
@@ -72,6 +74,7 @@ def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Finding]:
         "disk": _disk,
         "shared memory": _shared_memory,
         "open files": _open_files,
+        "sockets": lambda: f"temporary files are in {tempfile.gettempdir()}, sockets in {try_socket()}",
         "free port": _free_port,
         "collective": lambda: _collective(time_limit),
     }
