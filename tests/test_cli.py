@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridflow.cli import main
+from hybridflow.cli import _parser, main
 from hybridflow.config.locate import load_function
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
@@ -21,6 +22,7 @@ from hybridflow.tracking.rollouts import read_rollouts
 from runs import configuration, demonstrations, metrics, mistake, succeed
 from tiny import CARRY
 
+Output = pytest.CaptureFixture[str]
 COMMANDS = [
     "train",
     "sft",
@@ -241,3 +243,94 @@ def test_a_run_that_is_not_done_has_no_model_to_ask(tmp_path: Path, capsys: pyte
     (tmp_path / "run/model/config.json").unlink()
     said = mistake(capsys, "generate", tmp_path / "run", "1+1=")
     assert f"the run in {tmp_path / 'run'} has left no model yet" in said and "hybridflow export" in said
+
+
+# --- how a command line is read, and how its output ends ---
+
+
+@pytest.mark.parametrize("name", ["train", "check", "eval", "init", "generate", "export"])
+def test_options_stand_anywhere(name: str) -> None:
+    base, option, more = {
+        "train": (["c.yaml"], [], ["optim.lr=3", "run.seed=1"]),
+        "check": (["c.yaml"], ["--json", "--explain", "optim.lr"], ["optim.lr=3", "run.seed=1"]),
+        "eval": (["a", "b"], ["--config", "e.yaml", "--json"], ["run.folder=x"]),
+        "init": ([], ["--model", "m", "--data", "d", "--out", "x", "--kind", "sft"], ["train.steps=5", "optim.lr=1"]),
+        "generate": (["m"], ["--stop", "#", "--samples", "2"], ["a b", "1+1="]),
+        "export": (["a"], ["--best", "--dtype", "bfloat16"], ["b"]),
+    }[name]
+    orders = [
+        [*base, *option, *more],
+        [*option, *base, *more],
+        [*base, *more, *option],
+        [*base, *more[:1], *option, *more[1:]],
+    ]
+    given = [vars(_parser().parse_args([name, *order])) for order in orders]
+    assert all(one == given[0] for one in given)
+    assert given[0].get("overrides", more[-1:])[-1] == more[-1] or given[0].get("prompts") == more
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "c.yaml", "--learning_rate", "1e-5"], "without dashes: optim.lr=1e-5"),
+        (["train", "--learning-rate=1e-5", "c.yaml"], "without dashes: optim.lr=1e-5"),
+        (["train", "c.yaml", "--optim.lr=1e-5"], "without dashes: optim.lr=1e-5"),
+        (["train", "c.yaml", "--optim.lr", "1e-5", "run.seed=1"], "without dashes: optim.lr=1e-5"),
+        (["sft", "c.yaml", "--num_train_epochs", "3"], "without dashes: train.epochs=3"),
+        (["check", "c.yaml", "-lr", "1"], "without dashes: optim.lr=1"),
+        (["eval", "c.yaml", "--temperature"], "without dashes: rollout.temperature=VALUE"),
+        (["init", "--model", "m", "--data", "d", "--steps", "3"], "without dashes: steps=3"),
+        (["export", "a", "b", "--format", "x"], "there is no option --format; options are --help, --step, --best"),
+        (["train"], "the following arguments are required: config\n"),
+        (["generate", "m"], "the following arguments are required: prompts\n"),
+    ],
+)
+def test_an_option_that_is_none_is_told_what_to_type(arguments: list[str], said: str, capsys: Output) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_prompt_may_begin_with_a_dash() -> None:
+    assert _parser().parse_args(["generate", "m", "--samples", "2", "--", "-5+3=", "a"]).prompts == ["-5+3=", "a"]
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "reward-model", "eval", "check", "generate", "export", "report"])
+def test_every_path_of_a_command_has_its_home_filled_in(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
+    more = {"export": ["$HOME/t"], "generate": ["hello"]}.get(name, [])
+    for typed in ("~/x", "$HOME/x"):
+        assert "/nowhere/x" in mistake(capsys, name, typed, *more)
+    with pytest.raises(SystemExit):
+        main([name, "$NOT_SET_HERE/x", *more])
+    assert "$NOT_SET_HERE, which is not set" in capsys.readouterr().err
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = line.replace("hybridflow", f"{sys.executable} -m hybridflow", 1)
+    given = {**os.environ, **environment}
+    return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=given)
+
+
+def test_a_reader_that_goes_and_a_terminal_of_few_letters_end_without_a_traceback(tmp_path: Path) -> None:
+    done = shell("hybridflow schema train | true")
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+    (tmp_path / "\N{CJK UNIFIED IDEOGRAPH-4E2D}.yaml").write_text("a: 1\n")
+    done = shell(f"hybridflow train '{tmp_path}/\N{CJK UNIFIED IDEOGRAPH-4E2D}.yaml'", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "\\u4e2d.yaml has " in done.stderr
+
+
+def test_a_command_that_is_shown_can_be_typed(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--kind", "sft", "--model", "m", "--data", "d.jsonl", "--out", "my jobs/a b.yaml"]
+    assert "next: hybridflow check 'my jobs/a b.yaml'\n" in succeed(capsys, "init", *given)
+    assert "#     hybridflow sft 'my jobs/a b.yaml'\n" in Path("my jobs/a b.yaml").read_text()
+    assert "fix: hybridflow sft 'my jobs/a b.yaml'" in mistake(capsys, "train", "my jobs/a b.yaml")
+
+
+def test_without_arguments_the_commands_are_shown(capsys: Output) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2 and "reinforcement learning: generate" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridflow import __version__
+from hybridflow.command_line import Parser, never_fails_to_print, path, reader_is_gone
 from hybridflow.config.load import load_config
+from hybridflow.config.paths import home
 from hybridflow.config.placement import resolved_placement
 from hybridflow.config.reward_model import RewardModelConfig
 from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
 from hybridflow.controller.forking import start_server
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, nearest, typed
 
 KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[RewardModelConfig] | type[EvalConfig]] = {
     "train": RlConfig,
@@ -27,17 +28,26 @@ KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[RewardModelConfig] | ty
     "eval": EvalConfig,
 }
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
     Handler = Callable[[argparse.Namespace], int]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0 done, 1 a mistake of the user's, 130 stopped before the end."""
-    given = _parser().parse_args(arguments)
-    given.again = shlex.join(["hybridflow", *(sys.argv[1:] if arguments is None else arguments)])
+    never_fails_to_print()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        _parser().print_help(sys.stderr)
+        raise SystemExit(2)
+    given = _parser().parse_args(words)
+    given.again = typed(*words)
     try:
-        return int(given.command(given))
+        status = int(given.command(given))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return reader_is_gone()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hybridflow", description="Reinforcement-learning post-training of large language models."
     )
     parser.add_argument("--version", action="version", version=f"hybridflow {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_commands_on_configurations(commands)
     _add_commands_on_models(commands)
     _add_prepare(commands)
@@ -88,8 +98,8 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         ("reward-model", "train a model that scores answers, on preferences", "recipes/rlhf/reward-model.yaml"),
     ]:
         command = _add(commands, name, _train, text, f"hybridflow {name} {example}")
-        command.add_argument("config", help="YAML file, for example recipes/carry/grpo.yaml")
-        command.add_argument("overrides", nargs="*", help=overrides)
+        command.add_argument("config", type=path, help="YAML file, for example recipes/carry/grpo.yaml")
+        command.add_argument("overrides", nargs="*", default=[], help=overrides)
     evaluate = _add(
         commands, "eval", _eval, "score a model's answers, or compare two models with a paired test",
         "hybridflow eval recipes/carry/eval.yaml\n  hybridflow eval runs/eval-of-a runs/eval-of-b\n"
@@ -97,18 +107,22 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "With two folders, A and B: those of two evaluations are compared as they are; models and runs\nare "
         "evaluated first, as --config says.",
     )  # fmt: skip
-    evaluate.add_argument("config", metavar="CONFIG_OR_A", help="YAML file; or A: an evaluation, a model or a run")
-    evaluate.add_argument("overrides", metavar="B_OR_OVERRIDE", nargs="*", help=f"B, and overrides: {overrides}")
     evaluate.add_argument(
-        "--config", dest="how", metavar="CONFIG", help="how to evaluate A and B, where they are models"
+        "config", metavar="CONFIG_OR_A", type=path, help="YAML file; or A: an evaluation, a model or a run"
+    )
+    evaluate.add_argument(
+        "overrides", metavar="B_OR_OVERRIDE", nargs="*", default=[], help=f"B, and overrides: {overrides}"
+    )
+    evaluate.add_argument(
+        "--config", dest="how", metavar="CONFIG", type=path, help="how to evaluate A and B, where they are models"
     )
     _add_json(evaluate)
     check = _add(
         commands, "check", _check, "find what is wrong with a configuration, without training",
         "hybridflow check recipes/carry/grpo.yaml\n  hybridflow check --explain optim.lr",
     )  # fmt: skip
-    check.add_argument("config", nargs="?", help="YAML file (may be left out with --explain)")
-    check.add_argument("overrides", nargs="*", help=overrides)
+    check.add_argument("config", nargs="?", type=path, help="YAML file (may be left out with --explain)")
+    check.add_argument("overrides", nargs="*", default=[], help=overrides)
     check.add_argument("--explain", metavar="KEY", help="say what a key means, and what the configuration has there")
     _add_json(check)
     init = _add(
@@ -116,12 +130,14 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "hybridflow init --model runs/carry-sft/model --data recipes/carry/task.py:problems \\\n"
         "    --reward recipes/carry/task.py:score --out my.yaml optim.lr=1e-4",
     )  # fmt: skip
-    init.add_argument("overrides", nargs="*", help=f"keys to begin with: {overrides}")
+    init.add_argument("overrides", nargs="*", default=[], help=f"keys to begin with: {overrides}")
     init.add_argument("--kind", choices=KINDS, default="train", help="for which command (default: train)")
     init.add_argument("--model", required=True, help="Hugging Face folder, org/name on the hub, or file.py:function")
     init.add_argument("--data", required=True, help=".jsonl or .parquet file, or file.py:function")
     init.add_argument("--reward", help="file.py:function, or the name of a built-in reward")
-    init.add_argument("--out", default="config.yaml", help="file to write; it must not exist (default: config.yaml)")
+    init.add_argument(
+        "--out", type=path, default="config.yaml", help="file to write; it must not exist (default: config.yaml)"
+    )
     schema = _add(
         commands, "schema", _schema, "print the JSON schema of a configuration, for editors",
         "hybridflow schema train > train.schema.json",
@@ -133,7 +149,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     generate = _add(
         commands, "generate", _generate, "ask a model", 'hybridflow generate runs/carry-grpo "347+586=" --max-tokens 32'
     )  # fmt: skip
-    generate.add_argument("model", help="Hugging Face folder, run folder, or file.py:function")
+    generate.add_argument("model", type=path, help="Hugging Face folder, run folder, or file.py:function")
     generate.add_argument("prompts", nargs="+", help="what to ask; each is one message of the user")
     generate.add_argument("--max-tokens", type=int, help="longest answer (default 256, less in a short context)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -154,8 +170,8 @@ def _add_commands_on_models(commands: Commands) -> None:
         "hybridflow export runs/carry-grpo exported --dtype bfloat16",
         "It is a run's newest checkpoint, or that of --step, or the --best; adapters are merged.",
     )  # fmt: skip
-    export.add_argument("run", help="folder of the run")
-    export.add_argument("target", help="folder to write")
+    export.add_argument("run", type=path, help="folder of the run")
+    export.add_argument("target", type=path, help="folder to write")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     which.add_argument("--best", action="store_true", help="the best one by checkpoint.best")
@@ -172,7 +188,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     report = _add(
         commands, "report", _report, "write the report of a run: one HTML file", "hybridflow report runs/carry-grpo"
     )  # fmt: skip
-    report.add_argument("run", help="folder of the run")
+    report.add_argument("run", type=path, help="folder of the run")
     _add_json(report)
 
 
@@ -184,8 +200,12 @@ def _add_audit(commands: Commands) -> None:
         "Right and wrong answers are changed in many ways and scored. It ends with 1 where wrong answers are\n"
         "accepted, or the reward fails, is not deterministic, or changes what it is given; docs/audit.md says more.",
     )  # fmt: skip
-    audit.add_argument("reward", help="name of a built-in reward, file.py:function, or the address of a server")
-    audit.add_argument("--data", metavar="ROWS", help="rows with ground truths: .jsonl, .parquet or file.py:function")
+    audit.add_argument(
+        "reward", type=path, help="name of a built-in reward, file.py:function, or the address of a server"
+    )
+    audit.add_argument(
+        "--data", metavar="ROWS", type=path, help="rows with ground truths: .jsonl, .parquet or file.py:function"
+    )
     audit.add_argument("--rows", type=int, default=50, help="at most so many of them (default 50)")
     audit.add_argument("--prompt-key", default="prompt", help="as data.prompt_key (default: prompt)")
     audit.add_argument("--ground-truth-key", default="ground_truth", help="as data.ground_truth_key")
@@ -209,10 +229,10 @@ def _add_prepare(commands: Commands) -> None:
     )  # fmt: skip
     prepare.add_argument("set", help="which data set, for example gsm8k (an unknown name lists all)")
     prepare.add_argument(
-        "--from", dest="source", metavar="FOLDER_OR_HUB",
+        "--from", dest="source", metavar="FOLDER_OR_HUB", type=path,
         help="folder with the set's files, or a name on the Hugging Face hub (default: the set's own name there)",
     )  # fmt: skip
-    prepare.add_argument("--out", required=True, help="folder to write")
+    prepare.add_argument("--out", required=True, type=path, help="folder to write")
     prepare.add_argument("--rows", type=int, help="at most so many rows of each split (default: all)")
     prepare.add_argument("--seed", type=int, default=0, help="for the choice of these, and for sets made here")
     _add_json(prepare)
@@ -224,9 +244,7 @@ def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
     except UserError:
         for name, other in KINDS.items():
             if other is not kind and _loads(other, given):
-                raise UserError(
-                    f"{given.config} is for another command", fix=f"hybridflow {name} {given.config}"
-                ) from None
+                raise UserError(f"{given.config} is for another command", fix=typed(name, given.config)) from None
         raise
 
 
@@ -271,6 +289,7 @@ def _compares(given: argparse.Namespace) -> bool:
 
 def _compare(given: argparse.Namespace) -> int:
     second, *overrides = given.overrides
+    second = str(home(second))
     if overrides and given.how is None:
         raise UserError(f"{overrides[0]!r} changes a configuration, and none is given", fix="add --config eval.yaml")
     config = None if given.how is None else load_config(EvalConfig, given.how, overrides)
@@ -333,7 +352,7 @@ def _init(given: argparse.Namespace) -> int:
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
-    print(f"wrote {target}; next: hybridflow check {target}")
+    print(f"wrote {target}; next: {typed('check', target)}")
     return 0
 
 
@@ -430,7 +449,7 @@ def _report(given: argparse.Namespace) -> int:
         if (folder / "evaluation.json").is_file():
             raise UserError(
                 f"{folder} holds an evaluation, not a run: there are no steps to report",
-                fix=f"read {folder / 'evaluation.json'}, or compare it with another: hybridflow eval {folder} OTHER",
+                fix=f"read {folder / 'evaluation.json'}, or compare it with another: {typed('eval', folder)} OTHER",
             )
         runs = [str(p.parent) for p in folder.parent.glob("*/metrics.jsonl")]
         raise UserError(f"{folder} is not the folder of a run", fix=nearest(str(folder), runs) if runs else "")

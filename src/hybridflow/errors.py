@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import linecache
 import os
+import shlex
 import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+
+LISTED = 40  # names in a message
 
 
 class UserError(Exception):
@@ -23,14 +26,17 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that follows an unknown name: the nearest known one, or the list of all.
+    """The hint that follows an unknown name: the nearest known one, or the list of all (of the first of very many).
 
     >>> nearest("temprature", ["temperature", "top_p"])
     "did you mean 'temperature'?"
     """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f", and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"known: {', '.join(known[:LISTED])}{more}" if known else "there are none"
 
 
 def raised(error: BaseException, text: str | None = None) -> str:
@@ -64,3 +70,12 @@ def _place(error: BaseException) -> str:
 
 _OURS, _STDLIB = (folder + os.sep for folder in (os.path.dirname(__file__), sysconfig.get_paths()["stdlib"]))
 _PACKAGES = {"site-packages", "dist-packages"}
+
+
+def typed(*words: object) -> str:
+    """A command of ours as it is to be typed: what the shell would split is quoted.
+
+    >>> typed("check", "my runs/a.yaml")
+    "hybridflow check 'my runs/a.yaml'"
+    """
+    return shlex.join(["hybridflow", *map(str, words)])

@@ -235,9 +235,19 @@ def test_nothing_that_a_function_raises_ends_the_run(error: BaseException) -> No
     [
         (
             lambda answer: 1.0,
-            "wants 'answer' (known: data_source, extra_info, ground_truth, prompt, response, row, solution_str) and "
-            "does not take 'response'",
+            "wants 'answer' (the model's answer is 'response'; a column of the data is row['answer']) and does not "
+            "take 'response'",
         ),
+        (
+            lambda completions: 1.0,
+            "wants 'completions' (here it is 'responses'; a column of the data is row['completions']) and does not "
+            "take 'response'",
+        ),
+        (
+            lambda response, gold: 1.0,
+            "wants 'gold' (here it is 'ground_truth'; a column of the data is row['gold'])",
+        ),
+        (lambda response, level: 1.0, "wants 'level' (a column of the data is row['level'])"),
         (lambda response, ground_thruth: 1.0, "wants 'ground_thruth' (did you mean 'ground_truth'?)"),
         (lambda ground_truth: 1.0, "does not take 'response'"),
         (lambda responses, response: 1.0, "wants 'response' (did you mean 'responses'?)"),

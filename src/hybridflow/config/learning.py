@@ -17,6 +17,7 @@ from hybridflow.config.algorithms import (
     REJECTION_LEVELS,
 )
 from hybridflow.config.locate import is_function_reference
+from hybridflow.config.names import unknown_name
 from hybridflow.config.paths import FunctionName
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.section import Section
@@ -33,7 +34,7 @@ def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, def
         return values
     preset = values.get("preset", default)
     if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}; {nearest(str(preset), presets)}")
+        raise ValueError(f"unknown preset {preset!r}; {unknown_name(str(preset), presets)}")
     return {**presets[preset], **values, "preset": preset}
 
 
@@ -227,13 +228,13 @@ class AlgorithmSection(Section):
             ("aggregation", self.aggregation, AGGREGATIONS),
         ]:
             if name not in known and not is_function_reference(name):
-                raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)} (or give file.py:function)")
+                raise ValueError(f"unknown {what} {name!r}; {unknown_name(name, known)} (or give file.py:function)")
         for what, name in [
             ("kl_reward_estimator", self.kl_reward_estimator),
             ("kl_loss_estimator", self.kl_loss_estimator),
         ]:
             if name not in KL_ESTIMATORS:
-                raise ValueError(f"unknown {what} {name!r}; {nearest(name, KL_ESTIMATORS)}")
+                raise ValueError(f"unknown {what} {name!r}; {unknown_name(name, KL_ESTIMATORS)}")
         if self.cov_low >= self.cov_high:
             raise ValueError(
                 f"cov_low {self.cov_low:g} is not below cov_high {self.cov_high:g}: no token is in the band"

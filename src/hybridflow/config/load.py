@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from hybridflow.config.describe import keys_of
+from hybridflow.config.names import meaning
 from hybridflow.config.overrides import apply_override
 from hybridflow.config.paths import home
 from hybridflow.config.section import HERE
@@ -70,23 +72,52 @@ def validate(
     try:
         return kind.model_validate(values, context={"base": base})
     except ValidationError as error:
-        lines = [_explain(kind, dict(e)) for e in error.errors()]
+        lines = [line for e in error.errors() for line in _explain(kind, dict(e))]
     raise UserError(
         f"{source} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(f"  {x}" for x in lines)
     )
 
 
-def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> Iterator[str]:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(kind, error["loc"][:-1])
-        return f"{where}: unknown key; {nearest(str(error['loc'][-1]), known)}"
+        hint = _hint(kind, error["loc"], where)
+        inside = [key for key in _leaves(error["input"], where) if meaning(key) is not None]
+        if hint.startswith("did") and len(error["loc"]) == 1:  # a misspelt section, rather than another program's
+            inside = []
+        for key in inside or [where]:
+            yield f"{key}: unknown key; {_hint(kind, error['loc'], key)}"
+        return
     if error["type"] == "missing":
-        return f"{where}: missing"
+        yield f"{where}: missing"
+        return
     message = str(error["msg"]).removeprefix("Value error, ").replace(HERE, where)
     if not where or error["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r})"
+        yield f"{where}: {message}" if where else message
+        return
+    yield f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r})"
+
+
+def _leaves(value: Any, where: str) -> Iterator[str]:
+    """The dotted keys of all values below a key, or the key itself."""
+    if not isinstance(value, dict) or not value:
+        yield where
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{where}.{name}")
+
+
+def _hint(kind: type[BaseModel], location: Sequence[Any], where: str) -> str:
+    """What an unknown key is here: a name of another program's, one of ours from another section, or the nearest."""
+    every = {key.name: key for key in keys_of(kind)}
+    found = meaning(where)
+    if found is not None:
+        return found.within(every).line()
+    last, near = str(location[-1]), nearest(str(location[-1]), _fields_at(kind, location[:-1]))
+    elsewhere = sorted(key for key in every if key.rpartition(".")[2] == last and key.count(".") == 1)
+    if elsewhere and not near.startswith("did"):
+        return f"did you mean {' or '.join(map(repr, elsewhere[:4]))}?"
+    return near
 
 
 def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -6,14 +6,14 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hybridflow.config.describe import COMMANDS, keys_of
 from hybridflow.config.explain import as_yaml
 from hybridflow.config.load import validate
 from hybridflow.config.overrides import apply_override
-from hybridflow.errors import UserError
+from hybridflow.config.paths import home
+from hybridflow.errors import UserError, typed
 
 # What a starter sets, and what it shows commented out because many will want it next.
 BEGIN: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ WIDTH = 100
 
 def _limits(model: str, begin: dict[str, Any]) -> dict[str, Any]:
     """Lengths that fit a model whose folder tells its context: a prompt and its answer get half of it each."""
-    for folder in (Path(model), Path(model, "model")):
+    for folder in (home(model), home(model) / "model"):
         with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` says what is wrong with it
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             context = values.get("max_position_embeddings")
@@ -108,12 +108,12 @@ def _limits(model: str, begin: dict[str, Any]) -> dict[str, Any]:
 
 
 def starter(
-    command: str, *, file: str, folder: str, model: str, data: str, reward: str | None, overrides: Sequence[str] = ()
+    kind: str, *, file: str, folder: str, model: str, data: str, reward: str | None, overrides: Sequence[str] = ()
 ) -> str:
     """The text of a YAML file; it is a valid configuration.
 
     Args:
-        command: "train", "sft", "reward-model" or "eval".
+        kind: "train", "sft", "reward-model" or "eval".
         file: where it will be written, for the commands in its head.
         folder: ``run.folder``.
         model: ``model.path``.
@@ -124,35 +124,35 @@ def starter(
     Raises:
         UserError: no reward where one is needed, or an override that does not fit.
     """
-    if (reward is None) != (command in ("sft", "reward-model")):
+    if (reward is None) != (kind in ("sft", "reward-model")):
         need = "needs none" if reward else "needs a reward"
         raise UserError(
-            f"a configuration for {command} {need}",
+            f"a configuration for {kind} {need}",
             fix="leave --reward out" if reward else "give --reward file.py:function, or the name of a built-in one",
         )
-    named = {"run.folder": folder, "model.path": model, f"data.{'eval' if command == 'eval' else 'train'}": data}
+    named = {"run.folder": folder, "model.path": model, f"data.{'eval' if kind == 'eval' else 'train'}": data}
     values: dict[str, Any] = {}
-    begin = {**BEGIN[command], **_limits(model, BEGIN[command])}
+    begin = {**BEGIN[kind], **_limits(model, BEGIN[kind])}
     for key, value in {**named, **({"reward.function": reward} if reward else {}), **begin}.items():
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value
     for text in overrides:
         apply_override(values, text)
     values = {section: {k: v for k, v in inner.items() if v is not None} for section, inner in values.items()}
-    validate(COMMANDS[command], values, source="the new configuration")
-    return "\n".join([*_head(command, file), *_sections(command, values)]) + "\n"
+    validate(COMMANDS[kind], values, source="the new configuration")
+    return "\n".join([*_head(kind, file), *_sections(kind, values)]) + "\n"
 
 
-def _head(command: str, file: str) -> Iterator[str]:
-    yield f"# {WHAT[command]}, begun with `hybridflow init`. What is commented out is a choice, not a default."
+def _head(kind: str, file: str) -> Iterator[str]:
+    yield f"# {WHAT[kind]}, begun with `hybridflow init`. What is commented out is a choice, not a default."
     yield "#"
-    yield f"#     hybridflow check {file}                  finds what is wrong, and shows the first row as tokens"
-    yield f"#     hybridflow {command} {file}"
-    yield f"#     hybridflow check {file} --explain KEY    a key or a section, such as optim"
+    yield f"#     {typed('check', file)}                  finds what is wrong, and shows the first row as tokens"
+    yield f"#     {typed(kind, file)}"
+    yield f"#     {typed('check', file)} --explain KEY    a key or a section, such as optim"
     yield "#"
     yield "# Your editor completes keys with a schema, and a first line that names it:"
-    yield f"#     hybridflow schema {command} > {command}.schema.json"
-    yield f"#     # yaml-language-server: $schema={command}.schema.json"
+    yield f"#     hybridflow schema {kind} > {kind}.schema.json"
+    yield f"#     # yaml-language-server: $schema={kind}.schema.json"
 
 
 def _sections(command: str, values: dict[str, Any]) -> Iterator[str]:

@@ -34,6 +34,19 @@ ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
 ROWS = ("data_sources", "ground_truths", "extra_infos")  # for a whole group only
 ANSWER = ("response", "solution_str")
 ANSWERS = ("responses", "solution_strs")
+# What other programs and people call these; None: a word that may be either, the model's or the row's.
+NAMES = {
+    **dict.fromkeys(("completion", "output", "prediction", "generation", "generated", "text", "pred"), "response"),
+    **dict.fromkeys(("model_output", "response_str", "response_text", "candidate", "sequence"), "response"),
+    **dict.fromkeys(("completions", "outputs", "predictions", "generations", "texts", "sequences"), "responses"),
+    **dict.fromkeys(("label", "target", "gold", "reference", "expected", "truth", "gt"), "ground_truth"),
+    **dict.fromkeys(("labels", "targets", "references", "answer_key", "gold_answer"), "ground_truth"),
+    **dict.fromkeys(("prompts", "query", "queries", "question", "messages", "input", "instruction"), "prompt"),
+    **dict.fromkeys(("extra", "info", "metadata", "meta"), "extra_info"),
+    **dict.fromkeys(("source", "dataset", "task"), "data_source"),
+    **dict.fromkeys(("example", "sample", "item", "record"), "row"),
+    **dict.fromkeys(("answer", "answers", "solution", "solutions", "result", "final_answer"), None),
+}
 CUT = 200  # characters of whatever a message shows
 _FORMS = (
     "def score(response: str, ground_truth) -> float, with any of the arguments response, ground_truth, prompt, row; "
@@ -62,6 +75,16 @@ class FunctionSpec:
 
     reference: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _called(name: str, known: Sequence[str]) -> str:
+    """What an argument that nothing gives is called here."""
+    column = f"a column of the data is row[{name!r}]"
+    if name in NAMES:
+        ours = NAMES[name]
+        return f"here it is {ours!r}; {column}" if ours else f"the model's answer is 'response'; {column}"
+    near = nearest(name, known)
+    return near if near.startswith("did") else column
 
 
 class RewardFunction:
@@ -115,13 +138,15 @@ class RewardFunction:
             said = "is given that by the run" if ours is not None else "does not take it"
             raise UserError(
                 f"reward.kwargs has {ours or strange!r}, and the reward {self.name} {said}",
-                fix=nearest(str(ours or strange), [n for n in named if n not in known] or ["nothing"]),
+                fix=nearest(str(ours or strange), own)
+                if (own := [n for n in named if n not in known])
+                else f"leave it out of reward.kwargs: {self.name} takes no arguments of its own",
             )
         wanted = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in self.kwargs]
         unknown = next((n for n in wanted if n not in known), None)
         by_place = next((n for n in named if parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY), None)
         wrong = [
-            f"wants {unknown!r} ({nearest(unknown, known)})" if unknown else "",
+            f"wants {unknown!r} ({_called(unknown, known)})" if unknown else "",
             f"takes {by_place!r} by position only" if by_place else "",
             f"does not take {answer[0]!r}" if set(answer).isdisjoint(parameters) else "",
         ]

@@ -1,0 +1,8 @@
+"""``python -m hybridflow`` is the command `hybridflow`."""
+
+import sys
+
+from hybridflow.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

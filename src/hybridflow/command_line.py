@@ -1,0 +1,73 @@
+"""How a command line is read, and how its output ends: options and overrides in any order, paths with ``~``, pipes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from hybridflow.config.names import meaning
+from hybridflow.config.paths import home
+from hybridflow.errors import UserError
+
+
+def path(text: str) -> str:
+    """The type of an argument that names a path: ``~`` and variables are filled in."""
+    try:
+        return str(home(text)) if text.startswith("~") or "$" in text else text
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments; options may stand before, between and after the others."""
+
+    _within = False
+    words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse, which by itself ends a list of overrides where an option comes."""
+        if self._within:
+            return super().parse_known_args(args, namespace)
+        self._within, self.words = True, list(args or ())
+        try:
+            given, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+        if unknown:
+            self._refuse(unknown[0], takes_overrides=hasattr(given, "overrides"))
+        return given, unknown
+
+    def _refuse(self, option: str, *, takes_overrides: bool) -> NoReturn:
+        """Ends for an option that there is none of: keys of a configuration have no dashes."""
+        known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
+        text = f"there is no option {option.partition('=')[0]}"
+        if not takes_overrides:
+            self.error(f"{text}; options are {', '.join(known)}")
+        name, sign, value = option.lstrip("-").partition("=")
+        if not sign:
+            after = self.words[self.words.index(option) + 1 :][:1] if option in self.words else []
+            value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
+        found = meaning(name)
+        key = found.keys[0] if found is not None and found.keys else name.replace("-", "_")
+        self.error(f"{text}; keys of the configuration are given as key=value, without dashes: {key}={value}")
+
+
+def never_fails_to_print() -> None:
+    """Lets output go on where the terminal cannot show a character: it is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def reader_is_gone() -> int:
+    """The status of a command whose output nobody reads any more (``| head``): what the signal would have given.
+
+    What is still to be written goes nowhere, so that the interpreter does not complain at its end.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE

@@ -1,0 +1,35 @@
+"""What each preset is, in a line: `hybridflow check --explain algorithm.preset`."""
+
+from __future__ import annotations
+
+METHODS: dict[str, str] = {
+    "grpo": "rewards less their group's mean, over its deviation (DeepSeekMath)",
+    "dr_grpo": "grpo without its deviation and without dividing by the answer's length",
+    "ppo": "a critic's advantages (GAE) and the clipped ratio; needs a critic",
+    "vapo": "ppo with lambdas of its own for critic and length, and a higher upper clip; needs a critic",
+    "dapo": "grpo with a higher upper clip, averaged over tokens; its filter and penalty are keys of filter and reward",
+    "rloo": "each answer against the mean of the others, an answer as one action",
+    "remax": "each answer against a greedy answer to the same prompt",
+    "reinforce_plus_plus": "rewards whitened over the step, without groups",
+    "reinforce_plus_plus_baseline": "rewards less their group's mean, whitened over the step",
+    "opo": "each answer against the group's mean weighted by length; exactly on-policy",
+    "gpg": "the plain policy gradient with the group's mean; groups of equal reward do not count",
+    "grpo_passk": "the best answer of a group alone gets an advantage, over the second best (pass@k)",
+    "gdpo": "grpo for several reward components, each normalised by itself",
+    "gigpo": "grpo with a second advantage among steps that start from the same state",
+    "otb": "a baseline for every token that makes the gradient's variance least",
+    "maxrl": "rewards less their group's mean, over that mean (maximum likelihood of success)",
+    "gspo": "grpo with one clipped ratio for a whole answer",
+    "gmpo": "grpo with the geometric mean of an answer's ratios",
+    "sapo": "grpo with a soft gate instead of the clip",
+    "cispo": "grpo in which the clipped ratio weighs the gradient and stops none",
+    "clip_cov": "grpo in which a few tokens of high covariance learn nothing, against the loss of entropy",
+    "kl_cov": "grpo in which a few tokens of high covariance are held back, against the loss of entropy",
+    "dppo_tv": "grpo that stops by the total variation of a token instead of its ratio",
+    "dppo_kl": "grpo that stops by the divergence of a token instead of its ratio",
+    "dro": "a squared loss towards the reward, without a ratio (direct reward optimisation)",
+    "topr": "wrong answers are weighted by a bounded ratio, right ones by 1 (tapered off-policy)",
+    "decoupled_ppo": "ppo's clip around the step's policy, weighted by it over the sampler: for stale answers",
+    "sppo": "a squared loss of an answer's log-ratio towards its share of wins (self-play)",
+    "distillation": "every token against a teacher, model.reference; the reward is not read",
+}
