@@ -47,7 +47,7 @@ def test_jsonl_parquet_and_functions_give_the_same_rows(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "no data file"),
-        ("rows.csv", "a,b", "unknown ending '.csv'"),
+        ("rows.txt", "a,b", "unknown ending '.txt'"),
         ("rows.jsonl", "", "has no rows"),
         ("rows.jsonl", '{"a": 1}\n\n{"a": \n', "line 3 of .*rows.jsonl is not JSON"),
         ("rows.jsonl", '{"a": 1}\n[1]\n', "row 1 of .*rows.jsonl is a list"),

@@ -250,8 +250,8 @@ def load_preferences(
         UserError: a source cannot be read, a row is of another kind, or nothing is left.
     """
     data = read_sources(sources, seed=seed)
-    keys = [config.chosen_key, config.rejected_key]
-    keys += [] if config.prompt_key is None else [config.prompt_key]
+    keys = {config.chosen_key: "data.chosen_key", config.rejected_key: "data.rejected_key"}
+    keys |= {} if config.prompt_key is None else {config.prompt_key: "data.prompt_key"}
     for part, source in zip(data.parts(), data.sources):
         require_one_schema(data.rows[part.start : part.stop], keys, source=source.source)
     return PreferenceSet(data, config, tokenizer, padding=padding).fit()

@@ -153,7 +153,8 @@ def load_prompts(
     require_template(tokenizer, prompts.style)
     for part, source in zip(data.parts(), data.sources):
         rows = data.rows[part.start : part.stop]
-        require_one_schema(rows, [config.prompt_key, truth_key(rows[0], config)], source=source.source)
+        keys = {config.prompt_key: "data.prompt_key", truth_key(rows[0], config): "data.ground_truth_key"}
+        require_one_schema(rows, keys, source=source.source)
     if config.over_long == "refuse":
         return prompts
     fits = [tokens <= config.max_prompt_tokens for _, tokens in prompts.measure()]

@@ -1,30 +1,39 @@
-"""Reading rows (dicts) from .jsonl, .parquet, a function of the user's, or the hub, and holding them to one kind."""
+"""Reading rows (dicts) from a file, a function of the user's, or the hub, and holding them to one kind."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from hybridflow.config.locate import is_function_reference, load_function
+from hybridflow.data.files import read_file
 from hybridflow.data.hub import is_hub_name, read_hub
 from hybridflow.errors import UserError, nearest
 
 Row: TypeAlias = dict[str, Any]
-ENDINGS = (".jsonl", ".json", ".parquet")
+# What people call these columns, the most telling first; for the hint that names the setting.
+_NAMES = {
+    "prompt": ("prompt", "question", "problem", "instruction", "query", "messages", "conversations", "input", "text"),
+    "ground_truth": ("ground_truth", "answer", "solution", "final_answer", "expected_answer", "target", "label",
+                     "reference", "output", "reward_model"),
+    "response": ("response", "completion", "answer", "output", "solution", "chosen", "text"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "text": ("text", "content", "document"),
+    "chosen": ("chosen", "preferred", "chosen_response", "response_chosen", "better", "winner", "response_j"),
+    "rejected": ("rejected", "dispreferred", "rejected_response", "response_rejected", "worse", "loser", "response_k"),
+}  # fmt: skip
 
 
 def read_rows(source: str, *, seed: int = 0) -> list[Row]:
     """All rows of a data source.
 
     Args:
-        source: a .jsonl or .parquet file, ``file.py:function`` that returns a list of dicts (it is called with
+        source: a file (see `data.files`), ``file.py:function`` that returns a list of dicts (it is called with
             ``seed=`` if it takes one), or a name on the hub (see `data.hub`).
         seed: for such a function.
 
@@ -45,47 +54,44 @@ def read_rows(source: str, *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def read_file(path: Path) -> list[Row]:
-    """All rows of a .jsonl, .json or .parquet file.
-
-    Raises:
-        UserError: there is no such file, or it is something else.
-    """
-    if path.is_dir():
-        inside = [p.name for p in sorted(path.iterdir()) if p.suffix in ENDINGS]
-        raise UserError(
-            f"{path} is a folder, not a data file",
-            why="the files of a folder are often splits of which only one should be read",
-            fix=f"name a file in it: {', '.join(inside[:8])}" if inside else "name a .jsonl or .parquet file",
-        )
-    if not path.is_file():
-        raise UserError(
-            f"no data file {path}", fix="give a .jsonl or .parquet file, file.py:function, or org/name on the hub"
-        )
-    if path.suffix == ".parquet":
-        try:
-            rows: list[Row] = pq.read_table(path).to_pylist()
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is not a parquet file: {error}") from error
-        return rows
-    if path.suffix in ENDINGS:
-        return _read_json(path)
-    raise UserError(f"{path} has an unknown ending {path.suffix!r}", fix="use .jsonl or .parquet")
-
-
-def column(row: Row, key: str, *, source: str, index: int) -> Any:
+def column(row: Row, key: str, *, source: str, index: int, setting: str = "") -> Any:
     """The value under a key; dots go inside (``reward_model.ground_truth``).
 
+    Args:
+        row: the row.
+        key: the column.
+        source: where the row is from, for messages.
+        index: its number there.
+        setting: the configuration key that names the column, such as ``data.prompt_key``.
+
     Raises:
-        UserError: the row has no such column; the nearest one is named.
+        UserError: the row has no such column; the nearest one is named, and the setting that would take it.
     """
     value: Any = row
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            known = list(value) if isinstance(value, dict) else []
-            raise UserError(f"row {index} of {source} has no column {key!r}", fix=nearest(part, known) if known else "")
+            fix = _other_column(key, part, value, setting)
+            raise UserError(f"row {index} of {source} has no column {key!r}", fix=fix)
         value = value[part]
     return value
+
+
+def _other_column(key: str, part: str, place: object, setting: str) -> str:
+    """What to do about a column that is not there: the nearest name, or what people call it."""
+    known = list(map(str, place)) if isinstance(place, dict) else []
+    if not known:
+        return ""
+    hint = nearest(part, known)
+    wanted = setting.removeprefix("data.").strip("-").replace("-", "_").removesuffix("_key")
+    near = hint.split("'")[1] if hint.startswith("did") else None
+    usual = near or next((name for name in _NAMES.get(wanted, ()) if name in known and name != key), None)
+    if not setting or usual is None:
+        return hint
+    path = ".".join([*key.split(".")[: key.split(".").index(part)], usual])
+    if usual == "reward_model":
+        inside = place.get(usual) if isinstance(place, dict) else None
+        return f"set {setting}={usual}.KEY, KEY being one of {', '.join(inside)}" if isinstance(inside, dict) else hint
+    return f"{hint} set {setting}={path}" if near else f"set {setting}={path}; {hint}"
 
 
 def has_column(row: Row, key: str) -> bool:
@@ -98,16 +104,22 @@ def has_column(row: Row, key: str) -> bool:
     return True
 
 
-def require_one_schema(rows: Sequence[Row], keys: Sequence[str], *, source: str) -> None:
+def require_one_schema(rows: Sequence[Row], keys: Mapping[str, str], *, source: str) -> None:
     """Holds every row to the kind of value that most rows have in the columns that are used.
+
+    Args:
+        rows: of one source.
+        keys: the columns, each with the setting that names it.
+        source: where the rows are from.
 
     Raises:
         UserError: the first row that differs, and from what.
     """
-    for key in keys:
+    for key, setting in keys.items():
         kinds = [_kind(row, key) for row in rows]
         counts = Counter(kinds)
         if len(counts) == 1:
+            column(rows[0], key, source=source, index=0, setting=setting)
             continue
         usual, number = counts.most_common(1)[0]
         if usual is None:  # a column that most rows lack: it is used, so the lack is the mistake
@@ -158,28 +170,19 @@ def _kind(row: Row, key: str) -> str | None:
 def _call(source: str, function: Callable[..., Any], seed: int) -> list[Row]:
     takes_seed = "seed" in inspect.signature(function).parameters
     try:
-        return list(function(seed=seed) if takes_seed else function())
+        return [_plain(row) for row in (function(seed=seed) if takes_seed else function())]
     except Exception as error:
         raise UserError(
             f"{source} raised {type(error).__name__}: {error}", fix="make it return a list of dicts"
         ) from error
 
 
-def _read_json(path: Path) -> list[Row]:
-    """One object per line, or (in a .json file) one list of objects."""
-    with path.open("rb") as lines:
-        if path.suffix == ".json" and lines.read(1) == b"[":
-            lines.seek(0)
-            try:
-                return list(json.loads(lines.read().decode()))
-            except ValueError as error:
-                raise UserError(f"{path} is not JSON: {error}") from error
-        lines.seek(0)
-        rows = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line.decode()))
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-    return rows
+def _plain(value: Any) -> Any:
+    """A value with numpy's arrays and numbers, which pandas hands out, as Python's lists and numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(inside) for key, inside in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(inside) for inside in value.tolist()]
+    if isinstance(value, list):
+        return [_plain(inside) for inside in value]
+    return value.item() if isinstance(value, np.generic) else value

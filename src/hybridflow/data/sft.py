@@ -180,9 +180,11 @@ def load_sft(config: SftDataSection, tokenizer: PreTrainedTokenizerBase, *, seed
     found = SftSet(data, config, tokenizer)
     require_template(tokenizer, found.style)
     if config.prompt_key is not None and config.response_key is not None:
-        keys = [config.prompt_key, config.response_key]
+        keys = {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
+    elif config.format == "text":
+        keys = {config.text_key: "data.text_key"}
     else:
-        keys = [config.text_key if config.format == "text" else config.messages_key]
+        keys = {config.messages_key: "data.messages_key"}
     for part, source in zip(data.parts(), data.sources):
         require_one_schema(data.rows[part.start : part.stop], keys, source=source.source)
     return found if config.over_long == "refuse" else found.fit()

@@ -131,7 +131,10 @@ def _case_set(rows: AuditRows | None, grader: Grader, kwargs: Mapping[str, Any],
     read = read_rows(rows.source, seed=options.seed)[: rows.count]
     keyed = [(_question(row, rows, i), _truth(row, rows, i), row) for i, row in enumerate(read)]
     if rows.response_key is not None:
-        texts = [column(row, rows.response_key, source=rows.source, index=i) for i, row in enumerate(read)]
+        texts = [
+            column(row, rows.response_key, source=rows.source, index=i, setting="--response-key")
+            for i, row in enumerate(read)
+        ]
         cases = [case_of(*one, None, str(text)) for one, text in zip(keyed, texts)]
     else:
         form = rows.right or find_form(keyed, grader)
@@ -144,7 +147,7 @@ def _case_set(rows: AuditRows | None, grader: Grader, kwargs: Mapping[str, Any],
 
 
 def _question(row: Row, rows: AuditRows, index: int) -> str:
-    value = column(row, rows.prompt_key, source=rows.source, index=index)
+    value = column(row, rows.prompt_key, source=rows.source, index=index, setting="--prompt-key")
     if isinstance(value, str):
         return value
     return "\n".join(str(message.get("content", "")) for message in value)
@@ -154,4 +157,4 @@ def _truth(row: Row, rows: AuditRows, index: int) -> Any:
     from hybridflow.data.prompts import truth_key  # here, for it imports transformers
 
     key = truth_key(row, PromptDataSection(ground_truth_key=rows.ground_truth_key))
-    return column(row, key, source=rows.source, index=index)
+    return column(row, key, source=rows.source, index=index, setting="--ground-truth-key")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hybridflow.data.files import ENDINGS, ending, read_file
 from hybridflow.data.hub import is_hub_name, read_hub
 from hybridflow.data.prepare.schema import Generated, Published, Split
 from hybridflow.data.prepare.sets import SETS
-from hybridflow.data.rows import ENDINGS, Row, read_file
+from hybridflow.data.rows import Row
 from hybridflow.errors import UserError, nearest
 
 
@@ -106,7 +107,7 @@ def _read(name: str, known: Published, source: str | None, split: str) -> list[R
     if not folder.is_dir():
         raise UserError(f"no folder {source}", fix="--from takes a folder with the set's files, or org/name on the hub")
     for place in (folder, folder / "data"):  # the second as in a copy of the set's repository
-        files = [p for p in sorted(place.glob("*")) if p.suffix in ENDINGS and _split_of(p) == split]
+        files = [p for p in sorted(place.glob("*")) if ending(p) in ENDINGS and _split_of(p) == split]
         if files:
             return [row for file in files for row in read_file(file)]
     return []
