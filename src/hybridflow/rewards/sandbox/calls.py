@@ -71,6 +71,8 @@ def serve(program: str, requests: int, replies: int, judge: bool) -> None:
         printed = None if judge else _Printed()
         if printed is not None:
             sys.stdout = printed
+            out.write("{}\n")  # the walls stand
+            out.flush()
         served = Served(_load(program, judge), printed)
 
         def back(request: dict[str, Any]) -> Any:

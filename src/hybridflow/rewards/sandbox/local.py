@@ -11,6 +11,7 @@ import json
 import marshal
 import math
 import os
+import select
 import selectors
 import subprocess
 import tempfile
@@ -88,12 +89,18 @@ class LocalSandbox:
             replies_out, replies_in = fds.pipe()
             result, verdict = fds.pipe()
             theirs, ours = [requests_out, replies_in], [requests_in, replies_out, verdict]
-            with (
-                _Jail(self.walls, self.limits, "serve", [program, *theirs, False], keep=theirs, quiet=True) as solution,
-                _Jail(self.walls, self.limits, "check", [test, *ours, genuine], keep=ours, quiet=True) as checker,
-            ):
-                fds.close(*theirs, *ours)
-                outcome = checker.finish(result)
+            serving = [program, *theirs, False]
+            with _Jail(
+                self.walls, self.limits, "serve", serving, keep=theirs, quiet=True, idle=START_SECONDS
+            ) as solution:
+                fds.close(*theirs)
+                # The time of the test begins where the program's walls stand: it writes a line before it loads.
+                ready = select.poll()
+                ready.register(replies_out, select.POLLIN)
+                ready.poll(START_SECONDS * 1000)
+                with _Jail(self.walls, self.limits, "check", [test, *ours, genuine], keep=ours, quiet=True) as checker:
+                    fds.close(*ours)
+                    outcome = checker.finish(result)
                 solution.stop()
                 beside = solution.finish()
         said = json.loads(outcome.result or "{}")  # by the test's side; the program cannot write there
@@ -152,6 +159,7 @@ class _Jail:
         stdin: what the program can read.
         keep: descriptors that it has besides its standard streams.
         quiet: what it writes to its standard streams is not read.
+        idle: seconds that it may stand still besides its time, for walls that are built elsewhere.
     """
 
     def __init__(
@@ -164,6 +172,7 @@ class _Jail:
         stdin: str = "",
         keep: Sequence[int] = (),
         quiet: bool = False,
+        idle: float = 0.0,
     ) -> None:
         self.limits = limits
         self._fds = _Descriptors()
@@ -174,6 +183,7 @@ class _Jail:
             if walls == "none":
                 self._folder = tempfile.TemporaryDirectory(prefix="hybridflow-code-")
             request = _settings(walls, limits) | {
+                "seconds": limits.seconds + idle,
                 "driver": [_code(name) for name in _DRIVERS[function]],
                 "call": (function, list(arguments)),
                 "keep": list(keep),
@@ -308,7 +318,6 @@ def _settings(walls: Walls, limits: Limits) -> dict[str, Any]:
         "view": view(),
         "filter": seccomp.build(os.uname().machine),
         "limits": bounds,
-        "seconds": limits.seconds,
     }
 
 

@@ -166,6 +166,7 @@ class Link:
         self._json = json
         self._lines = open(replies, encoding="utf-8")  # noqa: SIM115  (both are open until the process ends)
         self._out = open(requests, "w", encoding="utf-8")  # noqa: SIM115
+        self._lines.readline()  # the program's walls stand
         self._objects: dict[int, Any] = {}  # the program's, by number
         self._given: list[Any] = []  # what of the test's was sent
         self._bases: dict[int, Any] = {}  # what objects are as plain data that cannot change
