@@ -35,6 +35,16 @@ def f(x): return Liar(1)
     "shadowed_built_ins": "def abs(x): return 0\ndef f(x): return 0\nstr = int = set = float = round = abs",
     "alias_of_the_failure": "AssertionError = Exception = BaseException\ndef f(x): return 0",
     "changed_arguments": "def f(x):\n    if hasattr(x, 'clear'): x.clear()\n    return x",
+    "forged_object": """
+import json, os
+equal = {"exception": ["builtins:type", "X", {"tuple": []}, {"dict": [["__eq__", {"known": "builtins:bool"}]]}]}
+kind = {"class": 1, "name": "g", "bases": [], "special": ["__call__"], "base": None}
+lines = [["f"], {"object": 0, "class": kind}, {"exception": ["operator:call", equal]}]
+for fd in range(3, 20):
+    for line in lines:
+        try: os.write(fd, json.dumps({"value": line}).encode() + b"\\n")
+        except OSError: pass
+""",
     "forged_values": """
 import os
 lines = [b'{"value": ["f"]}', b'{"value": {"known": "unittest.mock:ANY"}}', b'{"value": {"known": "builtins:eval"}}',

@@ -158,7 +158,7 @@ TYPED: dict[str, tuple[Any, dict[str, bool]]] = {
     "names of a dict": ({"1": 2}, {"{1: 2}": True, "{'1': 2}": True, "{1: 2, '1': 2}": False}),
     "a float": (0.5, {"1 / 2": True, "0.5000000001": True, "0.51": False, "Fraction(1, 2) ": True, "'0.5'": False}),
     "infinity": (float("inf"), {"float('inf')": True, "-float('inf')": False, "10 ** 400": False, "'inf'": False}),
-    "no number": (float("nan"), {"float('nan')": True, "0.0": False, "None": False}),
+    "no number": (float("nan"), {"float('nan')": True, "Decimal('sNaN')": False, "0.0": False, "None": False}),
     "a great number": (10**30, {"10 ** 30": True, "10 ** 30 + 1": False, "1e30": False}),
     "many digits": (7, {"10 ** 5000": False, "Decimal(7)": True, "Fraction(7)": True, "7 + 0j": True, "E.SEVEN": True}),
     "a list of two": ([1, 2], {
@@ -221,6 +221,13 @@ def test_what_a_result_means_where_arguments_are_json(expected: str, said: dict[
     """As LiveCodeBench and verl have rows; nothing is wrapped in them."""
     (case,) = read_cases(json.dumps({"fn_name": "f", "inputs": ["1"], "outputs": [expected]}))
     assert {expression: case.right(returned(expression)) for expression in said} == said
+
+
+def test_forms_of_cases_may_stand_beside_each_other_in_a_list() -> None:
+    both = [{"input": "1", "output": "2"}, "assert f(1) == 2"]
+    program = "def f(x): return x + 1\nif __name__ == '__main__': print(f(int(input())))"
+    assert score(program, both, sandbox=SETTINGS)["score"] == 1
+    assert score(program.replace("+", "-"), both, sandbox=SETTINGS)["score"] == 0
 
 
 def test_a_list_of_one_value_is_a_list_where_another_result_has_more() -> None:

@@ -76,10 +76,11 @@ def read_cases(ground_truth: Any, row: Mapping[str, Any] | None = None) -> list[
     if isinstance(given, Mapping) and given.get("inputs") is not None and given.get("outputs") is not None:
         cases = _paired(_list(given["inputs"]), _list(given["outputs"]), given.get("fn_name"))
     elif isinstance(given, Sequence) and not isinstance(given, str):
-        if given and all(isinstance(item, Mapping) and "input" in item and "output" in item for item in given):
-            cases = _paired([item["input"] for item in given], [item["output"] for item in given], None)
-        else:
-            cases = [_check_case(item, entry) for item in given]
+        pairs = [item for item in given if isinstance(item, Mapping) and "input" in item and "output" in item]
+        paired = iter(_paired([item["input"] for item in pairs], [item["output"] for item in pairs], None))
+        cases = [
+            next(paired) if isinstance(item, Mapping) and item in pairs else _check_case(item, entry) for item in given
+        ]
     else:
         raise UserError(f"the reward 'code' finds no test cases in the ground truth {_short(ground_truth)}", fix=_FORMS)
     if not cases:
@@ -201,11 +202,11 @@ def _returned(outcome: Outcome, expected: Any, wrapped: bool) -> bool:
     """Whether a function returned what is expected. What it returned is a text of the program's: anything at all."""
     try:
         value = _json_like(json.loads((outcome.result or "").split("\n", 1)[0])["value"])
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        if same_value(value, expected):
+            return True
+        return wrapped and isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):  # also of a Decimal that signals
         return False
-    if same_value(value, expected):
-        return True
-    return wrapped and isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
 
 
 def is_plain(outcome: Outcome) -> bool:

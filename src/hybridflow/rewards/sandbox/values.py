@@ -153,7 +153,10 @@ class Wire:
         if tag == "known":
             return known_value(held)
         if tag == "exception":
-            return known_value(held[0])(*map(self.decode, held[1:]))
+            kind = known_value(held[0])
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                raise ValueError(f"{held[0]} is no exception")  # or whatever is known could be called here
+            return kind(*map(self.decode, held[1:]))
         if tag in _MUTABLE.split():
             return self._container(tag, held, new)
         if tag in ("tuple", "frozenset"):
