@@ -145,7 +145,7 @@ def test_a_supervised_batch_is_ragged_with_loss_on_answers(tokenizer: PreTrained
         ({"mesages": TALK}, r"row 1 of mine.jsonl has no column 'messages'"),
         ({"messages": TALK[:1]}, "messages of row 1 of mine.jsonl holds no assistant message"),
         ({"messages": "so=2"}, "messages of row 1 of mine.jsonl holds no assistant message"),
-        ({"messages": []}, "messages of row 1 of mine.jsonl holds no assistant message"),
+        ({"messages": []}, "messages of row 1 of mine.jsonl is an empty list"),
         ({"messages": TALK * 3}, "row 1 of mine.jsonl has 66 tokens, data.max_tokens is 50"),
     ],
 )
@@ -212,7 +212,9 @@ def test_prompt_and_response_columns_are_a_conversation(tokenizer: PreTrainedTok
     keys = {"prompt_key": "q", "response_key": "a.text"}
     batch = sft_set(tokenizer, rows, **keys, loss_on="all_assistant").batch([0, 1])
     assert batch["input_ids_T"].equal(whole["input_ids_T"]) and batch["loss_mask_T"].equal(whole["loss_mask_T"])
-    with pytest.raises(UserError, match=r"row 1 of mine.jsonl is no prompt and answer: q is a str, a is a int"):
+    with pytest.raises(
+        UserError, match=r"a of row 1 of mine.jsonl is a number, not a string or a list of chat messages"
+    ):
         sft_set(tokenizer, [rows[0], {"q": "1", "a": 3}], prompt_key="q", response_key="a").batch([1])
 
 

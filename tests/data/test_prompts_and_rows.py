@@ -133,18 +133,17 @@ def test_numbers_are_of_one_kind_and_other_columns_may_be_uneven(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 7, "truth": {"value": 1}}, "prompt of row 1 of .* is a int, not a string or chat messages"),
-        ({"prompt": [], "truth": {"value": 1}}, "prompt of row 1 of .* is a list, not a string or chat messages"),
-        ({"prompt": ["1"], "truth": {"value": 1}}, "prompt of row 1 of .* is a list, not a string or chat messages"),
+        ({"prompt": 7, "truth": {"value": 1}}, "prompt of row 0 of .* is a number, not a string or a list of chat"),
+        ({"prompt": [], "truth": {"value": 1}}, "prompt of row 0 of .* is an empty list; so is 1 other row"),
+        ({"prompt": ["1"], "truth": {"value": 1}}, r"has a message that is a string, not an object \(message 0\)"),
         ({"prompt": "123456", "truth": {"value": 1}}, "row 1 of .* has 9 tokens, data.max_prompt_tokens is 8"),
     ],
 )
 def test_a_row_that_is_no_prompt_is_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
-    found = prompts(tokenizer, [row, row], tmp_path)
     with pytest.raises(UserError, match=message):
-        found[1]
+        prompts(tokenizer, [row, row], tmp_path)[1]
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def test_conversations_are_read_in_every_form(tmp_path: Path) -> None:
     [
         ({"prompt": "q", "chosen": "a", "rejectd": "b"}, "row 0 of .* has no column 'rejected'.*\n.*'rejectd'"),
         ({"chosen": "a", "rejected": "b"}, "has no column 'prompt'"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt of row 0 of .* is a int"),
-        ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen of row 0 of .* is no answer: it is a int"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt of row 0 of .* is a number"),
+        ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen of row 0 of .* is no answer: it is a number"),
         ({"prompt": "q", "chosen": "a" * 99, "rejected": "b"}, "row 0 of .* has a conversation of 1.. tokens"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "in every row of .* chosen and rejected are the same"),
     ],

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.data.messages import Messages
 from hybridflow.errors import UserError
 
-Messages = list[dict[str, Any]]
 LossOn = Literal["all_assistant", "last_assistant"]
 
 
@@ -51,6 +52,39 @@ def require_template(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) ->
             why="it does not mention enable_thinking, so the key would change nothing",
             fix="leave data.thinking unset, or use a model whose template has the switch",
         )
+
+
+def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tuple[str, ...]:
+    """Returns the special tokens that the chat template writes around turns, and the end of sequence.
+
+    Tags of thinking and tools are not among them: rows may hold those on purpose.
+    """
+    if style.format == "text" or not tokenizer.chat_template:
+        return ()
+    try:
+        text = _apply(tokenizer, _probe(("user", "assistant")), style)
+    except UserError:  # a template for other conversations: its own words will be told where a row is rendered
+        text = ""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token or ""}
+    inside = (t for t in special if t in text and not re.search("think|tool", t))
+    return tuple(sorted({*inside, tokenizer.eos_token or ""} - {""}))
+
+
+def lost_turn(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], style: Style = CHAT) -> int | None:
+    """Returns which of the turns of these roles the chat template leaves out without a word; None where it has all.
+
+    Found by rendering turns of one word each. A template that refuses such turns is told where a row is rendered.
+    """
+    probe = _probe(roles)
+    try:
+        text = _apply(tokenizer, probe, style, add_generation_prompt=roles[-1] != "assistant")
+    except UserError:
+        return None
+    return next((i for i, message in enumerate(probe) if message["content"] not in text), None)
+
+
+def _probe(roles: Sequence[str]) -> Messages:
+    return [{"role": role, "content": f"word{i}end"} for i, role in enumerate(roles)]
 
 
 def _apply(
@@ -121,10 +155,10 @@ def render_conversations(
         spans.append(written)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     rendered = []
-    for ids, offsets, written in zip(encoded.input_ids, encoded.offset_mapping, spans):
+    for text, ids, offsets, written in zip(texts, encoded.input_ids, encoded.offset_mapping, spans):
         mask = [False] * len(ids)
         for start, end in written:
-            inside = _tokens_between(offsets, start, end)
+            inside = _tokens_between(tokenizer, text, ids, offsets, start, end)
             closing = next((i for i in inside if ids[i] == tokenizer.eos_token_id), None)
             for i in inside[: None if closing is None else inside.index(closing) + 1]:
                 mask[i] = True
@@ -148,7 +182,8 @@ def render_texts(
     rendered = []
     for ids, offsets, (prompt, text) in zip(encoded.input_ids, encoded.offset_mapping, pairs):
         mask = [False] * len(ids)
-        for i in _tokens_between(offsets, len(prompt), len(prompt) + len(text)):
+        whole = len(prompt) + len(text)
+        for i in _tokens_between(tokenizer, prompt + text, ids, offsets, len(prompt), whole, special=True):
             mask[i] = i > 0
         if ids[-1] == tokenizer.eos_token_id:
             rendered.append((list(ids), [*mask[:-1], True]))
@@ -157,16 +192,37 @@ def render_texts(
     return rendered
 
 
-def _tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
-    """The tokens of these characters; the first must not begin before them."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-    if inside and offsets[inside[0]][0] < start:
+def _tokens_between(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    start: int,
+    end: int,
+    *,
+    special: bool = False,
+) -> range:
+    """The tokens of these characters of a text; what is before them must be the same tokens when it stands alone.
+
+    Offsets tell where they are exact. Those of some tokenizers leave out spaces (``trim_offsets``), and then a token
+    that holds a space of the prompt and the beginning of the answer seems to begin with the answer.
+    """
+    first = next((i for i, (a, b) in enumerate(offsets) if b > start and b > a), len(ids))
+    stop = next((i for i in reversed(range(len(ids))) if offsets[i][0] < end and offsets[i][1] > offsets[i][0]), -1) + 1
+    begins = first < len(ids) and offsets[first][0] == start
+    if not start or (begins and first and offsets[first - 1][1] == start):
+        return range(first, stop)
+    before = tokenizer(text[:start], add_special_tokens=special).input_ids
+    if special and before and before[-1] == tokenizer.eos_token_id:
+        before = before[:-1]
+    if list(ids[: len(before)]) != list(before):
         raise UserError(
             "a token spans the border between a prompt and the answer",
             why="generation starts at that border, so the model would be trained on tokens it never sees",
-            fix="end the prompt (or the template's generation prompt) with a special token or a newline",
+            fix="end the prompt (or the template's generation prompt) with a special token or a newline, not with a "
+            "space",
         )
-    return inside
+    return range(len(before), stop)
 
 
 def _assistant_spans(

@@ -15,8 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.config.reward_model import PreferenceDataSection
-from hybridflow.data.chat import CHAT, Messages, as_messages, conversation_text, require_template, tokenize
-from hybridflow.data.rows import column, require_one_schema
+from hybridflow.data.chat import CHAT, conversation_text, require_template, tokenize
+from hybridflow.data.messages import Messages, RefusedValue, check_text, kind_of
+from hybridflow.data.reader import ConversationReader, reading, require_rows
+from hybridflow.data.rows import Row, column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, Sources, read_sources
 from hybridflow.errors import UserError
@@ -87,6 +89,7 @@ class PreferenceSet:
     ) -> None:
         self.data, self.config, self.tokenizer, self.padding = data, config, tokenizer, padding
         self.alike, self.over_long = alike, over_long
+        self.reader = ConversationReader(tokenizer)
         self.source = data.name
 
     def __len__(self) -> int:
@@ -182,51 +185,93 @@ class PreferenceSet:
         return lines
 
     def pair(self, index: int) -> tuple[Messages, Messages]:
-        """The preferred conversation of a row, and the other.
+        """Reads the preferred conversation of a row, and the other.
 
         Raises:
-            UserError: the row has no such columns, or something else in them.
+            UserError: a column is missing.
+            RowError: what the columns hold is no pair of answers to one prompt.
         """
-        row, c = self.data.rows[index], self.config
-        prompt: Messages = []
-        if c.prompt_key is not None:
-            source, number = self.data.place(index)
-            given = column(row, c.prompt_key, source=source, index=number)
-            if not isinstance(given, str | list):
-                raise UserError(
-                    f"{c.prompt_key} of row {number} of {source} is a {type(given).__name__}",
-                    fix="give a string or chat messages, or set data.prompt_key=null where answers are conversations",
-                )
-            prompt = as_messages(given)
-        return self._conversation(index, prompt, True), self._conversation(index, prompt, False)
+        c, row, (source, number) = self.config, self.data.rows[index], self.data.place(index)
+        key, prompt = _prompt_column(row, c), Messages()
+        if key is not None:
+            given = column(row, key, source=source, index=number, setting="data.prompt_key")
+            with reading(self.data, index, key):
+                prompt = self.reader.read(given)
+        pair = []
+        for key, chosen in ((c.chosen_key, True), (c.rejected_key, False)):
+            value = self._value(index, row, chosen)
+            with reading(self.data, index, key):
+                pair.append(self.reader.whole(self._conversation(value, prompt)))
+                if _asked(pair[0]) != _asked(pair[-1]):
+                    raise RefusedValue(
+                        f"answers another question than {c.chosen_key}",
+                        why="answers to different prompts cannot be told apart by how good they are",
+                        fix="give two answers to one prompt in each row",
+                    )
+        return pair[0], pair[1]
 
-    def _conversation(self, index: int, prompt: Messages, chosen: bool) -> Messages:
-        key = self.config.chosen_key if chosen else self.config.rejected_key
-        answer, (source, number) = self._value(index, self.data.rows[index], chosen), self.data.place(index)
+    def _conversation(self, answer: object, prompt: Messages) -> Messages:
+        """The whole conversation of an answer, which may be a text, a last turn, or all turns with the prompt's."""
         if isinstance(answer, str) and prompt:
-            return [*prompt, {"role": "assistant", "content": answer}]
-        if isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
-            return answer if answer[: len(prompt)] == prompt else [*prompt, *answer]
-        what = "a string without a prompt" if isinstance(answer, str) else f"a {type(answer).__name__}"
-        raise UserError(
-            f"{key} of row {number} of {source} is no answer: it is {what}",
-            fix="give a string and a prompt column (data.prompt_key), or a list of chat messages",
+            return [*prompt, {"role": "assistant", "content": check_text(answer, self.reader.markers)}]
+        if not isinstance(answer, list) or not answer:
+            what = "a string without a prompt" if isinstance(answer, str) else kind_of(answer)
+            raise RefusedValue(
+                f"is no answer: it is {what}",
+                fix="give a string and a prompt column (data.prompt_key), or a list of chat messages",
+            )
+        turns = self.reader.read(answer, empty_answers=True)
+        if turns[-1]["role"] in ("user", "system", "developer"):
+            raise RefusedValue(
+                f"ends in a turn of {turns[-1]['role']!r}",
+                why="the answer is what is judged, and it comes last",
+                fix="end the conversation with the answer",
+            )
+        asked = [_words(m) for m in prompt]
+        if not prompt or turns[0]["role"] == "assistant":
+            return [*prompt, *turns]
+        own = turns[next(i for i, m in enumerate(turns) if m["role"] != "system" or prompt[0]["role"] == "system") :]
+        if [_words(m) for m in own[: len(asked)]] == asked and len(own) > len(asked):
+            return turns
+        raise RefusedValue(
+            "begins with other turns than the prompt",
+            detail=f"{str(own[0]['content'])[:40]!r} instead of {str(prompt[0]['content'])[:40]!r}",
+            why="the question would be asked twice",
+            fix="give the answer alone, or set data.prompt_key=null where answers are whole conversations",
         )
 
     def _value(self, index: int, row: dict[str, Any], chosen: bool) -> Any:
         source, number = self.data.place(index)
         key = self.config.chosen_key if chosen else self.config.rejected_key
-        return column(row, key, source=source, index=number)
+        setting = "data.chosen_key" if chosen else "data.rejected_key"
+        return column(row, key, source=source, index=number, setting=setting)
 
     def _margin(self, index: int) -> float:
         key = self.config.margin_key
         if key is None:
             return 0.0
         source, number = self.data.place(index)
-        value = column(self.data.rows[index], key, source=source, index=number)
+        value = column(self.data.rows[index], key, source=source, index=number, setting="data.margin_key")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{key} of row {number} of {source} is {value!r}, not a number")
         return float(value)
+
+
+def _prompt_column(row: Row, config: PreferenceDataSection) -> str | None:
+    """The column of the prompt; None where the answers are whole conversations, as in TRL's rows without one."""
+    key = config.prompt_key
+    implicit = key == "prompt" and key not in row and isinstance(row.get(config.chosen_key), list)
+    return None if implicit else key
+
+
+def _words(message: dict[str, Any]) -> tuple[str, str]:
+    """What two turns are compared by: files differ in the spaces around them."""
+    return message["role"], message["content"].strip()
+
+
+def _asked(conversation: Messages) -> tuple[str, str] | None:
+    """The first turn that is not a system message: of a pair it is the same one."""
+    return next((_words(m) for m in conversation if m["role"] not in ("system", "developer")), None)
 
 
 def load_preferences(
@@ -251,7 +296,10 @@ def load_preferences(
     """
     data = read_sources(sources, seed=seed)
     keys = {config.chosen_key: "data.chosen_key", config.rejected_key: "data.rejected_key"}
-    keys |= {} if config.prompt_key is None else {config.prompt_key: "data.prompt_key"}
     for part, source in zip(data.parts(), data.sources):
-        require_one_schema(data.rows[part.start : part.stop], keys, source=source.source)
-    return PreferenceSet(data, config, tokenizer, padding=padding).fit()
+        rows = data.rows[part.start : part.stop]
+        prompt = _prompt_column(rows[0], config)
+        require_one_schema(rows, keys if prompt is None else keys | {prompt: "data.prompt_key"}, source=source.source)
+    found = PreferenceSet(data, config, tokenizer, padding=padding)
+    require_rows(data, found.pair)
+    return found.fit()

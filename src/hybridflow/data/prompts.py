@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.data import PromptDataSection
-from hybridflow.data.chat import Messages, Style, as_messages, prompt_text, require_template, tokenize
+from hybridflow.data.chat import Style, as_messages, prompt_text, require_template, tokenize
+from hybridflow.data.messages import Messages, RefusedValue
+from hybridflow.data.reader import ConversationReader, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, Sources, read_sources
@@ -58,6 +60,10 @@ class PromptSet:
     config: PromptDataSection
     tokenizer: PreTrainedTokenizerBase
     over_long: int = 0
+    reader: ConversationReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = ConversationReader(self.tokenizer, self.style)
 
     def __len__(self) -> int:
         return len(self.data.rows)
@@ -66,9 +72,9 @@ class PromptSet:
         """The prompt of a row.
 
         Raises:
-            UserError: a column is missing, or the prompt is over the limit.
+            UserError: a column is missing, it holds no prompt, or the prompt is over the limit.
         """
-        value, truth = self._values(index)
+        value, truth = self.values(index)
         text = prompt_text(self.tokenizer, value, self.style)
         [ids] = tokenize(self.tokenizer, [text], self.style)
         limit = self.config.max_prompt_tokens
@@ -110,7 +116,7 @@ class PromptSet:
         """
         count = len(self) if count is None else min(count, len(self))
         for first in range(0, count, _CHUNK):
-            values = [self._values(i)[0] for i in range(first, min(first + _CHUNK, count))]
+            values = [self.values(i)[0] for i in range(first, min(first + _CHUNK, count))]
             texts = [prompt_text(self.tokenizer, value, self.style) for value in values]
             yield from zip(texts, map(len, tokenize(self.tokenizer, texts, self.style)))
 
@@ -120,18 +126,22 @@ class PromptSet:
         limit = self.config.max_prompt_tokens
         return [f"prompts of more than {limit} tokens, {done}: {self.over_long}"] if done else []
 
-    def _values(self, index: int) -> tuple[str | Messages, Any]:
-        """Prompt and ground truth of a row."""
-        row, key = self.data.rows[index], self.config.prompt_key
+    def values(self, index: int) -> tuple[str | Messages, Any]:
+        """Prompt (a string where the format is text) and ground truth of a row.
+
+        Raises:
+            UserError: a column is missing.
+            RowError: what the prompt's column holds is no prompt.
+        """
+        row, c = self.data.rows[index], self.config
         source, number = self.data.place(index)
-        value = column(row, key, source=source, index=number)
-        chat = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-        if not (isinstance(value, str) or (chat and self.config.format == "chat")):
-            wanted = "a string or chat messages" if self.config.format == "chat" else "a string (data.format is text)"
-            raise UserError(f"{key} of row {number} of {source} is a {type(value).__name__}, not {wanted}")
-        if value == "" and self.config.format == "text":
-            raise UserError(f"{key} of row {number} of {source} is empty", why="a model needs something to go on from")
-        return value, column(row, truth_key(row, self.config), source=source, index=number)
+        value = column(row, c.prompt_key, source=source, index=number, setting="data.prompt_key")
+        truth = column(row, truth_key(row, c), source=source, index=number, setting="data.ground_truth_key")
+        with reading(self.data, index, c.prompt_key):
+            prompt = self.reader.prompt(value) if c.format == "chat" else self.reader.text(value)
+            if not prompt:
+                raise RefusedValue("is empty", why="a model needs something to go on from", fix="leave the row out")
+        return prompt, truth
 
 
 def truth_key(row: Row, config: PromptDataSection) -> str:
@@ -155,6 +165,7 @@ def load_prompts(
         rows = data.rows[part.start : part.stop]
         keys = {config.prompt_key: "data.prompt_key", truth_key(rows[0], config): "data.ground_truth_key"}
         require_one_schema(rows, keys, source=source.source)
+    require_rows(data, prompts.values)
     if config.over_long == "refuse":
         return prompts
     fits = [tokens <= config.max_prompt_tokens for _, tokens in prompts.measure()]

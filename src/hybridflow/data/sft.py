@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.config.data import SftDataSection
 from hybridflow.data.chat import (
-    Messages,
+    LossOn,
     Style,
-    as_messages,
     conversation_text,
     render_conversations,
     render_texts,
     require_template,
     tokenize,
 )
-from hybridflow.data.rows import column, require_one_schema
+from hybridflow.data.messages import Messages, RefusedValue
+from hybridflow.data.reader import ConversationReader, reading, require_rows
+from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, read_sources
 from hybridflow.errors import UserError
 
+SHAREGPT = "conversations"  # where ShareGPT's files have what others call messages
 _CHUNK = 1000  # rows tokenised together
 
 
@@ -50,6 +53,7 @@ class SftSet:
         self.over_long, self.unlearnable = over_long, unlearnable
         self.source = data.name
         self.style = Style(config.format, config.system_prompt, config.thinking)
+        self.reader = ConversationReader(tokenizer, self.style)
 
     def __len__(self) -> int:
         return len(self.data.rows)
@@ -128,46 +132,68 @@ class SftSet:
             lines.append(f"left out, because the cut would leave nothing to learn: {self.unlearnable}")
         return lines
 
+    def read(self, index: int) -> object:
+        """Reads a row, as `batch` will render it.
+
+        Raises:
+            UserError: a column is missing.
+            RowError: what it holds is no conversation or text to learn from.
+        """
+        return self._texts(index) if self.config.format == "text" else self._conversation(index)
+
     def _render(self, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
         if self.config.format == "text":
             return render_texts(self.tokenizer, [self._texts(i) for i in indices])
         conversations = [self._conversation(i) for i in indices]
         return render_conversations(self.tokenizer, conversations, self.style, loss_on=self.config.loss_on)
 
+    def _value(self, index: int, key: str, setting: str) -> Any:
+        source, number = self.data.place(index)
+        return column(self.data.rows[index], key, source=source, index=number, setting=setting)
+
     def _texts(self, index: int) -> tuple[str, str]:
-        """Prompt and text of a row, for format text."""
-        c, (source, number) = self.config, self.data.place(index)
-        keys = [c.text_key] if c.prompt_key is None or c.response_key is None else [c.prompt_key, c.response_key]
-        values = [column(self.data.rows[index], key, source=source, index=number) for key in keys]
-        for key, value in zip(keys, values):
-            if not isinstance(value, str):
-                raise UserError(f"{key} of row {number} of {source} is a {type(value).__name__}, not a string")
-        return ("", values[0]) if len(values) == 1 else (values[0], values[1])
+        """Prompt and text of a row, for format text; the prompt is empty where the whole text is learned."""
+        texts = []
+        for key, setting in columns(self.data.rows[index], self.config).items():
+            value = self._value(index, key, setting)
+            with reading(self.data, index, key):
+                texts.append(self.reader.text(value))
+                if setting != "data.prompt_key" and not texts[-1].strip():
+                    raise RefusedValue("is empty", why="there is nothing to learn from", fix="leave the row out")
+        return ("", texts[0]) if len(texts) == 1 else (texts[0], texts[1])
 
     def _conversation(self, index: int) -> Messages:
         """The messages of a row, at least one of them to be learned."""
-        c, row, (source, number) = self.config, self.data.rows[index], self.data.place(index)
-        if c.prompt_key is not None and c.response_key is not None:
-            prompt = column(row, c.prompt_key, source=source, index=number)
-            response = column(row, c.response_key, source=source, index=number)
-            if not isinstance(prompt, str | list) or not isinstance(response, str):
-                raise UserError(
-                    f"row {number} of {source} is no prompt and answer: {c.prompt_key} is a {type(prompt).__name__}, "
-                    f"{c.response_key} is a {type(response).__name__}",
-                    fix="the prompt must be a string or chat messages, the answer a string",
-                )
-            return [*as_messages(prompt), {"role": "assistant", "content": response}]
-        messages = column(row, c.messages_key, source=source, index=number)
-        known = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        learned = [m.get("train") is not False for m in messages if m.get("role") == "assistant"] if known else []
-        if not any(learned[-1:] if c.loss_on == "last_assistant" else learned):
-            lack = "no assistant message" + (" that is to be learned" if learned else "")
-            raise UserError(
-                f"{c.messages_key} of row {number} of {source} holds {lack}",
-                why="there is nothing to learn from",
-                fix="give a list of {role, content} objects with at least one role 'assistant'",
-            )
-        return list(messages)
+        c, messages = self.config, Messages()
+        for key, setting in columns(self.data.rows[index], c).items():
+            value = self._value(index, key, setting)
+            with reading(self.data, index, key):
+                answer = isinstance(value, str) and setting == "data.response_key"
+                messages += self.reader.read([{"role": "assistant", "content": value}] if answer else value)
+                if setting != "data.prompt_key":
+                    _require_learned(self.reader.whole(messages), c.loss_on)
+        return messages
+
+
+def columns(row: Row, config: SftDataSection) -> dict[str, str]:
+    """The columns that are read of a row, each with the key that names it."""
+    if config.prompt_key is not None and config.response_key is not None:
+        return {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
+    if config.format == "text":
+        return {config.text_key: "data.text_key"}
+    key = config.messages_key
+    sharegpt = key == "messages" and key not in row and has_column(row, SHAREGPT)
+    return {SHAREGPT if sharegpt else key: "data.messages_key"}
+
+
+def _require_learned(messages: Messages, loss_on: LossOn) -> None:
+    learned = [m.get("train") is not False for m in messages if m["role"] == "assistant"]
+    if not any(learned[-1:] if loss_on == "last_assistant" else learned):
+        raise RefusedValue(
+            "holds no assistant message" + (" that is to be learned" if learned else ""),
+            why="there is nothing to learn from",
+            fix="give a list of {role, content} objects with at least one role 'assistant'",
+        )
 
 
 def load_sft(config: SftDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> SftSet:
@@ -179,12 +205,8 @@ def load_sft(config: SftDataSection, tokenizer: PreTrainedTokenizerBase, *, seed
     data = read_sources(config.train, seed=seed)
     found = SftSet(data, config, tokenizer)
     require_template(tokenizer, found.style)
-    if config.prompt_key is not None and config.response_key is not None:
-        keys = {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
-    elif config.format == "text":
-        keys = {config.text_key: "data.text_key"}
-    else:
-        keys = {config.messages_key: "data.messages_key"}
     for part, source in zip(data.parts(), data.sources):
-        require_one_schema(data.rows[part.start : part.stop], keys, source=source.source)
+        rows = data.rows[part.start : part.stop]
+        require_one_schema(rows, columns(rows[0], config), source=source.source)
+    require_rows(data, found.read)
     return found if config.over_long == "refuse" else found.fit()

@@ -1,0 +1,143 @@
+"""Reads what rows hold as prompts and conversations that a chat template can show: every row of every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.data.chat import CHAT, Style, as_messages, lost_turn, turn_markers
+from hybridflow.data.messages import Messages, RefusedValue, check_text, kind_of, read_messages
+from hybridflow.data.sources import RowSet
+from hybridflow.errors import UserError
+
+_KINDS_TOLD = 5
+
+
+class ConversationReader:
+    """Reads the conversations of rows, and holds them to what a tokenizer's chat template can show.
+
+    Args:
+        tokenizer: with a template.
+        style: how rows become text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> None:
+        self.tokenizer, self.style = tokenizer, style
+        self._template = str(tokenizer.chat_template or "")
+        self.markers = turn_markers(tokenizer, style)
+        self._lost: dict[tuple[str, ...], int | None] = {}
+
+    def read(self, value: object, *, empty_answers: bool = False) -> Messages:
+        """Reads one message or several; see `messages.read_messages`.
+
+        Raises:
+            RefusedValue: they cannot be rendered as they stand.
+        """
+        return read_messages(value, template=self._template, markers=self.markers, empty_answers=empty_answers)
+
+    def whole(self, messages: Messages) -> Messages:
+        """Returns a conversation of which the template shows every turn.
+
+        Raises:
+            RefusedValue: it would leave one out.
+        """
+        known = as_messages(messages, self.style)
+        if any(message.keys() - {"role", "content", "train"} for message in known):
+            return messages  # what else the template wants of such turns is not known
+        roles = tuple(str(message["role"]) for message in known)
+        if roles not in self._lost:
+            self._lost[roles] = lost_turn(self.tokenizer, roles, self.style)
+        lost = self._lost[roles]
+        if lost is not None:
+            own = " (data.system_prompt)" if len(known) > len(messages) and lost == 0 else ""
+            raise RefusedValue(
+                f"has a turn of {roles[lost]!r}{own} that the chat template leaves out",
+                detail=f"the roles are {', '.join(roles)}",
+                why="the model would not see it, in training or in use",
+                fix="put its text into a turn that the template writes, or use a model whose template has the role",
+            )
+        return messages
+
+    def prompt(self, value: object) -> Messages:
+        """Reads a prompt: messages that end where an answer begins.
+
+        Raises:
+            RefusedValue: it is no such thing.
+        """
+        messages = self.whole(self.read(value))
+        if messages[-1]["role"] == "assistant":
+            raise RefusedValue(
+                "ends in an assistant's turn",
+                why="the chat template would close that turn and open another one after it",
+                fix="end the prompt with a turn of the user or a tool; of a whole conversation take what is before the "
+                "answer",
+            )
+        return messages
+
+    def text(self, value: object) -> str:
+        """Reads a text that is tokenised as it is (``data.format=text``).
+
+        Raises:
+            RefusedValue: it is none, or cannot be tokenised.
+        """
+        if not isinstance(value, str):
+            raise RefusedValue(
+                f"is {kind_of(value)}, not a string (data.format is text)",
+                fix="give a text, or leave data.format at chat",
+            )
+        return check_text(value)
+
+
+class RowError(UserError):
+    """A mistake in a row.
+
+    Args:
+        column: where it is; "" for the row as a whole.
+        source: the source of the row.
+        number: of the row in it.
+        refused: what is wrong.
+    """
+
+    def __init__(self, column: str, source: str, number: int, refused: RefusedValue, *, also: str = "") -> None:
+        self.column, self.source, self.number, self.refused = column, source, number, refused
+        place = f"{column} of row {number} of {source}" if column else f"row {number} of {source}"
+        super().__init__(f"{place} {refused}{also}", why=refused.why, fix=refused.fix)
+
+
+@contextmanager
+def reading(data: RowSet, index: int, column: str) -> Iterator[None]:
+    """Names the row and the column of a value that is refused inside."""
+    try:
+        yield
+    except RefusedValue as refused:
+        raise RowError(column, *data.place(index), refused) from None
+
+
+def require_rows(data: RowSet, reads: Callable[[int], object]) -> None:
+    """Reads every row before anything starts, and tells all kinds of mistakes in one error.
+
+    Raises:
+        UserError: what is wrong with the first row of each kind, and how many there are.
+    """
+    found: dict[tuple[str, str], list[RowError]] = {}
+    for i in range(len(data.rows)):
+        try:
+            reads(i)
+        except RowError as error:
+            found.setdefault((error.column, error.refused.what), []).append(error)
+    if not found:
+        return
+    first, *others = ((errors[0], len(errors)) for errors in found.values())
+    more = [_told(e, count) for e, count in others[:_KINDS_TOLD]]
+    also = f"; so {_are(first[1] - 1)}" * (first[1] > 1) + "".join(f"\n  also: {line}" for line in more)
+    raise RowError(first[0].column, first[0].source, first[0].number, first[0].refused, also=also)
+
+
+def _told(error: RowError, count: int) -> str:
+    return error.what + f"; so {_are(count - 1)}" * (count > 1)
+
+
+def _are(count: int) -> str:
+    return f"is {count} other row" if count == 1 else f"are {count} other rows"
