@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.rewards import RewardModelSection
 from hybridflow.config.sections import EvalConfig, RlConfig
-from hybridflow.data.chat import Messages
+from hybridflow.data.messages import Messages
 from hybridflow.data.preference import last_read, readings, use_template
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
