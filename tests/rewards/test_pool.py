@@ -433,7 +433,7 @@ time.sleep(600)
         ("def scor(response): return 1.0", "has no function 'score'"),
         ("def score(answer): return 1.0", "wants 'answer'"),
         ("import os\nos._exit(5)", "a reward process ended with exit code 5 while it loaded"),
-        ("import sys\nsys.exit(5)", "a reward process cannot load .*SystemExit"),
+        ("import sys\nsys.exit(5)", "cannot be imported .*SystemExit: 5"),
         ("def score(response, weight): return 1.0", "wants 'weight'"),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.data.files import read_file
 from hybridflow.data.hub import is_hub_name, read_hub
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, nearest, raised
 
 Row: TypeAlias = dict[str, Any]
 # What people call these columns, the most telling first; for the hint that names the setting.
@@ -172,9 +172,7 @@ def _call(source: str, function: Callable[..., Any], seed: int) -> list[Row]:
     try:
         return [_plain(row) for row in (function(seed=seed) if takes_seed else function())]
     except Exception as error:
-        raise UserError(
-            f"{source} raised {type(error).__name__}: {error}", fix="make it return a list of dicts"
-        ) from error
+        raise UserError(f"{source} raised {raised(error)}", fix="make it return a list of dicts") from error
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from hybridflow.config.data import SourceSection
 from hybridflow.config.locate import load_function
 from hybridflow.data.rows import Row, read_rows, uneven_columns
 from hybridflow.data.sampler import Order, Sampler
-from hybridflow.errors import UserError
+from hybridflow.errors import UserError, raised
 
 Sources: TypeAlias = str | Sequence[SourceSection]
 
@@ -122,7 +122,7 @@ def _users_order(reference: str, rows: Sequence[Row], seed: int) -> Order:
         try:
             places = [int(place) for place in function(**{n: v for n, v in given.items() if n in parameters})]
         except Exception as error:
-            raise UserError(f"data.order {reference} raised {type(error).__name__}: {error}") from error
+            raise UserError(f"data.order {reference} raised {raised(error)}") from error
         if sorted(places) != list(range(len(part))):
             raise UserError(
                 f"data.order {reference} returned {len(places)} places that are not an order of {len(part)} rows",

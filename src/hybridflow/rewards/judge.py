@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hybridflow.config.locate import load_function
 from hybridflow.config.rewards import JudgeSection, RewardPoolSection
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, nearest, raised
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Answers, Score
 from hybridflow.rewards.limits import CallFailed, LimitedClient
@@ -141,7 +141,7 @@ class Judging:
             value = self._parser(verdict.text)
         except Exception as error:
             raise NoVerdict(
-                f"{self.section.parser} raised {type(error).__name__}: {error}, reading {_tail(verdict.text)}", "raised"
+                f"{self.section.parser} raised {raised(error)}, reading {_tail(verdict.text)}", "raised"
             ) from error
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)

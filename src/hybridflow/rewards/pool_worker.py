@@ -136,7 +136,7 @@ def _load(channel: Channel) -> tuple[dict[str, RewardFunction], float, list[Any]
         raise EOFError from error
     except (Exception, SystemExit) as error:
         names = ", ".join(spec.reference for spec in functions.values())
-        what = f"a reward process cannot load {names}: {type(error).__name__}: {error}"
+        what = f"a reward process cannot load {names}: {raised(error)}"
         channel.send(("broken", what, traceback.format_exc(limit=-3), ""))
         raise EOFError from error
     channel.send(("ready", {name: (f.whole_group, f.is_async) for name, f in loaded.items()}))

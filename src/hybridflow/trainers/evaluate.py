@@ -13,7 +13,7 @@ from typing import Any
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections import EvalSection
 from hybridflow.data.prompts import Prompt, PromptSet
-from hybridflow.errors import UserError
+from hybridflow.errors import UserError, raised
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Grader, Request, Result, RolloutEngine, Sampling, Score
 from hybridflow.rollout.groups import FailurePolicy, require_finite, total
@@ -195,7 +195,7 @@ def vote_in(response: str, reference: str | None) -> str:
         return str(function(response))
     except Exception as error:
         raise UserError(
-            f"eval.answer {reference} raised {type(error).__name__}: {error}",
+            f"eval.answer {reference} raised {raised(error)}",
             why=f"it was given {response[:200]!r}",
             fix="make it return the answer in a response as text, and something such as '' where there is none",
         ) from error
