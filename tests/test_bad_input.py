@@ -360,8 +360,8 @@ def test_resume_never(done: Path, capsys: Output) -> None:
         ("run.seed=4", "run.seed was 3, is 4"),
         ("train.prompts_per_step=4", "train.prompts_per_step was 2, is 4"),
         ("train.samples_per_prompt=3", "train.samples_per_prompt was 2, is 3"),
-        ("model.lora.rank=2", "model.lora.rank was None, is 2"),
-        ("data.order=sequential", "data.order was 'shuffled', is 'sequential'"),
+        ("model.lora.rank=2", "model.lora.rank was unset, is 2"),
+        ("data.order=sequential", "data.order was shuffled, is sequential"),
         (f"data.train={CARRY}:problems", "data.train was "),
     ],
 )

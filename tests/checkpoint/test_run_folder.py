@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -76,10 +77,10 @@ def test_the_configuration_is_kept_resolved(tmp_path: Path) -> None:
     ("key", "value", "shown"),
     [
         ("run.seed", 2, "run.seed was 1, is 2"),
-        ("model.path", "other", "model.path was 'm', is 'other'"),
-        ("model.lora", {"rank": 8, "alpha": 16}, "model.lora.alpha was None, is 16, model.lora.rank was None, is 8"),
-        ("data.train", "u", "data.train was 't', is 'u'"),
-        ("data.shuffle", False, "data.shuffle was True, is False"),
+        ("model.path", "other", "model.path was m, is other"),
+        ("model.lora", {"rank": 8, "alpha": 16}, "model.lora.alpha was unset, is 16, model.lora.rank was unset, is 8"),
+        ("data.train", "u", "data.train was t, is u"),
+        ("data.shuffle", False, "data.shuffle was true, is false"),
         ("train.prompts_per_step", 3, "train.prompts_per_step was 2, is 3"),
         ("train.samples_per_prompt", 2, "train.samples_per_prompt was 4, is 2"),
     ],
@@ -115,7 +116,7 @@ def test_a_start_that_failed_before_anything_was_recorded_does_not_bind(tmp_path
         for name in ("journal", "checkpoints"):
             (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / "journal/step-000001.jsonl").touch()
-    with pytest.raises(UserError, match=r"model\.path was 'mended', is 'm'"):
+    with pytest.raises(UserError, match=r"model\.path was mended, is m"):
         RunFolder(tmp_path, CONFIG, resume="auto")
 
 
@@ -137,3 +138,65 @@ def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomically(tmp_path / "a.txt", "three \ud800")
     assert (tmp_path / "a.txt").read_text() == "two"
+
+
+def moved_run(tmp_path: Path) -> dict[str, Any]:
+    """A run that was begun with a model's folder and rows, both of which have moved since; its configuration then."""
+    for name in ("config.json", "a.safetensors"):
+        (tmp_path / "old/m").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "old/m" / name).write_text(f"{name}\n" * 20_000)
+    (tmp_path / "old/rows.jsonl").write_text("{}\n" * 9)
+    (tmp_path / "old/f.py").write_text("def order(rows): ...\n")
+    data = {
+        "train": [{"source": str(tmp_path / "old/rows.jsonl"), "weight": 2.0}],
+        "order": f"{tmp_path}/old/f.py:order",
+    }
+    config = CONFIG | {"model": {"path": str(tmp_path / "old/m")}, "data": data}
+    with RunFolder(tmp_path / "run", config, resume="auto") as folder:
+        folder.keep_config()
+    (tmp_path / "run/metrics.jsonl").touch()
+    (tmp_path / "old").rename(tmp_path / "new")
+    now: dict[str, Any] = json.loads(json.dumps(config).replace(f"{tmp_path}/old", f"{tmp_path}/new"))
+    return now
+
+
+def test_files_that_have_moved_are_known_by_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = moved_run(tmp_path)
+    RunFolder(tmp_path / "run", now, resume="auto").close()
+    monkeypatch.chdir(tmp_path / "new")
+    elsewhere = json.loads(json.dumps(now).replace(f"{tmp_path}/new/", ""))
+    with RunFolder(tmp_path / "run", elsewhere, resume="auto") as folder:
+        folder.keep_config()
+    RunFolder(tmp_path / "run", now, resume="auto").close()
+    monkeypatch.chdir(tmp_path)  # a name beside nothing is not what it was
+    (tmp_path / "run/files.json").unlink()
+    with pytest.raises(UserError, match=r"data\.order was f\.py:order, is ") as caught:
+        RunFolder(tmp_path / "run", now, resume="auto")
+    assert f"data.train was rows.jsonl (weight 2), is {tmp_path}/new/rows.jsonl (weight 2)" in caught.value.what
+    assert "where files have only moved, set run.resume=moved" in caught.value.fix
+    RunFolder(tmp_path / "run", now, resume="moved").close()
+
+
+@pytest.mark.parametrize("file", ["m/config.json", "m/a.safetensors", "rows.jsonl", "f.py"])
+def test_other_files_in_another_place_are_refused(file: str, tmp_path: Path) -> None:
+    now = moved_run(tmp_path)
+    with (tmp_path / "new" / file).open("r+") as stream:
+        stream.write("#")
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        RunFolder(tmp_path / "run", now, resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.order", "shuffled"),
+        ("data.train", [{"source": "x", "weight": 1.0}]),
+        ("run.seed", 9),
+        ("data.order", None),
+    ],
+)
+def test_moved_is_for_files_alone(key: str, value: Any, tmp_path: Path) -> None:
+    now = moved_run(tmp_path)
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError, match=key):
+        RunFolder(tmp_path / "run", now | {section: now[section] | {name: value}}, resume="moved")

@@ -162,6 +162,24 @@ def test_what_is_no_key_is_answered_in_a_few_words(word: str) -> None:
     assert len(caught.value.fix) < 400 and caught.value.fix and "nothing" not in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("eval.every", "; for never, none or all use 0"),
+        ("checkpoint.every", "; for never, none or all use 0"),
+        ("rollout.top_k", "; for never, none or all use 0"),
+        ("eval.max_rows", "; for no limit leave it out, or write null"),
+        ("engine.shard_size", "; for no limit leave it out, or write null"),
+        ("checkpoint.keep", "(it is -1)"),
+    ],
+)
+def test_minus_one_is_told_what_stands_for_it(key: str, said: str) -> None:
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError) as caught:
+        validate(RlConfig, {**RL, section: {name: -1}})
+    assert caught.value.what.endswith(said) and key in caught.value.what
+
+
 # --- which command a file is for ---
 
 

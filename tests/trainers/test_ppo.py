@@ -214,7 +214,7 @@ def test_a_run_does_not_go_on_with_another_kind_of_critic(tmp_path: Path, capsys
     config = ppo(tmp_path)
     succeed(capsys, "train", config, "train.steps=2")
     said = mistake(capsys, "train", config, "critic={shared_trunk: true}")
-    assert "holds a run with other settings: critic.shared_trunk was False, is True" in said
+    assert "holds a run with other settings: critic.shared_trunk was false, is true" in said
 
 
 def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from hybridflow.checkpoint.named_files import PATH_KEYS, content_of, same_files
 from hybridflow.errors import UserError
 
+FILES = "files.json"  # what is in the files that the configuration names
 STEP = "model-step"  # the step that model/ has the weights of
 
 # A run whose data order or shapes change is another run; its journal and sampler would not fit.
@@ -28,7 +31,8 @@ class RunFolder:
     Args:
         path: the folder; made if absent.
         config: the resolved configuration, plain values; `keep_config` writes it into config.yaml.
-        resume: "auto" goes on in a folder that has a run, "never" refuses it.
+        resume: "auto" goes on in a folder that has a run, "never" refuses it; "moved" goes on with files that are
+            elsewhere now.
 
     Raises:
         UserError: another process has the folder, the folder may not be resumed, or holds a run with other fixed keys.
@@ -45,7 +49,7 @@ class RunFolder:
                     f"{path} already holds a run, and run.resume is never",
                     fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
                 )
-            self.changed = changed_settings(path, config)
+            self.changed = changed_settings(path, config, moved=resume == "moved")
         except BaseException:
             os.close(self._lock)
             raise
@@ -62,6 +66,7 @@ class RunFolder:
         """Writes ``config.yaml``: the run goes on with these settings, or begins. A model that is there is old then."""
         (self.path / STEP).unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        write_atomically(self.path / FILES, json.dumps(content_of(flatten(self.config)), indent=1) + "\n")
 
     def exported_step(self) -> int | None:
         """See `exported_step`."""
@@ -98,8 +103,10 @@ class RunFolder:
         return lock
 
 
-def changed_settings(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_settings(path: Path, config: Mapping[str, Any], *, moved: bool = False) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ from those that the run in a folder had last, with what each was and is.
+
+    Files are the same, whatever they are called now, where the same is in them; or where `moved` says so.
 
     Raises:
         UserError: keys are among them that a run has for good, or config.yaml cannot be read.
@@ -116,14 +123,34 @@ def changed_settings(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[A
         ) from error
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     fixed = [k for k in changed if any(k == f or k.startswith(f + ".") for f in FIXED_KEYS)]
+    files = [k for k in fixed if k in PATH_KEYS]
+    if files:
+        known = json.loads((path / FILES).read_text(encoding="utf-8")) if (path / FILES).is_file() else {}
+        same = [k for k in files if same_files(before.get(k), now.get(k), known, moved=moved)]
+        fixed = [k for k in fixed if k not in same]
     if fixed:
-        shown = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in fixed)
+        shown = ", ".join(f"{k} was {_word(before.get(k))}, is {_word(now.get(k))}" for k in fixed)
+        moving = "; where files have only moved, set run.resume=moved" if set(fixed) <= set(PATH_KEYS) else ""
         raise UserError(
             f"{path} holds a run with other settings: {shown}",
             why="going on with them would mix two runs",
-            fix="choose another run.folder, or give the old values",
+            fix=f"choose another run.folder, or give the old values{moving}",
         )
     return {key: (before.get(key), now.get(key)) for key in changed}
+
+
+def _word(value: Any) -> str:
+    """A value as a configuration has it.
+
+    >>> _word([{"source": "a.jsonl", "weight": None}]), _word(True), _word(None)
+    ('a.jsonl', 'true', 'unset')
+    """
+    if isinstance(value, list) and all(isinstance(entry, dict) and "source" in entry for entry in value):
+        weights = [f" (weight {entry['weight']:g})" if entry.get("weight") is not None else "" for entry in value]
+        return " and ".join(f"{entry['source']}{weight}" for entry, weight in zip(value, weights))
+    if value is None or isinstance(value, str):
+        return "unset" if value is None else value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def exported_step(path: Path) -> int | None:

@@ -135,7 +135,9 @@ class AlgorithmSection(Section):
     preset: str = Field("grpo", description="Named choice of all the values below.")
     advantage: FunctionName = Field("grpo", description="Advantage estimator, or file.py:function.")
     normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount of a reward, per token that lies before it.")
+    gamma: float = Field(
+        1.0, ge=0, le=1, description="Discount: a reward that comes d tokens later counts gamma to the power of d."
+    )
     lam: float = Field(
         1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
     )
@@ -189,7 +191,10 @@ class AlgorithmSection(Section):
     correction: CorrectionSection = CorrectionSection()
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     clip_value: float | None = Field(
-        0.5, gt=0, description="How far the critic's values may usefully move in one step; unset (null): no bound."
+        0.5,
+        gt=0,
+        description="The value loss is clipped: values that move further than this within a step gain "
+        "nothing (PPO's value clip); unset (null): not clipped.",
     )
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss where the critic shares the trunk.")
     kl_reward_coef: float = Field(
@@ -197,7 +202,9 @@ class AlgorithmSection(Section):
     )
     kl_reward_estimator: str = Field("k1", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
     kl_controller: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="adaptive: kl_reward_coef is only the start, and led so that the divergence is kl_target."
+        "fixed",
+        description="fixed: kl_reward_coef stays as it is; adaptive: it begins there, and is raised or "
+        "lowered after every step to hold the divergence at kl_target.",
     )
     kl_target: float | None = Field(None, gt=0, description="Divergence that adaptive holds, in nats per token.")
     kl_horizon: PositiveInt = Field(

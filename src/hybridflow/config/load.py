@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from hybridflow.config.describe import keys_of
 from hybridflow.config.names import meaning
-from hybridflow.config.overrides import apply_override
+from hybridflow.config.overrides import annotation_at, apply_override
 from hybridflow.config.paths import home
 from hybridflow.config.section import HERE
 from hybridflow.config.sections import Section
@@ -95,7 +95,17 @@ def _explain(kind: type[BaseModel], error: dict[str, Any]) -> Iterator[str]:
     if not where or error["type"] == "value_error":
         yield f"{where}: {message}" if where else message
         return
-    yield f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r})"
+    yield f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r}){_instead_of_minus_one(error)}"
+
+
+def _instead_of_minus_one(error: dict[str, Any]) -> str:
+    """What says "never" or "all" here, for who writes -1 as other programs have it."""
+    if error["input"] not in (-1, "-1"):
+        return ""
+    if error["type"] == "greater_than_equal":
+        return "; for never, none or all use 0"
+    unset = type(None) in get_args(annotation_at([str(part) for part in error["loc"]]))
+    return "; for no limit leave it out, or write null" if unset else ""
 
 
 def _leaves(value: Any, where: str) -> Iterator[str]:

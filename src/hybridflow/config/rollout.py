@@ -60,7 +60,8 @@ class RolloutSection(Section):
         1.0,
         gt=0,
         le=1,
-        description="Sample among the likeliest tokens that make up this share; training scores the same.",
+        description="Sample among the fewest tokens whose probabilities add up to this; training computes "
+        "probabilities among the same tokens.",
     )
     top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
     min_p: float = Field(

@@ -39,9 +39,10 @@ class RunSection(Section):
 
     folder: WrittenPath = Field(description="Folder of the run: metrics, rollouts, journal, checkpoints, report.")
     seed: int = Field(0, ge=0, description="Seed of everything random: noise, data order, fresh weights.")
-    resume: Literal["auto", "never"] = Field(
+    resume: Literal["auto", "never", "moved"] = Field(
         "auto",
-        description="auto: go on where the folder's last checkpoint and journal end; never: refuse such a folder.",
+        description="auto: go on where the folder's last checkpoint and journal end; never: refuse such a folder; "
+        "moved: as auto, where files of the model and the data are elsewhere now and what is in them does not tell.",
     )
     threads: PositiveInt | None = Field(
         None, description="torch threads; unset leaves torch's own choice. Part of what makes a run repeat bit for bit."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
             "model.lora needs peft, which is not installed", fix="pip install 'hybridflow[lora]'"
         ) from error
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads an old name
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)

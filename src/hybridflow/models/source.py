@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hybridflow.errors import UserError
+from hybridflow.config.locate import is_function_reference
+from hybridflow.errors import UserError, typed
 
 MODELSCOPE = "modelscope://"
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # what is not weights
@@ -26,6 +27,27 @@ def is_hub_name(path: str) -> bool:
     return _NAME.fullmatch(path) is not None and not Path(path).exists()
 
 
+def model_at(path: str) -> str:
+    """Where the model is that a path names: a run's folder stands for the model that the run left in it.
+
+    Raises:
+        UserError: a run that has left none yet.
+    """
+    folder = Path(path)
+    if is_function_reference(path) or (folder / "config.json").is_file():
+        return path
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    steps = sorted(int(found.name[5:]) for found in folder.glob("checkpoints/step-*") if found.name[5:].isdigit())
+    if steps:
+        target = f"{path.rstrip('/')}-step-{steps[-1]}"
+        raise UserError(
+            f"the run in {path} has left no model yet: it is not done",
+            fix=f"write its newest checkpoint as a model, {typed('export', path, target)}, and give {target} instead",
+        )
+    return path
+
+
 def model_folder(path: str, *, weights: bool = True) -> Path:
     """The folder of a model in Hugging Face format; a name on a hub is fetched first, where it is not kept already.
 
@@ -36,7 +58,7 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: there is no such folder, or the name cannot be fetched.
     """
-    patterns = SMALL_FILES + WEIGHTS * weights
+    path, patterns = model_at(path), SMALL_FILES + WEIGHTS * weights
     if path.startswith(MODELSCOPE):
         return _from_modelscope(path.removeprefix(MODELSCOPE), patterns)
     if "://" in path:

@@ -17,8 +17,6 @@ import transformers
 
 from hybridflow import __version__
 from hybridflow.checkpoint.run_folder import make_folder, write_atomically
-from hybridflow.checkpoint.store import saved_steps
-from hybridflow.config.locate import is_function_reference
 from hybridflow.config.sections import EvalConfig, ModelSection
 from hybridflow.data.chat import render_prompt, require_template
 from hybridflow.data.prompts import load_prompts
@@ -55,7 +53,7 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
         torch.set_num_threads(config.run.threads)
     assert config.data.eval is not None
     began, folder = time.perf_counter(), Path(config.run.folder)
-    section = config.model.model_copy(update={"path": model_at(config.model.path)})
+    section = config.model
     model, tokenizer = load_trainable(section, seed=config.run.seed)
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
@@ -120,25 +118,6 @@ def evaluation_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"answers: {Path(result['settings']['run']['folder']) / 'answers.parquet'}"
 
 
-def model_at(path: str) -> str:
-    """Where the model is that a path names: a run's folder stands for the model that the run left in it.
-
-    Raises:
-        UserError: a run that has left none yet.
-    """
-    folder = Path(path)
-    if is_function_reference(path) or (folder / "config.json").is_file():
-        return path
-    if (folder / "model" / "config.json").is_file():
-        return str(folder / "model")
-    if saved_steps(folder / "checkpoints"):
-        raise UserError(
-            f"the run in {path} has left no model yet: it is not done",
-            fix=f"hybridflow export {path} FOLDER, and give that folder",
-        )
-    return path
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer of `hybridflow generate`.
@@ -197,7 +176,7 @@ def ask(
     ]:
         if not low <= value < math.inf:
             raise UserError(f"{name} is {value}, it must be at least {low}")
-    section = ModelSection(path=model_at(model_path), packing=packing, trust_remote_code=trust_remote_code)
+    section = ModelSection(path=model_path, packing=packing, trust_remote_code=trust_remote_code)
     model, tokenizer = load_trainable(section, seed=seed)
     require_template(tokenizer)
     model.to(pick_device())

@@ -24,7 +24,7 @@ from hybridflow.models.lora import load_trainable
 from hybridflow.rollout.groups import total
 from hybridflow.rollout.inline import require_room
 from hybridflow.rollout.sampling import check_sampling
-from hybridflow.trainers.ask import model_at, require_inline
+from hybridflow.trainers.ask import require_inline
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import sampling_for, vote_in
 from hybridflow.trainers.generation import describe_engine, training_sampling
@@ -90,8 +90,7 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
 def _outline(config: RlConfig | SftConfig | EvalConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without its weights; what a run would refuse when it loads it is refused now."""
     if isinstance(config, EvalConfig):
-        section = config.model.model_copy(update={"path": model_at(config.model.path)})
-        return load_trainable(section, seed=config.run.seed, outline=True)
+        return load_trainable(config.model, seed=config.run.seed, outline=True)
     return load_role(actor_role(config, 1) if isinstance(config, RlConfig) else sft_role(config, 1), outline=True)
 
 
