@@ -108,8 +108,9 @@ def test_humaneval_and_mbpp_rows_are_read_as_they_are_published() -> None:
         ([CHECK], {"extra_info": human_eval}),
     ):
         assert score(SUCCESSOR, truth, row, sandbox=SETTINGS)["score"] == 1
-        for wrong in (SUCCESSOR.replace("+", "-"), "", "def g(x): return x + 1"):
-            assert score(wrong, truth, row, sandbox=SETTINGS)["score"] == 0
+        assert score(SUCCESSOR.replace("+", "-"), truth, row, sandbox=SETTINGS)["score"] == 0
+    for wrong in ("", "def g(x): return x + 1", "def check(candidate): pass\ndef f(x): pass"):
+        assert score(wrong, human_eval, sandbox=SETTINGS)["score"] == 0
 
 
 def write_rows(folder: Path, truths: list[Any]) -> str:

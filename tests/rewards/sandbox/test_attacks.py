@@ -174,12 +174,20 @@ TRUTHS: dict[str, Any] = {
         "def check(candidate):\n    got = candidate(3)\n    assert got == 918273, str(got)\ncheck(f)",
     ],
 }
+# Goes through if any of these tests does: one pair of jails tries all of them.
+ANY = f"""
+def holds(test):
+    try: exec(test, {{}})
+    except Exception: return False
+    return True
+assert [test for test in {TRUTHS["asserts"]!r} if holds(test)]
+"""
 HONEST = "def f(x): return 306091 * x\nif __name__ == '__main__': print(f(int(input())))"
 
 
-@pytest.mark.parametrize("form", TRUTHS)
+@pytest.mark.parametrize("form", [*TRUTHS, "any"])
 def test_an_honest_program_passes(form: str) -> None:
-    assert score(HONEST, TRUTHS[form], sandbox=SETTINGS) == {
+    assert score(HONEST, TRUTHS.get(form, [ANY]), sandbox=SETTINGS) == {
         "score": 1.0,
         "passed": 1.0,
         "timeouts": 0.0,
@@ -189,7 +197,7 @@ def test_an_honest_program_passes(form: str) -> None:
 
 @pytest.mark.parametrize("name", [*ON_GRADER, *ON_TESTS])
 def test_the_grader_gives_nothing(name: str) -> None:
-    for form, truth in TRUTHS.items():
+    for form, truth in (TRUTHS | {"asserts": [ANY]}).items():
         given = score((ON_GRADER | ON_TESTS)[name], truth, sandbox=SETTINGS, partial=True)
         assert (given["score"], given["passed"]) == (0.0, 0.0), form
 
