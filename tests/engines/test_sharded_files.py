@@ -193,6 +193,9 @@ def test_a_local_engine_writes_in_the_background_what_nothing_live_is_read_for(k
     engine.save(made(tmp_path / "at once"))
     save_then_wreck(engine, made(tmp_path / "beside"))
     assert files_in(tmp_path / "beside") == files_in(tmp_path / "at once")
+    for config in tmp_path.glob("*/adapter/adapter_config.json"):  # names of modules, in no order of chance
+        names = json.loads(config.read_text())["target_modules"]
+        assert len(names) > 2 and names == sorted(names)
 
 
 @pytest.mark.parametrize("section", [FSDP2, FSDP1], ids=["fsdp2", "fsdp1"])

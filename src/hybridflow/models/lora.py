@@ -50,6 +50,9 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
                 f"model.lora.target_modules {lora.target_modules!r} does not fit the model: {error}",
                 fix=f"name linear layers, such as {', '.join(_linear_names(model))}, or all-linear",
             ) from error
+    own = adapted.peft_config["default"]
+    if isinstance(own.target_modules, set):
+        own.target_modules = sorted(own.target_modules)  # a set would be written in another order by every process
     _refuse_shared(adapted)
     return adapted
 
