@@ -6,11 +6,14 @@ The functions that it runs stand in `tests/on_ranks/`, because a process finds t
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,7 @@ class Ranks:
         self.size = size
         self.closed = False
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "transformers", "tiny"])
+        context = _server_of_forks()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -74,6 +76,19 @@ class Ranks:
                 answers[waited_for[pipe]] = _answer(pipe) if ready else (False, "it did not answer: does it wait?")
             failed = not all(ok for ok, _ in answers.values())
         return answers
+
+
+def _server_of_forks() -> ForkServerContext:
+    """Has ranks forked from a process that has imported what they run: each would take seconds for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["on_ranks.engines", "on_ranks.ulysses", "on_ranks.weights"])
+    own = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), own])  # it has no other way to find them
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = own
+    return context
 
 
 def _answer(pipe: Any) -> tuple[bool, Any]:

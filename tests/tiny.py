@@ -205,7 +205,7 @@ def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", 
 
 
 @functools.cache
-def sft_losses_and_model(steps: int = 80) -> tuple[list[float], PreTrainedModel]:
+def sft_losses_and_model(steps: int = 60) -> tuple[list[float], PreTrainedModel]:
     """A short supervised warm-up on the carry task: the loss of every step, and the model."""
     model, tokenizer = load_model(f"{CARRY}:tiny_qwen3", seed=0)
     data = load_sft(SftDataSection(train=f"{CARRY}:demonstrations", max_tokens=64), tokenizer, seed=0)
@@ -213,7 +213,7 @@ def sft_losses_and_model(steps: int = 80) -> tuple[list[float], PreTrainedModel]
     engine = LocalEngine(model, optim, total_steps=steps, tokens_per_microbatch=4096)
     losses = []
     for step in range(steps):
-        batch = data.batch(list(range(32 * step, 32 * (step + 1))))
+        batch = data.batch(list(range(16 * step, 16 * (step + 1))))
         batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=1)
         losses.append(engine.update(batch, Loss("cross_entropy")).metrics["actor/loss"])
     return losses, model
