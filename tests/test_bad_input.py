@@ -81,9 +81,6 @@ def test_a_configuration_file_that_is_none(command: str, tmp_path: Path, capsys:
     ("name", "content", "expected"),
     [
         ("gone.jsonl", None, ["no data file", "gone.jsonl", "fix: give a .jsonl or .parquet file"]),
-        ("empty.jsonl", b"", ["empty.jsonl has no rows"]),
-        ("rows.txt", b"a,b\n", ["unknown ending '.txt'", "fix: use .jsonl"]),
-        ("rows.parquet", b"no parquet", ["rows.parquet is no Parquet file"]),
         ("latin.jsonl", '{"a": "ö"}\n'.encode("latin-1"), ["latin.jsonl is not UTF-8", "in line 1", "fix: convert it"]),
         ("rows.py:mine", b"def mine(): return 1 / 0", ["mine raised ZeroDivisionError", "fix: make it return a list"]),
         ("none.py:mine", b"def mine(): pass", ["none.py:mine raised TypeError"]),

@@ -116,6 +116,12 @@ REFUSED = [
     ([{"role": "user", "text": "2+2"}], "has no content"),
     ([{"content": "2+2"}], "has no role"),
     ([{"from": "narrator", "value": "2+2"}], "from somebody unknown"),
+    ([{"role": "critic", "content": "2+2"}], "from somebody unknown"),
+    ([{"role": "usr", "content": "2+2"}], "from somebody unknown"),
+    ([{"role": "user", "content": "2\0+2"}], "holds a zero character"),
+    ("\0", "holds a zero character"),
+    ("<|user|>2+2", "holds '<|user|>'"),
+    ("<|system|>be brief", "holds '<|system|>'"),
     ([{"role": 7, "content": "2+2"}], "something else than a name"),
     ([{"role": "user", "from": "gpt", "content": "2"}], "has two roles"),
     ([{"role": "user", "content": "1", "value": "2"}], "both content and value"),
@@ -214,7 +220,6 @@ def test_turns_that_the_template_leaves_out_are_refused(tmp_path: Path) -> None:
     for role, lost in [
         ("system", [TALK[0], system[0], TALK[0]]),
         ("tool", [{"role": "tool", "content": "2"}, TALK[0]]),
-        ("critic", [TALK[0], {"role": "critic", "content": "1"}]),
     ]:
         with pytest.raises(RowError, match=f"has a turn of '{role}' that the chat template leaves out"):
             prompts(tokenizer, tmp_path, lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,32 +56,50 @@ def require_template(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) ->
 
 
 def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tuple[str, ...]:
-    """Returns the special tokens that the chat template writes around turns, and the end of sequence.
+    """Returns what the chat template writes around turns and no text may hold, and the end of sequence.
 
-    Tags of thinking and tools are not among them: rows may hold those on purpose.
+    These are special tokens and, for tokenizers that lack them, names in the form of special tokens. Tags of thinking
+    and tools are not among them: rows may hold those on purpose.
     """
     if style.format == "text" or not tokenizer.chat_template:
         return ()
-    try:
-        text = _apply(tokenizer, _probe(("user", "assistant")), style)
-    except UserError:  # a template for other conversations: its own words will be told where a row is rendered
-        text = ""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token or ""}
-    inside = (t for t in special if t in text and not re.search("think|tool", t))
+    text = ""
+    for roles in (("system", "user", "assistant"), ("user", "assistant")):
+        with suppress(UserError):  # a template for other conversations is told in its own words where a row is rendered
+            text += _apply(tokenizer, _probe(roles), style)
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(_MARKER.findall(text))
+    inside = (t for t in special if t in text and not re.search("think|tool|call|reason|answer", t))
     return tuple(sorted({*inside, tokenizer.eos_token or ""} - {""}))
 
 
-def lost_turn(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], style: Style = CHAT) -> int | None:
-    """Returns which of the turns of these roles the chat template leaves out without a word; None where it has all.
+_MARKER = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/INST\]")
+SHOWN = {"tool_calls", "reasoning_content"}  # keys of messages that hold text which the model should see
 
-    Found by rendering turns of one word each. A template that refuses such turns is told where a row is rendered.
+
+def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str | None:
+    """Returns what of such messages the chat template leaves out without a word; None where it has all.
+
+    Found by rendering the messages with one word in each. Of earlier thoughts a template may leave out what it will. A
+    template that refuses such turns is told where a row is rendered.
     """
-    probe = _probe(roles)
+    probe = [
+        {**message, "content": f"word{i}end" if message["content"].strip() else ""}
+        for i, message in enumerate(messages)
+    ]
+    answered = probe[-1]["role"] == "assistant"
+    if answered and "reasoning_content" in probe[-1]:
+        probe[-1]["reasoning_content"] = "thoughtend"
     try:
-        text = _apply(tokenizer, probe, style, add_generation_prompt=roles[-1] != "assistant")
-    except UserError:
+        text = _apply(tokenizer, probe, style, add_generation_prompt=not answered)
+    except (UserError, TypeError):
         return None
-    return next((i for i, message in enumerate(probe) if message["content"] not in text), None)
+    for message in probe:
+        if message["content"] not in text:
+            return f"a turn of {message['role']!r}"
+        calls = message.get("tool_calls")
+        if calls and "tool_calls" not in str(tokenizer.chat_template):
+            return "tool calls"
+    return "a thought (reasoning_content)" if probe[-1].get("reasoning_content", "") not in text else None
 
 
 def _probe(roles: Sequence[str]) -> Messages:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -73,8 +75,16 @@ def check_text(text: str, markers: Sequence[str] = ()) -> str:
     """Returns a text that can be tokenised as it stands.
 
     Raises:
-        RefusedValue: it has half of a surrogate pair, or holds what the chat template writes around turns.
+        RefusedValue: it has half of a surrogate pair or a zero character, or holds what the chat template writes around
+            turns.
     """
+    if "\0" in text:
+        raise RefusedValue(
+            "holds a zero character",
+            detail=f"at character {text.index(chr(0))}",
+            why="tokenizers drop it or end there, and files of rollouts cannot show it",
+            fix="clean the text: text.replace(chr(0), '')",
+        )
     if not text.isascii():
         try:
             text.encode()
@@ -93,6 +103,30 @@ def check_text(text: str, markers: Sequence[str] = ()) -> str:
                 fix="take it out of the text, or split the text into messages",
             )
     return text
+
+
+def check_truth(value: object) -> None:
+    """Holds a ground truth to what JSON can hold, at any depth.
+
+    Raises:
+        RefusedValue: it has a number that is none, bytes, or half of a surrogate pair.
+    """
+    if isinstance(value, str) and not value.isascii():
+        check_text(value.replace("\0", ""))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RefusedValue(
+            f"has {value} where a ground truth should be",
+            why="an empty field of a table becomes this, and no answer equals it",
+            fix="fill in the ground truth, or leave the row out",
+        )
+    elif isinstance(value, bytes):
+        raise RefusedValue("has bytes where a ground truth should be", fix="write it as text or numbers")
+    elif isinstance(value, Mapping):
+        for inside in value.values():
+            check_truth(inside)
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            check_truth(inside)
 
 
 def kind_of(value: object) -> str:
@@ -128,9 +162,14 @@ def _message(message: object, template: str) -> dict[str, Any]:
         raise RefusedValue("has no role", detail=keys)
     if roles[0] != roles[-1]:
         raise RefusedValue("has two roles", detail=f"{roles[0]} and {roles[-1]}", fix="keep one of role and from")
-    if "role" not in given and roles[0] not in STANDARD and not _named(roles[0], template):
-        known = ", ".join((*STANDARD, *ALIASES))
-        raise RefusedValue("is from somebody unknown", detail=repr(roles[0]), fix=f"rename it; known: {known}")
+    if roles[0] not in STANDARD and not _named(roles[0], template):
+        near = get_close_matches(roles[0].strip().lower(), STANDARD, n=1)
+        raise RefusedValue(
+            "is from somebody unknown",
+            detail=repr(roles[0]),
+            why="the chat template does not name this role, so it would write words that the model was never taught",
+            fix=f"did you mean {near[0]!r}?" if near else f"rename it; known: {', '.join((*STANDARD, *ALIASES))}",
+        )
     texts = [_text(given[key]) for key in ("content", "value") if key in given]
     if not texts and not (roles[0] == "assistant" and given.get("tool_calls")):
         raise RefusedValue("has no content", detail=keys, why="a template would render the turn empty, or stop")

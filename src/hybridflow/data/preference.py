@@ -156,7 +156,8 @@ class PreferenceSet:
             UserError: nothing is left.
         """
         c = self.config
-        differ = [i for i, row in enumerate(self.data.rows) if self._value(i, row, True) != self._value(i, row, False)]
+        pairs = (self.pair(i) for i in range(len(self)))
+        differ = [i for i, (a, b) in enumerate(pairs) if list(map(_words, a)) != list(map(_words, b))]
         alike = len(self) - len(differ)
         if not differ:
             raise UserError(
@@ -196,7 +197,7 @@ class PreferenceSet:
         if key is not None:
             given = column(row, key, source=source, index=number, setting="data.prompt_key")
             with reading(self.data, index, key):
-                prompt = self.reader.read(given)
+                prompt = self.reader.question(given)
         pair = []
         for key, chosen in ((c.chosen_key, True), (c.rejected_key, False)):
             value = self._value(index, row, chosen)

@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.data import PromptDataSection
 from hybridflow.data.chat import Style, as_messages, prompt_text, require_template, tokenize
-from hybridflow.data.messages import Messages, RefusedValue
+from hybridflow.data.messages import Messages, RefusedValue, check_truth
 from hybridflow.data.reader import ConversationReader, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
@@ -131,12 +131,15 @@ class PromptSet:
 
         Raises:
             UserError: a column is missing.
-            RowError: what the prompt's column holds is no prompt.
+            RowError: what the columns hold is no prompt, or no ground truth.
         """
         row, c = self.data.rows[index], self.config
         source, number = self.data.place(index)
         value = column(row, c.prompt_key, source=source, index=number, setting="data.prompt_key")
-        truth = column(row, truth_key(row, c), source=source, index=number, setting="data.ground_truth_key")
+        key = truth_key(row, c)
+        truth = column(row, key, source=source, index=number, setting="data.ground_truth_key")
+        with reading(self.data, index, key):
+            check_truth(truth)
         with reading(self.data, index, c.prompt_key):
             prompt = self.reader.prompt(value) if c.format == "chat" else self.reader.text(value)
             if not prompt:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.data.chat import CHAT, Style, as_messages, lost_turn, turn_markers
+from hybridflow.data.chat import CHAT, SHOWN, Style, as_messages, lost_turn, turn_markers
 from hybridflow.data.messages import Messages, RefusedValue, check_text, kind_of, read_messages
 from hybridflow.data.sources import RowSet
 from hybridflow.errors import UserError
@@ -27,7 +27,7 @@ class ConversationReader:
         self.tokenizer, self.style = tokenizer, style
         self._template = str(tokenizer.chat_template or "")
         self.markers = turn_markers(tokenizer, style)
-        self._lost: dict[tuple[str, ...], int | None] = {}
+        self._lost: dict[tuple[tuple[str, ...], ...], str | None] = {}
 
     def read(self, value: object, *, empty_answers: bool = False) -> Messages:
         """Reads one message or several; see `messages.read_messages`.
@@ -44,19 +44,17 @@ class ConversationReader:
             RefusedValue: it would leave one out.
         """
         known = as_messages(messages, self.style)
-        if any(message.keys() - {"role", "content", "train"} for message in known):
-            return messages  # what else the template wants of such turns is not known
-        roles = tuple(str(message["role"]) for message in known)
-        if roles not in self._lost:
-            self._lost[roles] = lost_turn(self.tokenizer, roles, self.style)
-        lost = self._lost[roles]
+        shape = tuple((m["role"], "content" * bool(m["content"].strip()), *sorted(m.keys() & SHOWN)) for m in known)
+        if shape not in self._lost:
+            self._lost[shape] = lost_turn(self.tokenizer, known, self.style)
+        lost = self._lost[shape]
         if lost is not None:
-            own = " (data.system_prompt)" if len(known) > len(messages) and lost == 0 else ""
+            own = " (data.system_prompt)" if len(known) > len(messages) and lost.endswith("'system'") else ""
             raise RefusedValue(
-                f"has a turn of {roles[lost]!r}{own} that the chat template leaves out",
-                detail=f"the roles are {', '.join(roles)}",
+                f"has {lost}{own} that the chat template leaves out",
+                detail=f"the roles are {', '.join(str(m['role']) for m in known)}",
                 why="the model would not see it, in training or in use",
-                fix="put its text into a turn that the template writes, or use a model whose template has the role",
+                fix="put its text into a turn that the template writes, or use a model whose template has it",
             )
         return messages
 
@@ -66,7 +64,15 @@ class ConversationReader:
         Raises:
             RefusedValue: it is no such thing.
         """
-        messages = self.whole(self.read(value))
+        return self.whole(self.question(value))
+
+    def question(self, value: object) -> Messages:
+        """Reads what comes before an answer, in a prompt or in a longer conversation.
+
+        Raises:
+            RefusedValue: it is no such thing, or ends in an answer already.
+        """
+        messages = self.read(value)
         if messages[-1]["role"] == "assistant":
             raise RefusedValue(
                 "ends in an assistant's turn",

@@ -169,8 +169,10 @@ class SftSet:
             value = self._value(index, key, setting)
             with reading(self.data, index, key):
                 answer = isinstance(value, str) and setting == "data.response_key"
-                messages += self.reader.read([{"role": "assistant", "content": value}] if answer else value)
-                if setting != "data.prompt_key":
+                if setting == "data.prompt_key":
+                    messages += self.reader.question(value)
+                else:
+                    messages += self.reader.read([{"role": "assistant", "content": value}] if answer else value)
                     _require_learned(self.reader.whole(messages), c.loss_on)
         return messages
 

@@ -19,7 +19,9 @@ from hybridflow import __version__
 from hybridflow.checkpoint.run_folder import make_folder, write_atomically
 from hybridflow.config.sections import EvalConfig, ModelSection
 from hybridflow.data.chat import render_prompt, require_template
+from hybridflow.data.messages import RefusedValue
 from hybridflow.data.prompts import load_prompts
+from hybridflow.data.reader import ConversationReader
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.models.load import context_of, stop_ids
@@ -165,8 +167,8 @@ def ask(
         trust_remote_code: see ``model.trust_remote_code``.
 
     Raises:
-        UserError: the model cannot be loaded, a prompt is longer than its context, or the model's numbers are not
-            finite.
+        UserError: the model cannot be loaded, a prompt cannot be rendered or is longer than its context, or the model's
+            numbers are not finite.
     """
     for name, value, low in [
         ("--max-tokens", 1 if max_tokens is None else max_tokens, 1),
@@ -181,9 +183,12 @@ def ask(
     require_template(tokenizer)
     model.to(pick_device())
     stops, context = stop_ids(model, tokenizer), context_of(model) or math.inf
-    requests = []
+    reader, requests = ConversationReader(tokenizer), []
     for i, prompt in enumerate(prompts):
-        ids = tuple(render_prompt(tokenizer, prompt)[1])
+        try:
+            ids = tuple(render_prompt(tokenizer, reader.prompt(prompt))[1])
+        except RefusedValue as refused:
+            raise UserError(f"prompt {i + 1} {refused}", why=refused.why, fix=refused.fix) from None
         limit = int(min(DEFAULT_TOKENS, context - len(ids))) if max_tokens is None else max_tokens
         if len(ids) + limit > context or limit < 1:
             raise UserError(

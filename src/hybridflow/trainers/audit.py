@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridflow.config.data import PromptDataSection
 from hybridflow.config.rewards import SPECIAL, RewardPoolSection, SandboxSection
+from hybridflow.data.messages import RefusedValue, read_messages
 from hybridflow.data.rows import Row, column, read_rows
 from hybridflow.errors import UserError, nearest
 from hybridflow.protocols import Grader
@@ -148,9 +149,13 @@ def _case_set(rows: AuditRows | None, grader: Grader, kwargs: Mapping[str, Any],
 
 def _question(row: Row, rows: AuditRows, index: int) -> str:
     value = column(row, rows.prompt_key, source=rows.source, index=index, setting="--prompt-key")
-    if isinstance(value, str):
-        return value
-    return "\n".join(str(message.get("content", "")) for message in value)
+    try:
+        messages = read_messages(value)
+    except RefusedValue as refused:
+        raise UserError(
+            f"{rows.prompt_key} of row {index} of {rows.source} {refused}", why=refused.why, fix=refused.fix
+        ) from None
+    return "\n".join(message["content"] for message in messages)
 
 
 def _truth(row: Row, rows: AuditRows, index: int) -> Any:
