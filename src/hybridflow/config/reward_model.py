@@ -121,7 +121,8 @@ class RewardModelConfig(Section):
         if t.tokens_per_microbatch <= self.data.max_tokens:
             raise ValueError(
                 f"train.tokens_per_microbatch is {t.tokens_per_microbatch}, but one conversation can have "
-                f"data.max_tokens = {self.data.max_tokens}, and one more token where it is read"
+                f"data.max_tokens = {self.data.max_tokens}, and one more token where it is read; set it to "
+                f"{self.data.max_tokens + 1} or more, or lower data.max_tokens"
             )
         return self
 

@@ -223,6 +223,11 @@ class RewardSection(Section):
         "as reward/failures either way.",
     )
     failure_value: Worth = Field(0.0, description="The reward of a failed answer, for on_failure=value.")
+    keep_special_tokens: bool = Field(
+        False,
+        description="Whether rewards see the special tokens of an answer as text, such as <think> where the tokenizer "
+        "has it as one. Those that end an answer they never see.",
+    )
     pool: RewardPoolSection = RewardPoolSection()
     sandbox: SandboxSection = SandboxSection()
     model: RewardModelSection | None = Field(None, description="The reward model, for function=model.")

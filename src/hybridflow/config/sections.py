@@ -61,7 +61,7 @@ class LoraSection(Section):
     rank: PositiveInt = Field(8, description="Rank of the adapter matrices.")
     alpha: PositiveFloat = Field(16, description="Scale: the adapter's output is multiplied by alpha / rank.")
     target_modules: str | list[str] = Field(
-        "all-linear", description="Modules that get adapters: names, or all-linear."
+        "all-linear", description="Modules that get adapters: ends of their paths, such as q_proj, or all-linear."
     )
 
 
@@ -338,7 +338,8 @@ class RlConfig(Section):
             if room < longest:
                 raise ValueError(
                     f"{key} is {room}, but one sequence can have {longest} tokens (data.max_prompt_tokens "
-                    f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens})"
+                    f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens}); "
+                    f"set {key}={longest} or more, or lower one of the two limits"
                 )
         if self.data.train is None:
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
@@ -379,7 +380,8 @@ class SftConfig(Section):
         if self.train.tokens_per_microbatch < self.data.max_tokens:
             raise ValueError(
                 f"train.tokens_per_microbatch is {self.train.tokens_per_microbatch}, but one conversation can have "
-                f"data.max_tokens = {self.data.max_tokens}"
+                f"data.max_tokens = {self.data.max_tokens}; set it to {self.data.max_tokens} or more, or lower "
+                "data.max_tokens"
             )
         return self
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
@@ -15,6 +16,16 @@ from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.jsonl import MetricsFile
 from hybridflow.tracking.tensorboard import TensorBoardTracker
 from hybridflow.tracking.wandb import WandbTracker
+
+_INSTALL = "pip install 'hybridflow[{}]'"
+_GOES_ON = "training goes on, and metrics.jsonl has everything"
+
+
+def not_installed(config: TrackSection) -> Iterator[str]:
+    """Says which trackers are asked for and cannot be started, as a run says it."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            yield f"warning: {name}: not available; install it with: {_INSTALL.format(name)}; {_GOES_ON}"
 
 
 class Tracker(Protocol):
@@ -138,7 +149,7 @@ class Trackers:
         try:
             self._active[name] = make()
         except ImportError as error:
-            self._warn(name, f"not available ({error}); install it with: pip install 'hybridflow[{name}]'")
+            self._warn(name, f"not available ({error}); install it with: {_INSTALL.format(name)}")
         except Exception as error:
             self._switch_off(name, error)
 
@@ -152,4 +163,4 @@ class Trackers:
 
     def _warn(self, name: str, text: str) -> None:
         self.events.append("warning", f"{name}: {text}")
-        self.note(f"warning: {name}: {text}; training goes on, and metrics.jsonl has everything")
+        self.note(f"warning: {name}: {text}; {_GOES_ON}")

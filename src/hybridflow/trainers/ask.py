@@ -33,6 +33,7 @@ from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import inline_engine, training_sampling
 from hybridflow.trainers.rewarding import check_rows, data_sources, failure_policy, make_grader
+from hybridflow.trainers.special import answer_decoder
 
 DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
 
@@ -60,7 +61,7 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     model.to(pick_device(config.run.device))
     prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
     check_rows(config, prompts)
-    limit = config.rollout.max_response_tokens
+    limit, stops = config.rollout.max_response_tokens, stop_ids(model, tokenizer)
     make_folder(folder)
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(
@@ -69,8 +70,8 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
             grader,
             failure_policy(config.reward),
             config.eval,
-            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            sampling=sampling_for(config.eval, training_sampling(config.rollout, stop_ids(model, tokenizer))),
+            decode=answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
+            sampling=sampling_for(config.eval, training_sampling(config.rollout, stops)),
             seed=config.run.seed,
             note=note,
         )
@@ -198,7 +199,7 @@ def ask(
             )
         asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
         requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
-    for i, result in enumerate(generate(inline_engine(model, tokenizer), requests)):
+    for i, result in enumerate(generate(inline_engine(model, tokenizer, stop=sampling.stop), requests)):
         require_finite([result], f"prompt {i // samples + 1}", "--temperature")
         text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
         yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Set
-from contextlib import closing
 from pathlib import Path
 
 from transformers.modeling_utils import PreTrainedModel
@@ -14,35 +12,27 @@ from hybridflow.config.algorithms import ADVANTAGES
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
-from hybridflow.data.prompts import PromptSet, load_prompts
+from hybridflow.data.prompts import load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError, nearest
 from hybridflow.models.load import longest_trainable, stop_ids
 from hybridflow.models.lora import load_trainable
-from hybridflow.rollout.groups import total
 from hybridflow.rollout.inline import require_room
 from hybridflow.rollout.sampling import check_sampling
+from hybridflow.tracking.trackers import not_installed
 from hybridflow.trainers.ask import require_inline
 from hybridflow.trainers.critic import check_companions
 from hybridflow.trainers.evaluate import sampling_for, vote_in
 from hybridflow.trainers.generation import describe_engine, training_sampling
 from hybridflow.trainers.placing import describe_placement
-from hybridflow.trainers.rewarding import (
-    JUDGE,
-    MODEL,
-    answers_to,
-    check_rows,
-    data_sources,
-    first_of_each,
-    make_grader,
-    require_score,
-    score_all,
-)
 from hybridflow.trainers.roles import actor_role, load_role, sft_role
 from hybridflow.trainers.session import total_steps
 from hybridflow.trainers.sft import require_rows_in_context
+from hybridflow.trainers.special import advice_on_ends, advice_on_tokens, reader
+from hybridflow.trainers.trial import try_reward
+from hybridflow.trainers.verl_defaults import differences_from_verl, is_verl_row
 
 MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
 MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
@@ -85,6 +75,7 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
         yield from _check_evaluation(config, model, tokenizer)
     if isinstance(config, RlConfig):
         yield arithmetic(config, rows)
+        yield from not_installed(config.track)
 
 
 def _outline(config: RlConfig | SftConfig | EvalConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -175,66 +166,16 @@ def _check_prompts(
             "will look like progress"
         )
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
-    yield from _try_reward(config, prompts)
+    ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
+    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS)
+    if purpose == "training" or isinstance(config, EvalConfig):
+        for advice in advice_on_tokens(config, model, tokenizer, prompts[0]):
+            yield f"  advice: {advice}"
     if purpose == "training":
+        if isinstance(config, RlConfig) and is_verl_row(prompts.data.rows[0]):
+            yield from (f"  {line}" for line in differences_from_verl(config))
         prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
     return len(prompts), set(texts)
-
-
-def _try_reward(config: RlConfig | EvalConfig, prompts: PromptSet) -> Iterator[str]:
-    """Has the ground truth scored as an answer, for the first row of every data source."""
-    check_rows(config, prompts)
-    r = config.reward
-    loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
-    if r.judge is not None and r.judge.url is not None:
-        loaded.remove(JUDGE)
-    with closing(make_grader(config, None, data_sources(prompts), scoring=not loaded)) as grader:
-        grader.check()
-        first = [] if loaded else list(first_of_each(prompts, MAX_ROWS))
-        scores = score_all(grader, [answers_to(p, [_as_answer(p.ground_truth)]) for p in first])
-    if loaded:
-        yield f"  reward {_reward_name(config)}: its {' and '.join(loaded)} can be loaded; nothing was scored"
-    for prompt, (score,) in zip(first, scores):
-        require_score(score, r, f"the first row of {prompt.data_source}")
-        if isinstance(config, RlConfig):
-            _require_components(config, set(score.components))
-        more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
-        of = f" of {prompt.data_source}" if len(first) > 1 else ""
-        answer = _as_answer(prompt.ground_truth)
-        yield (
-            f"  reward {_reward_name(config)}: the first row's{of} ground truth {answer[:60]!r} given as the answer "
-            f"scores {total(score):g}{more}"
-        )
-
-
-def _reward_name(config: RlConfig | EvalConfig) -> str:
-    return config.reward.function if config.reward.terms is None else " + ".join(config.reward.terms)
-
-
-def _as_answer(ground_truth: object) -> str:
-    return ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=str)
-
-
-def _require_components(config: RlConfig, found: set[str]) -> None:
-    """Holds the components that a configuration names against those that the reward returns.
-
-    Raises:
-        UserError: one is missing.
-    """
-    a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
-    if needs.needs_components and not found:
-        raise UserError(
-            f"the {a.advantage} advantage works on the components of a reward, and {_reward_name(config)} has none",
-            fix='return a dict from it: {"score": ..., "correct": ..., "format": ...}',
-        )
-    named = {"filter.metric": [config.filter.metric] if config.filter.metric != "reward" else []}
-    named["algorithm.reward_weights"] = list(a.reward_weights or {})
-    for key, names in named.items():
-        for name in names:
-            if name not in found:
-                raise UserError(
-                    f"{key} names {name!r}, which {_reward_name(config)} does not return", fix=nearest(name, found)
-                )
 
 
 def _check_sft(config: SftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -253,6 +194,9 @@ def _check_sft(config: SftConfig, model: PreTrainedModel, tokenizer: PreTrainedT
     learned = [int(i) for i, m in zip(batch.rows("input_ids_T")[0], batch.rows("loss_mask_T")[0]) if m]
     yield f"  first conversation, token by token: {show_tokens(tokenizer, batch.rows('input_ids_T')[0].tolist())}"
     yield f"  of these the loss is on: {show_tokens(tokenizer, learned)}"
+    if config.data.format == "chat":
+        for advice in advice_on_ends(model, tokenizer, data.style):
+            yield f"  advice: {advice}"
     steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
     epochs = steps * t.sequences_per_update / len(data)
     yield (

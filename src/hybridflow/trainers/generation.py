@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ from hybridflow.config.sections import RolloutSection
 from hybridflow.protocols import RolloutEngine, Sampling
 from hybridflow.rollout.inline import InlineEngine
 from hybridflow.trainers.roles import Role, role_tokenizer
+from hybridflow.trainers.special import stop_decoder
 
 
 def inline_engine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: RolloutSection | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: RolloutSection | None = None,
+    *,
+    stop: Sequence[str] = (),
 ) -> InlineEngine:
     """The inline engine on this model, as the section says.
 
@@ -27,16 +32,13 @@ def inline_engine(
         model: a model that `models.load` loaded.
         tokenizer: reads answers, where they end by their text.
         section: None takes its defaults.
+        stop: texts that may end answers, besides those of the section.
     """
     r = section or RolloutSection()
-
-    def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
     return InlineEngine(
         model,
         max_cache_tokens=r.max_cache_tokens,
-        decode=decode,
+        decode=stop_decoder(tokenizer, [*r.stop, r.stop_regex, *stop]),
         dtype=None if r.dtype == "auto" else getattr(torch, r.dtype),
         compile=r.compile,
     )
@@ -65,11 +67,7 @@ def own_engine(
         UserError: the engine is missing, of another version, or refuses the configuration; no server answers.
     """
     assert role.longest is not None
-    tokenizer = role_tokenizer(role)
-
-    def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
+    decode = stop_decoder(role_tokenizer(role), [*section.stop, section.stop_regex])
     ours: dict[str, Any] = {
         "max_model_len": role.longest,
         "tensor_parallel": section.tensor_parallel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from hybridflow.controller.group import WorkerGroup
 from hybridflow.controller.torchrun import serve
 from hybridflow.devices import CPU, kind_of, pick_device
 from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.mesh import check_degrees
 from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
 from hybridflow.models.load import stop_ids
@@ -168,10 +170,13 @@ class Places:
 def describe_placement(config: TrainingConfig) -> Iterator[str]:
     """Says which model is in which pool, before anything starts."""
     placement = resolved_placement(config.placement)
+    if placement.backend == "ray":
+        importlib.import_module("hybridflow.controller.ray")  # refused where Ray is not installed
     cut: dict[str, list[str]] = {pool: [] for pool in placement.pools}
     for _, role, engine in engines_of(config):
         pool = placement.pool_of(role)
         if pool is not None:
+            check_degrees(placement.pools[pool], engine)
             ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
             cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
     if isinstance(config, RlConfig) and in_pool(placement, config.rollout):

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from hybridflow.algorithms.kl import KlController
 from hybridflow.checkpoint.journal import Journal
 from hybridflow.checkpoint.run_folder import RunFolder
@@ -35,6 +33,7 @@ from hybridflow.trainers.roles import actor_role, load_role
 from hybridflow.trainers.session import Session, opening, total_steps
 from hybridflow.trainers.shaping import Moments
 from hybridflow.trainers.signal_watch import SignalWatch
+from hybridflow.trainers.special import answer_decoder
 from hybridflow.trainers.watch import MismatchWatch
 
 
@@ -159,10 +158,6 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
         return _assemble(config, folder, stop, places, resolved, reward)
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
-
 def _assemble(
     config: RlConfig,
     folder: RunFolder,
@@ -187,13 +182,14 @@ def _assemble(
     policy = failure_policy(config.reward)
     journal = Journal(folder.path / "journal")
     trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train")
-    decode = _decoder(tokenizer)
+    stops = places.stop_ids(engine, tokenizer)
+    decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     source = GroupSource(
         rollout,
         prompts.__getitem__,
         grader,
         decode=decode,
-        sampling=training_sampling(config.rollout, places.stop_ids(engine, tokenizer)),
+        sampling=training_sampling(config.rollout, stops),
         samples=t.samples_per_prompt,
         seed=seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,

@@ -1,0 +1,173 @@
+"""Special tokens in answers: what rewards and stops read of them, and what `check` advises about them.
+
+A tokenizer that makes <think> or </answer> one special token leaves it out where it writes text. Rewards then see no
+such tag, unless ``reward.keep_special_tokens`` says so; the tokens that end an answer they never see.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.config.rewards import RewardSection
+from hybridflow.config.sections import EvalConfig, RlConfig
+from hybridflow.data.chat import Style, conversation_text, prompt_text, tokenize
+from hybridflow.data.prompts import Prompt
+from hybridflow.errors import UserError
+from hybridflow.models.load import stop_ids
+from hybridflow.rewards import REWARDS
+from hybridflow.rewards.routing import route
+
+Decode = Callable[[list[int]], str]
+TAGS = ("think", "answer")  # of the reward `format`, where none are given
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of special tokens, by their text."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+
+
+def answer_decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, keep: bool) -> Decode:
+    """From the token ids of an answer to the text that rewards see.
+
+    Args:
+        tokenizer: of the model.
+        ends: tokens that end an answer by themselves.
+        keep: ``reward.keep_special_tokens``.
+    """
+    frame = {*ends, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+
+    def decode(token_ids: list[int]) -> str:
+        if not keep:
+            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(tokenizer.decode([i for i in token_ids if i not in frame], skip_special_tokens=False))
+
+    return decode
+
+
+def reader(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, keep: bool) -> Callable[[str], str]:
+    """From the text of an answer to what a reward sees of it once a model has written it token by token."""
+    names, decode = special_tokens(tokenizer), answer_decoder(tokenizer, ends, keep=keep)
+
+    def read(text: str) -> str:
+        if not any(token in text for token in names):
+            return text
+        return decode(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return read
+
+
+def stop_decoder(tokenizer: PreTrainedTokenizerBase, stops: Iterable[str | None]) -> Decode:
+    """From token ids to the text in which stops are looked for: with special tokens, where a stop names one.
+
+    Args:
+        tokenizer: of the model.
+        stops: texts and regular expressions.
+    """
+    keep = bool(list(named_in("\n".join(stop for stop in stops if stop), special_tokens(tokenizer))))
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=not keep))
+
+    return decode
+
+
+def named_in(text: str, tokens: Iterable[str]) -> Iterator[str]:
+    """The tokens whose text stands in this one, which may be a regular expression."""
+    return (token for token in tokens if token and (token in text or re.escape(token) in text))
+
+
+def advice_on_tokens(
+    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: Prompt
+) -> Iterator[str]:
+    """Advice where rewards look for what they do not see, and where answers cannot end or are begun by the template.
+
+    Args:
+        config: the configuration.
+        model: the model, or its outline.
+        tokenizer: its tokenizer.
+        first: a prompt.
+    """
+    r, ends = config.reward, stop_ids(model, tokenizer)
+    frame = {*ends, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    tags = [token for token, i in special_tokens(tokenizer).items() if i not in frame]
+    truth = first.ground_truth if isinstance(first.ground_truth, str) else ""
+    read = "\n".join([*_what_rewards_look_for(r, first.row.get("data_source")), truth])
+    unseen = sorted(named_in(read, tags))
+    if unseen and not r.keep_special_tokens:
+        yield (
+            f"{', '.join(unseen)}: special tokens of this tokenizer, which the reward looks for and does not see in "
+            "answers; set reward.keep_special_tokens=true"
+        )
+    style = Style(config.data.format, config.data.system_prompt, config.data.thinking)
+    if style.format == "text":
+        return
+    yield from advice_on_ends(model, tokenizer, style)
+    opened = re.search(r"<(\w+)>\s*$", first.text)
+    if opened is not None:
+        mark = f"<{opened[1]}>"
+        wanted = [kwargs for kwargs in _format_kwargs(r) if opened[1] in kwargs.get("tags", TAGS)]
+        if any(kwargs.get("opened") != mark for kwargs in wanted) or (not wanted and mark in read):
+            key = f"kwargs.opened={mark}" if wanted else "a reward that begins with what the template wrote"
+            yield (
+                f"the template opens every answer with {mark}, so the answer itself, which the reward sees, has none; "
+                f"give the reward {key}"
+            )
+
+
+def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, style: Style) -> Iterator[str]:
+    """Advice where the chat template closes an answer with something else than what ends it in generation."""
+    asked = [{"role": "user", "content": "1"}]
+    try:
+        before = prompt_text(tokenizer, asked, style)
+        whole = conversation_text(tokenizer, [*asked, {"role": "assistant", "content": "1"}], style)
+    except UserError:  # a template that asks for other messages
+        return
+    ends = stop_ids(model, tokenizer)
+    [ids] = tokenize(tokenizer, [whole[len(before) :] if whole.startswith(before) else whole], style)
+    closing = [i for i in ids if i in special_tokens(tokenizer).values()]
+    if not set(ids) & set(ends):
+        by = f"with {tokenizer.decode([closing[-1]])!r}" if closing else "with no special token"
+        first = tokenizer.decode([closing[-1]]) if closing else tokenizer.eos_token
+        yield (
+            f"the chat template closes an answer {by}, and answers end at {_texts(tokenizer, ends)}: a model that is "
+            f"trained on this template does not learn to stop; "
+            + (
+                f"set eos_token to {first!r} in tokenizer_config.json, or add it to eos_token_id in "
+                "generation_config.json"
+                if closing
+                else f"have the template write {first!r} after an answer"
+            )
+        )
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    return " or ".join(repr(str(tokenizer.decode([i]))) for i in ids)
+
+
+def _what_rewards_look_for(r: RewardSection, source: str | None) -> Iterator[str]:
+    """Where a reward's tags would be named: its arguments, and its source."""
+    yield str([r.kwargs, *(term.kwargs for term in (r.terms or {}).values())])
+    for kwargs in _format_kwargs(r):
+        yield " ".join(f"<{tag}> </{tag}>" for tag in kwargs.get("tags", TAGS))
+    for name in r.functions():
+        known = route(source, r.sources) if name == "by_source" else name
+        if known in REWARDS:
+            code = importlib.util.find_spec(REWARDS[known].partition(":")[0])
+            file = "" if code is None or code.origin is None or known == "format" else code.origin
+        else:
+            file = known.rpartition(":")[0]
+        if file.endswith(".py") and Path(file).is_file():
+            yield Path(file).read_text(encoding="utf-8", errors="replace")
+
+
+def _format_kwargs(r: RewardSection) -> list[dict[str, Any]]:
+    parts = [(r.function, r.kwargs)] if r.terms is None else [(t.function, t.kwargs) for t in r.terms.values()]
+    return [kwargs for name, kwargs in parts if name == "format"]
