@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.rewards import RewardSection
 from hybridflow.config.sections import EvalConfig, RlConfig
-from hybridflow.data.chat import Style, conversation_text, prompt_text, tokenize
+from hybridflow.data.chat import Messages, Style, conversation_text, prompt_text, tokenize
 from hybridflow.data.prompts import Prompt
 from hybridflow.errors import UserError
 from hybridflow.models.load import stop_ids
 from hybridflow.rewards import REWARDS
 from hybridflow.rewards.routing import route
 
+ASKED: Messages = [{"role": "user", "content": "1"}]
 Decode = Callable[[list[int]], str]
 TAGS = ("think", "answer")  # of the reward `format`, where none are given
 
@@ -96,8 +98,14 @@ def advice_on_tokens(
         first: a prompt.
     """
     r, ends = config.reward, stop_ids(model, tokenizer)
+    style = Style(config.data.format, config.data.system_prompt, config.data.thinking)
     frame = {*ends, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    tags = [token for token, i in special_tokens(tokenizer).items() if i not in frame]
+    turns = _conversation(tokenizer, style)
+    tags = [
+        token
+        for token, i in special_tokens(tokenizer).items()
+        if i not in frame and (token not in turns or re.fullmatch(r"</?\w+>", token))  # what opens turns is no tag
+    ]
     truth = first.ground_truth if isinstance(first.ground_truth, str) else ""
     read = "\n".join([*_what_rewards_look_for(r, first.row.get("data_source")), truth])
     unseen = sorted(named_in(read, tags))
@@ -106,7 +114,6 @@ def advice_on_tokens(
             f"{', '.join(unseen)}: special tokens of this tokenizer, which the reward looks for and does not see in "
             "answers; set reward.keep_special_tokens=true"
         )
-    style = Style(config.data.format, config.data.system_prompt, config.data.thinking)
     if style.format == "text":
         return
     yield from advice_on_ends(model, tokenizer, style)
@@ -124,12 +131,10 @@ def advice_on_tokens(
 
 def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, style: Style) -> Iterator[str]:
     """Advice where the chat template closes an answer with something else than what ends it in generation."""
-    asked = [{"role": "user", "content": "1"}]
-    try:
-        before = prompt_text(tokenizer, asked, style)
-        whole = conversation_text(tokenizer, [*asked, {"role": "assistant", "content": "1"}], style)
-    except UserError:  # a template that asks for other messages
+    whole = _conversation(tokenizer, style)
+    if not whole:
         return
+    before = prompt_text(tokenizer, ASKED, style)
     ends = stop_ids(model, tokenizer)
     [ids] = tokenize(tokenizer, [whole[len(before) :] if whole.startswith(before) else whole], style)
     closing = [i for i in ids if i in special_tokens(tokenizer).values()]
@@ -146,6 +151,15 @@ def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
                 else f"have the template write {first!r} after an answer"
             )
         )
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
+    """A question and its answer, rendered; "" where there is no template, or one that asks for other messages."""
+    if style.format == "text":
+        return ""
+    with suppress(UserError):
+        return conversation_text(tokenizer, [*ASKED, {"role": "assistant", "content": "1"}], style)
+    return ""
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:

@@ -98,9 +98,9 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
         return
     others = f" and {len(tried)} other forms of it" if tried else ""
     yield (
-        f"    advice: the ground truth{others} score no more than an empty answer ({floor:g}); where no answer is "
-        "worth more than another, nothing is learned. Score an answer that you know to be right, or see what the "
-        "reward reads: hybridflow audit-reward"
+        f"    advice: the ground truth{others} score no more than an empty answer ({floor:g}), so nothing shows here "
+        "that any answer can earn more, and if none can, nothing is learned. Score an answer that you know to be "
+        "right, or see what the reward reads: hybridflow audit-reward"
     )
 
 
