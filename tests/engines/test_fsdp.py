@@ -342,6 +342,7 @@ def test_one_process_reads_the_weights_for_all(
 ) -> None:
     model = plain_model(kind)
     model.generation_config.eos_token_id = [7]
+    model.resize_token_embeddings(100)  # as many as the tokenizer has
     model.save_pretrained(tmp_path)
     load_function(f"{CARRY}:make_tokenizer")().save_pretrained(tmp_path)
     made, tokenizer = load_model(str(tmp_path))
