@@ -18,7 +18,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.rewards import RewardSection
 from hybridflow.config.sections import EvalConfig, RlConfig
-from hybridflow.data.chat import Messages, Style, conversation_text, prompt_text, tokenize
+from hybridflow.data.chat import Style, conversation_text, prompt_text, tokenize
+from hybridflow.data.messages import Messages
 from hybridflow.data.prompts import Prompt
 from hybridflow.errors import UserError
 from hybridflow.models.load import stop_ids
