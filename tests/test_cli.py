@@ -32,6 +32,7 @@ COMMANDS = [
     "check",
     "init",
     "schema",
+    "completion",
     "generate",
     "export",
     "report",
@@ -334,3 +335,19 @@ def test_without_arguments_the_commands_are_shown(capsys: Output) -> None:
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2 and "reinforcement learning: generate" in capsys.readouterr().err
+
+
+def test_a_shell_completes_commands_options_and_keys(tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "c.sh").write_text(succeed(capsys, "completion", "bash"))
+    for typed, expected in [
+        ("hybridflow che", "check"),
+        ("hybridflow check --exp", "--explain"),
+        ("hybridflow train c.yaml optim.l", "optim.lr="),
+        ("hybridflow init --kind sf", "sft"),
+    ]:
+        words = typed.split(" ")
+        ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _hybridflow; echo ${{COMPREPLY[*]}}"
+        done = subprocess.run(["bash", "-c", f". {tmp_path}/c.sh; {ask}"], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [expected]
+    assert succeed(capsys, "completion", "zsh").startswith("autoload ")
+    assert "__fish_seen_subcommand_from train' -a '--help" in succeed(capsys, "completion", "fish")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow import __version__
 from hybridflow.command_line import Parser, never_fails_to_print, path, reader_is_gone
+from hybridflow.completion import SHELLS, completion
 from hybridflow.config.load import load_config
 from hybridflow.config.paths import home
 from hybridflow.config.placement import resolved_placement
@@ -143,6 +144,11 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "hybridflow schema train > train.schema.json",
     )  # fmt: skip
     schema.add_argument("kind", choices=KINDS, help="for which command")
+    complete = _add(
+        commands, "completion", _completion, "print a script that completes commands, options and keys in a shell",
+        'eval "$(hybridflow completion bash)"',
+    )  # fmt: skip
+    complete.add_argument("shell", choices=SHELLS, help="which shell")
 
 
 def _add_commands_on_models(commands: Commands) -> None:
@@ -360,6 +366,12 @@ def _schema(given: argparse.Namespace) -> int:
     from hybridflow.config.schema import schema
 
     print(schema(given.kind), end="")
+    return 0
+
+
+def _completion(given: argparse.Namespace) -> int:
+    actions = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    print(completion(given.shell, next(actions).choices), end="")
     return 0
 
 

@@ -32,6 +32,7 @@ from hybridflow.errors import UserError
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.load import load_model, load_tokenizer, stop_ids
 from hybridflow.models.lora import add_lora, load_adapters, merged
+from hybridflow.models.source import model_folder
 
 from tiny import CARRY, KINDS, SIZES, VOCAB, plain_model, ragged_batch
 
@@ -285,3 +286,14 @@ def test_modelscope_needs_its_library_and_fetches_with_it(tmp_path: Path, monkey
 def test_names_on_a_hub_are_left_as_they_are_by_the_configuration(tmp_path: Path) -> None:
     for name in ("Qwen/Qwen3-0.6B", "modelscope://Qwen/Qwen3-0.6B"):
         assert locate(name, tmp_path) == name
+
+
+def test_a_runs_folder_is_the_model_that_it_left(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    (run / "checkpoints/step-000012").mkdir(parents=True)
+    with pytest.raises(UserError, match="has left no model yet") as caught:
+        model_folder(str(run))
+    assert f"hybridflow export '{run}' '{run}-step-12'" in caught.value.fix
+    (run / "model").mkdir()
+    (run / "model/config.json").write_text("{}")
+    assert model_folder(str(run)) == run / "model"
