@@ -341,6 +341,7 @@ def test_one_process_reads_the_weights_for_all(
     section: dict[str, Any], kind: str, lora: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     model = plain_model(kind)
+    model.resize_token_embeddings(100)  # as many as the tokenizer has
     model.generation_config.eos_token_id = [7]
     model.resize_token_embeddings(100)  # as many as the tokenizer has
     model.save_pretrained(tmp_path)
