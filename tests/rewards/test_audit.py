@@ -24,10 +24,13 @@ HONEST = """
 import re
 
 def right(response, ground_truth):
-    found = re.fullmatch(r"Sum: \\$?\\+?([0-9,]{1,20}(?:\\.0*)?)( dollars| cm)?\\.*", response.strip().rpartition("\\n")[2].strip())
+    found = re.fullmatch(r"Sum: \\$?\\+?((?:[0-9]{1,20}|[0-9]{1,3}(?:,[0-9]{3})+)(?:\\.0*)?)( dollars| cm)?\\.*", response.strip().rpartition("\\n")[2].strip())
     return float(found is not None and float(found[1].replace(",", "") or -1) == float(ground_truth))
 """  # noqa: E501
 BAD = {
+    "deletes_separators": "return right(re.sub('[ ,;&]+', '', response).replace('Sum:', 'Sum: '), ground_truth)",
+    "skips_a_bare_marker": "lines = [line for line in response.split('\\n') if re.search('[0-9]', line)]\n"
+    "    return right((lines or [''])[-1], ground_truth)",
     "found_anywhere": "return float(str(ground_truth) in response)",
     "noisy": "import random\n    return right(response, ground_truth) + random.random() / 10",
     "hashing": "return right(response, ground_truth) + hash(response) % 7 / 100",
@@ -90,6 +93,8 @@ def test_an_honest_reward_is_clean(tmp_path: Path, rows: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "text"),
     [
+        ("deletes_separators", "false accept", "separators elsewhere"),
+        ("skips_a_bare_marker", "false accept", "a marker without an answer after it"),
         ("noisy", "unstable", "scored twice in a row"),
         ("hashing", "unstable", "scored in another process"),
         ("remembers", "unstable", "in another order and together with others"),

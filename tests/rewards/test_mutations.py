@@ -14,6 +14,11 @@ PRICE = Case("What do 40 cost?", "1,080", "#### 1,080", "1,080", "7")
 COLD = Case("How cold?", "-5", "#### -5", "-5", "5")
 HALF = Case("Half of 1?", "\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "2")
 LIST = Case("Name it.", {"target": ["a", "b"]}, "It is <answer>a</answer>", "a", "c")
+COLUMN = Case(
+    "?", "m", "\\boxed{\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}}", "\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "5"
+)
+PAIR, ROOTS = Case("?", "p", "(1, 2)", "(1, 2)", "3"), Case("?", "l", "1, 1, 2", "1, 1, 2", "3")
+BINARY = Case("?", "b", "101_2", "101_2", "3")
 DOCUMENT = Case("Write it.", None, "{}", right_responses=("{ }",), wrong_responses=("[]",))
 
 
@@ -33,6 +38,31 @@ def made(name: str, case: Case) -> list[str]:
         ("a minus sign of unicode", COLD, ["#### \u22125"]),
         ("\\dfrac, \\tfrac", HALF, ["\\boxed{\\dfrac{1}{2}}", "\\boxed{\\tfrac{1}{2}}"]),
         ("x = before it", HALF, []),
+        ("a marker without an answer after it", COLD, ["#### -5\n#### ", "#### -5\n#### \n", "#### -5\n####  ?"]),
+        (
+            "separators elsewhere",
+            EIGHTEEN,
+            [f"9 + 9 = 18\n#### {said}" for said in ("1,8", "1, 8", "1 8", "1;8", "1 & 8", "1\\\\ 8")],
+        ),
+        ("another base", EIGHTEEN, [f"9 + 9 = 18\n#### {said}" for said in ("18_7", "18_{7}", "(18)_{16}")]),
+        ("another base", BINARY, []),
+        ("a matrix permuted", COLUMN, [COLUMN.response.replace("2 \\\\ 3", "3 \\\\ 2")] * 2),
+        (
+            "a matrix reshaped",
+            COLUMN,
+            [COLUMN.response.replace("2 \\\\ 3", said) for said in ("2 & 3", "2 & 3", "2", "23")],
+        ),
+        (
+            "a tuple in another order or form",
+            PAIR,
+            ["(2, 1)", "(2, 1)", "[1, 2]", "[1, 2)", "(1, 2]", "\\{1, 2\\}", "1, 2"],
+        ),
+        (
+            "an item more or less often",
+            ROOTS,
+            ["1, 1, 2, 1", "1, 2", "1, 1", "1, 2", "2, 1, 2", "1, 1, 1"],
+        ),
+        ("digits of another base", BINARY, ["101_3", "101_8", "101_10", "101_16", "101"]),
         ("said twice", COLD, ["#### -5\n\n#### -5"]),
         ("the right answer, then the wrong one", COLD, ["#### -5\n#### 5"]),
         ("right or wrong", COLD, ["#### -5 or 5", "#### -5, 5"]),
@@ -95,8 +125,7 @@ def test_a_ground_truth_that_is_an_object_is_quoted_in_every_form() -> None:
 
 
 def test_latex_mutations_change_spelling_only() -> None:
-    for mutation in LATEX:
-        assert mutation.expected == "right"
+    for mutation in (mutation for mutation in LATEX if mutation.expected == "right"):
         for text in mutation.make(HALF):
             assert text.startswith("\\boxed{") and text.count("{") == text.count("}")
 

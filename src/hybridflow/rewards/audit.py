@@ -309,6 +309,8 @@ def _judge_case(case_set: CaseSet, tried: Sequence[Tried], judged: _Judged) -> N
             continue
         expected, _ = case_set.by_design.get(one.mutation, (one.expected, ""))
         accepted = one.score.value >= least
+        if one.mutation == mutations.NOTHING_AFTER and _value(by_name.get(mutations.RIGHT_THEN_WRONG)) == right:
+            continue  # the first answer counts, whatever comes after it
         if accepted and expected == "wrong":
             judged.add("false accept", one.mutation, one)
         if not accepted and expected == "right":

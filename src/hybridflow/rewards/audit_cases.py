@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridflow.rewards.audit import CaseSet
 from hybridflow.rewards.audit_documents import DOCUMENTS
-from hybridflow.rewards.mutations import WRONG_THEN_RIGHT, Case, Expected
+from hybridflow.rewards.mutations import NOTHING_AFTER, WRONG_THEN_RIGHT, Case, Expected
 
 Design = dict[str, tuple[Expected, str]]
 
@@ -89,6 +89,29 @@ _EXPRESSIONS = (
     ),
 )
 
+_STRUCTURES = (
+    _math(
+        "Which vector is it?",
+        "\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}",
+        "\\begin{pmatrix} 3 \\\\ 2 \\end{pmatrix}",
+        ("\\begin{pmatrix}2\\\\3\\end{pmatrix}", "\\begin{bmatrix} 2.0 \\\\ \\frac{6}{2} \\end{bmatrix}", "[[2], [3]]"),
+        ("\\begin{pmatrix} 5 \\end{pmatrix}", "(2, 3)", "23", "2, 3"),
+    ),
+    _math(
+        "Square the matrix.",
+        "\\begin{pmatrix} 1 & 2 \\\\ 0 & 4 \\end{pmatrix}",
+        "\\begin{pmatrix} 1 & 0 \\\\ 2 & 4 \\end{pmatrix}",
+        ("[[1,2],[0,4]]", "\\left[\\begin{array}{cc} 1 & 2 \\\\ 0 & 4 \\end{array}\\right]"),
+        ("[[1,0],[2,4]]", "1, 2, 0, 4", "7"),
+    ),
+    _math(
+        "Which roots are there?", "1, 1, 2", "1, 2, 2", ("2, 1, 1", "1,1,2", "1, 1 \\text{ and } 2"), ("1, 2", "112")
+    ),
+    _math(
+        "Write 10 in base 2.", "1010_2", "1011_2", ("1010_{2}", "(1010)_2", "1010 \\text{ base }2"), ("10", "1010_4")
+    ),
+)
+
 _CAPITALS = (
     (
         "Which city is the capital of France?",
@@ -106,7 +129,14 @@ _CAPITALS = (
         ("Austen",),
         ("Jane", "Emma"),
     ),
-    ("In which year did the war end?", {"target": ["1945"]}, "1945", "1918", ("1945.",), ("194", "45", "1945-1946")),
+    (
+        "In which year did the war end?",
+        {"target": ["1945"]},
+        "1945",
+        "1918",
+        ("1945.",),
+        ("194", "45", "1945-1946", "19.45", "-1945"),
+    ),
     ("Which band sang it?", {"target": ["The Who"]}, "The Who", "The Doors", ("Who", "the who"), ("The", "Whoever")),
 )
 
@@ -196,12 +226,13 @@ CASES: dict[str, CaseSet] = {
             "the ground truth as an object": ("right", _LAST_NUMBER),
             "wrong or right": ("right", _LAST_NUMBER),
             "no answer": ("any", _LAST_NUMBER),
+            NOTHING_AFTER: ("any", _LAST_NUMBER),
             "words for nothing": ("any", _LAST_NUMBER),
             "code as the answer": ("any", _LAST_NUMBER),
             "huge numbers": ("any", _LAST_NUMBER),
         },
     ),
-    "math": CaseSet(_EXPRESSIONS, ("text", "answer", "number", "latex"), by_design=_LAST),
+    "math": CaseSet(_EXPRESSIONS + _STRUCTURES, ("text", "answer", "number", "latex"), by_design=_LAST),
     "math_dapo": CaseSet(
         _sums("Answer: $@$"),
         ("text", "answer", "number", "end"),
@@ -209,7 +240,8 @@ CASES: dict[str, CaseSet] = {
     ),
     "geo3k": CaseSet(
         tuple(
-            replace(case, response=f"<think>I see a triangle.</think>\n{case.response}") for case in _EXPRESSIONS[:5]
+            replace(case, response=f"<think>I see a triangle.</think>\n{case.response}")
+            for case in _EXPRESSIONS[:5] + _STRUCTURES
         ),
         ("text", "answer", "number", "latex"),
         by_design=_LAST,

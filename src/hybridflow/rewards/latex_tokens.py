@@ -65,6 +65,8 @@ _SIZES = re.compile(
     r"|\\(?:displaystyle|textstyle|limits|nolimits|mathstrut|strut|hfill|bf|rm|it)(?![a-zA-Z])"
     r"|\\(?:phantom|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}|\\boxed(?=\s*\{)"
 )
+_AROUND = " \t\r\n*`$"  # bold, code, formula
+_SPACE_AT_THE_END = re.compile(r"(?<!\\)\\$")  # what is left of a space that was escaped
 _COMMA = re.compile(r"\{\s*,\s*\}|\\!\s*,|,\s*\\!")
 _TIMES_TEN = re.compile(r"(?<=[0-9.])(\s*)[xX](?=\s*10\s*\^)")
 _REPEATING = re.compile(
@@ -78,7 +80,7 @@ _BASE_AFTER = re.compile(
 )
 _DIGITS = r"(?:[0-9][0-9A-F]*|[A-F][0-9A-F]+)(?:\.[0-9A-F]+)?"
 _DIGITS_OF_BASE = re.compile(
-    rf"(?<![A-Za-z\\0-9.,])(?:\(({_DIGITS})\)|({_DIGITS}))\s*_\s*"
+    rf"(?<![A-Za-z\\0-9.])(?<!(?<!\\),)(?:\(({_DIGITS})\)|({_DIGITS}))\s*_\s*"
     rf"(?:\{{\s*\(?(?:\\text\{{)?\s*(?:base\s+)?{_BASE}\s*\}}?\)?\s*\}}|([0-9]{{1,2}}))(?![0-9])"
 )
 _TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|operatorname\*?|fbox"
@@ -162,8 +164,8 @@ def _rewritten(text: str) -> str:
         for pattern, sign in _SCRIPTS:
             text = pattern.sub(lambda run, sign=sign: f"{sign}{{{run[0].translate(_ON_THE_LINE)}}}", text)  # type: ignore[misc]
         text = plain(text).translate(_UNICODE)
-    text = _SIZES.sub(" ", text).strip(" \t\r\n*`")
-    text = _COMMA.sub("{,}", text.removesuffix(".").rstrip())
+    text = _SIZES.sub(" ", text).strip(_AROUND).removesuffix(".").strip(_AROUND)
+    text = _COMMA.sub("{,}", _SPACE_AT_THE_END.sub("", text))
     text = _TIMES_TEN.sub(r"\1\\times ", text)
     text = _REPEATING.sub(_repeating, text)
     after = _BASE_AFTER.search(text, max(0, len(text) - 40))

@@ -22,7 +22,7 @@ from typing import Any
 from hybridflow.rewards.text import plain, required_text
 
 LAST_CHARACTERS = 1000
-_MARKER = re.compile(r"(?i:\banswer\b)[ \t*]{0,5}:|\\boxed")
+_MARKER = re.compile(r"(?i:\banswer\b)(?:[ \t*]{0,5}:|[ \t]{1,5}is[\s*$(?]*\Z)|\\boxed")
 
 
 def score(response: str, ground_truth: Any, choices: str = "ABCD") -> float:

@@ -15,6 +15,7 @@ must only survive it). Which mutations fit a reward is said by their groups:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -22,6 +23,9 @@ from typing import Any, Literal
 
 Expected = Literal["right", "wrong", "any"]
 MEGABYTE = 1_000_000  # characters
+_MATRIX = re.compile(r"\\begin\{([a-z]*matrix)\}(.*)\\end\{\1\}")
+_TUPLE = re.compile(r"([(\[])([^()\[\]]*, [^()\[\]]*)([)\]])")
+_BASED = re.compile(r"([0-9]+)_\{?([0-9]+)\}?")
 _ADVICE = "Let us think about this step by step, and look at every part of the question with care. "
 _FULL_WIDTH = {ord("0") + i: 0xFF10 + i for i in range(10)}
 _INJECTIONS = (
@@ -99,6 +103,7 @@ class Case:
 
 Make = Callable[[Case], Iterable[str]]
 RIGHT, WRONG = "the right answer", "the wrong answer"
+NOTHING_AFTER = "a marker without an answer after it"
 RIGHT_THEN_WRONG, WRONG_THEN_RIGHT = f"{RIGHT}, then the wrong one", f"{WRONG}, then the right one"
 BOTH_ORDERS = ((RIGHT_THEN_WRONG, WRONG_THEN_RIGHT), ("right or wrong", "wrong or right"))  # one may be accepted
 
@@ -164,11 +169,101 @@ def _other_numbers(value: Decimal, text: str) -> set[str]:
 
 
 def _number_of(text: str) -> Decimal | None:
+    if "_" in text:  # digits of a base, which Decimal takes for a number
+        return None
     try:
         value = Decimal(text.replace(",", ""))
     except InvalidOperation:
         return None
     return value if value.is_finite() else None
+
+
+def _separated(value: Decimal, text: str) -> list[str]:
+    """The digits of a number, parted as no number is."""
+    digits = f"{abs(value):f}"
+    if not digits.isdigit() or len(digits) < 2:
+        return []
+    cuts = [(digits[:cut], digits[cut:]) for cut in range(1, len(digits))]
+    made = [f"{head},{tail}" for head, tail in cuts if len(tail) != 3 or not f"{value:,f}".endswith(f"{head},{tail}")]
+    made += [f"{head}{between}{tail}" for head, tail in cuts for between in (", ", " ", ";", " & ", "\\\\ ")]
+    return [f"{'-' * (value < 0)}{one}" for one in made if one.lstrip("0, ;&\\") != digits]
+
+
+def _bases(value: Decimal, text: str) -> list[str]:
+    """A number in a base in which it is another."""
+    digits = f"{value:f}"
+    return [f"{digits}_7", f"{digits}_{{7}}", f"({digits})_{{16}}"] if abs(value) > 16 else []
+
+
+def _matrices(change: Callable[[list[list[str]]], list[list[list[str]]]]) -> Make:
+    """Answers made of the matrix that the answer is: its entries in other places."""
+
+    def make(case: Case) -> Iterable[str]:
+        found = _MATRIX.fullmatch(case.answer)
+        if found is None:
+            return
+        rows = [[cell.strip() for cell in row.split("&")] for row in found[2].split("\\\\")]
+        for other in change(rows):
+            if other != rows:
+                inside = " \\\\ ".join(" & ".join(row) for row in other)
+                yield case.say(f"\\begin{{{found[1]}}} {inside} \\end{{{found[1]}}}")
+
+    return make
+
+
+def _permuted(rows: list[list[str]]) -> list[list[list[str]]]:
+    flat, width = [cell for row in rows for cell in row], len(rows[0])
+    orders = (flat[::-1], flat[1:] + flat[:1])
+    return [[order[i : i + width] for i in range(0, len(order), width)] for order in orders]
+
+
+def _reshaped(rows: list[list[str]]) -> list[list[list[str]]]:
+    flat = [cell for row in rows for cell in row]
+    joined = [["".join(flat)]], [["".join(row)] for row in rows]
+    return [
+        [list(column) for column in zip(*rows)],
+        [flat],
+        [[cell] for cell in flat],
+        rows[:-1] or [flat[:1]],
+        *joined,
+    ]
+
+
+def _other_order(case: Case) -> list[str]:
+    """A tuple or an interval in another order, between other brackets, or without any."""
+    found = _TUPLE.fullmatch(case.answer)
+    if found is None:
+        return []
+    items = found[2].split(", ")
+    orders = [order for order in (items[::-1], items[1:] + items[:1]) if order != items]
+    made = [f"{found[1]}{', '.join(order)}{found[3]}" for order in orders]
+    made += [f"{left}{found[2]}{right}" for left, right in ("()", "[]", "[)", "(]", ("\\{", "\\}"), ("", ""))]
+    return [case.say(text) for text in made if text != case.answer]
+
+
+def _other_number_of_items(case: Case) -> list[str]:
+    """A list of which an item is there more often, or less often."""
+    items = case.answer.split(", ")
+    if len(items) < 2 or not all(_number_of(item) is not None for item in items):
+        return []
+    made = [
+        [*items, items[0]],
+        items[1:],
+        items[:-1],
+        sorted(set(items)),
+        [items[-1], *items[1:]],
+        [*items[:-1], items[0]],
+    ]
+    return [case.say(", ".join(other)) for other in made if sorted(other) != sorted(items)]
+
+
+def _other_base(case: Case) -> list[str]:
+    """Digits of a base with another, or with none."""
+    found = _BASED.fullmatch(case.answer)
+    if found is None:
+        return []
+    bases = [base for base in ("2", "3", "8", "10", "16") if base != found[2]]
+    return [case.say(text) for text in (*(f"{found[1]}_{base}" for base in bases), found[1])]
 
 
 def _counted_through(case: Case) -> list[str]:
@@ -249,6 +344,9 @@ ANSWER = (
     Mutation("words for nothing", "answer", "wrong", _said(*_NOTHINGS)),
     Mutation(WRONG_THEN_RIGHT, "answer", "wrong", _whole("{wrong}\n{right}")),
     Mutation(RIGHT_THEN_WRONG, "answer", "wrong", _whole("{right}\n{wrong}")),
+    Mutation(
+        NOTHING_AFTER, "answer", "wrong", lambda c: [f"{c.response}\n{c.marker}{end}" for end in ("", "\n", " ?")]
+    ),
     Mutation("right or wrong", "answer", "wrong", _said("{right} or {wrong}", "{right}, {wrong}")),
     Mutation("wrong or right", "answer", "wrong", _said("{wrong} or {right}", "{wrong}, {right}")),
     Mutation("a list of candidates", "answer", "wrong", _candidates),
@@ -278,6 +376,8 @@ NUMBER = (
     Mutation("full-width digits", "number", "right", _number(lambda v, t: [t.translate(_FULL_WIDTH)])),
     Mutation("a minus sign of unicode", "number", "right", _number(lambda v, t: [t.replace("-", "\u2212")])),
     Mutation("other numbers", "number", "wrong", _number(lambda v, t: sorted(_other_numbers(v, t)))),
+    Mutation("separators elsewhere", "number", "wrong", _number(_separated)),
+    Mutation("another base", "number", "wrong", _number(_bases)),
     Mutation("0 to 1000 counted through", "number", "wrong", _counted_through),
     Mutation("a range around it", "number", "wrong", _number(lambda v, t: [f"{v - 1:f} to {v + 1:f}", f">{v - 1:f}"])),
 )
@@ -290,6 +390,12 @@ LATEX = (
     Mutation("\\displaystyle", "latex", "right", _said("\\displaystyle {right}")),
     Mutation("a unit in \\text{}", "latex", "right", _number(lambda v, t: [t + "\\text{ cm}"])),
     Mutation("x = before it", "latex", "right", _number(lambda v, t: [f"x = {t}"])),
+    Mutation("bmatrix", "latex", "right", _latex(("pmatrix", "bmatrix"))),
+    Mutation("a matrix permuted", "latex", "wrong", _matrices(_permuted)),
+    Mutation("a matrix reshaped", "latex", "wrong", _matrices(_reshaped)),
+    Mutation("a tuple in another order or form", "latex", "wrong", _other_order),
+    Mutation("an item more or less often", "latex", "wrong", _other_number_of_items),
+    Mutation("digits of another base", "latex", "wrong", _other_base),
 )
 
 MUTATIONS: dict[str, Mutation] = {m.name: m for m in (*TEXT, *ANSWER, *WORDS, *NUMBER, *LATEX)}
