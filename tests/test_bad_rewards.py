@@ -118,7 +118,8 @@ def test_rows_without_ground_truth(tmp_path: Path, capsys: Output) -> None:
     ids=["server", "judge", "sandbox"],
 )
 def test_a_server_that_is_not_there(reward: dict[str, Any], tmp_path: Path, capsys: Output) -> None:
-    said = mistake(capsys, "train", write(tmp_path, ROWS, **reward, pool={"retries": 0, "timeout": 5}))
+    rows = [{**row, "ground_truth": {"inputs": ["1"], "outputs": ["2"]}} for row in ROWS]
+    said = mistake(capsys, "train", write(tmp_path, rows, **reward, pool={"retries": 0, "timeout": 5}))
     assert "127.0.0.1:9" in said and "fix: " in said
     assert not (tmp_path / "run").exists()
 

@@ -8,13 +8,17 @@ import time
 
 import pytest
 
-from hybridflow.trainers.diversity import PAIRS, diversity, final_answer
+from hybridflow.trainers.diversity import PAIRS, STRETCH, diversity, final_answer
 
 
 def measured(
-    texts: list[str], prompts: list[int], rewards: list[float] | None = None, tokens: list[list[int]] | None = None
+    texts: list[str],
+    prompts: list[int],
+    rewards: list[float] | None = None,
+    tokens: list[list[int]] | None = None,
+    truths: list[str] | None = None,
 ) -> dict[str, float]:
-    found = diversity(tokens or [list(map(ord, text)) for text in texts], texts, prompts, rewards or [])
+    found = diversity(tokens or [list(map(ord, text)) for text in texts], texts, prompts, rewards or [], truths or [])
     return {name.removeprefix("rollout/"): value for name, value in found.items()}
 
 
@@ -34,6 +38,36 @@ def test_longer_answers_of_the_same_kind_are_as_distinct() -> None:
     assert PAIRS / 64 < 40
     assert share(400) == pytest.approx(share(40), rel=0.05)  # all pairs together would be ten times as many
     assert share(400, alphabet=6) < 0.1 * share(400)
+
+
+def test_repetition_is_counted_within_an_answer() -> None:
+    def repeated(*texts: str) -> float:
+        return measured(list(texts), [*range(len(texts))])["seq_rep_2"]
+
+    assert repeated("abab", "ab", "x", "") == 1 - 3 / 4  # ab ba ab | ab
+    assert repeated("47.", "47.", "47.", "47.") == 0.0  # right answers to one prompt agree
+    assert repeated("9" * 32) == 1 - 1 / 31
+    assert "seq_rep_2" not in measured(["a", ""], [0, 1])
+    rng = random.Random(0)
+
+    def at(length: int, count: int) -> float:
+        return repeated(*("".join(rng.choices("0123456789", k=length)) for _ in range(count)))
+
+    assert at(4000, 4) == pytest.approx(at(STRETCH, 500), abs=0.03)  # about 63 stretches; as a whole nearly 1
+    assert at(4000, 4) < 0.25
+
+
+def test_an_answer_that_is_right_for_many_prompts_is_not_held_against_it() -> None:
+    def share(texts: list[str], truths: list[str]) -> float:
+        return measured(texts, [*range(len(texts))], truths=truths)["top_answer_share"]
+
+    letters = ["A", "B", "A", "B", "A", "B"]
+    assert share(letters, letters) == 0.0
+    assert share([f"The answer is ({x})." for x in letters], letters) == 0.0
+    assert share(["yes"] * 6, ["yes", "no"] * 3) == 1.0  # it says the same where that is wrong
+    assert share(["7"] * 6, ["7", "7", "1", "2", "3", "4"]) == 1.0
+    assert share(["7", "7", "7", "2", "3", "4"], ["7", "7", "1", "2", "3", "4"]) == pytest.approx(1 / 4)
+    assert share(["99999"] * 3, ["1", "2", "3"]) == share(["99999"] * 3, []) == 1.0
 
 
 def test_the_share_of_one_answer_counts_other_prompts_only() -> None:
@@ -77,6 +111,6 @@ def test_it_costs_milliseconds() -> None:
     seconds = []
     for _ in range(5):
         began = time.process_time()
-        diversity(tokens, texts, prompts, rewards)
+        diversity(tokens, texts, prompts, rewards, texts)
         seconds.append(time.process_time() - began)
     assert min(seconds) < 0.01

@@ -7,6 +7,7 @@ A test holds the file and the sections together.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,15 +110,20 @@ def _sections() -> Iterator[str]:
         yield ""
 
 
-def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+@functools.cache
+def keys_of(model: type[BaseModel], prefix: str = "") -> tuple[Key, ...]:
     """All keys of a section, or of a whole configuration, sections before what is inside them."""
+    return tuple(_keys(model, prefix))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         inner = section_in(field.annotation)
         described = " ".join(str(field.description or (inner and inner.__doc__)).split())
         kind = "section" if inner is not None else _type(field.annotation, field.metadata)
         yield Key(f"{prefix}{name}", kind, _default(f"{prefix}{name}", field), described)
         if inner is not None:
-            yield from keys_of(inner, f"{prefix}{name}.")
+            yield from _keys(inner, f"{prefix}{name}.")
 
 
 def _presets() -> Iterator[str]:

@@ -18,7 +18,7 @@ import transformers
 from hybridflow import __version__
 from hybridflow.checkpoint.run_folder import make_folder, write_atomically
 from hybridflow.config.sections import EvalConfig, ModelSection
-from hybridflow.data.chat import render_prompt, require_template
+from hybridflow.data.chat import render_prompt
 from hybridflow.data.messages import RefusedValue
 from hybridflow.data.prompts import load_prompts
 from hybridflow.data.reader import ConversationReader
@@ -181,7 +181,13 @@ def ask(
             raise UserError(f"{name} is {value}, it must be at least {low}")
     section = ModelSection(path=model_path, packing=packing, trust_remote_code=trust_remote_code)
     model, tokenizer = load_trainable(section, seed=seed)
-    require_template(tokenizer)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {model_path} has no chat template",
+            why="`generate` asks as a user does in a chat, and the template says how",
+            fix="score a model that continues plain text with `hybridflow eval` and data.format=text, or set "
+            "chat_template in its tokenizer_config.json",
+        )
     model.to(pick_device())
     stops, context = stop_ids(model, tokenizer), context_of(model) or math.inf
     reader, requests = ConversationReader(tokenizer), []

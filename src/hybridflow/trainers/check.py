@@ -198,9 +198,9 @@ def _check_sft(config: SftConfig, model: PreTrainedModel, tokenizer: PreTrainedT
         for advice in advice_on_ends(model, tokenizer, data.style):
             yield f"  advice: {advice}"
     steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
-    epochs = steps * t.sequences_per_update / len(data)
+    passes = f"{steps * t.sequences_per_update / len(data):,.2f}".rstrip("0").rstrip(".")
     yield (
-        f"{steps} optimizer steps on {t.sequences_per_update} conversations each: {epochs:.2g} passes over the data"
+        f"{steps} optimizer steps on {t.sequences_per_update} conversations each: {passes} passes over the data"
         + (f", ending early below a loss of {t.stop_below_loss:g}" if t.stop_below_loss else "")
     )
 

@@ -208,8 +208,8 @@ def check_preferences(config: RewardModelConfig) -> Iterator[str]:
     data.sampler(seed=config.run.seed).take(1)  # tries data.order
     t = config.train
     steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.pairs_per_update)
-    epochs = steps * t.pairs_per_update / len(data)
-    yield f"{steps} optimizer steps on {t.pairs_per_update} pairs each: {epochs:.2g} passes over the data"
+    passes = f"{steps * t.pairs_per_update / len(data):,.2f}".rstrip("0").rstrip(".")
+    yield f"{steps} optimizer steps on {t.pairs_per_update} pairs each: {passes} passes over the data"
 
 
 def _describe_start(config: RewardModelConfig) -> str:

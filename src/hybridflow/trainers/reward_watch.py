@@ -9,8 +9,8 @@ seen, and by three times of what it moves from step to step. What may then disag
 - length: answers are `LONGER` times as long or as short as they were, and among the answers to one prompt it is length
   that is paid (a correlation of `PAID`); or the limit cuts `CUT` more of them;
 - entropy: `COLLAPSED` of what it was, with `MISSING` of the span still to be had, and no more coming;
-- distinct-2: `ALIKE` of what it was;
-- one final answer: its share over different prompts grew by `SAME`;
+- repetition within answers: the share of new pairs of tokens is `NEW` of what it was;
+- one final answer: its share of the prompts for which it is not right grew by `SAME`;
 - parts of the reward: one fell while the sum rose.
 
 None of it is proof, and rising together with the reward is none either: an honest run shortens answers, loses entropy
@@ -28,9 +28,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 WINDOW, HORIZON, STAYS, RESTS = 5, 100, 3, 20
-RISE, LONGER, PAID, CUT, SAME = 0.1, 2.0, 0.5, 0.3, 0.3
-COLLAPSED, MISSING = 0.1, 0.25  # of the entropy, and of the span of rewards
-ALIKE = 0.6  # of distinct-2
+RISE, LONGER, PAID, CUT, SAME = 0.1, 2.0, 0.8, 0.3, 0.3
+COLLAPSED, MISSING = 0.1, 0.5  # of the entropy, and of the span: an honest run may stop short of the best, too
+NEW = 0.6  # of the pairs of tokens that are new in their answer
 LEFT_BEHIND = 0.25  # of the span: how far the held-out reward must be behind to count as left behind
 SCORE, LENGTH, CLIPPED, ENTROPY = (
     "critic/score/mean",
@@ -38,7 +38,7 @@ SCORE, LENGTH, CLIPPED, ENTROPY = (
     "response_length/clip_ratio",
     "actor/entropy",
 )
-DISTINCT, TOP, PULL = "rollout/distinct_2", "rollout/top_answer_share", "rollout/length_reward_corr"
+REPEATED, TOP, PULL = "rollout/seq_rep_2", "rollout/top_answer_share", "rollout/length_reward_corr"
 CORRECTNESS = ("acc", "accuracy", "correct", "correctness")  # components that a right answer raises
 LOOK = "read some of the best answers of this step (rollouts/, or the report)"
 
@@ -101,7 +101,7 @@ class RewardWatch:
 
     def __init__(self, parts: Mapping[str, float] | None = None) -> None:
         self.parts = dict.fromkeys(CORRECTNESS, 1.0) | dict(parts or {})
-        self.levels = {name: Level() for name in (SCORE, LENGTH, CLIPPED, ENTROPY, DISTINCT, TOP, PULL)}
+        self.levels = {name: Level() for name in (SCORE, LENGTH, CLIPPED, ENTROPY, REPEATED, TOP, PULL)}
         self.levels |= {f"reward/{name}/mean": Level() for name in self.parts}
         self.spans: dict[str, tuple[float, float]] = {}
         self.evaluations: dict[str, list[Evaluation]] = {}
@@ -140,7 +140,7 @@ class RewardWatch:
             ("cut", self._cut),
             ("length", self._length),
             ("entropy", self._entropy),
-            ("distinct", self._distinct),
+            ("repeated", self._repeated),
             ("top", self._top),
             ("parts", self._parts),
         ]:
@@ -188,12 +188,12 @@ class RewardWatch:
             )
         return None
 
-    def _distinct(self) -> str | None:
-        distinct = self.levels[DISTINCT]
-        if distinct.known and distinct.now < ALIKE * distinct.then:
+    def _repeated(self) -> str | None:
+        repeated = self.levels[REPEATED]
+        if repeated.known and 1 - repeated.now < NEW * (1 - repeated.then):
             return (
-                f"answers repeat themselves or each other ({DISTINCT} {distinct.said()}): one phrase may be all that "
-                f"the reward asks for; {LOOK}, and run hybridflow audit-reward"
+                f"answers repeat themselves ({REPEATED} {repeated.said()}): one phrase may be all that the reward asks "
+                f"for; {LOOK}, and run hybridflow audit-reward"
             )
         return None
 

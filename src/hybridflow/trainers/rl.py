@@ -179,7 +179,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
             metrics = metrics | _evaluate(run, step)
         fault_point("eval", step)
     if batch is not None:
-        metrics = metrics | run.take_measured() | batch_metrics(groups, batch, config.rollout.max_response_tokens)
+        metrics = metrics | run.take_measured() | batch_metrics(run, groups, batch)
         taught = teaches(groups, config.algorithm.advantage, config.reward.clip)
         if taught is not None:
             metrics[TEACHES] = float(taught)
@@ -371,7 +371,7 @@ def value_loss(config: RlConfig) -> Loss:
     return Loss("value", {"clip_value": config.algorithm.clip_value})
 
 
-def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -> dict[str, float]:
+def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, float]:
     """Rewards and lengths of a step's answers, advantages of those that are trained on, under verl's names."""
     mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
     scored = [t for t in answers if t.failure is None]
@@ -380,7 +380,9 @@ def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -
     metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
     rows = [g.row for g in groups for t in g.trajectories if t.failure is None]
     rewards = [t.reward for t in scored]
-    metrics |= diversity([t.token_ids for t in scored], [t.response for t in scored], rows, rewards)
+    truth = {row: run.prompts[row].ground_truth for row in set(rows)}
+    answered = [t.token_ids for t in scored], [t.response for t in scored]
+    metrics |= diversity(*answered, rows, rewards, [truth[row] for row in rows])
     measured = {
         "critic/score": torch.tensor([t.reward for t in scored]),
         "critic/rewards": torch.tensor([t.reward for t in scored]),
@@ -405,7 +407,7 @@ def batch_metrics(groups: list[Group], batch: Batch, max_response_tokens: int) -
             f"{name}/max": float(values.max()),
             f"{name}/min": float(values.min()),
         }
-    metrics["response_length/clip_ratio"] = float((response_B >= max_response_tokens).float().mean())
+    metrics["response_length/clip_ratio"] = float((response_B >= run.config.rollout.max_response_tokens).float().mean())
     metrics["perf/total_num_tokens"] = batch.total()
     return metrics
 
