@@ -7,6 +7,7 @@ one to the other. Implementations live in `engines/` and `rollout/`; nothing her
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # processes that score answers do without torch
 
     from hybridflow.batch import Batch
     from hybridflow.noise import NoiseKey
+
+SECONDS_BETWEEN_LOOKS = 0.2  # of a `wait` that something else wakes: see `Interruptible`
 
 # --- generation ---
 
@@ -364,6 +367,36 @@ class Restarting(Protocol):
 
     version: int
     on_restart: Callable[[], object] | None
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """What a `RolloutEngine` or `Grader` also offers whose `wait` may come back before anything has ended.
+
+    Attributes:
+        should_return: asked now and then while `wait` waits; once it says yes, `wait` returns what there is.
+    """
+
+    should_return: Callable[[], bool]
+
+
+@contextmanager
+def returning_when(asked: Callable[[], bool], *parts: object) -> Iterator[None]:
+    """Within, `wait` of each part that is `Interruptible` comes back early where `asked` says yes."""
+    able = [part for part in parts if isinstance(part, Interruptible)]
+    before = [part.should_return for part in able]
+    for part in able:
+        part.should_return = asked
+    try:
+        yield
+    finally:
+        for part, asked_before in zip(able, before):
+            part.should_return = asked_before
+
+
+def never() -> bool:
+    """What `Interruptible` parts ask unless they are told: they wait to the end."""
+    return False
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]:

@@ -156,9 +156,9 @@ def _take_place(aside: Path, target: Path) -> None:
 def _leaving_nothing(aside: Path, refused: Callable[[Exception], UserError]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         shutil.rmtree(aside, ignore_errors=True)
-        if not _disk_refused(error):
+        if not isinstance(error, Exception) or not _disk_refused(error):
             raise
         raise refused(error) from error
 

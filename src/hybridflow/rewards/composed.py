@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hybridflow.config.bounds import LARGEST_REWARD
-from hybridflow.protocols import Answers, Score
+from hybridflow.protocols import Answers, Score, never, returning_when
 
 
 class Backend(Protocol):
@@ -82,6 +82,7 @@ class ComposedGrader:
 
     def __init__(self, route: Callable[[Answers], Sequence[Part]], backends: Sequence[Backend]) -> None:
         self._route, self._backends = route, list(backends)
+        self.should_return: Callable[[], bool] = never
         self._open: dict[int, _Open] = {}
         self._jobs: dict[int, tuple[int, int]] = {}  # what a backend was asked: whose, and which part
         self._next = 0
@@ -105,10 +106,11 @@ class ComposedGrader:
     def wait(self) -> list[tuple[int, list[Score]]]:
         """See `protocols.Grader.wait`."""
         done = self.ready()
-        while not done and self._open:
-            opened = next(iter(self._open.values()))  # the oldest: what it lacks is waited for
-            lacking = next(part for i, part in enumerate(opened.parts) if i not in opened.scores)
-            done = self._take(lacking.backend.wait()) + self.ready()
+        with returning_when(self.should_return, *self._backends):
+            while not done and self._open and not self.should_return():
+                opened = next(iter(self._open.values()))  # the oldest: what it lacks is waited for
+                lacking = next(part for i, part in enumerate(opened.parts) if i not in opened.scores)
+                done = self._take(lacking.backend.wait()) + self.ready()
         return done
 
     def cancel(self) -> None:

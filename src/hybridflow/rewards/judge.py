@@ -19,6 +19,7 @@ import queue
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from hybridflow.config.locate import load_function
 from hybridflow.config.rewards import JudgeSection, RewardPoolSection
 from hybridflow.errors import UserError, nearest, raised
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Answers, Score
+from hybridflow.protocols import SECONDS_BETWEEN_LOOKS, Answers, Score, never
 from hybridflow.rewards.limits import CallFailed, LimitedClient
 
 GIVEN = ("question", "messages", "response", "ground_truth", "row", "fence")
@@ -231,6 +232,7 @@ class EndpointJudge:
             )
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = LimitedClient.of(pool)
+        self.should_return: Callable[[], bool] = never
         self._open: dict[int, Hearing] = {}
         self._futures: dict[int, list[Future[Any]]] = {}
         self._arrived: queue.SimpleQueue[tuple[int, Hearing, str, int, Future[Any]]] = queue.SimpleQueue()
@@ -260,8 +262,9 @@ class EndpointJudge:
     def wait(self) -> list[tuple[int, list[Score]]]:
         """See `protocols.Grader.wait`."""
         done = self.ready()
-        while not done and self._open:
-            self._take(*self._arrived.get())
+        while not done and self._open and not self.should_return():
+            with suppress(queue.Empty):
+                self._take(*self._arrived.get(timeout=SECONDS_BETWEEN_LOOKS))
             done = self.ready()
         return done
 

@@ -25,14 +25,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hybridflow.config.imports import user_folders
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Score
+from hybridflow.protocols import SECONDS_BETWEEN_LOOKS, Answers, Score, never
 from hybridflow.rewards.function import CUT, FunctionSpec, failures
 from hybridflow.rewards.pool_process import GRACE, START, PoolProcess, start_process
 from hybridflow.rewards.pool_worker import too_long
@@ -93,6 +93,7 @@ class ProcessGrader:
         self._folder, self._path = os.getcwd(), [p for p in sys.path if isinstance(p, str)]
         # What follows is shared with the thread, under the lock.
         self._lock = threading.Condition()
+        self.should_return: Callable[[], bool] = never
         self._open: dict[int, Group] = {}
         self._done: list[tuple[int, list[Score]]] = []
         self._error: BaseException | None = None
@@ -156,7 +157,8 @@ class ProcessGrader:
             UserError: a process cannot load the functions.
         """
         with self._lock:
-            self._lock.wait_for(lambda: self._done or not self._open or self._error)
+            while not (self._done or not self._open or self._error or self.should_return()):
+                self._lock.wait(SECONDS_BETWEEN_LOOKS)
             return self._take()
 
     def cancel(self) -> None:

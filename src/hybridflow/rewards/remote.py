@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Score
+from hybridflow.protocols import SECONDS_BETWEEN_LOOKS, Answers, Score, never
 from hybridflow.rewards.function import CUT, failures, read_scores
 from hybridflow.rewards.limits import CallFailed, LimitedClient
 
@@ -43,6 +44,7 @@ class RemoteGrader:
 
     def __init__(self, url: str, pool: RewardPoolSection, kwargs: Mapping[str, Any] | None = None) -> None:
         self.url, self._kwargs = url, dict(kwargs or {})
+        self.should_return: Callable[[], bool] = never
         taken = [name for name in OURS if name in self._kwargs]
         if taken:
             raise UserError(
@@ -85,8 +87,9 @@ class RemoteGrader:
     def wait(self) -> list[tuple[int, list[Score]]]:
         """See `protocols.Grader.wait`."""
         found: list[tuple[int, list[Score]]] = []
-        while self._open and not found:
-            found = [*self._scores(*self._ended.get()), *self.ready()]
+        while self._open and not found and not self.should_return():
+            with suppress(queue.Empty):
+                found = [*self._scores(*self._ended.get(timeout=SECONDS_BETWEEN_LOOKS)), *self.ready()]
         return found
 
     def cancel(self) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from hybridflow.config.placement import Transport
 from hybridflow.errors import UserError
-from hybridflow.protocols import Receipt, Request, Result, WeightStream
+from hybridflow.protocols import SECONDS_BETWEEN_LOOKS, Receipt, Request, Result, WeightStream, never
 from hybridflow.rollout.job import Decode, Job
 from hybridflow.rollout.replica import Failed, Flight, Hooks, Piece, Replica, ReplicaLost, all_of, why_lost
 from hybridflow.rollout.stopping import StopText
@@ -67,6 +67,7 @@ class AsyncEngine(Hooks):
         decode: Decode | None = None,
     ) -> None:
         self.decode = decode
+        self.should_return: Callable[[], bool] = never
         self.version = 0
         self.paused = False
         self.asleep = False
@@ -141,7 +142,9 @@ class AsyncEngine(Hooks):
                     if not any(handle >= self._oldest for handle in self._in_flight):
                         return []
                     assert not (self.paused or self.asleep), "waiting for a paused engine would never end"
-                    self._changed.wait()
+                    if self.should_return():
+                        return []
+                    self._changed.wait(SECONDS_BETWEEN_LOOKS)
                 if self._error is not None:
                     raise self._error
                 stale, self._stale = self._stale, False

@@ -12,7 +12,18 @@ from typing import Any, Literal, Protocol
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Answers, Grader, Group, Request, Result, RolloutEngine, Sampling, Score, Trajectory
+from hybridflow.protocols import (
+    Answers,
+    Grader,
+    Group,
+    Request,
+    Result,
+    RolloutEngine,
+    Sampling,
+    Score,
+    Trajectory,
+    returning_when,
+)
 
 
 class Question(Protocol):
@@ -155,6 +166,10 @@ class GroupSource:
             UserError: the reward failed, log-probabilities are not finite, or the journal holds answers to other
                 prompts.
         """
+        with returning_when(self.should_stop, self.engine, self.grader):
+            return self._collect(step, draws)
+
+    def _collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
         self.reward_seconds = 0.0
         done: dict[int, Group] = {}
         if self.journal is not None:

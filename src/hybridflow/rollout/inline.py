@@ -13,7 +13,7 @@ Shapes: R running rows, T tokens of a prefill, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,7 +26,7 @@ from hybridflow.models.forward import packs, trunk
 from hybridflow.models.head import output_head
 from hybridflow.models.load import context_of
 from hybridflow.models.padded import padded_states
-from hybridflow.protocols import Receipt, Request, Result, WeightStream
+from hybridflow.protocols import Receipt, Request, Result, WeightStream, never
 from hybridflow.rollout.cache import Cache, CacheLayout, Kept
 from hybridflow.rollout.decoder import Decoder, Steps, is_covered
 from hybridflow.rollout.job import Decode, Job
@@ -77,6 +77,7 @@ class InlineEngine:
         count_near_ties: bool = False,
     ) -> None:
         self.model, self.decode = model, decode
+        self.should_return: Callable[[], bool] = never
         self.max_cache_tokens = max_cache_tokens
         self.dtype = dtype or (torch.bfloat16 if model.device.type == "cuda" else model.dtype)
         self.packs = packs(model)
@@ -121,7 +122,7 @@ class InlineEngine:
         """See `RolloutEngine.wait`."""
         assert not (self.paused and not self._ready), "waiting for a paused engine would never end"
         with torch.inference_mode(), self._autocast():
-            while not self._ready and (self._waiting or self._rows.jobs):
+            while not self._ready and (self._waiting or self._rows.jobs) and not self.should_return():
                 self._admit()
                 if self._rows.jobs:
                     self._decode()

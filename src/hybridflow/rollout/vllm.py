@@ -34,7 +34,7 @@ from hybridflow.config.sections import LoraSection
 from hybridflow.devices import CPU, count_devices
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Receipt, Request, Result, WeightStream
+from hybridflow.protocols import Receipt, Request, Result, WeightStream, never
 from hybridflow.rollout import vllm_start
 from hybridflow.rollout.job import Decode, Job
 from hybridflow.rollout.stopping import StopText
@@ -113,6 +113,7 @@ class VllmEngine:
         self.version = 0
         self.paused = self.asleep = False
         self.max_model_len, self.decode = max_model_len, decode
+        self.should_return: Callable[[], bool] = never
         self.on_restart: Callable[[], None] | None = None
         self.note: Callable[[str, str], None] = lambda kind, text: None
         self._workers, self._sleep_level = mode == "workers", sleep_level
@@ -229,7 +230,7 @@ class VllmEngine:
         assert not (self.asleep and self._jobs), "waiting for a sleeping engine would never end"
         assert self._whole or not self._jobs, "an engine without usable weights: publish some"
         with torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
-            while not self._ready and self._jobs:
+            while not self._ready and self._jobs and not self.should_return():
                 self._step()
         ready, self._ready = self._ready, []
         return ready

@@ -15,8 +15,8 @@ from hybridflow.config.sections import EvalSection
 from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError, raised
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Grader, Request, Result, RolloutEngine, Sampling, Score
-from hybridflow.rollout.groups import FailurePolicy, require_finite, total
+from hybridflow.protocols import Grader, Request, Result, RolloutEngine, Sampling, Score, never, returning_when
+from hybridflow.rollout.groups import FailurePolicy, Stopped, require_finite, total
 from hybridflow.trainers.rewarding import answers_to, score_all
 from hybridflow.trainers.statistics import maj_at_k, mean_interval, pass_at_k
 
@@ -100,6 +100,7 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] = never,
 ) -> Evaluation:
     """Answers every prompt ``eval.samples_per_prompt`` times.
 
@@ -117,8 +118,10 @@ def evaluate(
         sampling: what `sampling_for` gave.
         seed: the run's seed.
         note: takes a line about the progress, every 10 seconds.
+        should_stop: asked all the time.
 
     Raises:
+        Stopped: it said yes. What was generated is dropped: an evaluation is whole, or is none.
         UserError: the reward or ``eval.answer`` failed on an answer, or the model's numbers are not finite.
     """
     if section.answer is not None:
@@ -135,11 +138,14 @@ def evaluate(
     votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []
     failures: dict[str, float] = {}
-    answers = _answers(engine, requests, note)
+    with returning_when(should_stop, engine, grader):
+        answers = _answers(engine, requests, note, should_stop)
     for i in range(count):
         require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
     texts_of = [[decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
-    scores_of = score_all(grader, (answers_to(p, texts) for p, texts in zip(asked, texts_of)))
+    asked_of = (answers_to(p, texts) for p, texts in zip(asked, texts_of))
+    with returning_when(should_stop, engine, grader):
+        scores_of = score_all(grader, asked_of, should_stop)
     for i, prompt in enumerate(asked):
         results, texts = answers[i * n : (i + 1) * n], texts_of[i]
         values = [_value(score, policy, f"row {i} of the evaluation data") for score in scores_of[i]]
@@ -213,15 +219,23 @@ def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | No
     )
 
 
-def _answers(engine: RolloutEngine, requests: Sequence[Request], note: Callable[[str], None] | None) -> list[Result]:
+def _answers(
+    engine: RolloutEngine,
+    requests: Sequence[Request],
+    note: Callable[[str], None] | None,
+    should_stop: Callable[[], bool],
+) -> list[Result]:
     """The results, in the order of their requests."""
     handles = [engine.submit(request) for request in requests]
     done: dict[int, Result] = {}
     began = told = time.monotonic()
     while len(done) < len(handles):
         done.update({result.handle: result for result in engine.wait()})
+        if should_stop():
+            engine.abort([handle for handle in handles if handle not in done])
+            raise Stopped
         now = time.monotonic()
-        if note is not None and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
+        if note is not None and done and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
             left = (now - began) / len(done) * (len(handles) - len(done))
             note(f"evaluation: {len(done)} of {len(handles)} answers, about {left:.0f} s left")
             told = now

@@ -33,6 +33,7 @@ from hybridflow.protocols import (
     TrainEngine,
     Update,
     WeightStream,
+    never,
 )
 from hybridflow.weights.stream import verify
 from hybridflow.weights.transport import Receiver, open_receiver
@@ -233,6 +234,7 @@ class GroupRollout:
 
     def __init__(self, group: WorkerGroup) -> None:
         self.group = group
+        self.should_return: Callable[[], bool] = never
         self.replicas = group.world_size
         self._next = 0
         self._queue: list[tuple[int, Request]] = []
@@ -249,7 +251,7 @@ class GroupRollout:
 
     def wait(self) -> list[Result]:
         """See `RolloutEngine.wait`."""
-        while not self._ready and self._in_flight:
+        while not self._ready and self._in_flight and not self.should_return():
             self._advance()
         ready, self._ready = self._ready, []
         if self._in_flight and self._slice is None:

@@ -96,6 +96,9 @@ def evaluate(run: RewardModelRun) -> dict[str, float]:
     total: dict[str, float] = {}
     with run.clock.phase("testing"):
         for first in rows[::size]:
+            if run.stop.requested():
+                run.trackers.tell("evaluation", f"stopped in the evaluation of step {run.step + 1}: it is left out")
+                return {}
             batch = run.held_out.batch(rows[first : first + size])
             found = pair_metrics(values_of(run, batch), batch, run.config.train.center_coef)
             for name, value in found.items():

@@ -10,7 +10,7 @@ from hybridflow.config.sections import EvalConfig, RlConfig
 from hybridflow.data.prompts import Prompt, PromptSet, truth_key
 from hybridflow.data.rows import column
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Grader, Score
+from hybridflow.protocols import Answers, Grader, Score, never
 from hybridflow.rewards import ROW_CHECKS, check_row
 from hybridflow.rewards.composed import Backend, ComposedGrader, Part
 from hybridflow.rewards.function import FIXES, FunctionSpec, name_of
@@ -18,7 +18,7 @@ from hybridflow.rewards.in_process import InProcessGrader
 from hybridflow.rewards.pool import ProcessGrader
 from hybridflow.rewards.remote import RemoteGrader
 from hybridflow.rewards.routing import route
-from hybridflow.rollout.groups import FailurePolicy
+from hybridflow.rollout.groups import FailurePolicy, Stopped
 from hybridflow.trainers.judge_engine import make_judge
 from hybridflow.trainers.model_grader import check_reward_model, make_reward_model
 from hybridflow.trainers.placing import Places
@@ -176,15 +176,24 @@ def answers_to(prompt: Prompt, texts: list[str]) -> Answers:
     return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row)
 
 
-def score_all(grader: Grader, asked: Iterable[Answers]) -> list[list[Score]]:
-    """The scores of all these answers, in their order; nothing else may be under way in the grader."""
+def score_all(grader: Grader, asked: Iterable[Answers], should_stop: Callable[[], bool] = never) -> list[list[Score]]:
+    """The scores of all these answers, in their order; nothing else may be under way in the grader.
+
+    Raises:
+        Stopped: `should_stop` said yes.
+    """
     count = 0
     found: dict[int, list[Score]] = {}
     for count, answers in enumerate(asked, start=1):
         grader.submit(count - 1, answers)
         found.update(grader.ready())
-    while len(found) < count:
+        if should_stop():
+            break
+    while len(found) < count and not should_stop():
         found.update(grader.wait())
+    if should_stop():
+        grader.cancel()
+        raise Stopped
     return [found[i] for i in range(count)]
 
 

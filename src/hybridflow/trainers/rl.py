@@ -21,9 +21,8 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.faults import fault_point
 from hybridflow.protocols import Group, Loss, Scorer, TrainEngine, Trajectory
-from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
+from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.trainers.diversity import diversity
-from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
 from hybridflow.trainers.group_engine import score_later, update_later
 from hybridflow.trainers.learning import (
     component_names,
@@ -175,8 +174,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
     """Evaluates, writes what happened, and saves a checkpoint, each where it is due."""
     config, last = run.config, step == run.total_steps
     if run.eval_prompts is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
-        with run.clock.phase("testing"):
-            metrics = metrics | _evaluate(run, step)
+        metrics = metrics | run.evaluate(step)
         fault_point("eval", step)
     if batch is not None:
         metrics = metrics | run.take_measured() | batch_metrics(run, groups, batch)
@@ -188,7 +186,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
             if advice is not None:
                 run.trackers.advise(f"step {step}: {advice}")
         if step == 1:
-            _advise_where_none_ended(run, "first step", [t.finish_reason for g in groups for t in g.trajectories])
+            run.advise_where_none_ended("first step", [t.finish_reason for g in groups for t in g.trajectories])
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
             with run.clock.phase("dump_rollout_generations"):
                 write_rollouts(
@@ -202,7 +200,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
             "perf/time_per_step": times["timing_s/step"],
             "perf/throughput": batch.total() / times["timing_s/step"],
         }
-    run.trackers.log(step, {"training/global_step": step} | metrics | times)
+    run.note(step, {"training/global_step": step} | metrics | times)
     fault_point("record", step)
     due = bool(config.checkpoint.every) and step % config.checkpoint.every == 0
     if (run.note_best(step, metrics) or due) and step and not last:
@@ -410,36 +408,6 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     metrics["response_length/clip_ratio"] = float((response_B >= run.config.rollout.max_response_tokens).float().mean())
     metrics["perf/total_num_tokens"] = batch.total()
     return metrics
-
-
-def _evaluate(run: RlRun, step: int) -> dict[str, float]:
-    assert run.eval_prompts is not None
-    config = run.config
-    run.turn.to_generation()
-    done = evaluate(
-        run.rollout,
-        run.eval_prompts,
-        run.grader,
-        run.policy,
-        config.eval,
-        decode=run.decode,
-        sampling=sampling_for(config.eval, run.source.sampling),
-        seed=config.run.seed,
-        note=run.trackers.note if config.track.console else None,
-    )
-    for r in done.records:
-        r |= {"step": step, "tokens": run.texts_of(r["token_ids"])}
-    write_rollouts(run.folder.path / f"evaluations/step-{step:06d}.parquet", done.records, EVALUATION)
-    if step == 0:
-        _advise_where_none_ended(run, "evaluation before training", [r["finish_reason"] for r in done.records])
-    return done.metrics()
-
-
-def _advise_where_none_ended(run: RlRun, where: str, finish_reasons: list[str]) -> None:
-    limit, eos = run.config.rollout.max_response_tokens, repr(run.tokenizer.eos_token)
-    advice = never_ended(finish_reasons, limit, eos)
-    if advice:
-        run.trackers.advise(f"{where}: {advice}")
 
 
 def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:

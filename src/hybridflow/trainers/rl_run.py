@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +17,13 @@ from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import RlConfig
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.protocols import Grader, Restarting, RolloutEngine, Scorer, TrainEngine
-from hybridflow.rollout.groups import FailurePolicy, GroupSource
+from hybridflow.rollout.groups import FailurePolicy, GroupSource, Stopped
 from hybridflow.tracking.jsonl import read_metrics
+from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.best import best_of, better
 from hybridflow.trainers.critic import Critic, make_critic, make_reference, require_companions
+from hybridflow.trainers.evaluate import evaluate, never_ended, sampling_for
 from hybridflow.trainers.generation import training_sampling
 from hybridflow.trainers.handover import HandOver
 from hybridflow.trainers.lifecycle import StopRequest
@@ -60,6 +62,7 @@ class RlRun(Session):
     publisher: Publisher
     moments: Moments = field(default_factory=Moments)
     token_text: dict[int, str] = field(default_factory=dict)
+    unevaluated: dict[str, float] | None = None  # metrics of the last step, whose evaluation is still to be made
     measured: dict[str, float] = field(default_factory=dict)  # of the step under way, besides its updates' metrics
 
     def __exit__(
@@ -78,6 +81,79 @@ class RlRun(Session):
     def watches(self) -> tuple[MismatchWatch, RewardWatch, SignalWatch]:
         """What looks at the metrics of every step, and may have something to say."""
         return self.watch, self.reward_watch, self.signal_watch
+
+    def steps(self) -> Iterator[int]:
+        """See `Session.steps`; before them, the evaluation that the run was stopped in."""
+        if self.unevaluated is not None:
+            step, line = self.step, self.unevaluated
+            self.unevaluated = None
+            found = self.evaluate(step)
+            if self.unevaluated is None:
+                self.note(step, line | found | {"timing_s/testing": self.clock.take()["timing_s/testing"]})
+                if self.note_best(step, found) and self.best is not None:
+                    write_best(self.folder.checkpoints, self.best)  # the step is saved already
+            else:
+                self.unevaluated = line  # stopped once more
+        yield from super().steps()
+
+    def done(self) -> bool:
+        """See `Session.done`: an evaluation that the run was stopped in is still to be made."""
+        return super().done() and self.unevaluated is None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluates the weights of a step, and writes the answers; what was measured.
+
+        Where the run is asked to stop meanwhile, answers are dropped and nothing is returned: the step's metrics then
+        wait (`note`) until the run goes on and its evaluation is made.
+
+        Raises:
+            Stopped: the same before the first step, which is then not begun.
+        """
+        assert self.eval_prompts is not None
+        config = self.config
+        self.turn.to_generation()
+        try:
+            with self.clock.phase("testing"):
+                done = evaluate(
+                    self.rollout,
+                    self.eval_prompts,
+                    self.grader,
+                    self.policy,
+                    config.eval,
+                    decode=self.decode,
+                    sampling=sampling_for(config.eval, self.source.sampling),
+                    seed=config.run.seed,
+                    note=self.trackers.note if config.track.console else None,
+                    should_stop=self.stop.requested,
+                )
+        except Stopped:
+            if not step:
+                raise
+            self.unevaluated = {}
+            self.trackers.tell(
+                "evaluation", f"stopped in the evaluation of step {step}: it is made when the run goes on"
+            )
+            return {}
+        for r in done.records:
+            r |= {"step": step, "tokens": self.texts_of(r["token_ids"])}
+        write_rollouts(self.folder.path / f"evaluations/step-{step:06d}.parquet", done.records, EVALUATION)
+        if step == 0:
+            self.advise_where_none_ended("evaluation before training", [r["finish_reason"] for r in done.records])
+        return done.metrics()
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of a step, or keeps them for its checkpoint while its evaluation is still to be made."""
+        if self.unevaluated is None:
+            self.trackers.log(step, metrics)
+        else:
+            self.unevaluated = dict(metrics)
+
+    def advise_where_none_ended(self, where: str, finish_reasons: list[str]) -> None:
+        """Says so where not one of several answers ended by itself."""
+        limit, eos = self.config.rollout.max_response_tokens, repr(self.tokenizer.eos_token)
+        advice = never_ended(finish_reasons, limit, eos)
+        if advice:
+            self.trackers.advise(f"{where}: {advice}")
 
     def take_measured(self) -> dict[str, float]:
         """What was measured of the step under way, which is then forgotten."""
@@ -99,14 +175,17 @@ class RlRun(Session):
         return super().engines() | ({"critic": self.critic.engine} if own and self.critic else {})
 
     def extra_state(self) -> dict[str, Any]:
-        """The coefficient of the KL penalty, which an adaptive controller moves, and what is known of all rewards."""
-        return {"kl_reward_coef": self.kl.coef, "reward_moments": astuple(self.moments)}
+        """The coefficient of an adaptive KL penalty, what is known of all rewards, and what waits for an evaluation."""
+        owed = {} if self.unevaluated is None else {"unevaluated": self.unevaluated}
+        return {"kl_reward_coef": self.kl.coef, "reward_moments": astuple(self.moments)} | owed
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """See `Session.load_extra`. A fixed coefficient is the configuration's, which may have been changed."""
         if self.kl.target is not None:
             self.kl.coef = state["kl_reward_coef"]
         self.moments = Moments(*state["reward_moments"])
+        made = any(line["step"] == state["step"] for line in read_metrics(self.folder.path / "metrics.jsonl"))
+        self.unevaluated = None if made else state.get("unevaluated")
 
     def save(self, step: int) -> None:
         """See `Session.save`. Models that are offloaded between phases come back for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hybridflow.checkpoint.store import read_best
+from hybridflow.checkpoint.store import read_best, saved_steps
 from hybridflow.config.reward_model import RewardModelConfig, TrainingConfig
 from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.events import read_events
@@ -61,7 +61,8 @@ def start(config: TrainingConfig, *, again: str) -> int:
         if best is not None:
             print(f"best: step {best.step}, {best.metric} {best.value:.4f}; hybridflow export {folder} FOLDER --best")
         return 0
-    print(f"stopped after step {max((int(m['step']) for m in steps), default=0)}; to go on: {again}")
+    last = max([0, *(int(m["step"]) for m in steps), *saved_steps(folder / "checkpoints")])
+    print(f"stopped after step {last}; to go on: {again}")
     return 130
 
 

@@ -25,7 +25,7 @@ from hybridflow.engines.reference import LocalReference
 from hybridflow.engines.sharded import ShardedEngine, ShardedReference
 from hybridflow.models.load import require_context, stop_ids
 from hybridflow.models.value import value_head
-from hybridflow.protocols import Loss, Receipt, Request, Result, RolloutEngine, Update
+from hybridflow.protocols import Loss, Receipt, Request, Result, RolloutEngine, Update, returning_when
 from hybridflow.trainers.generation import inline_engine, own_engine
 from hybridflow.trainers.lifecycle import memory_metrics
 from hybridflow.trainers.roles import Role, load_role, local_engine, local_reference, role_tokenizer
@@ -218,8 +218,9 @@ class RolloutWorker:
             self.handles[self.engine.submit(request)] = handle
         ended: list[Result] = []
         until = time.monotonic() + seconds
-        while self.handles and not self.paused and time.monotonic() < until:
-            ended += self._named(self.engine.wait())
+        with returning_when(lambda: time.monotonic() >= until, self.engine):
+            while self.handles and not self.paused and time.monotonic() < until:
+                ended += self._named(self.engine.wait())
         return ended
 
     @remote(ONE_TO_ALL)
