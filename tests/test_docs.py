@@ -183,7 +183,7 @@ def test_quoted_keys_are_keys(page: Path) -> None:
             assert name in keys() or name.endswith(endings) or name in CHECKPOINT_VALUES, f"{page.name}: {text}"
 
 
-CHECKPOINT_VALUES = ("run.drawn", "run.data", "run.recent")  # names in a checkpoint's state.json
+CHECKPOINT_VALUES = ("run.drawn", "run.data", "run.recent", "run.unevaluated")  # names in a checkpoint's state.json
 
 
 @pages

@@ -17,6 +17,7 @@ from hybridflow.checkpoint.store import (
     read_checkpoint,
     saved_steps,
     step_folder,
+    whole_folder,
 )
 from hybridflow.errors import UserError
 
@@ -117,6 +118,19 @@ def test_no_space_leaves_nothing_and_the_old_one_stands(tmp_path: Path) -> None:
     assert caught.value.fix == f"make room on the disk of {checkpoints} and run the same command again"
     assert [p.name for p in checkpoints.iterdir()] == ["step-000001"]
     read_checkpoint(step_folder(checkpoints, 1))
+
+
+def test_ctrl_c_while_a_folder_is_written_leaves_nothing_and_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+
+    def interrupted() -> None:
+        with whole_folder(tmp_path / "model", lambda error: UserError("full")) as aside:
+            (aside / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_fault_of_another_kind_keeps_its_type_and_leaves_nothing(tmp_path: Path) -> None:

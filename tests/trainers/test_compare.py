@@ -20,7 +20,14 @@ from tiny import CARRY
 Output = pytest.CaptureFixture[str]
 
 
-def evaluation(folder: Path, rewards: Sequence[Sequence[float]], *, template: str = "{}", **changed: Any) -> str:
+def evaluation(
+    folder: Path,
+    rewards: Sequence[Sequence[float]],
+    *,
+    template: str = "{}",
+    settings: dict[str, Any] | None = None,
+    **changed: Any,
+) -> str:
     """The folder of an evaluation: a prompt for each list of rewards."""
     rows = [
         {
@@ -32,8 +39,48 @@ def evaluation(folder: Path, rewards: Sequence[Sequence[float]], *, template: st
         for sample, reward in enumerate(answers)
     ]  # fmt: skip
     write_rollouts(folder / "answers.parquet", rows, EVALUATION)
-    (folder / "evaluation.json").write_text("{}")
+    (folder / "evaluation.json").write_text(json.dumps({"settings": settings} if settings else {}))
     return str(folder)
+
+
+SETTINGS: dict[str, Any] = {
+    "run": {"seed": 0, "folder": "runs/a", "threads": None},
+    "model": {"path": "runs/one", "packing": True},
+    "data": {"eval": "rows.jsonl", "system_prompt": None},
+    "reward": {"function": "gsm8k", "kwargs": {"strict": True}, "pool": {"processes": 1}},
+    "rollout": {"max_response_tokens": 8, "stop": [], "max_cache_tokens": 1000},
+    "eval": {"temperature": 0.0, "samples_per_prompt": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("eval.temperature", 1.0, "eval.temperature was 0.0 for A and 1.0 for B"),
+        ("eval.samples_per_prompt", 4, "eval.samples_per_prompt was 1 for A and 4 for B"),
+        ("rollout.max_response_tokens", 16, "rollout.max_response_tokens was 8 for A and 16 for B"),
+        ("rollout.stop", ["\n"], "rollout.stop was [] for A and ['\\n'] for B"),
+        ("data.system_prompt", "Think.", "data.system_prompt was unset for A and Think. for B"),
+        ("data.eval", "others.jsonl", "data.eval was rows.jsonl for A and others.jsonl for B"),
+        ("reward.kwargs.strict", False, "reward.kwargs.strict was True for A and False for B"),
+        ("run.seed", 1, "run.seed was 0 for A and 1 for B"),
+        ("run.folder", "runs/b", None),
+        ("model.path", "runs/two", None),
+        ("reward.pool.processes", 4, None),
+        ("rollout.max_cache_tokens", 10, None),
+    ],
+)
+def test_evaluations_that_were_made_differently_say_so(key: str, value: Any, told: str | None, tmp_path: Path) -> None:
+    other = json.loads(json.dumps(SETTINGS))
+    *path, last = key.split(".")
+    section = other
+    for name in path:
+        section = section[name]
+    section[last] = value
+    a = evaluation(tmp_path / "a", [[1.0], [0.0]], settings=SETTINGS)
+    b = evaluation(tmp_path / "b", [[1.0], [1.0]], settings=other)
+    warned = [line for line in comparison_lines(compare(a, b)) if line.startswith("warning")]
+    assert warned == ([] if told is None else [f"warning: they were evaluated differently: {told}"])
 
 
 def test_right_and_wrong_are_held_together_by_the_exact_sign_test(tmp_path: Path) -> None:
@@ -103,6 +150,8 @@ def test_models_are_evaluated_first_as_the_configuration_says(tmp_path: Path, ca
     assert again["sources"] == result["sources"]
     mixed = json.loads(succeed(capsys, "eval", tmp_path / "run/a", one, "--config", config, "--json"))
     assert mixed["sources"]["carry"]["prompts"] == 6
+    assert mixed["differences"] == {"eval.samples_per_prompt": [2, 1], "eval.temperature": [1.0, 0.0]}
+    assert (tmp_path / "run/b/before-1/evaluation.json").is_file()  # of the first comparison
 
 
 def test_overrides_without_a_configuration_and_a_configuration_without_models(tmp_path: Path, capsys: Output) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hybridflow.cli import main
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
 from hybridflow.trainers import evaluate as module
@@ -185,3 +186,20 @@ def test_what_cannot_be_evaluated_is_refused(
 def test_adapters_are_not_evaluated_without_their_weights(tmp_path: Path, capsys: Output) -> None:
     said = mistake(capsys, "eval", configuration(tmp_path, "eval"), "model.lora.rank=4")
     assert "model.lora is for training" in said and "hybridflow export RUN FOLDER" in said
+
+
+def test_an_evaluation_that_was_in_the_folder_is_kept_and_compared(tmp_path: Path, capsys: Output) -> None:
+    config, run = configuration(tmp_path, "eval", eval={"max_rows": 2}), tmp_path / "run"
+    succeed(capsys, "eval", config)
+    first = {name: (run / name).read_bytes() for name in ("evaluation.json", "answers.parquet")}
+    succeed(capsys, "eval", config)  # the same again replaces it
+    assert not (run / "before-1").exists()
+    capsys.readouterr()
+    for kept, limit in enumerate((4, 5), start=1):
+        assert main(["eval", config, f"rollout.max_response_tokens={limit}"]) == 0
+        said = capsys.readouterr().err
+        folder = run / f"before-{kept}"
+        assert f"is in {folder} now; to compare: hybridflow eval {folder} {run}" in said
+    assert (run / "before-1/answers.parquet").read_bytes() == first["answers.parquet"]
+    compared = succeed(capsys, "eval", run / "before-1", run)
+    assert "they were evaluated differently: rollout.max_response_tokens was 8 for A and 5 for B" in compared

@@ -7,8 +7,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hybridflow.errors import UserError
 from hybridflow.models.load import context_of, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Sampling, generate
+from hybridflow.protocols import Request, Result, RolloutEngine, Sampling
 from hybridflow.rollout.groups import require_finite
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 from hybridflow.trainers.evaluate import Evaluation, evaluate, never_ended, sampling_for
@@ -40,6 +41,9 @@ DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-to
 
 def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Scores a model's answers; writes evaluation.json and answers.parquet into the run's folder.
+
+    An evaluation of other settings or another result that is there already is kept: it moves to ``before-1/``, or the
+    next such folder that is free.
 
     Args:
         config: the configuration.
@@ -77,9 +81,12 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
         )
     for record in done.records:
         record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
-    write_rollouts(folder / "answers.parquet", done.records, EVALUATION)
     advice = never_ended([r["finish_reason"] for r in done.records], limit, repr(tokenizer.eos_token))
     result = _result(config, done, time.perf_counter() - began) | {"advice": [advice] if advice else []}
+    kept = _keep_earlier(folder, result)
+    if kept is not None and note is not None:
+        note(f"the evaluation that was in {folder} is in {kept} now; to compare: hybridflow eval {kept} {folder}")
+    write_rollouts(folder / "answers.parquet", done.records, EVALUATION)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -88,6 +95,23 @@ def require_inline(config: EvalConfig) -> None:
     """Raises a UserError where an evaluation asks for another engine."""
     if config.rollout.engine != "inline":
         raise UserError("hybridflow eval answers with the inline engine", fix="set rollout.engine=inline")
+
+
+def _keep_earlier(folder: Path, result: Mapping[str, Any]) -> Path | None:
+    """Moves the evaluation in a folder aside, unless it is the same as this one; where it is then."""
+    file = folder / "evaluation.json"
+    if not file.is_file():
+        return None
+    with suppress(ValueError, AttributeError):  # whatever else it is, it is kept
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if all(earlier.get(name) == json.loads(json.dumps(result[name])) for name in ("settings", "metrics")):
+            return None
+    kept = next(f for f in (folder / f"before-{i}" for i in count(1)) if not f.exists())
+    kept.mkdir()
+    for name in ("answers.parquet", "evaluation.json"):
+        with suppress(FileNotFoundError):
+            (folder / name).rename(kept / name)
+    return kept
 
 
 def _result(config: EvalConfig, done: Evaluation, seconds: float) -> dict[str, Any]:
@@ -205,7 +229,16 @@ def ask(
             )
         asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
         requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
-    for i, result in enumerate(generate(inline_engine(model, tokenizer, stop=sampling.stop), requests)):
+    for i, result in enumerate(_in_order(inline_engine(model, tokenizer, stop=sampling.stop), requests)):
         require_finite([result], f"prompt {i // samples + 1}", "--temperature")
         text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
         yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))
+
+
+def _in_order(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Result]:
+    """The results in the order of their requests, each as soon as those before it are there."""
+    done: dict[int, Result] = {}
+    for handle in [engine.submit(request) for request in requests]:
+        while handle not in done:
+            done.update({result.handle: result for result in engine.wait()})
+        yield done.pop(handle)

@@ -6,17 +6,21 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hybridflow.checkpoint.run_folder import make_folder, write_atomically
+from hybridflow.checkpoint.run_folder import flatten, make_folder, write_atomically
 from hybridflow.config.sections import EvalConfig
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.tracking.rollouts import read_rollouts
 from hybridflow.trainers.ask import evaluate_model
+from hybridflow.trainers.finished import said
 from hybridflow.trainers.statistics import bootstrap, permutation_test, sign_test
 
+DECIDING = ("data.", "eval.", "reward.", "rollout.", "model.")  # settings that decide about answers and rewards, but
+NOT_DECIDING = ("model.path", "model.packing", "reward.pool.", "rollout.max_cache_tokens", "rollout.compile")
 Question = tuple[str, str, str, int]  # data source, last message of the user, ground truth, which of equal ones
 
 
@@ -35,7 +39,8 @@ def compare(
         note: takes a line about the progress now and then.
 
     Returns:
-        Plain values: "a", "b", "sources" (one comparison for each data source), "only_in_a", "only_in_b".
+        Plain values: "a", "b", "sources" (one comparison for each data source), "only_in_a", "only_in_b",
+        "differences" (settings in which they were evaluated otherwise, with the value of each).
 
     Raises:
         UserError: neither an evaluation nor a model that can be evaluated, or nothing that both were asked.
@@ -54,6 +59,7 @@ def compare(
         "prompts": len(both),
         "only_in_a": len(a) - len(both),
         "only_in_b": len(b) - len(both),
+        "differences": _differences(*folders),
         "sources": {
             name: _paired(name, [a[q] for q in both if q[0] == name], [b[q] for q in both if q[0] == name])
             for name in names
@@ -76,6 +82,8 @@ def comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
         interval = f"95 % interval {low:+.4f} to {high:+.4f}"
         yield f"  B - A = {s['difference']:+.4f}, {interval}, p = {s['p']:.3g} ({s['test']})"
         yield f"  B is better on {s['b_better']} prompts, A on {s['a_better']}, equal on {s['equal']}"
+    for key, (in_a, in_b) in result["differences"].items():
+        yield f"warning: they were evaluated differently: {key} was {said(in_a)} for A and {said(in_b)} for B"
     if result["only_in_a"] or result["only_in_b"]:
         alone = f"{result['only_in_a']} prompts were asked only of A and {result['only_in_b']} only of B"
         yield f"warning: {alone}; they are left out"
@@ -120,6 +128,25 @@ def _evaluation(path: str, name: str, config: EvalConfig | None, note: Callable[
     model = config.model.model_copy(update={"path": path})
     evaluate_model(config.model_copy(update={"run": run, "model": model}), note=note)
     return Path(run.folder)
+
+
+def _differences(a: Path, b: Path) -> dict[str, list[Any]]:
+    """The settings that decide about answers and rewards and were others in one evaluation than in the other."""
+    first, second = (_settings(folder) for folder in (a, b))
+    keys = sorted(first.keys() | second.keys()) if first and second else []
+    return {key: [first.get(key), second.get(key)] for key in keys if first.get(key) != second.get(key)}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """How an evaluation was made, as dotted keys; empty where nobody noted it."""
+    with suppress(ValueError, AttributeError):
+        found = flatten(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("settings") or {})
+        return {
+            key: value
+            for key, value in found.items()
+            if key == "run.seed" or (key.startswith(DECIDING) and not key.startswith(NOT_DECIDING))
+        }
+    return {}
 
 
 def _rewards(folder: Path) -> dict[Question, list[float]]:

@@ -230,7 +230,12 @@ def _answers(
     done: dict[int, Result] = {}
     began = told = time.monotonic()
     while len(done) < len(handles):
-        done.update({result.handle: result for result in engine.wait()})
+        try:
+            done.update({result.handle: result for result in engine.wait()})
+        except KeyboardInterrupt:
+            if note is not None:
+                note(f"given up after {len(done)} of {len(handles)} answers: an evaluation is whole, or is not kept")
+            raise
         if should_stop():
             engine.abort([handle for handle in handles if handle not in done])
             raise Stopped

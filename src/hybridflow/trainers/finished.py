@@ -65,10 +65,11 @@ def said_changes(changed: Changes) -> str:
     >>> said_changes({"optim.lr": (0.1, 0.2), "data.eval": (None, "rows.jsonl")})
     'optim.lr was 0.1, is 0.2; data.eval was unset, is rows.jsonl'
     """
-    said = [f"{key} was {_said(old)}, is {_said(new)}" for key, (old, new) in changed.items()]
-    more = [f"and {len(said) - CHANGES} more"] if len(said) > CHANGES else []
-    return "; ".join(said[:CHANGES] + more)
+    texts = [f"{key} was {said(old)}, is {said(new)}" for key, (old, new) in changed.items()]
+    more = [f"and {len(texts) - CHANGES} more"] if len(texts) > CHANGES else []
+    return "; ".join(texts[:CHANGES] + more)
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A setting's value in words."""
     return "unset" if value is None else str(value)

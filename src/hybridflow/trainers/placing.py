@@ -76,10 +76,14 @@ class Places:
             self.cluster.step = step
 
     def take_metrics(self) -> dict[str, float]:
-        """Bytes that passed through the controller since the last call, by class."""
+        """Bytes that passed through the controller since the last call, by class.
+
+        They are of this process, not of the step alone: one that goes on has started its workers and read journaled
+        answers instead of generating them.
+        """
         if self.cluster is None:
             return {}
-        found = {f"controller/bytes/{kind}": float(count) for kind, count in self.cluster.bytes.items()}
+        found = {f"perf/controller_bytes/{kind}": float(count) for kind, count in self.cluster.bytes.items()}
         self.cluster.bytes.clear()
         return found
 
