@@ -128,6 +128,8 @@ def value(node: Node) -> Fraction | None:
             digits = _plain_number(node.parts[0])
             power = _power_of_ten(node.parts[1], million=node.text == "million")
             return None if digits is None or power is None else digits * power
+        case "pow":
+            return _power_of_ten(node, million=False)
         case "base":
             digits_text, _, base = node.text.partition("_")
             return decimal(digits_text) if base == "10" else None
