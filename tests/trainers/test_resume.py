@@ -104,7 +104,6 @@ def test_a_checkpoint_of_another_model_or_kind(saved: Path, tmp_path: Path, caps
     said = mistake(capsys, "train", config, "model.lora.rank=2")
     assert f"the checkpoint {newest} holds all weights, the configuration trains adapters (model.lora)" in said
     assert "fix: give the model.lora that the run began with" in said
-    (tmp_path / "run/config.yaml").unlink()
     model, tokenizer = load_function(f"{CARRY}:tiny_qwen3")()
     model.resize_token_embeddings(len(tokenizer) + 1)
     model.save_pretrained(tmp_path / "wider")
@@ -121,7 +120,6 @@ def test_a_checkpoint_of_adapters_does_not_fit_all_weights_or_another_rank(tmp_p
     (tmp_path / "run/config.yaml").unlink()
     said = mistake(capsys, "train", config)
     assert f"the checkpoint {newest} holds adapters only, the configuration trains all weights" in said
-    (tmp_path / "run/config.yaml").unlink()
     said = mistake(capsys, "train", config, "model.lora.rank=3")
     assert "are of another shape than model.lora says" in said and "fix: give the model.path and model.lora" in said
 

@@ -51,6 +51,8 @@ def finished(config: TrainingConfig) -> AlreadyDone | None:
     folder, step = Path(config.run.folder), exported_step(Path(config.run.folder))
     if config.run.resume == "never" or step is None or saved_steps(folder / "checkpoints")[-1:] != [step]:
         return None
+    if not (folder / "config.yaml").is_file():
+        return None  # only loading can tell whether it is this run
     changed = changed_settings(folder, config.model_dump(mode="json"), moved=config.run.resume == "moved")
     total = config.train.steps
     if any(key in changed for key in ENDS) and (total is None or total > step):
