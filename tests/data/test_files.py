@@ -54,9 +54,13 @@ def test_a_file_in_any_usual_form_has_the_same_rows(
 
 
 def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "1"}]}
-    (tmp_path / "one.json").write_text(json.dumps(row, indent=2))
-    assert read_rows(str(tmp_path / "one.json")) == [row]
+    # A list of objects in it is a column, not what the rows stand in.
+    for more in ({}, {"tools": [{"type": "function"}]}, {"ground_truth": [{"x": 1}], "prompt": [{"speaker": "user"}]}):
+        row = {"messages": [{"role": "user", "content": "1"}], **more}
+        (tmp_path / "one.json").write_text(json.dumps(row, indent=2))
+        assert read_rows(str(tmp_path / "one.json")) == [row]
+    (tmp_path / "joined.jsonl").write_text('\ufeff{"q": 1}\n\ufeff{"q": 2}\n')
+    assert read_rows(str(tmp_path / "joined.jsonl")) == [{"q": 1}, {"q": 2}]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,12 @@ def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
         ("r.jsonl", LINES.encode("latin-1", "replace"), "is not UTF-8: byte 0xe9 in line 1", "iconv -f LATIN-1"),
         ("r.csv", "q,a\nna\u00efve,1\n".encode("cp1252"), "is not UTF-8: byte 0xef in line 2", "iconv -f LATIN-1"),
         ("r.jsonl", '{"q": "1"}'.encode("utf-16-le"), "has zero bytes", "iconv -f UTF-16LE"),
+        ("r.jsonl", '{"q": "1"}'.encode("utf-16-be"), "has zero bytes", "iconv -f UTF-16BE"),
+        ("r.jsonl", '{"q": "\u00e9"}'.encode("utf-32-le"), "is not UTF-8", "iconv -f UTF-32LE"),
         ("r.jsonl", "\ufeff".encode("utf-16-le") + b"{\x00\xd8", "is not UTF-16", "convert it"),
+        ("r.jsonl", b"PK\x03\x04\x00", "is a ZIP archive", "unpack it"),
+        ("r.jsonl", b"\x28\xb5\x2f\xfd\x00", "is packed with Zstandard", "unpack it"),
+        ("r.csv", "version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS", "git lfs pull"),
         ("r.jsonl", '{"q": 1},\n{"q": 2},\n', "line 1 of", "leave out the comma at its end"),
         ("r.json", '[{"q": 1}, {"q": 2},]', "is not JSON", "comma before the last bracket"),
         ("r.json", '[{"q": 1},\n {"q": 2}\n', "is not JSON", "one JSON list"),

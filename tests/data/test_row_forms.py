@@ -66,6 +66,11 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sft", {"messages": PARTS}, {}),
     ("sft", {"conversations": SHAREGPT, "id": "x1"}, {}),
     ("sft", {"prompt": [ASKED], "completion": [ANSWERED]}, {"prompt_key": "prompt", "response_key": "completion"}),
+    ("sft", {"prompt": "1+1= ", "completion": [ASKED, ANSWERED]},
+     {"prompt_key": "prompt", "response_key": "completion"}),
+    ("sft", {"prompt": "1+1=", "completion": json.dumps([ANSWERED])},
+     {"prompt_key": "prompt", "response_key": "completion"}),
+    ("pairs", {"prompt": "1+1=", "chosen": json.dumps([ASKED, ANSWERED]), "rejected": json.dumps([WRONG])}, {}),
     ("sft", {"instruction": "1+1=", "input": "", "output": "2"},
      {"prompt_key": "instruction", "response_key": "output"}),  # Alpaca
     ("sft", {"text": "1+1=2"}, {"format": "text"}),
@@ -149,6 +154,7 @@ NAMED = (  # tells roles apart as templates of real models do: no role but these
         ([{"from": "human", "value": "1"}, {"from": "observation", "value": "2"}], "a turn of 'tool'"),
         ([ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}, ASKED], "tool calls"),
         ([ASKED, {**ANSWERED, "tool_calls": [CALL]}, ASKED], "tool calls"),
+        ([ASKED, {**ANSWERED, "function_call": CALL["function"]}, ASKED], "tool calls"),
     ],
 )
 def test_what_a_template_leaves_out_is_found_whatever_the_text_is(
@@ -193,6 +199,19 @@ def test_markers_are_what_the_template_writes_whether_the_tokenizer_knows_them_o
         ("rl", {"prompt": "1", "ground_truth": [1, {"x": float("inf")}]}, {}, "has inf where a ground truth"),
         ("rl", {"prompt": "1", "ground_truth": "bad \ud83d"}, {}, "half of a surrogate pair"),
         ("pairs", {"prompt": "1", "chosen": "2", "rejected": "3<|end|>4"}, {}, "holds '<|end|>'"),
+        ("rl", {"prompt": json.dumps(ASKED), "ground_truth": "2"}, {}, "is an object"),
+        ("rl", {"prompt": f"array([{ASKED}], dtype=object)", "ground_truth": "2"}, {}, "is Python's text"),
+        ("sft", {"p": "1", "r": str([ANSWERED])}, {"prompt_key": "p", "response_key": "r"}, "is Python's text"),
+        (
+            "sft",
+            {"p": "1", "r": [ASKED, ANSWERED]},
+            {"prompt_key": "p", "response_key": "r"},
+            "begins with other turns",
+        ),
+        ("sft", {"messages": [ANSWERED]}, {}, "begins with an assistant's turn"),
+        ("sft", {"messages": [ANSWERED, ASKED, ANSWERED]}, {}, "begins with an assistant's turn"),
+        ("sft", {"messages": [ASKED, {**ANSWERED, "train": "no"}]}, {}, "else than true or false as train"),
+        ("sft", {"messages": [ASKED, {**ANSWERED, "train": 0}]}, {}, "no assistant message that is to be learned"),
         ("sft", {"text": " "}, {"format": "text"}, "is empty"),
         ("sft", {"text": "a\0"}, {"format": "text"}, "holds a zero character"),
     ],
@@ -202,6 +221,22 @@ def test_what_is_no_question_or_no_answer_is_refused(
 ) -> None:
     with pytest.raises(RowError, match=what):
         load(tmp_path, kind, row, **keys)
+
+
+def test_a_greeting_that_is_not_learned_may_come_first(tmp_path: Path) -> None:
+    words, greeting = tokenizer(), {"role": "assistant", "content": "9"}
+    for talk, keys in [
+        ([{**greeting, "train": False}, ASKED, ANSWERED], {}),
+        ([greeting, ASKED, ANSWERED], {"loss_on": "last_assistant"}),
+    ]:
+        batch = load(tmp_path, "sft", {"messages": talk}, words=words, **keys).batch([0])
+        assert words.decode(batch["input_ids_T"][batch["loss_mask_T"]]) == "2<|end|>"
+    asked = {"role": "assistant", "content": '[{"role": "assistant", "name": "x"}]'}  # an answer may be JSON
+    batch = load(tmp_path, "sft", {"p": "1", "r": asked["content"]}, words=words, prompt_key="p", response_key="r")
+    assert asked["content"] in words.decode(batch.batch([0])["input_ids_T"])
+    setting = {"role": "system", "content": "s"}
+    row = {"prompt": [setting, ASKED], "chosen": [ASKED, ANSWERED], "rejected": [setting, ASKED, WRONG]}
+    assert all(words.decode(ids).startswith("<|system|>s") for ids in load(tmp_path, "pairs", row).tokens([0]))
 
 
 def test_pairs_that_differ_in_spaces_alone_are_one_answer_twice(tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ def test_stop_ids_join_tokenizer_and_generation_config(
     assert stop_ids(model, tokenizer) == (tokenizer.eos_token_id,)
     model.generation_config = GenerationConfig(eos_token_id=[7, 5])
     assert stop_ids(model, tokenizer) == tuple(sorted({tokenizer.eos_token_id, 5, 7}))
+    model.generation_config = GenerationConfig(eos_token_id="<|end|>")
+    with pytest.raises(UserError, match=r"eos_token_id .* has '<\|end\|>', which is no token id"):
+        stop_ids(model, tokenizer)
 
 
 def test_adapters_start_as_nothing_and_come_back_from_disk(

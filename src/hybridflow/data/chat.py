@@ -73,7 +73,11 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tup
 
 
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/INST\]")
-SHOWN = {"tool_calls", "reasoning_content"}  # keys of messages that hold text which the model should see
+SHOWN = {
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+}  # keys of messages that hold text which the model should see
 
 
 def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str | None:
@@ -96,8 +100,7 @@ def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Sty
     for message in probe:
         if message["content"] not in text:
             return f"a turn of {message['role']!r}"
-        calls = message.get("tool_calls")
-        if calls and "tool_calls" not in str(tokenizer.chat_template):
+        if any(message.get(key) and key not in str(tokenizer.chat_template) for key in ("tool_calls", "function_call")):
             return "tool calls"
     return "a thought (reasoning_content)" if probe[-1].get("reasoning_content", "") not in text else None
 

@@ -28,7 +28,14 @@ _MARKS = {
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-_TURN = {"role", "from", "content", "value"}
+# What else people put under the ending of a text file, by how it begins.
+_OTHERS = {
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x28\xb5\x2f\xfd": "packed with Zstandard",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ": "packed with xz",
+}
+_LFS = b"version https://git-lfs"  # how the file begins that Git leaves in the place of a large one
 
 
 def ending(path: Path) -> str:
@@ -58,6 +65,11 @@ def read_file(path: Path) -> list[Any]:
     if kind not in ENDINGS:
         raise UserError(f"{path} has an unknown ending {kind!r}", fix=_USE)
     content = _bytes(path)
+    packed = next((what for mark, what in _OTHERS.items() if content.startswith(mark)), None)
+    if packed is not None:
+        raise UserError(f"{path} is {packed}", fix="unpack it first; of packed files .gz alone is read")
+    if content.startswith(_LFS):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself", fix=f"git lfs pull -I {path.name}")
     if (kind == ".parquet") != content.startswith(b"PAR1"):
         found = "a Parquet file" if kind != ".parquet" else "no Parquet file"
         looks = "" if kind != ".parquet" else ": it does not begin with PAR1" + " (it is empty)" * (not content)
@@ -94,7 +106,13 @@ def _text(path: Path, content: bytes) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        likely = "utf-16" if encoding == "utf-8" and b"\x00" in content[:200] else "latin-1 or windows-1252"
+        if encoding in ("utf-16", "utf-32"):
+            raise UserError(
+                f"{path} is not {encoding.upper()} throughout: {error.reason} in byte {error.start}",
+                why="its first bytes say that it is; it is damaged, or was cut short",
+                fix="write or copy it again, or convert it to UTF-8",
+            ) from error
+        likely = _wide(content) if b"\x00" in content[:200] else "latin-1 or windows-1252"
         raise UserError(
             f"{path} is not {encoding.removesuffix('-sig').upper()}: byte 0x{content[error.start]:02x} in line {line}",
             why=f"text is read as UTF-8; this may be {likely}, or the file is damaged",
@@ -104,9 +122,15 @@ def _text(path: Path, content: bytes) -> str:
         raise UserError(
             f"{path} has zero bytes at its beginning",
             why="it is no text in UTF-8; UTF-16 without a mark looks like this",
-            fix=f"convert it: iconv -f UTF-16LE -t UTF-8 {path.name} > converted{ending(path)}",
+            fix=f"convert it: iconv -f {_wide(content).upper()} -t UTF-8 {path.name} > converted{ending(path)}",
         )
     return text
+
+
+def _wide(content: bytes) -> str:
+    """Which encoding of several bytes for each character a text without a mark seems to have."""
+    width = "utf-32" if b"\0\0\0" in content[:8] else "utf-16"
+    return width + ("be" if content.startswith(b"\0") else "le")
 
 
 def _read_json(path: Path, text: str) -> list[Any]:
@@ -125,7 +149,7 @@ def _read_json(path: Path, text: str) -> list[Any]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(line.lstrip("\ufeff")))  # files with marks, one after the other
             except (ValueError, RecursionError) as error:
                 if not rows and line.lstrip().startswith("["):
                     raise UserError(f"{path} is not JSON: {problem}", fix=_json_fix(text)) from error
@@ -149,6 +173,10 @@ def _json_fix(text: str) -> str:
     return "write one JSON object per line, or one JSON list"
 
 
+_TURN = {"role", "from", "content", "value"}
+_WRAPPERS = {"data", "rows", "examples", "instances", "items", "records", "results", "samples", "train", "test"}
+
+
 def _require_row(path: Path, whole: dict[str, Any]) -> None:
     """Holds one object to being a row: not something around a list of rows.
 
@@ -156,12 +184,12 @@ def _require_row(path: Path, whole: dict[str, Any]) -> None:
         UserError: it is such a thing.
     """
     for key, value in whole.items():
-        inside = value if isinstance(value, list) else []
+        inside = value if isinstance(value, list) and (key in _WRAPPERS or len(whole) == 1) else []
         if inside and all(isinstance(v, dict) and not _TURN & set(v) for v in inside):
             raise UserError(
                 f"{path} is one object, and its rows seem to be the list under {key!r}",
                 why="a file is a list of rows, or has one row per line",
-                fix=f"take the list out: jq -c '.{key}[]' {path.name} > rows.jsonl",
+                fix=f"take the list out: jq -c '.{key}[]' {path.name} > only-rows.jsonl",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeAlias
@@ -17,6 +18,8 @@ ALIASES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "ai", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
+# In a text of messages: somebody whose turn is an answer.
+_ANSWERS = r"['\"](role|from)['\"]\s*:\s*['\"](assistant|gpt|model|bot)['\"]"
 _FORMS = "write messages as {role, content} with a text as content, or as ShareGPT's {from, value}"
 
 
@@ -52,11 +55,11 @@ def read_messages(
     Raises:
         RefusedValue: it is something else, or a message has no text that can be rendered.
     """
-    messages = _json_messages(value) if isinstance(value, str) else value
+    messages = messages_in(value) if isinstance(value, str) else value
     if messages is None and isinstance(value, str):
         return [_checked({"role": "user", "content": value}, markers)]
     if not isinstance(messages, list | tuple):
-        raise RefusedValue(f"is {kind_of(value)}, not a string or a list of chat messages")
+        raise RefusedValue(f"is {kind_of(messages)}, not a string or a list of chat messages")
     if not messages:
         raise RefusedValue("is an empty list", why="there is nothing to render", fix="leave the row out")
     read = []
@@ -176,6 +179,12 @@ def _message(message: object, template: str) -> dict[str, Any]:
     if texts and texts[0] != texts[-1]:
         raise RefusedValue("has both content and value, which differ", fix="keep one of them")
     rest = {key: value for key, value in given.items() if key not in ("role", "from", "content", "value")}
+    if rest.get("train", True) not in (True, False):
+        raise RefusedValue(
+            "has something else than true or false as train", detail=repr(rest["train"]), fix="write true or false"
+        )
+    if "train" in rest:  # 0 and 1 are what tables make of it
+        rest["train"] = bool(rest["train"])
     if roles[0] == "assistant" and rest.get("weight") in (0, 1):
         rest |= {"train": False} if not rest.pop("weight") else {}
     return {"role": roles[0], "content": texts[0] if texts else ""} | rest
@@ -215,20 +224,30 @@ def _part(part: object) -> str:
     )
 
 
-def _json_messages(text: str) -> list[object] | None:
+def messages_in(text: str) -> object | None:
     """The messages in a text that is JSON of them, as files without nested columns hold it; None for other texts."""
-    head = "".join(text[:40].split())
-    if not head.startswith("[{"):
+    head = "".join(text[:60].split()).removeprefix("array(")
+    if not head.startswith(("[{", "{")):
         return None
     try:
         found = json.loads(text)
     except ValueError:
-        if head.startswith(tuple(f"[{{'{key}':" for key in ("role", "from", "content", "value"))):
+        if head.removeprefix("[").startswith(tuple(f"{{'{key}':" for key in ("role", "from", "content", "value"))):
             raise RefusedValue(
                 "is Python's text of a list of messages, not the list",
                 why="the model would be shown its brackets and quotes",
                 fix="write the column with json.dumps, or as a list",
             ) from None
         return None
+    if isinstance(found, dict):  # one message alone is refused as the object that it is
+        return found if {"role", "from"} & found.keys() and {"content", "value"} & found.keys() else None
     messages = isinstance(found, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
     return found if messages else None
+
+
+def answer_in(value: object) -> object:
+    """An answer that is JSON text of the assistant's turns, as those turns; any other as it is: answers may be JSON."""
+    if not isinstance(value, str) or not re.search(_ANSWERS, value):
+        return value
+    found = messages_in(value)
+    return found if isinstance(found, list) and all({"content", "value"} & m.keys() for m in found) else value

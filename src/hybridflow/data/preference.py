@@ -16,8 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hybridflow.batch import Batch
 from hybridflow.config.reward_model import PreferenceDataSection
 from hybridflow.data.chat import CHAT, conversation_text, require_template, tokenize
-from hybridflow.data.messages import Messages, RefusedValue, check_text, kind_of
-from hybridflow.data.reader import ConversationReader, reading, require_rows
+from hybridflow.data.messages import Messages, RefusedValue, answer_in, check_text, kind_of
+from hybridflow.data.reader import ConversationReader, joined, reading, require_rows, words
 from hybridflow.data.rows import Row, column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, Sources, read_sources
@@ -157,7 +157,7 @@ class PreferenceSet:
         """
         c = self.config
         pairs = (self.pair(i) for i in range(len(self)))
-        differ = [i for i, (a, b) in enumerate(pairs) if list(map(_words, a)) != list(map(_words, b))]
+        differ = [i for i, (a, b) in enumerate(pairs) if list(map(words, a)) != list(map(words, b))]
         alike = len(self) - len(differ)
         if not differ:
             raise UserError(
@@ -213,6 +213,7 @@ class PreferenceSet:
 
     def _conversation(self, answer: object, prompt: Messages) -> Messages:
         """The whole conversation of an answer, which may be a text, a last turn, or all turns with the prompt's."""
+        answer = answer_in(answer)
         if isinstance(answer, str) and prompt:
             return [*prompt, {"role": "assistant", "content": check_text(answer, self.reader.markers)}]
         if not isinstance(answer, list) or not answer:
@@ -228,18 +229,7 @@ class PreferenceSet:
                 why="the answer is what is judged, and it comes last",
                 fix="end the conversation with the answer",
             )
-        asked = [_words(m) for m in prompt]
-        if not prompt or turns[0]["role"] == "assistant":
-            return [*prompt, *turns]
-        own = turns[next(i for i, m in enumerate(turns) if m["role"] != "system" or prompt[0]["role"] == "system") :]
-        if [_words(m) for m in own[: len(asked)]] == asked and len(own) > len(asked):
-            return turns
-        raise RefusedValue(
-            "begins with other turns than the prompt",
-            detail=f"{str(own[0]['content'])[:40]!r} instead of {str(prompt[0]['content'])[:40]!r}",
-            why="the question would be asked twice",
-            fix="give the answer alone, or set data.prompt_key=null where answers are whole conversations",
-        )
+        return joined(prompt, turns)
 
     def _value(self, index: int, row: dict[str, Any], chosen: bool) -> Any:
         source, number = self.data.place(index)
@@ -265,14 +255,9 @@ def _prompt_column(row: Row, config: PreferenceDataSection) -> str | None:
     return None if implicit else key
 
 
-def _words(message: dict[str, Any]) -> tuple[str, str]:
-    """What two turns are compared by: files differ in the spaces around them."""
-    return message["role"], message["content"].strip()
-
-
 def _asked(conversation: Messages) -> tuple[str, str] | None:
     """The first turn that is not a system message: of a pair it is the same one."""
-    return next((_words(m) for m in conversation if m["role"] not in ("system", "developer")), None)
+    return next((words(m) for m in conversation if m["role"] not in ("system", "developer")), None)
 
 
 def load_preferences(

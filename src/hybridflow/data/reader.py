@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -94,6 +95,39 @@ class ConversationReader:
                 fix="give a text, or leave data.format at chat",
             )
         return check_text(value)
+
+
+def joined(prompt: Messages, turns: Messages) -> Messages:
+    """The conversation of a prompt and an answer, which may repeat the prompt as whole conversations do.
+
+    Raises:
+        RefusedValue: the answer begins with other turns than the prompt.
+    """
+    setting, asked = _settled(prompt)
+    own, said = _settled(turns)
+    if not asked or not said or turns[0]["role"] == "assistant":
+        return [*prompt, *turns]
+    same = [words(m) for m in said[: len(asked)]] == [words(m) for m in asked] and len(said) > len(asked)
+    if same and (not own or not setting or [words(m) for m in own] == [words(m) for m in setting]):
+        return [*(own or setting), *said]
+    first, other = (setting[0], own[0]) if same else (asked[0], said[0])
+    raise RefusedValue(
+        "begins with other turns than the prompt",
+        detail=f"{str(other['content'])[:40]!r} instead of {str(first['content'])[:40]!r}",
+        why="the question would be asked twice",
+        fix="give the answer alone, or set data.prompt_key=null where answers are whole conversations",
+    )
+
+
+def words(message: dict[str, Any]) -> tuple[str, str]:
+    """What two turns are compared by: files differ in the spaces around them."""
+    return message["role"], message["content"].strip()
+
+
+def _settled(messages: Messages) -> tuple[Messages, Messages]:
+    """The turns that set a conversation up, and those that follow."""
+    first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
+    return messages[:first], messages[first:]
 
 
 class RowError(UserError):

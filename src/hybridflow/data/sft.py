@@ -12,14 +12,15 @@ from hybridflow.config.data import SftDataSection
 from hybridflow.data.chat import (
     LossOn,
     Style,
+    as_messages,
     conversation_text,
     render_conversations,
     render_texts,
     require_template,
     tokenize,
 )
-from hybridflow.data.messages import Messages, RefusedValue
-from hybridflow.data.reader import ConversationReader, reading, require_rows
+from hybridflow.data.messages import Messages, RefusedValue, answer_in
+from hybridflow.data.reader import ConversationReader, joined, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, read_sources
@@ -168,13 +169,28 @@ class SftSet:
         for key, setting in columns(self.data.rows[index], c).items():
             value = self._value(index, key, setting)
             with reading(self.data, index, key):
+                if setting == "data.response_key":
+                    value = answer_in(value)
                 answer = isinstance(value, str) and setting == "data.response_key"
                 if setting == "data.prompt_key":
                     messages += self.reader.question(value)
                 else:
-                    messages += self.reader.read([{"role": "assistant", "content": value}] if answer else value)
+                    read = self.reader.read([{"role": "assistant", "content": value}] if answer else value)
+                    messages = joined(messages, read)
+                    self._require_asked(messages)
                     _require_learned(self.reader.whole(messages), c.loss_on)
         return messages
+
+    def _require_asked(self, messages: Messages) -> None:
+        """Refuses a conversation whose first turn is learned: nothing is before it that it answers."""
+        last, first = self.config.loss_on == "last_assistant", as_messages(messages, self.style)[0]
+        alone = sum(m["role"] == "assistant" for m in messages) == 1
+        if first["role"] == "assistant" and first.get("train") is not False and (alone or not last):
+            raise RefusedValue(
+                "begins with an assistant's turn",
+                why="nothing is before it that the model would answer, so it cannot be learned as an answer",
+                fix='leave the turn out, give it "train": false, or put a turn of the user or a system before it',
+            )
 
 
 def columns(row: Row, config: SftDataSection) -> dict[str, str]:

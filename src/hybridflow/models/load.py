@@ -141,6 +141,12 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     """Token ids that end an answer: the tokenizer's end of sequence, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    odd = next((one for one in extra if not isinstance(one, int)), None)
+    if odd is not None:
+        raise UserError(
+            f"eos_token_id in the model's generation_config.json has {odd!r}, which is no token id",
+            fix=f"write numbers: the tokenizer's own end of sequence is {tokenizer.eos_token_id}",
+        )
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, extra)}))
 
 
