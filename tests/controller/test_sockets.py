@@ -80,6 +80,7 @@ def test_no_folder_at_all_is_told(temporary: pytest.MonkeyPatch, tmp_path: Path)
     assert "too long for sockets" in caught.value.what and "set TMPDIR to a shorter folder" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_processes_start_where_the_temporary_folder_is_long(tmp_path: Path) -> None:
     """The folder of the finding: 122 characters; with spaces and letters beyond ASCII besides."""
     (tmp_path / "start.py").write_text(START)

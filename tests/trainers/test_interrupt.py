@@ -56,7 +56,7 @@ PLACED = ["placement.pools={all: 2}", "engine.strategy=fsdp2"]
     ("command", "number", "word", "more"),
     [
         ("train", signal.SIGINT, "Ctrl-C", []),
-        ("train", signal.SIGTERM, "SIGTERM", PLACED),
+        pytest.param("train", signal.SIGTERM, "SIGTERM", PLACED, marks=pytest.mark.slow),
         ("sft", signal.SIGTERM, "SIGTERM", []),
     ],
 )

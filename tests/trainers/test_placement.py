@@ -196,6 +196,7 @@ def test_all_weights_have_no_adapter_to_export(tmp_path: Path, capsys: Output) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_same_placed_run_twice_is_the_same_bit_for_bit_also_when_it_was_stopped(
     tmp_path: Path, capsys: Output
 ) -> None:

@@ -46,7 +46,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in m.items() if not k.startswith(("timing_s", "perf", "val-"))} for m in lines]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "adapters")) for k in KINDS])
 def test_a_run_goes_on_bit_for_bit_with_critic_reference_and_penalty(kind: str, tmp_path: Path, capsys: Output) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(capsys, "train", ppo(whole, kind))

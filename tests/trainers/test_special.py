@@ -184,6 +184,7 @@ def test_check_says_where_the_template_opens_the_answer(config: Callable[..., st
         assert "opens every answer" not in succeed(capsys, "check", file, more)
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_reward_the_tokens_that_were_kept(
     config: Callable[..., str], tmp_path: Path, capsys: Output
 ) -> None:
