@@ -232,6 +232,21 @@ def test_any_text_is_read_or_told_to_be_unreadable_and_equals_itself_alone(text:
         (r"\boxed{5} and \boxed .", None),
         ("\\boxed{5} and \\boxed \n 6", None),
         (r"\boxedx", None),
+        (r"\boxed 5 eggs", "5"),
+        (r"\boxed 5, so it is", "5"),
+        (r"\(\boxed 5\)", "5"),
+        (r"\boxed 5^2", None),  # the answer goes on
+        (r"\boxed 1.5^2", None),
+        (r"\boxed 5x", None),
+        (r"\boxed 5/2", None),
+        (r"\boxed 5 + 1", None),
+        (r"\boxed 5, 6", None),
+        (r"\boxed 5 6", None),
+        (r"\boxed 10_2", None),
+        (r"\boxed 5\cdot 2", None),
+        (r"\boxed 5\frac12", None),
+        (r"\boxed x_1", None),
+        (r"\boxed\sqrt{2}x", None),
     ],
 )
 def test_a_box_holds_a_group_or_what_stands_next_to_it(text: str, inside: str | None) -> None:

@@ -170,9 +170,11 @@ class Comparison:
         return None
 
     def lists(self, said: Sequence[Node], true: Sequence[Node]) -> bool | None:
-        """In any order, each as often as it is there."""
+        """In any order, each as often as it is there; but a = 1, b = 2 are values in their order."""
         if len(said) != len(true):
             return False
+        if len(said) > 1 and not any(item.kind == "relation" for item in true) and _names_differ(said):
+            return _all(self.items(one, other) for one, other in zip(said, true))
         left, unsure = list(true), False
         for one in said:
             verdicts = [self.items(one, other) for other in left]
@@ -199,7 +201,7 @@ class Comparison:
         if true.text not in ("=", "in"):
             return self.by_algebra(said, true)
         if said.kind != "relation":
-            return self.values(said, true.parts[1], worked_out) if true.parts[0].kind in _NAMES else False
+            return self.values(said, true.parts[1], worked_out) if _is_named(true.parts[0]) else False
         if said.text.replace("=", "").strip() and said.text != "in":
             return self.by_algebra(said, true) if true.text == "in" else False
         sides = _sides_of_name(said, true.parts[0])
@@ -401,6 +403,18 @@ def _sides_of_value(said: Node, true: Node) -> tuple[Node, ...] | None:
     if said.parts[-1].kind in _NAMES and len(said.parts) == 2 and not _has_name(true):
         return said.parts[:1]  # 5 = x
     return said.parts
+
+
+def _is_named(node: Node) -> bool:
+    """A name, or (x, y), of which a value alone can be said."""
+    return node.kind in _NAMES or (node.kind == "bracket" and all(part.kind in _NAMES for part in node.parts))
+
+
+def _names_differ(items: Sequence[Node]) -> bool:
+    """Whether each item says the value of another name: a = 1, b = 2, but not x_1 = 1, x_2 = 2."""
+    if not all(_is_equation(item) and item.parts[0].kind == "name" for item in items):
+        return False
+    return len({item.parts[0].text.partition("_")[0] for item in items}) == len(items)
 
 
 def _sides_of_name(said: Node, name: Node) -> tuple[Node, ...] | None:

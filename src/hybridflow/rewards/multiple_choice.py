@@ -89,4 +89,6 @@ def _another(choices: str) -> re.Pattern[str]:
     letters = re.escape(choices.upper())
     word = r"(?:or|nor|maybe|is(?![ \t]+(?:the[ \t]+)?(?:right|correct)))\b"
     joined = rf"(?:,|/|&|;|\||\+|=|\?|\band\b|\bor\b)[ \t*]{{0,5}}(?:or[ \t])?\(?([{letters}])(?![A-Za-z0-9])"
-    return re.compile(rf"[ \t.*)}}$]{{0,5}}(?:{joined}|[ \t,.(]{{0,3}}(?i:{word}))")
+    doubt = r"(?i:but|no|possibly|perhaps|then|versus|vs)\b[ \t,.:]{0,3}(?:(?!not)[a-z]{1,9}[ \t,]{1,3}){0,2}"
+    beside = rf"(?:[ \t,.(]{{0,3}}{doubt}|(?<=[ \t])(?<![.)][ \t]))\(?[{letters}](?![A-Za-z0-9']|[ \t]+[a-z])"
+    return re.compile(rf"[ \t.*)}}$]{{0,5}}(?:{joined}|[ \t,.(]{{0,3}}(?i:{word})|{beside})")

@@ -19,9 +19,11 @@ from hybridflow.rewards.text import decimal, last_tag, plain, required, required
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")
-_NUMBER = re.compile(r"(?<![0-9a-z])-{0,9}[.]?[0-9](?:[0-9.,:/_^-]{0,99}[0-9])?")
-_AFTER_NAME = re.compile(r"(?<=[a-z])[+#]+(?![a-z0-9])")
-_KEPT = str.maketrans(".,:/_^-+#", "\u00b7\u201a\u2236\u2044\u203f\u02c4\u2212\uff0b\uff03")  # what is no ASCII stays
+_NUMBER = re.compile(r"(?<![0-9a-z])(?:-{0,9}|[<>]=?)[.]?[0-9](?:[0-9.,:/_^+*=<>-]{0,99}[0-9])?")
+_AFTER_NAME = re.compile(r"(?<=[a-z])[+#]+(?![a-z0-9])|(?<=\b[abo])-(?![\w-])|(?<=\bab)-(?![\w-])")  # C++, A-
+_KEPT = str.maketrans(
+    ".,:/_^-+#*=<>", "\u00b7\u201a\u2236\u2044\u203f\u02c4\u2212\uff0b\uff03\u2217\uff1d\uff1c\uff1e"
+)  # what is no ASCII stays
 _VERDICTS = ("yes", "no", "noanswer")  # right or wrong as a whole, as HotpotQA's evaluation has it
 
 
