@@ -89,6 +89,15 @@ def test_a_name_of_another_program_is_told_what_it_is_here(name: str, key: str) 
     assert asked.startswith(f"{name}: here it is ") and f"\n{key}  (" in asked
 
 
+def test_a_name_in_a_section_that_has_its_key_too_is_told_that_one() -> None:
+    critic = {"optim": {"lr_warmup_steps": 1, "learning_rate": 1}}
+    with pytest.raises(UserError) as caught:
+        validate(RlConfig, RL | {"critic": critic, "eval": {"n": 2}})
+    assert "critic.optim.lr_warmup_steps: unknown key; here it is critic.optim.warmup_steps" in caught.value.what
+    assert "critic.optim.learning_rate: unknown key; here it is critic.optim.lr" in caught.value.what
+    assert "eval.n: unknown key; here it is eval.samples_per_prompt" in caught.value.what
+
+
 def test_a_configuration_of_another_command_is_told_its_own_key() -> None:
     values = {"run": {"folder": "x"}, "model": {"path": "m"}, "data": {"train": "t"}, "train": {"epochs": 1}}
     with pytest.raises(UserError) as caught:

@@ -142,6 +142,11 @@ def test_lists_of_objects_from_parquet_and_numpy_values_from_functions_are_plain
             "data.response_key=completion",
         ),
         (["dialogue"], {"messages_key": "messages"}, "data.messages_key=dialogue"),
+        (
+            ["instruction", "input", "output"],
+            {"messages_key": "messages"},
+            "data.prompt_key=instruction data.response_key",
+        ),
         (["content"], {"format": "text"}, "data.text_key=content"),
     ],
 )

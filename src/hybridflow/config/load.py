@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -122,7 +123,9 @@ def _hint(kind: type[BaseModel], location: Sequence[Any], where: str) -> str:
     every = {key.name: key for key in keys_of(kind)}
     found = meaning(where)
     if found is not None:
-        return found.within(every).line()
+        beside = [f"{where.rpartition('.')[0]}.{key.rpartition('.')[2]}" for key in found.keys]
+        own = tuple(key for key in beside if key in every)  # in critic.optim it is the key of this section
+        return replace(found, keys=own or found.within(every).keys).line()
     last, near = str(location[-1]), nearest(str(location[-1]), _fields_at(kind, location[:-1]))
     elsewhere = sorted(key for key in every if key.rpartition(".")[2] == last and key.count(".") == 1)
     if elsewhere and not near.startswith("did"):

@@ -368,6 +368,19 @@ _NAMES: dict[str, tuple[str, str]] = {
     "balance_batch": ("", "work is always balanced"),
     "hybrid_engine": ("", "placement.roles says which models share processes"),
     "remove_unused_columns": ("", "rewards see the whole row"),
+    "push_to_hub": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
+    "hub_model_id": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
+    "gradient_checkpointing_kwargs": ("model.activation_checkpointing", "true or false"),
+    "steps_per_generation": ("train.sequences_per_update", "the answers of a step / its updates"),
+    "dataset_num_proc": ("", "rows are rendered in one process"),
+    "dataloader_num_workers": ("", "rows are rendered in one process"),
+    "ds3_gather_for_generation": ("", "the engine gets whole weights"),
+    "missing_eos_penalty": ("reward.overlong_buffer", "with reward.overlong_penalty, for answers that do not end"),
+    "whiten_rewards": ("reward.normalize", ""),
+    "return_raw_chat": ("", "rewards see the whole row"),
+    "image_key": ("", "only text is read"),
+    "video_key": ("", "only text is read"),
+    "default_hdfs_dir": ("", "copy run.folder where you want it"),
 }
 
 

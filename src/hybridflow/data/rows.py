@@ -85,6 +85,8 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
     wanted = setting.removeprefix("data.").strip("-").replace("-", "_").removesuffix("_key")
     near = hint.split("'")[1] if hint.startswith("did") else None
     usual = near or next((name for name in _NAMES.get(wanted, ()) if name in known and name != key), None)
+    if usual is None and wanted == "messages":
+        return _instead_of_messages(known) or hint
     if not setting or usual is None:
         return hint
     path = ".".join([*key.split(".")[: key.split(".").index(part)], usual])
@@ -92,6 +94,16 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
         inside = place.get(usual) if isinstance(place, dict) else None
         return f"set {setting}={usual}.KEY, KEY being one of {', '.join(inside)}" if isinstance(inside, dict) else hint
     return f"{hint} set {setting}={path}" if near else f"set {setting}={path}; {hint}"
+
+
+def _instead_of_messages(known: Sequence[str]) -> str:
+    """What to do with rows that have no conversation in one column."""
+    asked, said = (next((name for name in _NAMES[what] if name in known), None) for what in ("prompt", "response"))
+    if asked and said and asked != said:
+        return f"set data.prompt_key={asked} data.response_key={said}"
+    if asked and {"ground_truth", "reward_model"} & set(known):
+        return "these rows are for hybridflow train, whose configuration has a section reward"
+    return ""
 
 
 def has_column(row: Row, key: str) -> bool:
