@@ -64,7 +64,11 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (
             "train",
             {"steps": 2},
-            {(): "2 of 2 steps", ("train.steps=1", "optim.lr=5e-4"): "2 steps, and 1 are asked for"},
+            {
+                (): "2 of 2 steps",
+                ("run.max_minutes=60", "run.resume=moved"): "2 of 2 steps",
+                ("train.steps=1", "optim.lr=5e-4"): "2 steps, and 1 are asked for",
+            },
         ),
         ("train", {"steps": None, "epochs": 1}, {(): "15 of 15 steps"}),
         ("sft", {"steps": None, "epochs": 1}, {("optim.lr=5e-4",): "7 of 7 steps", ("train.epochs=2",): None}),

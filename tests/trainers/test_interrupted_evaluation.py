@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from hybridflow.cli import main
+from hybridflow.config.load import load_config
 from hybridflow.config.rewards import RewardPoolSection
+from hybridflow.config.sections import RlConfig
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols import Answers, Request, Sampling, generate, returning_when
 from hybridflow.rewards.composed import ComposedGrader, Part
@@ -21,6 +23,7 @@ from hybridflow.rollout.inline import InlineEngine
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
 from hybridflow.trainers.rewarding import score_all
+from hybridflow.trainers.rl_run import open_run
 
 from runs import assert_same_tensors, configuration, metrics, succeed
 from tiny import packed_model
@@ -65,9 +68,12 @@ def test_a_run_that_is_stopped_in_its_evaluations_ends_as_one_that_was_not(
     # Three answers each: of step 0 (1; then 2 to 4), of step 1 (5, 6; 7, 8; 9 to 11), of step 2 (12, 13; 14 to 16).
     stopped, straight = run_with(tmp_path / "stopped", [1, 6, 8, 13]), run_with(tmp_path / "straight", [])
     said = []
-    for _ in range(4):
+    for stop in range(4):
         assert main(["train", stopped]) == 130
         said.append(capsys.readouterr().out)
+        if stop:  # what looks at metrics has seen those of the step, whose line waits for the evaluation
+            with open_run(load_config(RlConfig, stopped)) as opened:
+                assert opened.signal_watch.learned or len(opened.signal_watch.streak) == opened.step
     run = tmp_path / "stopped/run"
     assert "stopped after step 0;" in said[0] and "stopped after step 2;" in said[3]
     for text, step in zip(said[1:], (1, 1, 2)):

@@ -128,6 +128,10 @@ def test_export_of_a_run_without_its_configuration(saved: Path, tmp_path: Path, 
     copy_of(saved, tmp_path)
     (tmp_path / "run/config.yaml").unlink()
     assert f"{tmp_path / 'run'} has no config.yaml" in mistake(capsys, "export", tmp_path / "run", tmp_path / "target")
+    for damaged in ("model: [", "", "model: 1", "model: {path: x}"):
+        (tmp_path / "run/config.yaml").write_text(damaged)
+        said = mistake(capsys, "export", tmp_path / "run", tmp_path / "target")
+        assert f"{tmp_path / 'run/config.yaml'} cannot be read any more: " in said and "fix: restore it" in said
 
 
 def test_the_records_of_steps_after_the_checkpoint_are_dropped(saved: Path, tmp_path: Path, capsys: Output) -> None:

@@ -341,3 +341,11 @@ def test_whatever_a_run_can_write_has_a_report(steps: list[Any]) -> None:
         for group in shown["shown"]:
             for answer in group["answers"]:
                 assert (answer["reward"] is None) == (answer["why"] == "no reward: nothing is learned from it")
+
+
+@pytest.mark.parametrize("damaged", [b"train: [", b"", b"- 1", b"\xff\xfe: 1", b"train:\n\tsteps: 3", b"train: 3"])
+def test_a_run_whose_settings_are_damaged_has_a_report_of_its_records(damaged: bytes, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_bytes(damaged)
+    data = Page(write_report(run)).data
+    assert data["steps"] == [0, 10] and data["config"] == damaged.decode(errors="replace")

@@ -18,6 +18,7 @@ from hybridflow.models.classifier import holds_classifier
 from hybridflow.models.files import empty_model, export_model, read_weights, write_adapters, write_streamed
 from hybridflow.models.load import load_tokenizer
 from hybridflow.models.lora import load_trainable
+from hybridflow.models.outline import first_line
 from hybridflow.protocols import TrainEngine
 
 
@@ -96,13 +97,19 @@ def export(
     step = steps[-1] if step is None else step
     folder = step_folder(checkpoints, step)
     read_checkpoint(folder)  # for its check of every file
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    section = RlModelSection.model_validate(config["model"])  # it has all that a supervised run's has
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        section = RlModelSection.model_validate(config["model"])  # it has all that a supervised run's has
+        seed = int(config["run"]["seed"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{run / 'config.yaml'} cannot be read any more: {first_line(error)}", fix="restore it"
+        ) from error
     section = section.model_copy(update={"packing": False})  # nothing is computed here
     if adapter and section.lora is None:
         raise UserError(f"{run} trains all weights: it has no adapter", fix="leave out --adapter")
     with whole_folder(target, lambda error: _refused(target, error)) as aside:
-        precision, seed = getattr(torch, dtype), config["run"]["seed"]
+        precision = getattr(torch, dtype)
         if adapter:
             model, tokenizer = _with_adapters(folder, section, seed)
             write_adapters(model, aside, precision)

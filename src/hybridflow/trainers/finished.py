@@ -33,7 +33,7 @@ class AlreadyDone(UserError):
         what = f"the run in {folder} is already done: {step} of {step} steps; its model is in {folder / 'model'}"
         if total is not None and total < step:
             what = what.replace(f"{step} of {step} steps", f"{step} steps, and {total} are asked for")
-        others = {key: change for key, change in changed.items() if key not in ENDS}
+        others = {key: change for key, change in changed.items() if key not in ENDS and not key.startswith("run.")}
         why = f"nothing was trained with the settings that changed since: {said_changes(others)}" if others else ""
         super().__init__(what, why=why, fix=f"{longer} to train longer, or choose another run.folder")
 

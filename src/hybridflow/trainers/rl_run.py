@@ -215,7 +215,7 @@ class RlRun(Session):
         """See `Session.restore`. The best step so far follows from the metrics and the checkpoints that stand."""
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
-        for line in lines:
+        for line in [*lines, *filter(None, [self.unevaluated])]:
             for watch in self.watches():
                 watch.observe(line)  # what they say of these was said before
         self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))

@@ -75,8 +75,8 @@ def write_report(run_folder: Path) -> Path:
 def gather(run_folder: Path) -> dict[str, Any]:
     """Everything that the page shows, as plain JSON values."""
     config_file = run_folder / "config.yaml"
-    config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    config = yaml.safe_load(config_text) or {}
+    config_text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else ""
+    config = _settings(config_text)
     metrics = read_metrics(run_folder / "metrics.jsonl")
     events = read_events(run_folder / "events.jsonl")
     curves = _curves(metrics)
@@ -100,6 +100,15 @@ def gather(run_folder: Path) -> dict[str, Any]:
         "events": events[-EVENTS:],
         "events_left_out": max(0, len(events) - EVENTS),
     }
+
+
+def _settings(text: str) -> Mapping[str, Any]:
+    """What config.yaml holds; nothing where it was damaged: the page shows its text, and the records as they are."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
