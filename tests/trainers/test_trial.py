@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runs import configuration, succeed
+from runs import configuration, mistake, succeed
 
 Output = pytest.CaptureFixture[str]
 ROW = {"prompt": "1+1=", "ground_truth": "2", "data_source": "mine"}
@@ -88,3 +88,17 @@ def test_check_tells_what_differs_from_verl_where_rows_are_verls(
 
 def test_other_rows_are_not_compared_with_verl(tmp_path: Path, capsys: Output) -> None:
     assert "verl" not in check(tmp_path, capsys, [ROW], function="gsm8k_flexible")
+
+
+@pytest.mark.parametrize("where", ["'boxed' in response", "not response", "response == '4'"])
+def test_components_that_only_some_answers_have_may_be_named(where: str, tmp_path: Path, capsys: Output) -> None:
+    function = f"def score(response):\n    return {{'score': 0.0}} | ({{'acc': 1.0}} if {where} else {{}})\n"
+    (tmp_path / "parts.py").write_text(function)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2+2=", "ground_truth": "4"}\n' * 8)
+    data, reward = {"train": str(tmp_path / "rows.jsonl"), "eval": None}, {"function": f"{tmp_path}/parts.py:score"}
+    config = configuration(tmp_path, data=data, reward=reward)
+    for override in ("filter.metric=acc", "algorithm.reward_weights={acc: 2}"):
+        gdpo = ["algorithm.advantage=gdpo"] if "weights" in override else []
+        assert "scores 0" in succeed(capsys, "check", config, override, *gdpo)
+        said = mistake(capsys, "check", config, override.replace("acc", "ac"), *gdpo)
+        assert "names 'ac', which" in said and "'acc'" in said.partition("fix: ")[2]

@@ -55,14 +55,13 @@ def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, ro
         if loaded:
             yield f"  reward {name}: its {' and '.join(loaded)} can be loaded; nothing was scored"
             return
-        first = list(first_of_each(prompts, rows))
+        first, components = list(first_of_each(prompts, rows)), set[str]()
         for prompt in first:
             of = f" of {prompt.data_source}" if len(first) > 1 else ""
             answer = _as_answer(prompt.ground_truth)
             [score] = _scores(grader, prompt, [read(answer)])
             require_score(score, r, f"the first row of {prompt.data_source}")
-            if isinstance(config, RlConfig):
-                _require_components(config, set(score.components))
+            components |= set(score.components)
             more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
             seen = "" if read(answer) == answer else f", of which the reward sees {read(answer)[:SHOWN]!r},"
             yield (
@@ -70,6 +69,12 @@ def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, ro
                 f"scores {total(score):g}{more}"
             )
             yield from _other_forms(grader, prompt, read, total(score))
+        if isinstance(config, RlConfig) and _lacking(config, components) is not None:
+            for prompt in first:  # an answer may lack what others have
+                scores = _scores(grader, prompt, [read(text) for text in ["", *_forms(prompt)]])
+                components |= {name for score in scores for name in score.components}
+            if (lacking := _lacking(config, components)) is not None:
+                raise lacking
 
 
 def reward_name(config: RlConfig | EvalConfig) -> str:
@@ -86,10 +91,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     floor = total(empty)
     if truth > floor:
         return
-    tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
-    answer = answer_in(prompt.ground_truth).strip()
-    if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
-        tried |= {form.replace(HOLE, answer): "written as" for form in FORMS if form != HOLE}
+    tried = _forms(prompt)
     scores = _scores(grader, prompt, [read(text) for text in tried])
     worth = {text: total(score) for text, score in zip(tried, scores) if score.failure is None}
     best = max(worth, key=worth.__getitem__, default="")
@@ -104,6 +106,15 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     )
 
 
+def _forms(prompt: Prompt) -> dict[str, str]:
+    """Answers that may be right besides the bare ground truth, and what each is."""
+    tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
+    answer = answer_in(prompt.ground_truth).strip()
+    if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
+        tried |= {form.replace(HOLE, answer): "written as" for form in FORMS if form != HOLE}
+    return tried
+
+
 def _scores(grader: Grader, prompt: Prompt, texts: list[str]) -> list[Score]:
     return [scores[0] for scores in score_all(grader, [answers_to(prompt, [text]) for text in texts])]
 
@@ -112,15 +123,11 @@ def _as_answer(ground_truth: object) -> str:
     return ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=str)
 
 
-def _require_components(config: RlConfig, found: set[str]) -> None:
-    """Holds the components that a configuration names against those that the reward returns.
-
-    Raises:
-        UserError: one is missing.
-    """
+def _lacking(config: RlConfig, found: set[str]) -> UserError | None:
+    """What to say where a configuration names a component that the reward never returned."""
     a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
     if needs.needs_components and not found:
-        raise UserError(
+        return UserError(
             f"the {a.advantage} advantage works on the components of a reward, and {reward_name(config)} has none",
             fix='return a dict from it: {"score": ..., "correct": ..., "format": ...}',
         )
@@ -129,6 +136,7 @@ def _require_components(config: RlConfig, found: set[str]) -> None:
     for key, names in named.items():
         for name in names:
             if name not in found:
-                raise UserError(
+                return UserError(
                     f"{key} names {name!r}, which {reward_name(config)} does not return", fix=nearest(name, found)
                 )
+    return None
