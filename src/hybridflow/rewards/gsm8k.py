@@ -2,8 +2,8 @@
 
 GSM8K's own answers end with ``#### 72``. `strict` wants that form, and the last ``####`` decides: where no number
 follows it after a space, there is no answer, whatever came before. `flexible` takes the last number, whatever stands
-around it. Both read the last 300 characters only, as verl's reward of the same name does, so that an answer cannot win
-by listing numbers.
+around it, unless a multiple or a fraction right behind makes it another one (``18 million``, ``18 squared``). Both read
+the last 300 characters only, as verl's reward of the same name does, so that an answer cannot win by listing numbers.
 
 They differ from verl's in how a number is read. Numbers are compared as numbers, so 72.0 is 72, and a full stop after a
 number does not make it wrong. Commas part thousands and nothing else: ``3,4`` is not 34. A unit may follow; what makes
@@ -18,13 +18,16 @@ from fractions import Fraction
 from typing import Any
 
 from hybridflow.rewards.text import decimal, plain, required_text
-from hybridflow.rewards.units import changes
+from hybridflow.rewards.units import MULTIPLIERS, changes
 
 LAST_CHARACTERS = 300
 _STRICT = re.compile(r"[ \t]{1,9}([+-]?[0-9.,]+)([^\n]*)")
 # A quotient, a power or a time of day is one number, not the last of its parts; 9-5 ends in 5, not in -5.
 _NUMBER = re.compile(
     r"(?:(?<![0-9.,)])(-))?(?:[$\u20ac\u00a3](-)?)?([0-9.,]*[0-9][0-9.,]*(?:(?:[/^:]|[eE][+-]?)[0-9.,]+)*)"
+)
+_MULTIPLIED = re.compile(
+    rf"[ \t-]?(?:{'|'.join(MULTIPLIERS)})\b|[ \t]?[\u00bc-\u00be\u2150-\u215e\u00b2\u00b3]", re.IGNORECASE
 )
 _CURRENCIES = "$\u20ac\u00a3"
 _EXPONENT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?[eE][+-]?[0-9]{1,3}")  # as Python writes large and small floats
@@ -51,8 +54,10 @@ def flexible(response: str, ground_truth: Any) -> float:
     >>> flexible("10 or 11", "10"), flexible("ten", "10"), flexible("1/10", "10"), flexible("10" + 300 * " ", "10")
     (0.0, 0.0, 0.0, 0.0)
     """
-    found = _NUMBER.findall(plain(response[-LAST_CHARACTERS:]))
-    return _equal("".join(found[-1]) if found else "", ground_truth)
+    text = plain(response[-LAST_CHARACTERS:])
+    found = list(_NUMBER.finditer(text))
+    multiplied = bool(found) and _MULTIPLIED.match(text, found[-1].end()) is not None
+    return _equal("".join(found[-1].groups("")) if found and not multiplied else "", ground_truth)
 
 
 def _equal(text: str, ground_truth: Any) -> float:

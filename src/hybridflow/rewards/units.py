@@ -64,8 +64,11 @@ zero one two three four five six seven eight nine ten eleven twelve thirteen fou
 nineteen twenty thirty forty fifty sixty seventy eighty ninety k bn mn mil mio tn hundreds thousands millions billions
 trillions dozen dozens half halves third thirds quarter quarters fifth tenth tenths hundredth hundredths thousandth
 thousandths pi squared cubed factorial root sqrt base or and not nor no plus minus times over divided mod modulo to than
-more less least most wrong
+more less least most wrong incorrect false
 """
+# What makes another number of the one before it, whatever else is said of that.
+MULTIPLIERS = (*MULTIPLES, "hundreds", "thousands", "millions", "billions", "trillions", "dozen", "dozens")
+MULTIPLIERS += ("k", "bn", "mn", "mil", "mio", "tn", "squared", "cubed", "factorial", "halves", "thirds", "quarters")
 NOT_UNITS = frozenset(MULTIPLES) | frozenset(_OTHER_NUMBERS.split())
 _WORD = re.compile(r"[^\W\d_]+")
 _CHANGES = re.compile(r"[+=<>^~|\\{}\u00d7\u00f7\u221a\u00b1\u03c0]|/(?!\s?[^\W\d_])")
