@@ -16,8 +16,8 @@ class SourceSection(Section):
     """One source of rows."""
 
     source: ReadPath = Field(
-        description="A .jsonl or .parquet file, file.py:function returning dicts, or a name on the Hugging Face hub "
-        "(org/name:config/split)."
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet), file.py:function returning dicts, or a name on the "
+        "Hugging Face hub (org/name:config/split)."
     )
     weight: PositiveFloat | None = Field(None, description="Share of the draws beside the other sources' weights.")
 
@@ -51,7 +51,8 @@ Sources = Annotated[
 ]
 
 _TRAIN = (
-    "Training rows: a .jsonl or .parquet file, file.py:function returning dicts, or a name on the Hugging Face hub; or "
+    "Training rows: a file (.jsonl, .json, .csv, .tsv, .parquet), file.py:function returning dicts, or a name on the "
+    "Hugging Face hub; or "
     "a list of these, each a string or {source, weight}. Without weights all rows form one set; with weights (1 where "
     "none is given) each source is drawn from in proportion to its weight and has its own epochs."
 )

@@ -25,8 +25,8 @@ class PreferenceDataSection(Section):
     """Pairs of answers of which one was preferred."""
 
     train: Sources = Field(
-        description="Training pairs: a .jsonl or .parquet file, file.py:function returning dicts, or a name on the "
-        "Hugging Face hub; or a list of these, each a string or {source, weight}."
+        description="Training pairs: a file (.jsonl, .csv, .parquet, ...), file.py:function returning dicts, or a name "
+        "on the Hugging Face hub; or a list of these, each a string or {source, weight}."
     )
     eval: Sources | None = Field(None, description="Held-out pairs, same forms without weights.")
     prompt_key: str | None = Field(
