@@ -126,9 +126,9 @@ def test_journaled_groups_are_not_scored_again(uninterrupted: Path, tmp_path: Pa
     assert run(folder, "train") == 0
     after = len((folder / "diary.txt").read_text().splitlines()) - before
     everything = len((uninterrupted / "diary.txt").read_text().splitlines())
-    # The second process scores: the check's row of each data set, the missing group of step 3, step 4, and the last
-    # evaluation.
-    assert after == 2 + 1 * 4 + 4 * 4 + 8 < everything
+    # The second process scores: of each data set a row's ground truth and an empty answer, which the check tries, the
+    # missing group of step 3, step 4, and the last evaluation.
+    assert after == 2 * 2 + 1 * 4 + 4 * 4 + 8 < everything
 
 
 @pytest.mark.slow

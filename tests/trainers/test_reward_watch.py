@@ -119,7 +119,8 @@ def test_a_run_that_hacks_its_reward_says_so(
     succeed(capsys, "train", hacked(tmp_path, trained_model, seed))
     told = [e["text"] for e in read_events(tmp_path / "run/events.jsonl") if e["kind"] == "advice"]
     assert any("the reward rises" in text for text in told)
-    assert metrics(tmp_path / "run")[-1]["critic/score/mean"] > 0.9
+    scores = [line["critic/score/mean"] for line in metrics(tmp_path / "run") if "critic/score/mean" in line]
+    assert scores[0] < 0.1 and scores[-1] > 0.5  # most characters are nines: how soon all are is the processor's course
 
 
 # --- what is said of what ---
