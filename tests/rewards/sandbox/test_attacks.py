@@ -203,7 +203,7 @@ def test_the_grader_gives_nothing(name: str) -> None:
 
 
 def test_a_test_that_catches_everything_is_not_passed_by_a_dead_program() -> None:
-    test = "try:\n    f(3)\nexcept BaseException:\n    pass"
-    assert score("def f(x): raise ValueError", [test + "  # assert"], sandbox=SETTINGS)["score"] == 1
+    test = "caught = []\ntry:\n    f(3)\nexcept BaseException as e:\n    caught.append(e)\nassert len(caught) < 2"
+    assert score("def f(x): raise ValueError", [test], sandbox=SETTINGS)["score"] == 1
     for name in ("exit_when_called", "exit_hard_when_called", "exit_early", "exit_hard"):
-        assert score(ON_GRADER[name], [test + "  # assert"], sandbox=SETTINGS)["score"] == 0
+        assert score(ON_GRADER[name], [test], sandbox=SETTINGS)["score"] == 0
