@@ -317,8 +317,13 @@ class RolloutEngine(Protocol):
         """Goes on after `pause`."""
         ...
 
-    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
-        """Takes new weights. Requests in flight go on with them: their result then has several spans."""
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+        """Takes new weights. Requests in flight go on with them: their result then has several spans.
+
+        Returns:
+            A receipt of every process that took them. Whoever publishes holds them against the stream
+            (`weights.stream.verify`); an engine does not.
+        """
         ...
 
     def sleep(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from hybridflow.algorithms.advantage import ADVANTAGES, advantage_columns
 from hybridflow.algorithms.aggregation import AGGREGATIONS
 from hybridflow.algorithms.kl import KL_ESTIMATORS
-from hybridflow.algorithms.pieces import call, columns_read
+from hybridflow.algorithms.pieces import ABSENT, call, columns_read
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES, STATISTICS
 from hybridflow.config import algorithms as tables
 from hybridflow.config.learning import AlgorithmSection
@@ -33,6 +33,21 @@ def test_every_preset_is_a_valid_section_of_known_pieces(preset: str) -> None:
     section = AlgorithmSection.model_validate({"preset": preset})
     for key, value in tables.PRESETS[preset].items():
         assert getattr(section, key) == value
+
+
+def test_a_default_stands_in_for_what_there_is_not_and_for_no_failure() -> None:
+    """A lookup that fails inside is a fault of ours, or of the user's function, and must not pass as a default."""
+
+    def lost(name: str) -> object:
+        return {}[f"{name} of a table"] if name == "depth" else ABSENT
+
+    assert call(lambda width=2: width, lost) == 2
+    with pytest.raises(KeyError, match="depth of a table"):
+        call(lambda depth=2: depth, lost)
+    with pytest.raises(KeyError, match="in the function"):
+        call(lambda width=2: {}["in the function"], lost)
+    with pytest.raises(KeyError, match="width"):
+        call(lambda width: width, lost)
 
 
 def parameters(function: Callable[..., object], kind: object) -> list[str]:

@@ -77,7 +77,7 @@ def test_the_trainers_own_adapter_stays_as_it_is(setup: Setup, lora: Literal["ad
 def test_a_receipt_of_an_adapter_has_what_the_worker_got(setup: Setup):
     train(setup, seed=3)
     stream = stream_of(setup.model, lora="adapters")
-    receipt = setup.engine.update_weights(stream, setup.version)
+    (receipt,) = setup.engine.update_weights(stream, setup.version)
     verify(stream, receipt, setup.version)
     own = setup.model.state_dict()
     assert receipt.received == {name: fingerprint(own[name]) for name in own if ".lora_" in name}

@@ -138,7 +138,7 @@ def receive_into_replica(address: str, updates: int) -> list[tuple[Receipt, dict
     answers = []
     for version in range(1, updates + 1):
         stream = receiver.receive()
-        receipt = engine.update_weights(stream, version)
+        (receipt,) = engine.update_weights(stream, version)
         verify(stream, receipt, version)
         answers.append((receipt, stream.published))
     expected = packed_model("qwen3").state_dict()

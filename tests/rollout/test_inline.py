@@ -395,7 +395,7 @@ def test_new_weights_take_over_requests_in_flight(trained_model: PreTrainedModel
     handles, done = run_until_short_one_ends(engine, asked, steps=6)
     for version in (1, 2):
         stream = stream_of(models[version])
-        receipt = engine.update_weights(stream, version)
+        (receipt,) = engine.update_weights(stream, version)
         verify(stream, receipt, version)
         assert receipt.num_bytes == sum(t.nbytes for t in models[version].state_dict().values())
         if version == 1:
@@ -420,7 +420,7 @@ def test_new_weights_take_over_requests_in_flight(trained_model: PreTrainedModel
 def test_the_trainers_own_memory_is_used_without_a_copy(trained_model: PreTrainedModel) -> None:
     engine = InlineEngine(trained_model)
     stream = stream_of(trained_model, same_memory=True)
-    receipt = engine.update_weights(stream, 5)
+    (receipt,) = engine.update_weights(stream, 5)
     verify(stream, receipt, 5)
     assert receipt.num_bytes == 0 and engine.version == 5
     assert receipt.received == stream.published and receipt.received.keys() == stream.names

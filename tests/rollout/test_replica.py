@@ -120,7 +120,7 @@ def test_a_stream_that_does_not_fit_the_replica_is_refused_by_name() -> None:
 def test_what_is_published_in_few_bits_is_verified_in_them(kept: torch.dtype) -> None:
     trained, replica = packed_model(), InlineEngine(packed_model(seed=5).to(kept))
     stream = stream_of(trained, dtype=torch.bfloat16)
-    receipt = replica.update_weights(stream, 1)
+    (receipt,) = replica.update_weights(stream, 1)
     verify(stream, receipt, 1)
     assert receipt.num_bytes == sum(2 * t.numel() for t in trained.state_dict().values())
     for name, tensor in replica.model.state_dict().items():

@@ -181,13 +181,17 @@ def test_adapters_train_and_are_published(publish: str, tmp_path: Path, capsys: 
 
 
 def test_an_engine_of_the_controllers_process_can_take_weights_that_are_elsewhere(tmp_path: Path) -> None:
-    """vLLM and SGLang take them past it; one of a user's own need not know how."""
+    """vLLM and SGLang take them past it; one of a user's own need not know how. Replicas each say what they took."""
     path = Path(configuration(tmp_path, placement={"pools": {"all": 2}}, engine=FSDP2, track={"console": False}))
     with open_run(load_config(RlConfig, path)) as run:
         for _ in range(2):
             stream = run.engine.stream_weights()
-            taken = {name: fingerprint(tensor) for name, tensor in stream.tensors}
+            taken, num_bytes = dict[str, int](), 0
+            for name, tensor in stream.tensors:
+                taken[name] = fingerprint(tensor)
+                num_bytes += tensor.nbytes
             assert taken.keys() == stream.names and taken == stream.published
+        assert run.publisher.send(run.step) == 2 * num_bytes
 
 
 def test_all_weights_have_no_adapter_to_export(tmp_path: Path, capsys: Output) -> None:

@@ -47,14 +47,14 @@ class Replica(InlineEngine):
         self.deaf: set[str] = set()
         self.publications = 0
 
-    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
         self.publications += 1
         own = self.model.state_dict()
         kept = {name: own[name].clone() for name in self.deaf}
-        receipt = super().update_weights(stream, version)
+        receipts = super().update_weights(stream, version)
         for name, tensor in kept.items():
             own[name].copy_(tensor)
-        return receipt
+        return receipts
 
     def read_back(self, names: list[str]) -> dict[str, int]:
         own = self.model.state_dict()
@@ -261,9 +261,9 @@ def test_faults_of_a_stream_are_told(fault: str) -> None:
         return stream
 
     class Old(Replica):
-        def update_weights(self, stream: WeightStream, version: int) -> Receipt:
-            receipt = super().update_weights(stream, version)
-            return replace(receipt, version=0) if broken and fault == "version" else receipt
+        def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+            (receipt,) = super().update_weights(stream, version)
+            return [replace(receipt, version=0) if broken and fault == "version" else receipt]
 
     publisher = publisher_of("qwen2_tied", Old("qwen2_tied"), on_the_way)
     first |= {n: t.clone() for n, t in publisher.canary.trainer.model.state_dict().items()}

@@ -37,7 +37,8 @@ class Two:
             with self.inboxes[index].take(address, index) as stream:
                 if index and self.refuses:
                     raise self.refuses
-                return self.engines[index].update_weights(stream, self.version)
+                (receipt,) = self.engines[index].update_weights(stream, self.version)
+                return receipt
 
         self.version += 1
         with ThreadPoolExecutor(2) as pool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridflow.algorithms.pieces import call, piece
+from hybridflow.algorithms.pieces import ABSENT, call, piece
 from hybridflow.batch import Batch
 from hybridflow.errors import UserError
 
@@ -53,13 +53,14 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
             return plain[parameter]
         if parameter == "length_N":
             return torch.zeros(count, dtype=torch.float64).index_add_(0, trajectory_B, loss_tokens(batch))
+        if not parameter.endswith("_N") or f"{parameter[:-1]}B" not in batch:
+            return ABSENT
         column_B = batch[f"{parameter[:-1]}B"]
         return column_B.new_empty(count).index_copy_(0, trajectory_B, column_B)
 
     function = piece(AGGREGATIONS, mode)
     for name, parameter in inspect.signature(function).parameters.items():
-        known = name in plain or name == "length_N" or (name.endswith("_N") and f"{name[:-1]}B" in batch)
-        if not known and parameter.default is parameter.empty:
+        if parameter.default is parameter.empty and given(name) is ABSENT:
             raise UserError(f"the aggregation {mode} asks for {name}, which there is not", fix=EXPECTED)
     weight_N = call(function, given)
     if not isinstance(weight_N, Tensor) or weight_N.shape != (count,):

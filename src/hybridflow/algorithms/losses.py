@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridflow.algorithms import preference
 from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.mismatch import gap_maxima, gap_sums
-from hybridflow.algorithms.pieces import call, columns_read, piece
+from hybridflow.algorithms.pieces import ABSENT, call, columns_read, piece
 from hybridflow.algorithms.policy_loss import POLICY_LOSSES
 from hybridflow.algorithms.value_loss import clipped_value_loss
 from hybridflow.protocols import Loss
@@ -60,7 +60,9 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
             return logp_M
         if parameter == "old_logp_M":
             return columns.get("old_logp_T", logp_M.detach())
-        return columns[f"{parameter[:-1]}T"] if parameter.endswith("_M") else params.get("values", {})[parameter]
+        if parameter.endswith("_M"):
+            return columns.get(f"{parameter[:-1]}T", ABSENT)
+        return params.get("values", {}).get(parameter, ABSENT)
 
     raw_M, means = call(piece(POLICY_LOSSES, params["policy_loss"]), given)
     weight_M = columns["policy_weight_T"]

@@ -10,6 +10,8 @@ from hybridflow.config.locate import is_function_reference, load_function
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
+ABSENT: Any = object()  # what `given` returns where there is nothing for a parameter
+
 
 def piece(registry: Mapping[str, FunctionT], name: str) -> FunctionT | Callable[..., Any]:
     """The function of a registered name, or the user's own that ``file.py:function`` names.
@@ -25,19 +27,18 @@ def call(function: Callable[..., Any], given: Callable[[str], Any]) -> Any:
 
     Args:
         function: any function of named parameters.
-        given: the value for a parameter's name; raises KeyError where there is none, and the parameter's default is
-            taken.
+        given: the value for a parameter's name, or `ABSENT`: the parameter's default is then taken.
 
     Raises:
         KeyError: there is nothing for a parameter without a default.
     """
     arguments = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        try:
-            arguments[name] = given(name)
-        except KeyError:
-            if parameter.default is parameter.empty:
-                raise
+        value = given(name)
+        if value is not ABSENT:
+            arguments[name] = value
+        elif parameter.default is parameter.empty:
+            raise KeyError(name)
     return function(**arguments)
 
 

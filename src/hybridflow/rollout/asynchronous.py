@@ -26,7 +26,7 @@ from hybridflow.rollout.job import Decode, Job
 from hybridflow.rollout.replica import Failed, Flight, Hooks, Piece, Replica, ReplicaLost, all_of, why_lost
 from hybridflow.rollout.stopping import StopText
 from hybridflow.weights.channel import Channel
-from hybridflow.weights.stream import WeightSyncError, verify
+from hybridflow.weights.stream import WeightSyncError
 
 T = TypeVar("T")
 
@@ -210,20 +210,17 @@ class AsyncEngine(Hooks):
         assert not self.asleep, "weights for a sleeping engine: wake it first"
         return self._do(self._receive(address, version))
 
-    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
         """See `RolloutEngine.update_weights`, for a stream of this process.
 
         Raises:
-            WeightSyncError: a process did not get all of it, bit for bit.
+            WeightSyncError: a process could not take it.
         """
         if self._channel is None or self._channel.receivers != self.receivers():
             if self._channel is not None:
                 self._channel.close()
             self._channel = Channel(self.receivers(), self._transport, folder=self._folder, delta=self._delta)
-        receipts = self._channel.publish(stream, lambda address: self.receive_weights(address, version))
-        for receipt in receipts:
-            verify(stream, receipt, version)
-        return receipts[0]
+        return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""

@@ -148,7 +148,7 @@ class InlineEngine:
         """See `RolloutEngine.resume`."""
         self.paused = False
 
-    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
         """See `RolloutEngine.update_weights`. What is in flight is prefilled again: no cache of old weights stays.
 
         Raises:
@@ -163,7 +163,7 @@ class InlineEngine:
         self._rows.keep([])
         self._free()
         self.version = version
-        return Receipt(version, received, num_bytes)
+        return [Receipt(version, received, num_bytes)]
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; with nothing in flight there is no cache, and no copy of weights."""

@@ -35,7 +35,6 @@ from hybridflow.protocols import (
     WeightStream,
     never,
 )
-from hybridflow.weights.stream import verify
 from hybridflow.weights.transport import Receiver, open_receiver
 
 Scores = dict[str, Tensor]
@@ -280,21 +279,18 @@ class GroupRollout:
         """See `RolloutEngine.resume`."""
         self.group.resume()
 
-    def update_weights(self, stream: WeightStream, version: int) -> Receipt:
-        """See `RolloutEngine.update_weights`: every replica's receipt is held against the stream; one is returned."""
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+        """See `RolloutEngine.update_weights`: the receipts of every replica's processes, replica by replica."""
         assert isinstance(stream, RemoteStream) and stream.engine is not None, "replicas take weights from workers"
         self._settle()
         actor = stream.engine.group
         if actor.pool == self.group.pool:
             answers = self.group.take_weights(actor.name, version, stream.lora)
-            receipts = [receipt for receipt, _ in answers]
             stream.published.update(answers[0][1])
-        else:
-            receipts = stream.engine.send_weights(
-                stream, self.group.host(), lambda address: self.group.receive_weights(address, version)
-            )
-        verify(stream, receipts, version)
-        return receipts[0]
+            return _flat(receipts for receipts, _ in answers)
+        return stream.engine.send_weights(
+            stream, self.group.host(), lambda address: _flat(self.group.receive_weights(address, version))
+        )
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
@@ -358,7 +354,11 @@ def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[R
         return stream.engine.send_weights(
             stream, engine.receivers(), lambda address: engine.receive_weights(address, version)
         )
-    return [engine.update_weights(stream, version)]
+    return engine.update_weights(stream, version)
+
+
+def _flat(replicas: Iterable[list[Receipt]]) -> list[Receipt]:
+    return [receipt for receipts in replicas for receipt in receipts]
 
 
 def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:

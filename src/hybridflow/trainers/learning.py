@@ -17,7 +17,7 @@ from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.filtering import drop_reason
 from hybridflow.algorithms.mismatch import measured_gap, shift_metrics
 from hybridflow.algorithms.off_policy import off_policy_metrics
-from hybridflow.algorithms.pieces import call
+from hybridflow.algorithms.pieces import ABSENT, call
 from hybridflow.algorithms.policy_loss import STATISTICS
 from hybridflow.algorithms.reweighting import pf_ppo_rows
 from hybridflow.batch import Batch
@@ -287,6 +287,9 @@ def statistics_columns(
                 bits.append(NoiseKey(seed, f"{loss}/{before[name]}", *name).bits())
                 before[name] += 1
             return token_keys(torch.tensor(bits, dtype=torch.int64), mini.lengths())
-        return mini[parameter] if parameter.endswith("_T") else values[parameter]
+        held = mini if parameter.endswith("_T") else values
+        if parameter in held:
+            return held[parameter]
+        return ABSENT
 
     return dict(call(STATISTICS[loss], given))

@@ -235,16 +235,16 @@ class RolloutWorker:
         return self.context.host
 
     @remote(ONE_TO_ALL)
-    def take_weights(self, actor: str, version: int, lora: Lora) -> tuple[Receipt, dict[str, int]]:
+    def take_weights(self, actor: str, version: int, lora: Lora) -> tuple[list[Receipt], dict[str, int]]:
         """Takes the weights of the actor in this process; what was received, and (on rank 0) what was published."""
         worker = self.context.siblings[actor]
         take_turn(worker.context)
         stream = worker.engine.stream_weights(lora=lora)
-        receipt = self.engine.update_weights(stream, version)
-        return receipt, stream.published
+        receipts = self.engine.update_weights(stream, version)
+        return receipts, stream.published
 
     @remote(ONE_TO_ALL)
-    def receive_weights(self, address: str, version: int) -> Receipt:
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
         """Takes the weights that processes of another pool send."""
         with self.inbox.take(address, self.context.rank) as stream:
             return self.engine.update_weights(stream, version)

@@ -42,7 +42,7 @@ from hybridflow.algorithms.advantage.remax import remax
 from hybridflow.algorithms.advantage.rloo import rloo
 from hybridflow.algorithms.advantage.vapo_gae import vapo_gae
 from hybridflow.algorithms.aggregation import loss_tokens
-from hybridflow.algorithms.pieces import call, piece
+from hybridflow.algorithms.pieces import ABSENT, call, piece
 from hybridflow.batch import Batch
 
 ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
@@ -92,10 +92,14 @@ def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dic
         if parameter in own:
             return own[parameter]()
         name, _, axes = parameter.rpartition("_")
-        if axes.startswith("N"):
-            column_B = batch[f"{name}_B{axes[1:]}"]
-            return column_B.new_empty(count, *column_B.shape[1:]).index_copy_(0, trajectory_B, column_B)
-        return batch[parameter] if axes.startswith("T") else values[parameter]
+        if not axes.startswith(("N", "T")):
+            return values.get(parameter, ABSENT)
+        column = f"{name}_B{axes[1:]}" if axes.startswith("N") else parameter
+        if column not in batch:
+            return ABSENT
+        if column == parameter:
+            return batch[column]
+        return batch[column].new_empty(count, *batch[column].shape[1:]).index_copy_(0, trajectory_B, batch[column])
 
     found = call(estimator, given)
     advantage, return_T = found if isinstance(found, tuple) else (found, None)
