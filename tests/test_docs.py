@@ -18,9 +18,10 @@ import yaml
 
 import hybridflow
 from hybridflow.checkpoint.run_folder import FIXED_KEYS
-from hybridflow.cli import KINDS, _compares, _kind_of, _parser
+from hybridflow.cli import _compares, _kind_of, _parser
 from hybridflow.config.describe import describe
 from hybridflow.config.explain import explain
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import EvalConfig, RlConfig
 from hybridflow.trainers.check import check
@@ -116,7 +117,7 @@ def hybridflow_command(arguments: list[str]) -> None:
         assert given.explain == "KEY" or explain(given.explain)
     elif given.name in (*KINDS, "check"):
         kind = KINDS.get(given.name) or _kind_of(Path(given.config))
-        load_config(kind, given.config, given.overrides)
+        load_config(kind.config, given.config, given.overrides)
 
 
 @cache

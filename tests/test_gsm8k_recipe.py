@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridflow.cli import KINDS, _kind_of
+from hybridflow.cli import _kind_of
 from hybridflow.config.load import load_config
 from hybridflow.config.sections import RlConfig
 
@@ -22,8 +22,8 @@ CONFIGURATIONS = sorted(RECIPES.glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_configuration_is_valid(path: Path) -> None:
-    kind = _kind_of(path)
-    assert kind in KINDS.values() and load_config(kind, path).run.folder.startswith("runs/")
+    config = load_config(_kind_of(path).config, path).model_dump()
+    assert config["run"]["folder"].startswith("runs/")
 
 
 def test_the_page_has_the_numbers_of_the_configuration() -> None:

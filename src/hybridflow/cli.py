@@ -14,23 +14,18 @@ from typing import TYPE_CHECKING, Any
 from hybridflow import __version__
 from hybridflow.command_line import Parser, never_fails_to_print, path, reader_is_gone
 from hybridflow.completion import SHELLS, completion
+from hybridflow.config.kinds.registry import KINDS, Kind
 from hybridflow.config.load import load_config
 from hybridflow.config.paths import home
 from hybridflow.config.placement import resolved_placement
-from hybridflow.config.reward_model import RewardModelConfig
-from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
+from hybridflow.config.sections import EvalConfig
 from hybridflow.controller.forking import start_server
 from hybridflow.errors import UserError, nearest, typed
 
-KINDS: dict[str, type[RlConfig] | type[SftConfig] | type[RewardModelConfig] | type[EvalConfig]] = {
-    "train": RlConfig,
-    "sft": SftConfig,
-    "reward-model": RewardModelConfig,
-    "eval": EvalConfig,
-}
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Parser]
     Handler = Callable[[argparse.Namespace], int]
+OVERRIDES = "dotted.key=value, for example optim.lr=1e-4 run.seed=1"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hybridflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    _add_kinds(commands)
     _add_commands_on_configurations(commands)
     _add_commands_on_models(commands)
     _add_prepare(commands)
@@ -91,19 +87,14 @@ def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, for a script")
 
 
-def _add_commands_on_configurations(commands: Commands) -> None:
-    overrides = "dotted.key=value, for example optim.lr=1e-4 run.seed=1"
-    for name, text, example in [
-        ("train", "reinforcement learning: generate, score, update", "recipes/carry/grpo.yaml optim.lr=5e-5"),
-        ("sft", "supervised fine-tuning on conversations", "recipes/carry/sft.yaml train.steps=300"),
-        ("reward-model", "train a model that scores answers, on preferences", "recipes/rlhf/reward-model.yaml"),
-    ]:
-        command = _add(commands, name, _train, text, f"hybridflow {name} {example}")
+def _add_kinds(commands: Commands) -> None:
+    for kind in [kind for kind in KINDS.values() if kind.train is not None]:
+        command = _add(commands, kind.name, _train, kind.does, f"hybridflow {kind.name} {kind.example}")
         command.add_argument("config", type=path, help="YAML file, for example recipes/carry/grpo.yaml")
-        command.add_argument("overrides", nargs="*", default=[], help=overrides)
+        command.add_argument("overrides", nargs="*", default=[], help=OVERRIDES)
     evaluate = _add(
-        commands, "eval", _eval, "score a model's answers, or compare two models with a paired test",
-        "hybridflow eval recipes/carry/eval.yaml\n  hybridflow eval runs/eval-of-a runs/eval-of-b\n"
+        commands, "eval", _eval, KINDS["eval"].does,
+        f"hybridflow eval {KINDS['eval'].example}\n  hybridflow eval runs/eval-of-a runs/eval-of-b\n"
         "  hybridflow eval runs/a runs/b run.folder=runs/a-or-b --config eval.yaml",
         "With two folders, A and B: those of two evaluations are compared as they are; models and runs\nare "
         "evaluated first, as --config says.",
@@ -112,18 +103,21 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "config", metavar="CONFIG_OR_A", type=path, help="YAML file; or A: an evaluation, a model or a run"
     )
     evaluate.add_argument(
-        "overrides", metavar="B_OR_OVERRIDE", nargs="*", default=[], help=f"B, and overrides: {overrides}"
+        "overrides", metavar="B_OR_OVERRIDE", nargs="*", default=[], help=f"B, and overrides: {OVERRIDES}"
     )
     evaluate.add_argument(
         "--config", dest="how", metavar="CONFIG", type=path, help="how to evaluate A and B, where they are models"
     )
     _add_json(evaluate)
+
+
+def _add_commands_on_configurations(commands: Commands) -> None:
     check = _add(
         commands, "check", _check, "find what is wrong with a configuration, without training",
         "hybridflow check recipes/carry/grpo.yaml\n  hybridflow check --explain optim.lr",
     )  # fmt: skip
     check.add_argument("config", nargs="?", type=path, help="YAML file (may be left out with --explain)")
-    check.add_argument("overrides", nargs="*", default=[], help=overrides)
+    check.add_argument("overrides", nargs="*", default=[], help=OVERRIDES)
     check.add_argument("--explain", metavar="KEY", help="say what a key means, and what the configuration has there")
     _add_json(check)
     init = _add(
@@ -131,7 +125,7 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "hybridflow init --model runs/carry-sft/model --data recipes/carry/task.py:problems \\\n"
         "    --reward recipes/carry/task.py:score --out my.yaml optim.lr=1e-4",
     )  # fmt: skip
-    init.add_argument("overrides", nargs="*", default=[], help=f"keys to begin with: {overrides}")
+    init.add_argument("overrides", nargs="*", default=[], help=f"keys to begin with: {OVERRIDES}")
     init.add_argument("--kind", choices=KINDS, default="train", help="for which command (default: train)")
     init.add_argument("--model", required=True, help="Hugging Face folder, org/name on the hub, or file.py:function")
     init.add_argument("--data", required=True, help=".jsonl or .parquet file, or file.py:function")
@@ -244,9 +238,9 @@ def _add_prepare(commands: Commands) -> None:
     _add_json(prepare)
 
 
-def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
+def _load(given: argparse.Namespace, kind: Kind) -> Any:
     try:
-        return load_config(kind, given.config, given.overrides)
+        return load_config(kind.config, given.config, given.overrides)
     except UserError:
         for name, other in KINDS.items():
             if other is not kind and _loads(other, given):
@@ -254,9 +248,9 @@ def _load(given: argparse.Namespace, kind: type[Section]) -> Section:
         raise
 
 
-def _loads(kind: type[Section], given: argparse.Namespace) -> bool:
+def _loads(kind: Kind, given: argparse.Namespace) -> bool:
     try:
-        load_config(kind, given.config, given.overrides)
+        load_config(kind.config, given.config, given.overrides)
     except UserError:
         return False
     return True
@@ -264,7 +258,6 @@ def _loads(kind: type[Section], given: argparse.Namespace) -> bool:
 
 def _train(given: argparse.Namespace) -> int:
     config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
-    assert isinstance(config, RlConfig | SftConfig | RewardModelConfig)
     if resolved_placement(config.placement).backend == "processes":
         start_server()  # it imports torch for all processes while this one does
     from hybridflow.trainers.start import start
@@ -277,8 +270,7 @@ def _eval(given: argparse.Namespace) -> int:
         return _compare(given)
     if given.how is not None:
         raise UserError("--config says how to evaluate two models", fix="hybridflow eval A B --config eval.yaml")
-    config = _load(given, EvalConfig)
-    assert isinstance(config, EvalConfig)
+    config = _load(given, KINDS["eval"])
     from hybridflow.trainers.ask import evaluate_model, evaluation_lines
 
     result = evaluate_model(config, note=_aside)
@@ -313,17 +305,14 @@ def _check(given: argparse.Namespace) -> int:
         raise UserError("no configuration is given", fix="hybridflow check CONFIG, or hybridflow check --explain KEY")
     kind = _kind_of(Path(given.config))
     config = _load(given, kind)
-    assert isinstance(config, RlConfig | SftConfig | RewardModelConfig | EvalConfig)
     from hybridflow.trainers.check import check
-    from hybridflow.trainers.reward_model import check_preferences
 
     said = []
-    for line in check_preferences(config) if isinstance(config, RewardModelConfig) else check(config):
+    for line in check(config):
         said.append(line)
         if not given.json:
             print(line)
-    name = next(name for name, known in KINDS.items() if known is kind)
-    result = {"command": name, "checks": said, "config": config.model_dump(mode="json")}
+    result = {"command": kind.name, "checks": said, "config": config.model_dump(mode="json")}
     _tell(given, result, ["all checks passed"])
     return 0
 
@@ -337,7 +326,7 @@ def _explain(given: argparse.Namespace) -> int:
     return 0
 
 
-def _kind_of(path: Path) -> type[Section]:
+def _kind_of(path: Path) -> Kind:
     """Which kind of run a file configures, by the sections it has."""
     from hybridflow.config.explain import kind_of
     from hybridflow.config.load import read_values

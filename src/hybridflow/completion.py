@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from hybridflow.config.describe import COMMANDS, keys_of
+from hybridflow.config.describe import keys_of
+from hybridflow.config.kinds.registry import KINDS
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -50,6 +51,6 @@ def _words(name: str, parser: argparse.ArgumentParser) -> list[str]:
     choices = [str(choice) for action in parser._actions for choice in action.choices or ()]
     found = [*options, *choices]
     if any(action.dest == "overrides" for action in parser._actions):
-        kinds = [COMMANDS[name]] if name in COMMANDS else [*COMMANDS.values()]
-        found += sorted({f"{key.name}=" for kind in kinds for key in keys_of(kind) if key.type != "section"})
+        kinds = [KINDS[name]] if name in KINDS else [*KINDS.values()]
+        found += sorted({f"{key.name}=" for kind in kinds for key in keys_of(kind.config) if key.type != "section"})
     return found

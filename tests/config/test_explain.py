@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from hybridflow.cli import main
-from hybridflow.config.describe import COMMANDS, keys_of
+from hybridflow.config.describe import keys_of
 from hybridflow.config.explain import explain, explanation_lines
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import schema
 
@@ -58,12 +59,12 @@ def test_an_unknown_key_is_told_the_nearest(tmp_path: Path, capsys: Output) -> N
 
 
 def test_every_key_can_be_explained() -> None:
-    for kind in COMMANDS.values():
-        for key in keys_of(kind):
+    for kind in KINDS.values():
+        for key in keys_of(kind.config):
             assert key.name in "\n".join(explanation_lines(explain(key.name), None))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", KINDS)
 def test_the_schema_on_disk_is_in_step(command: str, capsys: Output) -> None:
     written = (ROOT / f"docs/schema/{command}.json").read_text()
     assert succeed(capsys, "schema", command) == written, (
@@ -71,11 +72,13 @@ def test_the_schema_on_disk_is_in_step(command: str, capsys: Output) -> None:
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", KINDS)
 def test_the_schema_knows_every_key_and_no_other(command: str) -> None:
     found = json.loads(schema(command))
     assert found["additionalProperties"] is False
-    assert sorted(keys_in(found, found)) == sorted(key.name for key in keys_of(COMMANDS[command]) if "." in key.name)
+    assert sorted(keys_in(found, found)) == sorted(
+        key.name for key in keys_of(KINDS[command].config) if "." in key.name
+    )
 
 
 def keys_in(schema: dict[str, Any], node: dict[str, Any], prefix: str = "") -> list[str]:
@@ -138,12 +141,12 @@ def test_what_init_comments_out_may_be_commented_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     succeed(capsys, "init", "--kind", kind, "--model", "m", *PIECES[kind])
-    keys = {key.name.rpartition(".")[2] for key in keys_of(COMMANDS[kind])}
+    keys = {key.name.rpartition(".")[2] for key in keys_of(KINDS[kind].config)}
     lines = Path("config.yaml").read_text().splitlines()
     hidden = [line for line in lines if line.startswith("  # ") and line[4:].partition(":")[0] in keys]
     assert len(hidden) >= 3
     Path("config.yaml").write_text("\n".join(line.replace("# ", "", 1) if line in hidden else line for line in lines))
-    load_config(COMMANDS[kind], "config.yaml")
+    load_config(KINDS[kind].config, "config.yaml")
 
 
 def test_init_takes_keys_and_refuses_what_does_not_fit(
@@ -157,7 +160,7 @@ def test_init_takes_keys_and_refuses_what_does_not_fit(
     assert not Path("config.yaml").exists()
     succeed(capsys, *begin, "--reward", "r.py:score", "optim.lr=3e-4", "model.lora.rank=4", "train.steps=null",
             "train.epochs=2")  # fmt: skip
-    config = load_config(COMMANDS["train"], "config.yaml").model_dump()
+    config = load_config(KINDS["train"].config, "config.yaml").model_dump()
     assert (config["optim"]["lr"], config["model"]["lora"]["rank"]) == (3e-4, 4)
     assert (config["train"]["steps"], config["train"]["epochs"]) == (None, 2)
 

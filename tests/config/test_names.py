@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from hybridflow.config.algorithms import ADVANTAGES, PRESETS
-from hybridflow.config.describe import COMMANDS, keys_of
+from hybridflow.config.describe import keys_of
 from hybridflow.config.explain import explain, explanation_lines, kind_of
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import _NAMES, meaning, unknown_name
 from hybridflow.config.presets import METHODS
@@ -18,7 +19,7 @@ from hybridflow.errors import UserError
 
 from tiny import CARRY
 
-KEYS = {key.name for kind in COMMANDS.values() for key in keys_of(kind)}
+KEYS = {key.name for kind in KINDS.values() for key in keys_of(kind.config)}
 RL: dict[str, dict[str, Any]] = {
     "run": {"folder": "x"},
     "model": {"path": "m"},
@@ -197,7 +198,7 @@ def test_the_recipes_are_known_by_their_sections(folder: Path) -> None:
     for file in sorted(folder.glob("*.yaml")):
         values = read_values(file)
         kind = kind_of(values)
-        validate(COMMANDS[kind], values, base=file.parent)
+        validate(KINDS[kind].config, values, base=file.parent)
         for name, section in values.items():  # whatever one key is missing, it is still a file for that command
             for key in section if kind != "reward-model" or name != "train" else ():
                 rest = values | {name: {k: v for k, v in section.items() if k != key}}

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridflow.config.describe import COMMANDS, keys_of
+from hybridflow.config.describe import keys_of
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config, read_values
 from hybridflow.config.overrides import annotation_at, apply_override
 from hybridflow.config.sections import RlConfig
@@ -136,7 +137,7 @@ def test_other_keys_hold_what_their_type_says(key: str, text: str, value: Any) -
 def test_a_key_is_read_alike_in_every_command() -> None:
     """So that an override means the same to all of them."""
     words: dict[str, set[str]] = {}
-    for key in {key for kind in COMMANDS.values() for key in keys_of(kind)}:
+    for key in {key for kind in KINDS.values() for key in keys_of(kind.config)}:
         words.setdefault(key.name, set()).add(key.type.partition(" ")[0])
         assert annotation_at(key.name.split(".")) is not None
     assert {name: found for name, found in words.items() if len(found) > 1} == {}

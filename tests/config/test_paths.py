@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hybridflow.config.describe import COMMANDS, keys_of
+from hybridflow.config.describe import keys_of
 from hybridflow.config.inherit import INHERITS
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config, validate
 from hybridflow.config.locate import expanded
 from hybridflow.config.sections import RlConfig
@@ -33,7 +34,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside itself
 
 def path_keys() -> list[tuple[str, str]]:
     """Every key that names a path, with a command that has it."""
-    found = {k.name: name for name, kind in COMMANDS.items() for k in keys_of(kind) if k.type.startswith("path")}
+    found = {k.name: name for name, kind in KINDS.items() for k in keys_of(kind.config) if k.type.startswith("path")}
     return sorted((*found.items(), *((key, "train") for key in FUNCTIONS), ("reward.sources.mine", "train")))
 
 
@@ -76,7 +77,7 @@ def test_every_path_fills_in_home_and_variables_and_finds_files_beside(
     wanted = f"{tmp_path}/beside/f.py{name}"
     for text in (f"~/beside/f.py{name}", f"$HOME/${{PLACE}}/f.py{name}", f"f.py{name}"):
         values = configured(command, {**needed, key: text})
-        config = validate(COMMANDS[command], values, base=tmp_path / "beside")
+        config = validate(KINDS[command].config, values, base=tmp_path / "beside")
         beside = text.startswith("f.py")
         assert at(config.model_dump(mode="json"), key) == (text if beside and written else wanted)
     for text, said in [
@@ -84,7 +85,7 @@ def test_every_path_fills_in_home_and_variables_and_finds_files_beside(
         ("~nobody_here/f.py:x", "no such user"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
-            validate(COMMANDS[command], configured(command, {**needed, key: text}))
+            validate(KINDS[command].config, configured(command, {**needed, key: text}))
         assert key.removesuffix(".mine") in str(caught.value)
 
 
@@ -205,4 +206,4 @@ def test_a_mistake_in_such_a_section_names_its_own_path(key: str) -> None:
 def test_a_file_beside_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("run: {folder: ~/r}\nmodel: {path: m}\ndata: {train: t}\ntrain: {steps: 1}\n")
-    assert load_config(COMMANDS["sft"], "~/c.yaml").run.folder == f"{tmp_path}/r"
+    assert load_config(KINDS["sft"].config, "~/c.yaml").run.folder == f"{tmp_path}/r"

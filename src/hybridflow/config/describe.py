@@ -18,16 +18,8 @@ from pydantic.fields import FieldInfo
 
 from hybridflow.config.algorithms import PRESETS
 from hybridflow.config.inherit import INHERITS
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.paths import PATHS
-from hybridflow.config.reward_model import RewardModelConfig
-from hybridflow.config.sections import EvalConfig, RlConfig, Section, SftConfig
-
-COMMANDS: dict[str, type[Section]] = {
-    "train": RlConfig,
-    "sft": SftConfig,
-    "reward-model": RewardModelConfig,
-    "eval": EvalConfig,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +87,8 @@ def describe() -> str:
 
 def _sections() -> Iterator[str]:
     found: dict[tuple[str, type[BaseModel]], tuple[list[str], FieldInfo]] = {}
-    for command, kind in COMMANDS.items():
-        for name, field in kind.model_fields.items():
+    for command, kind in KINDS.items():
+        for name, field in kind.config.model_fields.items():
             model = section_in(field.annotation)
             assert model is not None, f"{name} is not a section"
             found.setdefault((name, model), ([], field))[0].append(command)

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, PRESETS
-from hybridflow.config.describe import COMMANDS, Key, keys_of, section_in
+from hybridflow.config.describe import Key, keys_of, section_in
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import meaning
 from hybridflow.config.presets import METHODS
@@ -47,7 +48,8 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
         UserError: there is no such key, or the configuration cannot be read.
     """
     values = None if path is None else read_values(path, overrides)
-    kinds = COMMANDS if values is None else {name: COMMANDS[name] for name in [kind_of(values)]}
+    names = KINDS if values is None else [kind_of(values)]
+    kinds = {name: KINDS[name].config for name in names}
     found = _found(key, kinds)
     here = None if found else meaning(key)
     if here is not None and here.keys:
@@ -135,10 +137,10 @@ def kind_of(values: Mapping[str, Any]) -> str:
     Raises:
         UserError: it could be for several.
     """
-    misfits = {name: _misfit(values, kind) for name, kind in COMMANDS.items()}
+    misfits = {name: _misfit(values, kind.config) for name, kind in KINDS.items()}
     best = [name for name, misfit in misfits.items() if misfit == min(misfits.values())]
     if len(best) > 1 and any(values.values()):
-        needs = "; ".join(f"for {name} {_needed(values, COMMANDS[name])}" for name in best)
+        needs = "; ".join(f"for {name} {_needed(values, KINDS[name].config)}" for name in best)
         raise UserError(
             f"nothing says whether this configuration is for {' or for '.join(best)}",
             fix=f"add what is missing: {needs}",

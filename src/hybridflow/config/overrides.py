@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from hybridflow.config.describe import COMMANDS
+from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.yaml_file import Loader, refuse_repeated
 from hybridflow.errors import UserError
 
@@ -59,7 +59,7 @@ def apply_override(values: dict[str, Any], text: str) -> None:
 
 def annotation_at(path: Sequence[str]) -> Any:
     """The type of a dotted key, in the first kind of configuration that has it; None where none has."""
-    return next((found for kind in COMMANDS.values() if (found := _below(kind, path)) is not None), None)
+    return next((found for kind in KINDS.values() if (found := _below(kind.config, path)) is not None), None)
 
 
 def read_value(text: str, annotation: Any) -> Any:

@@ -13,7 +13,7 @@ from hybridflow.config.section import HERE, Section
 from hybridflow.errors import nearest
 
 if TYPE_CHECKING:  # the sections check themselves with this file
-    from hybridflow.config.reward_model import TrainingConfig
+    from hybridflow.config.kinds.registry import TrainingConfig
     from hybridflow.config.rewards import RewardModelSection
     from hybridflow.config.rollout import RolloutSection
 

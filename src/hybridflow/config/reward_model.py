@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -12,11 +12,10 @@ from hybridflow.config.placement import EngineSection, PlacementSection, check_p
 from hybridflow.config.section import Section
 from hybridflow.config.sections import (
     CheckpointSection,
+    LengthSection,
     ModelSection,
     OptimSection,
-    RlConfig,
     RunSection,
-    SftConfig,
     TrackSection,
 )
 
@@ -68,7 +67,7 @@ class PreferenceDataSection(Section):
         return self
 
 
-class RewardModelTrainSection(Section):
+class RewardModelTrainSection(LengthSection):
     """How much to train on."""
 
     steps: PositiveInt | None = Field(None, description="Optimizer steps. Give this or train.epochs.")
@@ -106,9 +105,6 @@ class RewardModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RewardModelConfig:
         t = self.train
-        if (t.steps is None) == (t.epochs is None):
-            given = "both are" if t.steps else "neither is"
-            raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
         check_placement(self)
         if self.model.lora is not None:
             raise ValueError("model.lora: a reward model is trained as a whole; leave it out")
@@ -125,7 +121,3 @@ class RewardModelConfig(Section):
                 f"{self.data.max_tokens + 1} or more, or lower data.max_tokens"
             )
         return self
-
-
-TrainingConfig: TypeAlias = RlConfig | SftConfig | RewardModelConfig
-"""What `hybridflow train`, `sft` and `reward-model` run."""

@@ -6,7 +6,7 @@ each is answered `samples_per_prompt` times, and one optimizer step takes `seque
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -143,7 +143,28 @@ class CriticSection(Section):
     warmup_steps: int = Field(0, ge=0, description="First steps of the run, in which the critic alone is trained.")
 
 
-class RlTrainSection(Section):
+class LengthSection(Section):
+    """How long a run is: the section ``train`` of every kind of run that trains goes on from it."""
+
+    ends: ClassVar[tuple[str, ...]] = ("steps", "epochs")  # the keys that decide where the run ends
+
+    steps: PositiveInt | None = Field(None, description="Steps of the run. Give this or train.epochs.")
+    epochs: PositiveInt | None = Field(None, description="Passes over the training rows, instead of train.steps.")
+
+    @property
+    def longer(self) -> str:
+        """What makes the run longer, as an advice."""
+        return "raise train.steps (or train.epochs)"
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            given = "both are" if self.steps else "neither is"
+            raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
+        return self
+
+
+class RlTrainSection(LengthSection):
     """How much is generated and trained on."""
 
     steps: PositiveInt | None = Field(
@@ -168,8 +189,10 @@ class RlTrainSection(Section):
     )
 
 
-class SftTrainSection(Section):
+class SftTrainSection(LengthSection):
     """How much to train on."""
+
+    ends: ClassVar[tuple[str, ...]] = (*LengthSection.ends, "stop_below_loss")
 
     steps: PositiveInt | None = Field(
         None, description="Optimizer steps (at most, if stop_below_loss is set). Give this or train.epochs."
@@ -183,6 +206,11 @@ class SftTrainSection(Section):
     stop_below_loss: float | None = Field(
         None, gt=0, description="End early once the mean loss of the last 20 steps is below this."
     )
+
+    @property
+    def longer(self) -> str:
+        """What makes the run longer, as an advice."""
+        return super().longer + " or lower train.stop_below_loss" * (self.stop_below_loss is not None)
 
 
 class EvalSection(Section):
@@ -273,12 +301,6 @@ class TrackSection(Section):
     rollouts_every: int = Field(1, ge=0, description="Write rollouts/step-*.parquet every so many steps; 0: never.")
 
 
-def _steps_or_epochs(train: RlTrainSection | SftTrainSection) -> None:
-    if (train.steps is None) == (train.epochs is None):
-        given = "both are" if train.steps else "neither is"
-        raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
-
-
 def _check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
     if not has_rows:
         raise ValueError(f"checkpoint.best is {name}, which is never measured: data.eval names no evaluation rows")
@@ -316,7 +338,6 @@ class RlConfig(Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> RlConfig:
         t = self.train
-        _steps_or_epochs(t)
         if needs_of(self.algorithm.advantage, ADVANTAGES).needs_group and t.samples_per_prompt < 2:
             raise ValueError(
                 f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
@@ -370,7 +391,6 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SftConfig:
-        _steps_or_epochs(self.train)
         check_placement(self)
         if self.checkpoint.best is not None:
             raise ValueError(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.algorithms import ADVANTAGES
+from hybridflow.config.kinds.registry import kind_for
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.config.pieces import needs_of
 from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
-from hybridflow.data.prompts import load_prompts
+from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
 from hybridflow.devices import pick_device
@@ -38,8 +40,11 @@ MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are dra
 MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
 
 
-def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
+def check(config: Any) -> Iterator[str]:
     """Checks one thing after the other, and says in words what it found.
+
+    Args:
+        config: a configuration of any kind.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -50,39 +55,50 @@ def check(config: RlConfig | SftConfig | EvalConfig) -> Iterator[str]:
             f"{config.run.folder} already holds a run, and run.resume is never",
             fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
         )
-    if isinstance(config, EvalConfig):
-        require_inline(config)
-    model, tokenizer = _outline(config)
-    yield f"model {config.model.path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
+    yield from kind_for(config).checked(config)
+
+
+def check_rl(config: RlConfig) -> Iterator[str]:
+    """Looks at a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes."""
+    model, tokenizer = load_role(actor_role(config, 1), outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    yield from describe_placement(config)
+    if config.rollout.engine != "inline":
+        yield describe_engine(config.rollout)
+    yield from _check_own_functions(config)
+    yield from check_companions(config, tokenizer)
+    assert config.data.train is not None
+    prompts, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training")
+    yield from _advise_on_tokens(config, model, tokenizer, prompts)
+    if is_verl_row(prompts.data.rows[0]):
+        yield from (f"  {line}" for line in differences_from_verl(config))
+    prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
+    if config.data.eval is not None:
+        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", seen)
+        measured = yield from _check_evaluation(config, model, tokenizer)
+        best = config.checkpoint.best
+        if best is not None and best not in measured:
+            raise UserError(f"checkpoint.best {best!r} is not among what is measured", fix=nearest(best, measured))
+    yield arithmetic(config, len(prompts))
+    yield from not_installed(config.track)
+
+
+def check_eval(config: EvalConfig) -> Iterator[str]:
+    """Looks at an evaluation: its model, its rows and its reward."""
+    require_inline(config)
+    model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    assert config.data.eval is not None
+    prompts, _ = yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation")
+    yield from _advise_on_tokens(config, model, tokenizer, prompts)
+    yield from _check_evaluation(config, model, tokenizer)
+
+
+def _describe_model(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield f"model {path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
     rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if rows > ids:
         yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
-    if not isinstance(config, EvalConfig):
-        yield from describe_placement(config)
-    if isinstance(config, SftConfig):
-        yield from _check_sft(config, model, tokenizer)
-        return
-    if config.rollout.engine != "inline":
-        yield describe_engine(config.rollout)
-    if isinstance(config, RlConfig):
-        yield from _check_own_functions(config)
-        yield from check_companions(config, tokenizer)
-        assert config.data.train is not None
-        rows, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training")
-    if config.data.eval is not None:
-        trained = seen if isinstance(config, RlConfig) else set()
-        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", trained)
-        yield from _check_evaluation(config, model, tokenizer)
-    if isinstance(config, RlConfig):
-        yield arithmetic(config, rows)
-        yield from not_installed(config.track)
-
-
-def _outline(config: RlConfig | SftConfig | EvalConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model without its weights; what a run would refuse when it loads it is refused now."""
-    if isinstance(config, EvalConfig):
-        return load_trainable(config.model, seed=config.run.seed, outline=True)
-    return load_role(actor_role(config, 1) if isinstance(config, RlConfig) else sft_role(config, 1), outline=True)
 
 
 def _check_own_functions(config: RlConfig) -> Iterator[str]:
@@ -95,7 +111,8 @@ def _check_own_functions(config: RlConfig) -> Iterator[str]:
 
 def _check_evaluation(
     config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
+) -> Generator[str, None, list[str]]:
+    """Returns the names of what is measured."""
     e = config.eval
     sampling = sampling_for(e, training_sampling(config.rollout, stop_ids(model, tokenizer)))
     check_sampling(sampling, model.get_input_embeddings().weight.shape[0])
@@ -111,9 +128,7 @@ def _check_evaluation(
     if e.answer is not None:
         text = str(prompts[0].ground_truth)
         yield f"  eval.answer: the answer in {text[:60]!r} is {vote_in(text, e.answer)!r}"
-    best = config.checkpoint.best if isinstance(config, RlConfig) else None
-    if best is not None and best not in measured:
-        raise UserError(f"checkpoint.best {best!r} is not among what is measured", fix=nearest(best, measured))
+    return measured
 
 
 def arithmetic(config: RlConfig, rows: int) -> str:
@@ -142,8 +157,8 @@ def _check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     purpose: str,
     trained: Set[int] = frozenset(),
-) -> Generator[str, None, tuple[int, set[int]]]:
-    """Returns the number of rows, and hashes of their texts; `trained` are those of the training rows."""
+) -> Generator[str, None, tuple[PromptSet, set[int]]]:
+    """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
     prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
     measured = list(prompts.measure(MAX_ROWS))
     longest = max(range(len(measured)), key=lambda i: measured[i][1])
@@ -168,17 +183,21 @@ def _check_prompts(
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
     ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
     yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS)
-    if purpose == "training" or isinstance(config, EvalConfig):
-        for advice in advice_on_tokens(config, model, tokenizer, prompts[0]):
-            yield f"  advice: {advice}"
-    if purpose == "training":
-        if isinstance(config, RlConfig) and is_verl_row(prompts.data.rows[0]):
-            yield from (f"  {line}" for line in differences_from_verl(config))
-        prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
-    return len(prompts), set(texts)
+    return prompts, set(texts)
 
 
-def _check_sft(config: SftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _advise_on_tokens(
+    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
+) -> Iterator[str]:
+    for advice in advice_on_tokens(config, model, tokenizer, prompts[0]):
+        yield f"  advice: {advice}"
+
+
+def check_sft(config: SftConfig) -> Iterator[str]:
+    """Looks at a supervised run: its model, its conversations and its sizes."""
+    model, tokenizer = load_role(sft_role(config, 1), outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    yield from describe_placement(config)
     data, t = load_sft(config.data, tokenizer, seed=config.run.seed), config.train
     lengths = data.lengths(MAX_ROWS)
     longest = data.batch([max(range(len(lengths)), key=lengths.__getitem__)])  # refused if it is over the limit

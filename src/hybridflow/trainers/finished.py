@@ -8,12 +8,10 @@ from typing import Any
 
 from hybridflow.checkpoint.run_folder import changed_settings, exported_step
 from hybridflow.checkpoint.store import saved_steps
-from hybridflow.config.reward_model import TrainingConfig
+from hybridflow.config.kinds.registry import TrainingConfig
+from hybridflow.config.sections import LengthSection
 from hybridflow.errors import UserError
 
-ENDS = ("train.steps", "train.epochs", "train.stop_below_loss")  # what decides where a run ends
-LONGER = "raise train.steps (or train.epochs)"
-LONGER_SFT = f"{LONGER} or lower train.stop_below_loss"
 CHANGES = 10  # that are named
 Changes = Mapping[str, tuple[Any, Any]]  # what each setting was, and is
 
@@ -26,16 +24,17 @@ class AlreadyDone(UserError):
         step: the last.
         total: how many steps are asked for now; None if as many as when it ended.
         changed: settings that are other than they were then.
-        longer: how it becomes longer.
+        length: where it is to end.
     """
 
-    def __init__(self, folder: Path, step: int, total: int | None, changed: Changes, longer: str) -> None:
+    def __init__(self, folder: Path, step: int, total: int | None, changed: Changes, length: LengthSection) -> None:
         what = f"the run in {folder} is already done: {step} of {step} steps; its model is in {folder / 'model'}"
         if total is not None and total < step:
             what = what.replace(f"{step} of {step} steps", f"{step} steps, and {total} are asked for")
-        others = {key: change for key, change in changed.items() if key not in ENDS and not key.startswith("run.")}
+        ends = _ends(length)
+        others = {key: change for key, change in changed.items() if key not in ends and not key.startswith("run.")}
         why = f"nothing was trained with the settings that changed since: {said_changes(others)}" if others else ""
-        super().__init__(what, why=why, fix=f"{longer} to train longer, or choose another run.folder")
+        super().__init__(what, why=why, fix=f"{length.longer} to train longer, or choose another run.folder")
 
     def line(self) -> str:
         """All of it in one line."""
@@ -55,10 +54,13 @@ def finished(config: TrainingConfig) -> AlreadyDone | None:
         return None  # only loading can tell whether it is this run
     changed = changed_settings(folder, config.model_dump(mode="json"), moved=config.run.resume == "moved")
     total = config.train.steps
-    if any(key in changed for key in ENDS) and (total is None or total > step):
+    if any(key in changed for key in _ends(config.train)) and (total is None or total > step):
         return None  # loading the run tells
-    longer = LONGER_SFT if getattr(config.train, "stop_below_loss", None) is not None else LONGER
-    return AlreadyDone(folder, step, total, changed, longer)
+    return AlreadyDone(folder, step, total, changed, config.train)
+
+
+def _ends(length: LengthSection) -> set[str]:
+    return {f"train.{name}" for name in length.ends}
 
 
 def said_changes(changed: Changes) -> str:

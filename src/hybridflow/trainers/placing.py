@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.config.kinds.registry import TrainingConfig
 from hybridflow.config.placement import PlacementSection, check_placement, engines_of, in_pool, resolved_placement
-from hybridflow.config.reward_model import TrainingConfig
 from hybridflow.config.sections import RlConfig
 from hybridflow.controller.cluster import Cluster, open_cluster
 from hybridflow.controller.forking import MODELS

@@ -21,7 +21,6 @@ from hybridflow.batch import Batch
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.reward_model import RewardModelConfig
 from hybridflow.data.preference import PreferenceSet, load_preferences, use_template
-from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.models.classifier import holds_classifier, padding_of
@@ -160,6 +159,7 @@ def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
             stop=stop,
             total_steps=steps,
             checkpoint=config.checkpoint,
+            length=t,
             data_source=data.source,
             data_fingerprint=data.fingerprint,
         )
@@ -186,12 +186,7 @@ def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, Pref
 
 
 def check_preferences(config: RewardModelConfig) -> Iterator[str]:
-    """Checks one thing after the other before anything is trained, and says in words what it found.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
-    pick_device(config.run.device)  # refused if there is no such device
+    """Looks at a run that trains a reward model: its model, its pairs and its sizes."""
     tokenizer, data, held_out = load_pairs(config)
     yield _describe_start(config)
     yield from describe_placement(config)

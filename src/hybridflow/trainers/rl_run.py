@@ -258,8 +258,7 @@ def _assemble(
     rollout = places.rollout(config, role, engine, tokenizer, folder.path)
     grader = make_grader(config, places, data_sources(prompts, evaluated), function=reward)
     places.on_close(grader.close)
-    policy = failure_policy(config.reward)
-    journal = Journal(folder.path / "journal")
+    policy, journal = failure_policy(config.reward), Journal(folder.path / "journal")
     trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train")
     stops = places.stop_ids(engine, tokenizer)
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
@@ -306,6 +305,7 @@ def _assemble(
         stop=stop,
         total_steps=steps,
         checkpoint=config.checkpoint,
+        length=t,
         data_source=prompts.source,
         data_fingerprint=prompts.fingerprint,
     )

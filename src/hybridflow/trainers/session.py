@@ -15,8 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import Best, NewCheckpoint, read_checkpoint, saved_steps, step_folder
-from hybridflow.config.reward_model import TrainingConfig
-from hybridflow.config.sections import CheckpointSection
+from hybridflow.config.kinds.registry import TrainingConfig
+from hybridflow.config.sections import CheckpointSection, LengthSection
 from hybridflow.data.sampler import Sampler
 from hybridflow.engines.background import Background
 from hybridflow.errors import UserError
@@ -26,7 +26,7 @@ from hybridflow.rollout.groups import Stopped
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.export import export_engine, save_engine
-from hybridflow.trainers.finished import LONGER, AlreadyDone, said_changes
+from hybridflow.trainers.finished import AlreadyDone, said_changes
 from hybridflow.trainers.lifecycle import Clock, Interrupted, StopRequest, memory_metrics
 from hybridflow.trainers.placing import Places, serve_torchrun
 
@@ -94,7 +94,7 @@ class Session:
     stop: StopRequest
     total_steps: int
     checkpoint: CheckpointSection
-    longer: str = LONGER
+    length: LengthSection
     data_source: str
     data_fingerprint: str
     clock: Clock = field(default_factory=Clock)
@@ -281,7 +281,7 @@ class Session:
             self.load_extra(run_state)
             self.step = self.saved_step = steps[-1]
         if self.done() and self.folder.exported_step() == self.step:
-            raise AlreadyDone(self.folder.path, self.step, self.total_steps, self.folder.changed, self.longer)
+            raise AlreadyDone(self.folder.path, self.step, self.total_steps, self.folder.changed, self.length)
         self.folder.keep_config()
         self.trackers.start(self.step)
         if steps:

@@ -17,7 +17,6 @@ from hybridflow.faults import fault_point
 from hybridflow.models.load import longest_trainable
 from hybridflow.protocols import Loss
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.finished import LONGER, LONGER_SFT
 from hybridflow.trainers.roles import load_role, sft_role
 from hybridflow.trainers.session import Session, opening, total_steps
 
@@ -134,7 +133,7 @@ def open_sft(config: SftConfig) -> SftRun:
             stop=stop,
             total_steps=steps,
             checkpoint=config.checkpoint,
-            longer=LONGER if t.stop_below_loss is None else LONGER_SFT,
+            length=t,
             data_source=data.source,
             data_fingerprint=data.fingerprint,
         )

@@ -6,17 +6,13 @@ import os
 from pathlib import Path
 
 from hybridflow.checkpoint.store import read_best, saved_steps
-from hybridflow.config.reward_model import RewardModelConfig, TrainingConfig
-from hybridflow.config.sections import RlConfig
+from hybridflow.config.kinds.registry import TrainingConfig, kind_for
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.check import check
 from hybridflow.trainers.finished import AlreadyDone, finished
 from hybridflow.trainers.lifecycle import Interrupted
 from hybridflow.trainers.placing import serve_torchrun
-from hybridflow.trainers.reward_model import check_preferences, train_reward_model
-from hybridflow.trainers.rl import train
-from hybridflow.trainers.sft import train_sft
 from hybridflow.trainers.signal_watch import SignalWatch
 from hybridflow.viewer.report import write_report
 
@@ -35,14 +31,11 @@ def start(config: TrainingConfig, *, again: str) -> int:
     if over is not None:
         return _nothing_to_do(over)
     serve_torchrun(config.placement)
-    for line in check_preferences(config) if isinstance(config, RewardModelConfig) else check(config):
+    for line in check(config):
         print(line)
     folder = Path(config.run.folder)
     try:
-        if isinstance(config, RlConfig):
-            train(config)
-        else:
-            train_reward_model(config) if isinstance(config, RewardModelConfig) else train_sft(config)
+        kind_for(config).trained(config)
     except Interrupted:
         pass
     except AlreadyDone as done:

@@ -1,0 +1,1 @@
+"""Whole configurations, one for each kind of run."""

@@ -1,0 +1,157 @@
+"""The kinds of runs. An entry here gives a command, and is what all other commands know of the kind.
+
+`hybridflow NAME`, `check`, `check --explain`, `init`, `schema`, completion and the page of keys read `KINDS`. Functions
+are named, not imported: a configuration is read, and its mistakes are told, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hybridflow.config.kinds import starters
+from hybridflow.config.kinds.starters import Starter
+from hybridflow.config.reward_model import RewardModelConfig
+from hybridflow.config.section import Section
+from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
+
+if TYPE_CHECKING:
+    from hybridflow.config.placement import EngineSection, PlacementSection
+    from hybridflow.config.sections import CheckpointSection, LengthSection, ModelSection, RunSection, TrackSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of run.
+
+    Args:
+        name: of its command.
+        config: the class of its configuration; of a kind that trains it has the sections of `TrainingConfig`.
+        check: the function behind `hybridflow check`, as "package.module.function". It is given a configuration, gives
+            lines, and raises a UserError for the first thing that is wrong.
+        train: the function that runs a configuration to its end, or to where it is asked to stop; None for a kind that
+            does not train, whose command has arguments of its own.
+        what: the run, as a heading.
+        does: what the command does, for the list of commands.
+        example: arguments of the command.
+        starter: what `hybridflow init` writes.
+    """
+
+    name: str
+    config: type[Section]
+    check: str
+    train: str | None = None
+    what: str
+    does: str
+    example: str
+    starter: Starter = field(default_factory=Starter)
+
+    def checked(self, config: Section) -> Iterator[str]:
+        """Looks for what is wrong with a configuration of this kind; what it found, line by line.
+
+        Raises:
+            UserError: the first thing that is wrong.
+        """
+        lines: Iterator[str] = _imported(self.check)(config)
+        return lines
+
+    def trained(self, config: TrainingConfig) -> None:
+        """Runs a configuration of this kind to its end, or to where it is asked to stop."""
+        assert self.train is not None
+        _imported(self.train)(config)
+
+
+class TrainingConfig(Protocol):
+    """What the configurations of all kinds that train have."""
+
+    @property
+    def run(self) -> RunSection:
+        """Its folder and how it is repeated."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model that is trained."""
+
+    @property
+    def train(self) -> LengthSection:
+        """Where the run ends."""
+
+    @property
+    def engine(self) -> EngineSection:
+        """How the model is cut over its pool."""
+
+    @property
+    def placement(self) -> PlacementSection:
+        """The pools of processes."""
+
+    @property
+    def checkpoint(self) -> CheckpointSection:
+        """When it is saved."""
+
+    @property
+    def track(self) -> TrackSection:
+        """Where its records go."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Any:
+        """A copy with other sections."""
+
+    def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
+        """Plain values, by section."""
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def kind_for(config: Any) -> Kind:
+    """The kind that a configuration is of."""
+    return next(kind for kind in KINDS.values() if kind.config is type(config))
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            name="train",
+            config=RlConfig,
+            check="hybridflow.trainers.check.check_rl",
+            train="hybridflow.trainers.rl.train",
+            what="Reinforcement learning",
+            does="reinforcement learning: generate, score, update",
+            example="recipes/carry/grpo.yaml optim.lr=5e-5",
+            starter=starters.RL,
+        ),
+        Kind(
+            name="sft",
+            config=SftConfig,
+            check="hybridflow.trainers.check.check_sft",
+            train="hybridflow.trainers.sft.train_sft",
+            what="Supervised fine-tuning",
+            does="supervised fine-tuning on conversations",
+            example="recipes/carry/sft.yaml train.steps=300",
+            starter=starters.SFT,
+        ),
+        Kind(
+            name="reward-model",
+            config=RewardModelConfig,
+            check="hybridflow.trainers.reward_model.check_preferences",
+            train="hybridflow.trainers.reward_model.train_reward_model",
+            what="A reward model",
+            does="train a model that scores answers, on preferences",
+            example="recipes/rlhf/reward-model.yaml",
+            starter=starters.REWARD_MODEL,
+        ),
+        Kind(
+            name="eval",
+            config=EvalConfig,
+            check="hybridflow.trainers.check.check_eval",
+            what="An evaluation",
+            does="score a model's answers, or compare two models with a paired test",
+            example="recipes/carry/eval.yaml",
+            starter=starters.EVALUATION,
+        ),
+    )
+}
