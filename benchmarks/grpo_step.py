@@ -208,9 +208,9 @@ def measure(
             for step in run.steps():
                 reward_cpu = 0.0
                 marks = [cpu]
-                groups = next_groups(run, step)
+                groups, _ = next_groups(run, step)
                 marks.append(time.process_time())
-                batch = estimate(run, groups)
+                batch, _ = estimate(run, groups)
                 metrics = update(run, batch)
                 marks.append(time.process_time())
                 publish_weights(run, step)

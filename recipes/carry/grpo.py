@@ -29,6 +29,6 @@ with open_run(config, reward=score) as run:
         batch["advantage_T"] = advantage_B[batch.sequence_of()] * batch["loss_mask_T"]
         batch["policy_weight_T"] = token_weights(batch, "token-mean", norm=32)
         result = run.engine.update(with_signal(batch), Loss("policy", {"policy_loss": "ppo_clip"}))
-        run.publish(step)
-        record(run, step, groups, batch, result.metrics)
+        sent = run.publish(step)
+        record(run, step, groups, batch, result.metrics | sent)
     run.finish()

@@ -94,18 +94,18 @@ def test_a_sleeping_engine_leaves_its_memory_to_training(tmp_path: Path) -> None
     path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None})
     with open_run(load_config(RlConfig, path)) as run:
         assert run.turn.sleeps
-        groups = next_groups(run, 1)
+        groups, _ = next_groups(run, 1)
         awake, total = torch.cuda.mem_get_info()
-        batch = estimate(run, groups)
+        batch, _ = estimate(run, groups)
         asleep, _ = torch.cuda.mem_get_info()
         assert asleep - awake > 0.2 * total
         update(run, batch)
         publish_weights(run, 1)
-        again = next_groups(run, 2)
+        again, _ = next_groups(run, 2)
         assert torch.cuda.mem_get_info()[0] == pytest.approx(awake, abs=0.05 * total)
         run.step = 1
-        estimate(run, again)
-        assert run.take_measured().get("mismatch/abs_logp_diff/p50", 0.0) < 0.1  # it woke with the new weights
+        _, measured = estimate(run, again)
+        assert measured.get("mismatch/abs_logp_diff/p50", 0.0) < 0.1  # it woke with the new weights
 
 
 def test_what_is_offloaded_is_off_the_device_while_answers_are_generated(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_what_is_offloaded_is_off_the_device_while_answers_are_generated(tmp_pat
     rollout = {"max_response_tokens": 8, "sleep": "always"}
     path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None}, **sections)
     with open_run(load_config(RlConfig, path)) as run:
-        update(run, estimate(run, next_groups(run, 1)))
+        update(run, estimate(run, next_groups(run, 1)[0])[0])
         training = torch.cuda.memory_allocated()
         run.turn.to_generation()
         moments = 2 * 4 * 800_000  # of AdamW, for 0.8 million parameters

@@ -27,7 +27,7 @@ def opened(folder: Path, **algorithm: Any) -> RlRun:
 
 def off_policy(run: RlRun, by: float) -> list[Any]:
     """A step's groups, of which every other token claims to come from another distribution."""
-    groups = next_groups(run, 1)
+    groups, _ = next_groups(run, 1)
     for g in groups:
         for t in g.trajectories:
             t.logps = [logp + (by if i % 2 else 0.0) for i, logp in enumerate(t.logps)]
@@ -43,20 +43,20 @@ def test_denominators_count_what_is_left(mode: str, tmp_path: Path) -> None:
     algorithm = {"aggregation": "token-mean", "correction": {"mode": mode, **REJECT}}
     with opened(tmp_path, **algorithm) as run:
         groups = off_policy(run, by=0.5)
-        batch = estimate(run, groups)
+        batch, measured = estimate(run, groups)
         current, found = with_current(batch, run.config, run.engine)
         weighted = with_weights(current, run.config)
         whole = batch_of(groups)
         first = [t.logps and (len(t.logps) + 1) // 2 for g in groups for t in g.trajectories]  # tokens left alone
         assert answers(current) == sum(first) < answers(whole)
         torch.testing.assert_close(float(weighted["policy_weight_T"].sum()), 1.0)
-        shares = run.measured | found
+        shares = measured | found
         assert shares["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(1 - sum(first) / answers(whole))
 
 
 def test_weights_of_tokens_are_those_of_the_policy_over_the_sampler(tmp_path: Path) -> None:
     with opened(tmp_path, correction={"preset": "decoupled_token_is", "weight_cap": 1.5}) as run:
-        batch = estimate(run, off_policy(run, by=-0.7))
+        batch, _ = estimate(run, off_policy(run, by=-0.7))
         place_T = torch.arange(batch.total()) - batch.offsets["T"][batch.sequence_of()]
         first_T = (batch["loss_mask_T"].cumsum(0) > 0) & batch["loss_mask_T"]
         start_B = torch.full((len(batch),), 10**6).scatter_reduce(

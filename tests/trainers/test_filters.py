@@ -47,7 +47,7 @@ def is_even(run: RlRun, group: Group) -> bool:
 def test_groups_of_equal_reward_are_replaced_by_later_prompts(tmp_path: Path) -> None:
     train = {"prompts_per_step": 4, "steps": 3}
     with opened(tmp_path, filter={"equal_rewards": True}, train=train) as run:
-        first, second = next_groups(run, 1), next_groups(run, 2)
+        (first, _), (second, _) = next_groups(run, 1), next_groups(run, 2)
         assert len(first) == len(second) == 4
         assert not any(is_even(run, g) for g in [*first, *second])
         # Every prompt was drawn once, in order; those between were of equal reward.
@@ -82,7 +82,7 @@ def test_what_was_dropped_is_counted_and_a_run_goes_on_the_same(
 
 def test_a_band_on_the_mean_of_a_component(tmp_path: Path) -> None:
     with opened(tmp_path, filter={"metric": "vowels", "max_mean": 0.9}) as run:
-        groups = next_groups(run, 1)
+        groups, _ = next_groups(run, 1)
         assert all(sum(t.components["vowels"] for t in g.trajectories) / 2 <= 0.9 for g in groups)
 
 
@@ -103,12 +103,12 @@ def test_answers_that_were_cut_are_left_out_and_single_ones_counted(tmp_path: Pa
     train = {"prompts_per_step": 8, "samples_per_prompt": 4}
     rollout = {"max_response_tokens": 24}
     with opened(tmp_path, filter={"overlong": True}, train=train, rollout=rollout) as run:
-        groups = next_groups(run, 1)
-        batch = estimate(run, groups)
+        groups, _ = next_groups(run, 1)
+        batch, measured = estimate(run, groups)
         whole = [[t for t in g.trajectories if t.finish_reason == "stop"] for g in groups]
         assert len(batch) == sum(len(answers) for answers in whole if len(answers) > 1) > 0
-        assert run.measured["training/overlong_answers"] == 32 - sum(map(len, whole)) > 0
-        assert run.measured["training/single_answer_groups"] == sum(len(answers) == 1 for answers in whole)
+        assert measured["training/overlong_answers"] == 32 - sum(map(len, whole)) > 0
+        assert measured["training/single_answer_groups"] == sum(len(answers) == 1 for answers in whole)
 
 
 def test_a_step_without_a_whole_answer_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +124,8 @@ def test_a_step_without_a_whole_answer_trains_nothing(tmp_path: Path, capsys: py
 def test_the_last_tokens_before_the_limit_cost(tmp_path: Path) -> None:
     reward = {"function": f"{tmp_path / 'parts.py'}:score", "overlong_buffer": 6, "overlong_penalty": 0.5}
     with opened(tmp_path, reward=reward, train={"samples_per_prompt": 16}, rollout={"max_response_tokens": 12}) as run:
-        groups = next_groups(run, 1)
-        batch = estimate(run, groups)
+        groups, _ = next_groups(run, 1)
+        batch, _ = estimate(run, groups)
     answers = [t for g in groups for t in g.trajectories]
     expected = [t.reward - 0.5 * max(0, len(t.token_ids) - 6) / 6 for t in answers]
     summed_B = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
@@ -137,8 +137,8 @@ def test_a_greedy_answer_is_the_baseline_and_is_journaled(tmp_path: Path, capsys
     path = filtered(tmp_path, algorithm={"preset": "remax"}, train={"samples_per_prompt": 1, "prompts_per_step": 3})
     asked = []
     with open_run(load_config(RlConfig, path)) as run:
-        groups = next_groups(run, 1)
-        batch = estimate(run, groups)
+        groups, _ = next_groups(run, 1)
+        batch, _ = estimate(run, groups)
         for g, reward, advantage_T in zip(groups, batch["reward_B"].tolist(), batch.rows("advantage_T")):
             assert g.baseline is not None
             torch.testing.assert_close(advantage_T[-1].item(), reward - g.baseline)

@@ -72,21 +72,20 @@ def test_numerics_are_what_another_precision_adds(tmp_path: Path, capsys: Any) -
 def test_staleness_is_what_older_weights_add(tmp_path: Path) -> None:
     """Half of a step's answers are of the weights before two updates that were not published, half of today's."""
     with opened(tmp_path, train=PLENTY, rollout=LOW, algorithm={"old_logp": "recompute"}) as run:
-        old = next_groups(run, 1)
-        update(run, estimate(run, old))
-        update(run, estimate(run, old))
-        alone = gap_of(run.measured)
+        old, _ = next_groups(run, 1)
+        for _ in range(2):
+            batch, measured = estimate(run, old)
+            update(run, batch)
+        alone = gap_of(measured)
         assert alone["mismatch/stale_tokens"] == 0  # as far as the versions say: nothing was published
         run.step = 1
-        estimate(run, old)
-        stale = gap_of(run.measured)
+        stale = gap_of(estimate(run, old)[1])
         assert stale["mismatch/stale_tokens"] == 1 and stale["mismatch/k3/numerics"] == 0
         publish_weights(run, 1)
-        fresh = next_groups(run, 2)
-        estimate(run, fresh)
-        numerics = gap_of(run.measured)["mismatch/k3/numerics"]
-        batch = estimate(run, old + fresh)
-        mixed = gap_of(run.measured)
+        fresh, _ = next_groups(run, 2)
+        numerics = gap_of(estimate(run, fresh)[1])["mismatch/k3/numerics"]
+        batch, measured = estimate(run, old + fresh)
+        mixed = gap_of(measured)
         assert mixed["mismatch/k3/numerics"] == pytest.approx(numerics)
         assert mixed["mismatch/k3/staleness"] > 100 * numerics
         assert sum(mixed[f"mismatch/k3/{part}"] for part in PARTS) == mixed["mismatch/k3/total"]
@@ -100,7 +99,7 @@ def test_support_is_the_log_mass_of_what_was_kept(tmp_path: Path, old_logp: str)
     """Against the model's own logits, over the whole vocabulary and token by token."""
     rollout = {"top_p": 0.7, "temperature": 0.9, "max_response_tokens": 6}
     with opened(tmp_path, train=PLENTY, rollout=rollout, algorithm={"old_logp": old_logp}) as run:
-        groups = next_groups(run, 1)
+        groups, _ = next_groups(run, 1)
         model, masses = run.engine.model, []  # type: ignore[attr-defined]
         for g in groups:
             for t in g.trajectories:
@@ -112,8 +111,8 @@ def test_support_is_the_log_mass_of_what_was_kept(tmp_path: Path, old_logp: str)
                 for i, (end, size) in enumerate(zip(ends, t.support.sizes)):
                     kept = t.support.ids[end - size : end] if size else range(logp_TV.shape[1])
                     masses.append(float(logp_TV[len(g.prompt_ids) + i - 1, list(kept)].logsumexp(-1)))
-        batch = estimate(run, groups)
-        found = run.measured | update(run, batch)
+        batch, measured = estimate(run, groups)
+        found = measured | update(run, batch)
         wanted = -sum(masses) / len(masses)
         assert wanted > 0.1
         assert found["mismatch/k1/support"] == found["mismatch/k3/support"] == pytest.approx(wanted, abs=1e-5)
@@ -142,8 +141,7 @@ def test_a_correction_takes_the_bias_out_of_the_gradient(tmp_path: Path, preset:
         groups = [
             Group(0, 0, list(prompt.token_ids), [answer(i, word, drawn[word]) for i, word in enumerate(words)]),
         ]
-        batch = estimate(run, groups)
-        measured = run.measured
+        batch, measured = estimate(run, groups)
         q_B = torch.tensor([drawn[word] for word in words]).exp()
         p_B = batch["old_logp_T"][batch["loss_mask_T"]].exp()
         assert 0.999 < q_B.sum() < 1.001
@@ -190,9 +188,9 @@ def test_growth_is_told_in_a_run(tmp_path: Path) -> None:
     with opened(tmp_path, train=PLENTY | {"steps": 9}, rollout=LOW, optim={"lr": 2e-3}) as run:
         for step in run.steps():
             if step <= 5:
-                groups = next_groups(run, step)
-            batch = estimate(run, groups)
-            found = update(run, batch)
+                groups, _ = next_groups(run, step)
+            batch, measured = estimate(run, groups)
+            found = measured | update(run, batch)
             publish_weights(run, step)
             record(run, step, groups, batch, found)
     lines = [m for m in metrics(tmp_path / "run") if m["step"]]

@@ -45,8 +45,8 @@ def rl_run(folder: Path) -> RlRun:
 
 def one_step(run: RlRun, step: int, poisoned: int | None) -> list[int]:
     """A step of the loop; one answer's advantages may be made NaN. Returns the data row of that answer."""
-    groups = next_groups(run, step)
-    batch = estimate(run, groups)
+    groups, _ = next_groups(run, step)
+    batch, _ = estimate(run, groups)
     if poisoned is not None:
         batch["advantage_T"][batch.sequence_of() == poisoned] = math.nan
     metrics = update(run, batch)

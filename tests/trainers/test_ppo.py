@@ -94,7 +94,7 @@ def test_the_batch_has_the_values_of_the_critic_and_the_penalty_on_every_token(t
     with open_run(config) as run:
         assert run.critic is not None
         for step in (1, 2, 3):
-            batch = estimate(run, next_groups(run, step))
+            batch, _ = estimate(run, next_groups(run, step)[0])
             before = run.kl.coef
             found = update(run, batch)
             run.step = step
@@ -159,7 +159,7 @@ def test_answers_without_advantage_are_left_out_only_where_they_have_no_loss_at_
 def steps_with_poisoned_returns(run: RlRun, rows: list[int]) -> None:
     """From the third step on a return is not a number; `rows` gets its data row."""
     for step in range(1, 9):
-        batch = estimate(run, next_groups(run, step))
+        batch, _ = estimate(run, next_groups(run, step)[0])
         if step > 2:
             batch["return_T"][batch.sequence_of() == 1] = math.nan
             rows.append(batch.objects("row")[1])
@@ -223,7 +223,7 @@ def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "other")
     config = load_config(RlConfig, ppo(tmp_path / "work", "adapters", model={"reference": str(tmp_path / "other")}))
     with open_run(config) as run:
-        batch = estimate(run, next_groups(run, 1))
+        batch, _ = estimate(run, next_groups(run, 1)[0])
         run.engine.model.load_state_dict(load_model(str(tmp_path / "other"))[0].state_dict())
         torch.testing.assert_close(batch["ref_logp_T"], run.engine.score(batch, ["logp"])["logp"])
 

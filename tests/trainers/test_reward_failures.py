@@ -89,8 +89,8 @@ def test_value_changes_the_failed_answers_and_nothing_else(tmp_path: Path, capsy
 def test_mask_leaves_out_the_failed_answers_and_nothing_else(tmp_path: Path) -> None:
     policy = {"on_failure": "mask", "pool": {"timeout": 1}}
     with opened(tmp_path / "a", "broken", reward=policy) as run, opened(tmp_path / "b", "clean") as whole:
-        groups, same = next_groups(run, 1), next_groups(whole, 1)
-        batch = estimate(run, groups)
+        (groups, _), (same, _) = next_groups(run, 1), next_groups(whole, 1)
+        batch, _ = estimate(run, groups)
         for group, other in zip(groups, same, strict=True):
             for t, o in zip(group.trajectories, other.trajectories, strict=True):
                 assert (t.failure is not None) == (PLACE["trouble"](t.response) is not None)
@@ -154,8 +154,7 @@ def test_the_first_failing_call_names_the_line_and_the_key_only_where_it_is_not_
 def test_drop_group_leaves_out_whole_groups_and_nothing_else(tmp_path: Path) -> None:
     policy = {"on_failure": "drop_group", "pool": {"timeout": 1}}
     with opened(tmp_path / "a", "broken", reward=policy) as run, opened(tmp_path / "b", "clean") as whole:
-        groups, same = next_groups(run, 1), next_groups(whole, 1)
-        counts = run.take_measured()
+        (groups, counts), (same, _) = next_groups(run, 1), next_groups(whole, 1)
     clean = [g for g in same if all(PLACE["trouble"](t.response) is None for t in g.trajectories)]
     assert 0 < len(clean) < len(same)
     assert groups == clean

@@ -91,8 +91,8 @@ def test_rewards_of_steps_reach_the_tokens_that_end_them(tmp_path: Path) -> None
     (tmp_path / "steps.py").write_text(STEPS)
     config = config_of(tmp_path, function=f"{tmp_path}/steps.py:score")
     with open_run(config) as run:
-        groups = next_groups(run, 1)
-        batch = estimate(run, groups)
+        groups, _ = next_groups(run, 1)
+        batch, _ = estimate(run, groups)
         checked = 0
         for i, t in enumerate(t for g in groups for t in g.trajectories):
             expected = [0.0] * len(t.token_ids)

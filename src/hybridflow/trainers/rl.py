@@ -60,17 +60,17 @@ def train(config: RlConfig) -> Path:
         if run.step == 0 and config.eval.before_training:
             record(run, 0, [], None, {})
         for step in run.steps():
-            groups = next_groups(run, step)
-            batch = estimate(run, groups)
-            metrics = update(run, batch)
-            publish_weights(run, step)
-            record(run, step, groups, batch, metrics)
+            groups, drawn = next_groups(run, step)
+            batch, estimated = estimate(run, groups)
+            learned = update(run, batch)
+            sent = publish_weights(run, step)
+            record(run, step, groups, batch, learned | drawn | estimated | sent)
         run.finish()
     return run.folder.path
 
 
-def next_groups(run: RlRun, step: int) -> list[Group]:
-    """Draws prompts until the step has its groups, answered, scored and passed by the filter."""
+def next_groups(run: RlRun, step: int) -> tuple[list[Group], dict[str, float]]:
+    """Draws prompts until the step has its groups, answered, scored and passed by the filter; and what was counted."""
     fault_point("gen", step)
     f, wanted = run.config.filter, run.config.train.prompts_per_step
     groups: list[Group] = []
@@ -89,22 +89,24 @@ def next_groups(run: RlRun, step: int) -> list[Group]:
     run.clock.seconds["gen"] -= reward_seconds
     if not groups:
         raise nothing_passed(f, dropped)
-    run.measured |= failure_counts(drawn, run.config.reward.on_failure)
+    counts = failure_counts(drawn, run.config.reward.on_failure)
     if f.active:
-        run.measured |= {f"training/filtered_groups/{reason}": float(n) for reason, n in dropped.items()}
-        run.measured |= {"training/num_gen_batches": float(rounds), "training/groups": float(len(groups))}
-    return groups
+        counts |= {f"training/filtered_groups/{reason}": float(n) for reason, n in dropped.items()}
+        counts |= {"training/num_gen_batches": float(rounds), "training/groups": float(len(groups))}
+    return groups, counts
 
 
-def estimate(run: RlRun, groups: list[Group]) -> Batch:
-    """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages."""
+def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
+    """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages.
+
+    Besides it, what was measured on the way.
+    """
     config, a = run.config, run.config.algorithm
     run.turn.to_training()
     groups, counts = trainable(groups, config)
     batch = batch_of(groups)
     if not len(batch):  # nothing is left to learn from: the step makes no update
-        run.measured |= counts
-        return batch
+        return batch, counts
     version_S, start_S, end_S = (batch[f"span_{name}_S"] for name in ("version", "start", "end"))
     batch["age_T"] = token_ages(version_S, start_S, end_S, batch["loss_mask_T"], run.step)
     scores = score_all(run, batch)
@@ -131,8 +133,7 @@ def estimate(run: RlRun, groups: list[Group]) -> Batch:
         values = piece_values(a, component_names(groups))
         for name, column_T in advantage_columns(a.advantage, batch, values).items():
             batch[name] = column_T
-    run.measured |= counts
-    return reweighted(rejected(batch), config, run.step + 1)
+    return reweighted(rejected(batch), config, run.step + 1), counts
 
 
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
@@ -163,11 +164,12 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def publish_weights(run: RlRun, step: int) -> None:
-    """Gives the new weights to the generation engine."""
+def publish_weights(run: RlRun, step: int) -> dict[str, float]:
+    """Gives the new weights to the generation engine; what was measured of that."""
     with run.clock.phase("update_weights"):
-        run.publish(step)
+        sent = run.publish(step)
     fault_point("publish", step)
+    return sent
 
 
 def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]) -> None:
@@ -177,7 +179,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         metrics = metrics | run.evaluate(step)
         fault_point("eval", step)
     if batch is not None:
-        metrics = metrics | run.take_measured() | batch_metrics(run, groups, batch)
+        metrics = metrics | run.places.take_metrics() | batch_metrics(run, groups, batch)
         taught = teaches(groups, config.algorithm.advantage, config.reward.clip)
         if taught is not None:
             metrics[TEACHES] = float(taught)

@@ -63,7 +63,6 @@ class RlRun(Session):
     moments: Moments = field(default_factory=Moments)
     token_text: dict[int, str] = field(default_factory=dict)
     unevaluated: dict[str, float] | None = None  # metrics of the last step, whose evaluation is still to be made
-    measured: dict[str, float] = field(default_factory=dict)  # of the step under way, besides its updates' metrics
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -155,19 +154,17 @@ class RlRun(Session):
         if advice:
             self.trackers.advise(f"{where}: {advice}")
 
-    def take_measured(self) -> dict[str, float]:
-        """What was measured of the step under way, which is then forgotten."""
-        found, self.measured = self.measured, {}
-        return found | self.places.take_metrics()
-
-    def publish(self, version: int) -> None:
+    def publish(self, version: int) -> dict[str, float]:
         """Gives the trainer's weights to the generation engine, and makes sure that it samples from them.
+
+        Returns:
+            What was measured.
 
         Raises:
             WeightSyncError: the engine has other weights.
         """
         self.turn.to_publication()
-        self.measured |= self.publisher.publish(version)
+        return self.publisher.publish(version)
 
     def engines(self) -> dict[str, TrainEngine]:
         """See `Session.engines`. A critic with a model of its own has a part of its own."""
@@ -315,5 +312,4 @@ def _assemble(
     if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
         rollout.on_restart = lambda: run.publisher.send(rollout.version)
     run.publish(run.step)
-    run.measured.clear()  # it is of no step
     return run
