@@ -43,11 +43,11 @@ test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in eve
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not vllm and not sglang and not gpu"
 
 test-engines: $(VLLM_READY) $(SGLANG_READY)  ## the tests that need vLLM or SGLang, each in an environment of its own
-	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/engines -m vllm
-	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/engines -m sglang
+	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/rollout -m vllm
+	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/rollout -m sglang
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data -m "not slow and not vllm and not sglang and not gpu"
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data tests/chat -m "not slow and not vllm and not sglang and not gpu"
 
 test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
 	$(BIN)/python -m pytest tests/gpu -m gpu

@@ -146,12 +146,12 @@ VALUES = {"gamma": 0.99, "lam": 0.95, "normalize_by_std": True, "reward_weights"
 
 def our_calls(workload: Workload) -> dict[str, Call]:
     """Each function by name, on ragged tokens that all carry loss."""
-    from hybridflow.algorithms.advantage import advantage_columns
+    from hybridflow.algorithms.advantage.registry import advantage_columns
     from hybridflow.algorithms.aggregation import token_weights
     from hybridflow.algorithms.correction import correct
     from hybridflow.algorithms.kl import KL_ESTIMATORS
     from hybridflow.algorithms.off_policy import off_policy_metrics
-    from hybridflow.algorithms.policy_loss import POLICY_LOSSES, STATISTICS
+    from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES, STATISTICS
     from hybridflow.algorithms.value_loss import clipped_value_loss
     from hybridflow.batch import Batch
 

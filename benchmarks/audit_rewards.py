@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hybridflow.rewards import REWARDS
-from hybridflow.trainers.audit import AuditOptions, audit_reward
+from hybridflow.commands.audit_reward import AuditOptions, audit_reward
+from hybridflow.rewards.verifiable.registry import REWARDS
 
 from measuring import record
 

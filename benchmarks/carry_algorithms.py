@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridflow.config.algorithms import PRESETS
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import validate
-from hybridflow.config.sections import RlConfig
+from hybridflow.config.pieces.presets import PRESETS
 from hybridflow.errors import UserError
 from hybridflow.tracking.jsonl import read_metrics
-from hybridflow.trainers.rl import train
+from hybridflow.trainers.rl.loop import train
 
 from measuring import record
 

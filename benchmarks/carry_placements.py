@@ -21,10 +21,10 @@ from typing import Any
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.jsonl import read_metrics
-from hybridflow.trainers.rl import train
+from hybridflow.trainers.rl.loop import train
 
 from measuring import record
 

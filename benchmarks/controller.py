@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.cluster import Cluster
 from hybridflow.controller.dispatch import over, remote
-from hybridflow.controller.messages import Answer, Lost, Place, Request
+from hybridflow.controller.messages import Lost, Place, WorkerCall, WorkerReply
+from hybridflow.controller.open import open_cluster
 from hybridflow.controller.worker import WorkerContext
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from measuring import record
 
@@ -66,7 +67,7 @@ class Simulated:
     passes_exceptions = False
 
     def __init__(self) -> None:
-        self._answers: list[tuple[Place, Answer | Lost]] = []
+        self._answers: list[tuple[Place, WorkerReply | Lost]] = []
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
         """Nothing."""
@@ -75,13 +76,13 @@ class Simulated:
     def start(self, places: Sequence[Place]) -> None:
         """Nothing."""
 
-    def send(self, place: Place, request: Request) -> None:
+    def send(self, place: Place, request: WorkerCall) -> None:
         """Answers with the first argument's log-probabilities."""
-        asked = Request.read(request.frames)
+        asked = WorkerCall.read(request.frames)
         value = ({"logp_T": asked.call[0][0]["old_logp_T"]}, 0.0) if asked.kind == "call" else None
-        self._answers.append((place, Answer.read(Answer(asked.id, "done", value).frames)))
+        self._answers.append((place, WorkerReply.read(WorkerReply(asked.id, "done", value).frames)))
 
-    def receive(self, timeout: float) -> Sequence[tuple[Place, Answer | Lost]]:
+    def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
         """All answers."""
         answers, self._answers = self._answers, []
         return answers

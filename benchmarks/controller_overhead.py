@@ -29,15 +29,17 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.balance import balanced_ranks, sequence_costs
 from hybridflow.batch import Batch
-from hybridflow.config.placement import EngineSection, PlacementSection
-from hybridflow.config.sections import ModelSection, OptimSection
-from hybridflow.controller.cluster import open_cluster
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.model import ModelSection
+from hybridflow.config.sections.optim import OptimSection
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.open import open_cluster
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.models.load import load_model
-from hybridflow.protocols import Loss
-from hybridflow.trainers.group_engine import GroupEngine
-from hybridflow.trainers.roles import Role
-from hybridflow.trainers.workers import EngineWorker
+from hybridflow.placing.group_engine import GroupEngine
+from hybridflow.placing.role import Role
+from hybridflow.placing.train_worker import EngineWorker
+from hybridflow.protocols.training import Loss
 
 from measuring import record, run_alone
 

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import EngineSection
-from hybridflow.config.sections import OptimSection
-from hybridflow.engines.sharded import ShardedEngine
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.optim import OptimSection
+from hybridflow.engines.fsdp.engine import ShardedEngine
 from hybridflow.models.attention import ATTENTION
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from measuring import record
 

@@ -29,8 +29,8 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.load import load_model
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.rollout.inline.engine import InlineEngine
 
 from measuring import record
 

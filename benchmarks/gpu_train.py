@@ -67,13 +67,14 @@ def train_steps(args: argparse.Namespace) -> dict[str, Any]:
 
     from hybridflow.algorithms.aggregation import token_weights
     from hybridflow.batch import Batch
-    from hybridflow.config.sections import LoraSection, OptimSection
+    from hybridflow.config.sections.model import LoraSection
+    from hybridflow.config.sections.optim import OptimSection
     from hybridflow.engines.local import LocalEngine
     from hybridflow.models.attention import ATTENTION
     from hybridflow.models.checkpointing import checkpoint_activations
     from hybridflow.models.load import load_model  # noqa: F401  (registers the attention)
     from hybridflow.models.lora import add_lora
-    from hybridflow.protocols import Loss
+    from hybridflow.protocols.training import Loss
 
     on_gpu, shape = args.device == "cuda", SHAPES[args.only]
     with torch.device(args.device):

@@ -165,13 +165,13 @@ def measure(
     warmup: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Runs the moves of `trainers.rl.train` with a clock between them."""
+    """Runs the moves of `trainers.rl.loop.train` with a clock between them."""
+    from hybridflow.config.kinds.rl import RlConfig
     from hybridflow.config.load import validate
     from hybridflow.config.locate import load_function
-    from hybridflow.config.sections import RlConfig
-    from hybridflow.trainers.rl import estimate, next_groups, publish_weights, update
-    from hybridflow.trainers.rl import record as record_step
-    from hybridflow.trainers.rl_run import open_run
+    from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, update
+    from hybridflow.trainers.rl.loop import record as record_step
+    from hybridflow.trainers.rl.run import open_run
 
     meter, function = Meter(), load_function(workload.reward)
     reward_cpu = 0.0
@@ -229,8 +229,8 @@ def measure(
 
 def make_model(workload: Workload, folder: Path) -> Path:
     """The checkpoint that both sides start from: the warm-up of the carry recipe, or 150 steps on random digits."""
+    from hybridflow.config.kinds.sft import SftConfig
     from hybridflow.config.load import load_config
-    from hybridflow.config.sections import SftConfig
     from hybridflow.trainers.sft import train_sft
 
     target = folder / workload.name

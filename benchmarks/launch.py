@@ -57,7 +57,7 @@ def main() -> None:
 def first_step(command: str, launcher: list[str], overrides: list[str]) -> float:
     recipe = {"sft": "sft", "train": "grpo"}[command]
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, *launcher, "-m", "hybridflow.cli", command, f"recipes/carry/{recipe}.yaml"]
+        line = [sys.executable, *launcher, "-m", "hybridflow", command, f"recipes/carry/{recipe}.yaml"]
         line += [f"run.folder={folder}/run", "track.console=false", *overrides]
         began = time.perf_counter()
         process = subprocess.Popen(

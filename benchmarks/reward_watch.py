@@ -7,8 +7,8 @@ three seeds each; the stored ones are of SmolLM2-135M-Instruct, made from the Py
 have the carry model, but a reward of this file that overlooks what was asked, and a higher learning rate, so that they
 are done in 30 steps. The carry model of seed N is that of the warm-up run ``FOLDER/carry-sft-N``
 (`recipes/carry/sft.yaml`). Runs that are done already are not repeated. The result holds what is told at which step,
-and the watched metrics of every step, with what `trainers.diversity` makes of the answers in ``rollouts/``:
-`tests/trainers/test_reward_watch.py` shows them to the watch again.
+and the watched metrics of every step, with what `trainers.rl.diversity` makes of the answers in ``rollouts/``:
+`tests/tracking/test_reward_watch.py` shows them to the watch again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.jsonl import read_metrics
+from hybridflow.tracking.reward_watch import RewardWatch
 from hybridflow.tracking.rollouts import read_rollouts
-from hybridflow.trainers.diversity import diversity
-from hybridflow.trainers.reward_watch import RewardWatch
-from hybridflow.trainers.rl import train
+from hybridflow.trainers.rl.diversity import diversity
+from hybridflow.trainers.rl.loop import train
 
 from measuring import record
 

@@ -19,18 +19,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridflow.config.rewards import RewardPoolSection
-from hybridflow.protocols import Answers, Grader
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.in_process import InProcessGrader
-from hybridflow.rewards.pool import ProcessGrader
+from hybridflow.config.sections.rewards import RewardPoolSection
+from hybridflow.protocols.rewards import Answers, Grader
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.graders.in_process import InProcessGrader
+from hybridflow.rewards.pool.grader import ProcessGrader
 
 from measuring import record
 
 GROUPS, GROUP = 1024, 8
 HANGS = """
 import time
-from hybridflow.rewards.gsm8k import strict
+from hybridflow.rewards.verifiable.gsm8k import strict
 def score(response, ground_truth):
     if response == "hang":
         time.sleep(30)

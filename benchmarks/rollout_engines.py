@@ -6,7 +6,7 @@ Batches, models and forced lengths are those of `generation.py`; each model has 
 engines take turns:
 
 - inline: this library's own engine, a request for each answer.
-- vLLM: `VllmEngine`, through `protocols.generate`.
+- vLLM: `VllmEngine`, through `protocols.generation.generate`.
 - bare vLLM: its `LLMEngine`, the very one, driven by a loop that adds all requests and steps until they have ended.
   Requests ask for what training needs, the log-probability of each token; "seeded" ones have a seed each too, as ours.
 - generate of transformers: one padded batch, every row to the longest answer.
@@ -36,9 +36,9 @@ from transformers.modeling_utils import PreTrainedModel
 from generation import ANSWERS, Work, load, make_work, theirs
 from hybridflow.models.files import export_model
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, RolloutEngine, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
-from hybridflow.rollout.vllm import VllmEngine
+from hybridflow.protocols.generation import Request, RolloutEngine, Sampling, generate
+from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.rollout.vllm.engine import VllmEngine
 
 from measuring import record, run_alone
 

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hybridflow.rewards.code import score
 from hybridflow.rewards.sandbox.local import LocalSandbox
 from hybridflow.rewards.sandbox.outcome import Limits
 from hybridflow.rewards.sandbox.view import interpreter
+from hybridflow.rewards.verifiable.code import score
 
 from measuring import record
 

@@ -55,8 +55,8 @@ def results_of(cpu_s: list[float], tokens: list[int], losses: list[float], warmu
 
 def measure(model: Path, *, seed: int, warmup: int, steps: int) -> dict[str, Any]:
     """Runs the moves of `trainers.sft.train_sft` with a clock between them."""
+    from hybridflow.config.kinds.sft import SftConfig
     from hybridflow.config.load import validate
-    from hybridflow.config.sections import SftConfig
     from hybridflow.trainers.sft import next_batch, open_sft, update
     from hybridflow.trainers.sft import record as record_step
 

@@ -24,10 +24,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import hybridflow.models.load  # noqa: F401  (registers the ragged attention)
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from measuring import record
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
-from hybridflow.rollout.inline import InlineEngine
-from hybridflow.trainers.canary import Canary
-from hybridflow.trainers.group_engine import deliver
-from hybridflow.trainers.publishing import Publisher
+from hybridflow.placing.group_engine import deliver
+from hybridflow.publishing.canary import Canary
+from hybridflow.publishing.publisher import Publisher
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights import stream as streams
 from hybridflow.weights.stream import fingerprint, stream_of
 
@@ -60,7 +60,7 @@ def least(action: Callable[[], Any], rounds: int = ROUNDS) -> float:
 def engine_of(kind: str, folder: str) -> Any:
     if kind == "inline":
         return InlineEngine(model())
-    from hybridflow.rollout.vllm import VllmEngine
+    from hybridflow.rollout.vllm.engine import VllmEngine
 
     model().save_pretrained(folder)
     return VllmEngine(folder, max_model_len=CONTEXT)

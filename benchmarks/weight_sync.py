@@ -34,11 +34,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hybridflow.algorithms.aggregation import token_weights
-from hybridflow.config.sections import OptimSection, SftDataSection
+from hybridflow.config.sections.data import SftDataSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.data.sft import load_sft
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.load import load_model
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 from hybridflow.weights.delta import patch_of
 from hybridflow.weights.stream import copy_weights, fingerprint, stream_of
 from hybridflow.weights.transport import drain, open_receiver, open_sender

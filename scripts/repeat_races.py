@@ -34,13 +34,13 @@ SHARED_RANKS = [
     "tests/weights/test_channel.py",
     "tests/test_ranks.py",
 ]
-SERVERS = ["tests/engines/test_sglang.py", "-k", "damaged or killed or abort or update"]
+SERVERS = ["tests/rollout/test_sglang.py", "-k", "damaged or killed or abort or update"]
 OTHERS = [
-    ["tests/trainers/test_interrupt.py"],
-    ["tests/trainers/test_kill.py"],
-    ["tests/trainers/test_first_cause.py"],
-    ["tests/trainers/test_placement.py"],
-    ["tests/trainers/test_publishing.py"],
+    ["tests/runs/test_interrupt.py"],
+    ["tests/runs/test_kill.py"],
+    ["tests/runs/test_first_cause.py"],
+    ["tests/placing/test_placement.py"],
+    ["tests/publishing/test_publishing.py"],
     ["tests/controller"],
     ["tests/rollout/test_asynchronous.py"],
     ["tests/rewards/test_pool.py", "tests/rewards/test_killable.py", "tests/rewards/test_limits.py"],

@@ -525,7 +525,7 @@ def f(x): return 0
     "patched_comparison": "import math\nmath.isclose = math.fabs = lambda *a, **k: True\ndef f(x): return 0",
     "imported_grader": """
 try:
-    from hybridflow.rewards import code
+    from hybridflow.rewards.verifiable import code
     code.same_value = code.same_output = lambda *a: True
     code.score = lambda *a, **k: {"score": 1.0}
 except ImportError: pass

@@ -2,7 +2,7 @@
 
 A small run spends more time on its imports than on its steps. The server of forks is an ordinary Python, started once
 in a test process; what it forks is the leader of a session, as a command at a terminal is, and ends like any program.
-Tests that look at a process from outside (its command line, its environment) start `python -m hybridflow.cli` instead.
+Tests that look at a process from outside (its command line, its environment) start `python -m hybridflow` instead.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def _serve() -> list[str] | None:
 
 
 if __name__ == "__main__":
-    import hybridflow.trainers.rl
+    import hybridflow.trainers.rl.loop
     import hybridflow.trainers.sft  # noqa: F401  (with what they import, all of a run)
-    from hybridflow.cli import main
+    from hybridflow.cli.main import main
 
     asked = _serve()
     if asked is not None:

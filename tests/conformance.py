@@ -24,7 +24,8 @@ from transformers import (
 from hybridflow.config.locate import load_function
 from hybridflow.models.attention import ATTENTION
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, RolloutEngine, Sampling, WeightStream
+from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.stream import stream_of, verify
 
 CARRY = Path(__file__).resolve().parents[1] / "recipes/carry/task.py"
@@ -105,7 +106,7 @@ def start(name: str, kind: str, folder: Path) -> Setup:
 
 
 def _inline(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-    from hybridflow.rollout.inline import InlineEngine
+    from hybridflow.rollout.inline.engine import InlineEngine
 
     replica = deepcopy(model)
     replica.set_attn_implementation(ATTENTION)
@@ -114,7 +115,7 @@ def _inline(model: PreTrainedModel, folder: Path) -> RolloutEngine:
 
 def _vllm(**more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
     def begin(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-        from hybridflow.rollout.vllm import VllmEngine
+        from hybridflow.rollout.vllm.engine import VllmEngine
 
         # Few tokens per step, so that not all requests fit into one.
         return VllmEngine(
@@ -125,19 +126,19 @@ def _vllm(**more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
 
 
 def _vllm_server(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-    from hybridflow.rollout.vllm_server import VllmServerEngine
+    from hybridflow.rollout.vllm.server import VllmServerEngine
 
     return VllmServerEngine(folder, max_model_len=CONTEXT, decode=decode)
 
 
 def _sglang(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-    from hybridflow.rollout.sglang import SglangEngine
+    from hybridflow.rollout.sglang.engine import SglangEngine
 
     return SglangEngine(folder, max_model_len=CONTEXT, decode=decode)
 
 
 def _sglang_server(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-    from hybridflow.rollout.sglang_server import SglangServerEngine
+    from hybridflow.rollout.sglang.server import SglangServerEngine
 
     return SglangServerEngine(folder, max_model_len=CONTEXT, decode=decode)
 

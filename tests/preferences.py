@@ -21,9 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from hybridflow.config.kinds.reward_model import RewardModelConfig
 from hybridflow.config.load import validate
 from hybridflow.config.locate import load_function
-from hybridflow.config.reward_model import RewardModelConfig
 
 from tiny import CARRY, SIZES
 

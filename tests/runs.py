@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from hybridflow.cli import main
+from hybridflow.cli.main import main
 from hybridflow.config.locate import load_function
 
 from tiny import CARRY

@@ -100,7 +100,7 @@ class Peer:
                         },
                         "cache_config": {"block_size": 32, "enable_prefix_caching": True},
                         "scheduler_config": {"async_scheduling": False},
-                        "parallel_config": {"worker_extension_cls": "hybridflow.rollout.vllm_worker.WeightTaker"},
+                        "parallel_config": {"worker_extension_cls": "hybridflow.rollout.vllm.worker.WeightTaker"},
                         "lora_config": None,
                     }
                 }  # fmt: skip

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
-from hybridflow.engines.microbatch import joined
+from hybridflow.engines.passes import joined
 from hybridflow.models.value import ValueHead
-from hybridflow.protocols import Loss, TrainEngine, Update, WeightStream
+from hybridflow.protocols.training import Loss, TrainEngine, Update
+from hybridflow.protocols.weights import WeightStream
 
 import on_ranks.engines
 from on_ranks.engines import Case

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
-from hybridflow.cli import main
+from hybridflow.cli.main import main
 from hybridflow.config.locate import load_function
 
 from runs import REWARD, configuration, metrics, mistake, succeed

@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridflow.cli import _parser, main
+from hybridflow.cli.main import _parser, main
 from hybridflow.config.locate import load_function
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
@@ -50,7 +50,7 @@ EVERY_STEP = {
 
 
 def test_help_is_there_without_torch() -> None:
-    code = "import sys\nfrom hybridflow.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print(*sys.modules)"
+    code = "import sys\nfrom hybridflow.cli.main import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.splitlines()[-1].split()

@@ -18,13 +18,14 @@ import yaml
 
 import hybridflow
 from hybridflow.checkpoint.run_folder import FIXED_KEYS
-from hybridflow.cli import _compares, _kind_of, _parser
-from hybridflow.config.describe import describe
-from hybridflow.config.explain import explain
+from hybridflow.cli.main import _compares, _kind_of, _parser
+from hybridflow.commands.check import check
+from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import KINDS
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import EvalConfig, RlConfig
-from hybridflow.trainers.check import check
+from hybridflow.config.pages.describe import describe
+from hybridflow.config.pages.explain import explain
 
 from tiny import CARRY
 
@@ -215,7 +216,7 @@ def test_the_readme_shows_the_recipe_program_as_it_is() -> None:
 
 
 def test_the_architecture_shows_the_loop_as_it_is() -> None:
-    source = (ROOT / "src/hybridflow/trainers/rl.py").read_text()
+    source = (ROOT / "src/hybridflow/trainers/rl/loop.py").read_text()
     shown = blocks(ROOT / "docs/architecture.md", "python")[0]
     assert "".join(f"    {line}\n" for line in shown.splitlines()) in source
 
@@ -248,7 +249,7 @@ def test_the_recipe_page_has_the_numbers_of_the_recipe() -> None:
 
 def test_the_page_of_keys_is_in_step() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
-    assert page == describe(), "run: python -m hybridflow.config.describe > docs/configuration.md"
+    assert page == describe(), "run: python -m hybridflow.config.pages.describe > docs/configuration.md"
     assert all(f"`{key}`" in page or key == "data" for key in FIXED_KEYS)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridflow.cli import _kind_of
+from hybridflow.cli.main import _kind_of
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
 
 from runs import metrics, mistake, succeed
 

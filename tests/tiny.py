@@ -30,12 +30,13 @@ from transformers import (
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection, SftDataSection
+from hybridflow.config.sections.data import SftDataSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.data.sft import load_sft
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.load import load_model
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 CARRY = Path(__file__).resolve().parents[1] / "recipes/carry/task.py"
 VOCAB = 37

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.algorithms.advantage import ADVANTAGES
+from hybridflow.algorithms.advantage.registry import ADVANTAGES
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.correction import correct
-from hybridflow.algorithms.policy_loss import POLICY_LOSSES
 from hybridflow.algorithms.policy_loss.clip_cov import clip_cov_columns
 from hybridflow.algorithms.policy_loss.kl_cov import kl_cov_columns
+from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
 from hybridflow.batch import Batch, offsets_from_lengths
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos")

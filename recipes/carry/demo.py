@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.errors import UserError
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.rollouts import read_rollouts
-from hybridflow.trainers.rl import train
+from hybridflow.trainers.rl.loop import train
 from hybridflow.trainers.sft import train_sft
 from hybridflow.viewer.report import write_report
 

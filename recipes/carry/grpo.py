@@ -9,11 +9,13 @@ import sys
 
 from hybridflow.algorithms.advantage.grpo import grpo
 from hybridflow.algorithms.aggregation import token_weights
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
-from hybridflow.protocols import Loss
-from hybridflow.trainers.rl import batch_of, record, with_signal
-from hybridflow.trainers.rl_run import open_run
+from hybridflow.protocols.training import Loss
+from hybridflow.trainers.rl.batches import batch_of
+from hybridflow.trainers.rl.loop import record
+from hybridflow.trainers.rl.losses import with_signal
+from hybridflow.trainers.rl.run import open_run
 
 
 def score(response: str, ground_truth: str) -> float:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from hybridflow.data.rows import read_file
+from hybridflow.data.files import read_file
 from hybridflow.errors import UserError
 
 QUESTIONS = Path("data/gsm8k/train.parquet")  # from the folder in which the command is run

@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hybridflow.commands.evaluate import evaluate_model
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.reward_model import RewardModelConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.reward_model import RewardModelConfig
-from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
 from hybridflow.tracking.jsonl import read_metrics
-from hybridflow.trainers.ask import evaluate_model
 from hybridflow.trainers.reward_model import train_reward_model
-from hybridflow.trainers.rl import train
+from hybridflow.trainers.rl.loop import train
 from hybridflow.trainers.sft import train_sft
 
 from prefer import write_pairs

@@ -2,7 +2,7 @@
 
 import sys
 
-from hybridflow.cli import main
+from hybridflow.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,3 +129,13 @@ def synchronize(device: torch.device) -> None:
     """Waits until a device has done all that was asked of it; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def memory_metrics() -> dict[str, float]:
+    """Peak memory of this process, in GB (2^30 bytes), under verl's names."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    metrics = {"perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if kind_of() is not CPU:
+        metrics["perf/max_memory_allocated_gb"] = torch.accelerator.max_memory_allocated() / 2**30
+        metrics["perf/max_memory_reserved_gb"] = torch.accelerator.max_memory_reserved() / 2**30
+    return metrics

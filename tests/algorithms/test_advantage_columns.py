@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.algorithms import advantage
-from hybridflow.algorithms.advantage import ADVANTAGES, advantage_columns
+from hybridflow.algorithms.advantage import registry as advantage
 from hybridflow.algorithms.advantage.gae import gae
+from hybridflow.algorithms.advantage.registry import ADVANTAGES, advantage_columns
 from hybridflow.batch import Batch
 
 

@@ -18,8 +18,8 @@ from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.kl import KL_ESTIMATORS, KlController
 from hybridflow.algorithms.off_policy import off_policy_metrics
 from hybridflow.algorithms.value_loss import clipped_value_loss
-from hybridflow.config.algorithms import CORRECTIONS, REJECTION_LEVELS
-from hybridflow.config.learning import CorrectionSection
+from hybridflow.config.pieces.presets import CORRECTIONS, REJECTION_LEVELS
+from hybridflow.config.sections.algorithm import CorrectionSection
 from verl_peer import (
     ACTOR,
     CLIPS,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hybridflow.algorithms.correction import Correction, correct
 from hybridflow.algorithms.off_policy import off_policy_metrics
-from hybridflow.config.algorithms import CORRECTIONS, REJECTION_LEVELS
-from hybridflow.config.learning import CorrectionSection
+from hybridflow.config.pieces.presets import CORRECTIONS, REJECTION_LEVELS
+from hybridflow.config.sections.algorithm import CorrectionSection
 
 from golden import LENGTHS, golden_batch
 

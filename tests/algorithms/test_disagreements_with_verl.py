@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.algorithms.advantage import ADVANTAGES
+from hybridflow.algorithms.advantage.registry import ADVANTAGES
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.off_policy import off_policy_metrics
-from hybridflow.trainers.statistics import pass_at_k
+from hybridflow.evaluation.statistics import pass_at_k
 from verl_peer import (
     ACTOR,
     CLIPS,

@@ -19,14 +19,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hybridflow.algorithms.advantage import advantage_columns
+from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.batch import Batch
-from hybridflow.config.algorithms import ADVANTAGES, AGGREGATIONS, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES
-from hybridflow.config.sections import AlgorithmSection, OptimSection, RlConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.pieces.presets import CORRECTIONS
+from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
+from hybridflow.config.sections.algorithm import AlgorithmSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
-from hybridflow.trainers.learning import corrected, old_logp_is, piece_values, rejected, with_current
-from hybridflow.trainers.rl import policy_loss, with_loss, with_weights
-from hybridflow.trainers.shaping import token_rewards
+from hybridflow.trainers.rl.corrections import corrected, old_logp_is, piece_values, rejected, with_current
+from hybridflow.trainers.rl.losses import policy_loss, with_loss, with_weights
+from hybridflow.trainers.rl.shaping import token_rewards
 from linear import WORDS, linear_model
 
 from on_ranks.engines import Case
@@ -219,7 +222,7 @@ def engine_of(way: Way) -> LocalEngine | SimulatedRanks | RealRanks:
 def outcome(
     config: RlConfig, batch: Batch, way: Way, *, on_policy: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The gradient of the whole batch as one mini-batch, and all metrics: what `trainers.rl` does of it in a step.
+    """The gradient of the whole batch as one mini-batch, and all metrics: what `trainers.rl.loop` does of it in a step.
 
     On-policy, the step's first policy is the current one, in another rounding: its first update.
     """

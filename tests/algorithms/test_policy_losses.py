@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridflow.algorithms.advantage.grpo import grpo
 from hybridflow.algorithms.aggregation import token_weights
-from hybridflow.algorithms.policy_loss import POLICY_LOSSES
+from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
 
 from golden import golden_batch
 

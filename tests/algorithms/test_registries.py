@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybridflow.algorithms.advantage import ADVANTAGES, advantage_columns
+from hybridflow.algorithms.advantage.registry import ADVANTAGES, advantage_columns
 from hybridflow.algorithms.aggregation import AGGREGATIONS
 from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.pieces import ABSENT, call, columns_read
-from hybridflow.algorithms.policy_loss import POLICY_LOSSES, STATISTICS
-from hybridflow.config import algorithms as tables
-from hybridflow.config.learning import AlgorithmSection
-from hybridflow.config.pieces import needs_from
+from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES, STATISTICS
+from hybridflow.config.pieces import tables
+from hybridflow.config.pieces.needs import needs_from
+from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.sections.algorithm import AlgorithmSection
 
 from golden import golden_batch
 
@@ -28,10 +29,10 @@ def test_tables_and_registries_have_the_same_keys() -> None:
     assert set(tables.KL_ESTIMATORS) == KL_ESTIMATORS.keys()
 
 
-@pytest.mark.parametrize("preset", tables.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_valid_section_of_known_pieces(preset: str) -> None:
     section = AlgorithmSection.model_validate({"preset": preset})
-    for key, value in tables.PRESETS[preset].items():
+    for key, value in PRESETS[preset].items():
         assert getattr(section, key) == value
 
 

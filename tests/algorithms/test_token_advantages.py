@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.algorithms.advantage import advantage_columns
 from hybridflow.algorithms.advantage.distillation import distillation
 from hybridflow.algorithms.advantage.optimal_token_baseline import optimal_token_baseline, tir_optimal_token_baseline
+from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.algorithms.advantage.reinforce_plus_plus import reinforce_plus_plus
 from hybridflow.algorithms.advantage.remax import remax
 from hybridflow.algorithms.advantage.timeline import BLOCK, Timeline, discounted_sums, running_sums

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.protocols import Group, Span, Support, Trajectory
+from hybridflow.protocols.generation import Span, Support
+from hybridflow.protocols.groups import Group, Trajectory
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=4)
 trajectories = st.builds(

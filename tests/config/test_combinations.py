@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import validate
-from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 
 PPO: dict[str, Any] = {

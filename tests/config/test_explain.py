@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from hybridflow.cli import main
-from hybridflow.config.describe import keys_of
-from hybridflow.config.explain import explain, explanation_lines
+from hybridflow.cli.main import main
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config
-from hybridflow.config.schema import schema
+from hybridflow.config.pages.describe import keys_of
+from hybridflow.config.pages.explain import explain, explanation_lines
+from hybridflow.config.pages.schema import schema
 
 from runs import configuration, mistake, succeed
 from tiny import CARRY

@@ -10,8 +10,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from hybridflow.config.reward_model import RewardModelConfig
-from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.reward_model import RewardModelConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
 
 from runs import configuration, mistake
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.locate import load_function
-from hybridflow.config.rewards import RewardPoolSection
+from hybridflow.config.sections.rewards import RewardPoolSection
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.pool import ProcessGrader
+from hybridflow.protocols.rewards import Answers
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.pool.grader import ProcessGrader
 
 HERE = {
     "helper.py": "WHERE = '{mark}'\nimport second\ndef f():\n    import third\n    return WHERE + second.TWO + third.THREE",  # noqa: E501

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from hybridflow.config.algorithms import ADVANTAGES, PRESETS
-from hybridflow.config.describe import keys_of
-from hybridflow.config.explain import explain, explanation_lines, kind_of
 from hybridflow.config.kinds.registry import KINDS
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import _NAMES, meaning, unknown_name
+from hybridflow.config.pages.describe import keys_of
+from hybridflow.config.pages.explain import explain, explanation_lines, kind_of
+from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.config.presets import METHODS
-from hybridflow.config.sections import RlConfig, SftConfig
 from hybridflow.errors import UserError
 
 from tiny import CARRY

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.controller.codec import Wire, count_bytes, decode, encode
-from hybridflow.protocols import Loss, Update
+from hybridflow.controller.codec import MessagePipe, count_bytes, decode, encode
+from hybridflow.protocols.training import Loss, Update
 
 from tiny import ragged_batch
 
@@ -61,7 +61,7 @@ def test_a_long_column_is_not_copied_into_the_pickle() -> None:
 
 
 def test_messages_of_any_size_go_both_ways_over_a_wire() -> None:
-    ours, theirs = (Wire(end) for end in Pipe())
+    ours, theirs = (MessagePipe(end) for end in Pipe())
     sent = {"x": torch.randn(3 * 10**6), "y": "text", "none": torch.zeros(0)}
     thread = threading.Thread(target=lambda: theirs.send(*encode(decode(theirs.receive()))))
     thread.start()
@@ -76,7 +76,7 @@ def test_messages_of_any_size_go_both_ways_over_a_wire() -> None:
 
 def test_a_side_that_takes_nothing_is_not_waited_for_longer_than_patience() -> None:
     ends = Pipe()
-    ours = Wire(ends[0], patience=0.2)
+    ours = MessagePipe(ends[0], patience=0.2)
     for message in (b"x" * 10**7, b"small"):
         with pytest.raises(TimeoutError, match="takes nothing"):
             ours.send(message)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.cluster import Cluster
 from hybridflow.controller.failure import WorkerFailure
 from hybridflow.controller.group import WorkerGroup
+from hybridflow.controller.open import open_cluster
 from hybridflow.errors import UserError
 
 from children import left_of
@@ -219,8 +220,8 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
 from on_ranks.toy_workers import Toy
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.open import open_cluster
 
 def main():
     with open_cluster(PlacementSection(pools={{"all": 2}}), device="cpu") as cluster:

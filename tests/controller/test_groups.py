@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.cluster import Cluster
 from hybridflow.controller.group import WorkerGroup
+from hybridflow.controller.open import open_cluster
 from hybridflow.errors import UserError
 
 from children import children, left_of

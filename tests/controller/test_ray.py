@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller import ray as ray_backend
-from hybridflow.controller.cluster import Cluster, open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.backends import ray as ray_backend
+from hybridflow.controller.cluster import Cluster
 from hybridflow.controller.failure import WorkerFailure
+from hybridflow.controller.open import open_cluster
 from hybridflow.errors import UserError
 
 from children import left_of
@@ -194,8 +195,8 @@ def accept_all(server: socket.socket) -> None:
 PROGRAM = """
 import os, signal, sys, time
 import torch
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import open_cluster
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.open import open_cluster
 from hybridflow.errors import UserError
 from on_ranks.toy_workers import Toy
 

@@ -15,7 +15,7 @@ from hybridflow.sockets import LONGEST, WITHIN, socket_parent, try_socket
 
 START = """
 import os, sys
-from hybridflow.controller.forking import start_server
+from hybridflow.controller.backends.forking import start_server
 
 def say(pid):
     sys.exit(7 if os.getpid() != pid else 1)

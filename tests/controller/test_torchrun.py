@@ -18,9 +18,9 @@ import json, os, sys
 sys.path.insert(0, {tests!r})
 from on_ranks.toy_workers import Toy
 from tiny import ragged_batch
-from hybridflow.config.placement import PlacementSection
-from hybridflow.controller.cluster import open_cluster
-from hybridflow.controller.torchrun import serve
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.open import open_cluster
+from hybridflow.controller.backends.torchrun import serve
 from hybridflow.errors import UserError
 
 def main():

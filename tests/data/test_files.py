@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hybridflow.config.data import PromptDataSection, SftDataSection
+from hybridflow.config.sections.data import PromptDataSection, SftDataSection
 from hybridflow.data.prompts import load_prompts
 from hybridflow.data.rows import read_rows
 from hybridflow.data.sft import load_sft

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hybridflow.chat.messages import ALIASES, RefusedValue, read_messages
+from hybridflow.chat.template import render_conversations
 from hybridflow.config.locate import load_function
-from hybridflow.config.reward_model import PreferenceDataSection
-from hybridflow.config.sections import PromptDataSection, SftDataSection
-from hybridflow.data.chat import render_conversations
-from hybridflow.data.messages import ALIASES, RefusedValue, read_messages
+from hybridflow.config.sections.data import PromptDataSection, SftDataSection
+from hybridflow.config.sections.preference import PreferenceDataSection
 from hybridflow.data.preference import load_preferences
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.reader import RowError

@@ -13,7 +13,7 @@ import pytest
 from hybridflow.config.locate import load_function
 from hybridflow.data.prepare.schema import Published
 from hybridflow.data.prepare.sets import SETS
-from hybridflow.rewards.gsm8k import strict
+from hybridflow.rewards.verifiable.gsm8k import strict
 
 from runs import mistake, succeed
 from tiny import CARRY

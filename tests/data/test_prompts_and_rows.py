@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections import PromptDataSection
+from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.data.prompts import load_prompts
 from hybridflow.data.rows import column, read_rows
 from hybridflow.data.sources import read_sources

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from hybridflow.config.data import PromptDataSection, SftDataSection
-from hybridflow.config.reward_model import PreferenceDataSection
-from hybridflow.data.chat import turn_markers
+from hybridflow.chat.template import turn_markers
+from hybridflow.config.sections.data import PromptDataSection, SftDataSection
+from hybridflow.config.sections.preference import PreferenceDataSection
 from hybridflow.data.preference import load_preferences
 from hybridflow.data.prompts import load_prompts
 from hybridflow.data.reader import RowError

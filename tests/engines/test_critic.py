@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.algorithms.advantage import advantage_columns
+from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.algorithms.value_loss import clipped_value_loss
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import PackedLayout
 from hybridflow.models.value import ValueHead, value_head
-from hybridflow.protocols import Loss, Update
+from hybridflow.protocols.training import Loss, Update
 
 from simulated_ranks import SimulatedRanks
 from tiny import packed_model, ragged_batch, weights_of, with_policy_columns

@@ -12,12 +12,12 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.config.locate import load_function
-from hybridflow.config.placement import EngineSection
-from hybridflow.engines.mesh import check_degrees, check_parts
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.engines.fsdp.ranks import check_degrees, check_parts
 from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model, stop_ids
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from on_ranks import engines
 from on_ranks.engines import Case, Trained

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.adam import learning_rate
 from hybridflow.engines.local import LocalEngine
-from hybridflow.engines.microbatch import microbatches
+from hybridflow.engines.passes import microbatches
 from hybridflow.engines.reference import LocalReference
 from hybridflow.models.attention import PackedLayout
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.value import value_head
-from hybridflow.protocols import Loss, TrainEngine, Update
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.training import Loss, TrainEngine, Update
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights.stream import verify
 
 from runs import configuration, metrics, succeed

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridflow.config.sections import LoraSection, OptimSection
+from hybridflow.config.sections.model import LoraSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
 from hybridflow.models.lora import add_lora
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from tiny import packed_model, ragged_batch, with_policy_columns
 

@@ -10,15 +10,17 @@ import torch
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import OptimSection, RlConfig
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.forward import score_tokens
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Loss, Request, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
-from hybridflow.trainers.rl import estimate, next_groups, publish_weights, update
-from hybridflow.trainers.rl_run import open_run
+from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.protocols.training import Loss
+from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, update
+from hybridflow.trainers.rl.run import open_run
 from hybridflow.weights.stream import receive, stream_of
 from hybridflow.weights.transport import open_receiver, open_sender
 

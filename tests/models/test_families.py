@@ -32,7 +32,8 @@ from transformers import (
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections import LoraSection, OptimSection
+from hybridflow.config.sections.model import LoraSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.models import families
@@ -43,8 +44,9 @@ from hybridflow.models.forward import packs, score_tokens
 from hybridflow.models.load import load_model, require_context
 from hybridflow.models.lora import add_lora, merged
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Loss, Request, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.protocols.training import Loss
+from hybridflow.rollout.inline.engine import InlineEngine
 
 from tiny import CARRY, KINDS, SIZES, plain_model, ragged_batch
 

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from hybridflow.config.sections import ModelSection
+from hybridflow.config.sections.model import ModelSection
 from hybridflow.errors import UserError
 from hybridflow.models.lora import load_trainable
 

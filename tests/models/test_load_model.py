@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hybridflow.config.locate import load_function, locate
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.load import load_model, load_tokenizer, stop_ids

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections.model import LoraSection
 from hybridflow.models import log_probs
 from hybridflow.models.forward import score_tokens
 from hybridflow.models.head import Head, output_head
-from hybridflow.models.log_probs import Entropy, Support, token_logps, token_moments
+from hybridflow.models.log_probs import Entropy, SupportPairs, token_logps, token_moments
 from hybridflow.models.lora import add_lora
 
 from tiny import KINDS, VOCAB, in_double, packed_model, ragged_batch
@@ -141,7 +141,7 @@ def test_sums_of_squared_probabilities_are_those_of_the_softmax(
     size_M = keep_MV.sum(-1)
     keep_MV[7], size_M[7] = True, 0  # the whole vocabulary
     ids = torch.cat([keep_MV[m].nonzero()[:, 0] for m in range(M) if size_M[m]])
-    support = Support.of(size_M, ids) if limited else None
+    support = SupportPairs.of(size_M, ids) if limited else None
     keep_MV = keep_MV if limited else torch.ones_like(keep_MV)
     logits_MV = head.scale * head.layer(hidden_MD)
     if head.softcap is not None:
@@ -195,7 +195,7 @@ def test_a_support_is_the_whole_vocabulary_of_its_token(
     size_M = keep_MV.sum(-1)
     size_M[[3, 9]] = 0
     ids = torch.cat([keep_MV[m].nonzero()[:, 0] for m in range(M) if size_M[m]])
-    support = Support.of(size_M, ids)
+    support = SupportPairs.of(size_M, ids)
     logp_M, entropy_M = token_logps(hidden_MD, head, target_M, temperature=0.7, entropy=entropy, support=support)
     expected_M, expected_entropy_M = written_out(hidden_MD, head, target_M, 0.7, keep_MV)
     torch.testing.assert_close(logp_M, expected_M, atol=1e-10, rtol=1e-10)
@@ -241,7 +241,7 @@ def test_a_token_outside_of_its_support_is_an_error() -> None:
     size_M[7] = 2
     ids = (target_M[7] + torch.tensor([1, 2])) % V
     with pytest.raises(ValueError, match="outside of the support"):
-        token_logps(hidden_MD, head, target_M, support=Support.of(size_M, ids))
+        token_logps(hidden_MD, head, target_M, support=SupportPairs.of(size_M, ids))
 
 
 @pytest.mark.parametrize("kind", KINDS)

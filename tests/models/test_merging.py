@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.files import export_model
 from hybridflow.models.lora import add_lora

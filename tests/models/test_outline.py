@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from hybridflow.config.sections import LoraSection, ModelSection
+from hybridflow.config.sections.model import LoraSection, ModelSection
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model, stop_ids
 from hybridflow.models.lora import add_lora, load_trainable

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from hybridflow.config.sections import SftConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.errors import UserError
 from hybridflow.models.ulysses import check_degree
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from hybridflow.batch import Batch
 from hybridflow.engines.background import Background
+from hybridflow.engines.fsdp.engine import ShardedEngine
 from hybridflow.engines.local import LocalEngine
-from hybridflow.engines.sharded import ShardedEngine
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from on_ranks.engines import Case
 from tiny import ragged_batch, weights_of

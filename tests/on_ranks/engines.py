@@ -14,20 +14,21 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.placement import EngineSection
-from hybridflow.config.sections import LoraSection, ModelSection, OptimSection
-from hybridflow.engines import activations
-from hybridflow.engines.fsdp1 import Fsdp1
-from hybridflow.engines.load import load_sharded
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.model import LoraSection, ModelSection
+from hybridflow.config.sections.optim import OptimSection
+from hybridflow.engines.fsdp import activations
+from hybridflow.engines.fsdp.engine import ShardedEngine, ShardedReference
+from hybridflow.engines.fsdp.fsdp1 import Fsdp1
+from hybridflow.engines.fsdp.load import load_sharded
 from hybridflow.engines.local import LocalEngine
-from hybridflow.engines.microbatch import microbatches
-from hybridflow.engines.sharded import ShardedEngine, ShardedReference
+from hybridflow.engines.passes import microbatches
 from hybridflow.errors import UserError
 from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.load import stop_ids
 from hybridflow.models.lora import add_lora
 from hybridflow.models.value import ValueHead, value_head
-from hybridflow.protocols import Loss, Update
+from hybridflow.protocols.training import Loss, Update
 from linear import linear_model
 
 from tiny import packed_model, plain_model

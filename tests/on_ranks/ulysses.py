@@ -18,7 +18,7 @@ from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.forward import score_tokens, score_values
 from hybridflow.models.ulysses import SequenceParallel
 from hybridflow.models.value import ValueHead, value_head
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 from tiny import group_batch, packed_model, ragged_batch, with_policy_columns
 

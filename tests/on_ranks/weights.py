@@ -14,12 +14,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections.model import LoraSection
 from hybridflow.models.lora import add_lora
-from hybridflow.protocols import Receipt
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.weights import Receipt
+from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.weights.carriers import Kind
 from hybridflow.weights.stream import receive, stream_of, verify
-from hybridflow.weights.transport import Kind, drain, open_receiver, open_sender
+from hybridflow.weights.transport import drain, open_receiver, open_sender
 
 from conformance import model_of
 from tiny import packed_model, plain_model

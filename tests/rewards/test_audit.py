@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.cli import main
-from hybridflow.config.rewards import RewardPoolSection
-from hybridflow.rewards import REWARDS
-from hybridflow.rewards.audit import Report, audit
-from hybridflow.rewards.audit_cases import CASES
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.in_process import InProcessGrader
-from hybridflow.trainers.audit import AuditOptions, AuditRows, audit_reward
+from hybridflow.cli.main import main
+from hybridflow.commands.audit_reward import AuditOptions, AuditRows, audit_reward
+from hybridflow.config.sections.rewards import RewardPoolSection
+from hybridflow.rewards.audit.audit import Report, audit
+from hybridflow.rewards.audit.cases import CASES
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.graders.in_process import InProcessGrader
+from hybridflow.rewards.verifiable.registry import REWARDS
 
 FORM = "Sum: {ground_truth}."
 SUMS = ((3, 4), (10, 15), (40, 21), (300, 33), (7, 5), (29, 60))

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.load import validate
-from hybridflow.config.rewards import REWARDS as NAMES
-from hybridflow.config.sections import EvalConfig
+from hybridflow.config.sections.rewards import REWARDS as NAMES
 from hybridflow.errors import UserError
-from hybridflow.rewards import CHECKS, REWARDS, builtin
+from hybridflow.rewards.verifiable.registry import CHECKS, REWARDS, builtin
 
 # For each reward but `code`: a ground truth, a right response, what is given besides, and a wrong response.
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -127,8 +127,8 @@ def test_threads_see_the_same_scores(name: str) -> None:
 
 def test_rewards_are_light_to_import() -> None:
     program = (
-        "import json, sys; from hybridflow.rewards import builtin; "
-        "[builtin(name) for name in sys.argv[1:]]; from hybridflow.rewards import routing; "
+        "import json, sys; from hybridflow.rewards.verifiable.registry import builtin; "
+        "[builtin(name) for name in sys.argv[1:]]; from hybridflow.rewards.graders import routing; "
         "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     )
     out = subprocess.run([sys.executable, "-c", program, *CASES], capture_output=True, text=True, check=True).stdout

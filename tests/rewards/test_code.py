@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from hybridflow.errors import UserError
-from hybridflow.rewards import CHECKS, builtin
-from hybridflow.rewards.code import extract, same_output, same_value, score
+from hybridflow.rewards.verifiable.code import extract, score
+from hybridflow.rewards.verifiable.code_cases import same_output, same_value
+from hybridflow.rewards.verifiable.registry import CHECKS, builtin
 
 SETTINGS = {"backend": "local", "seconds": 10, "parallel": 2}
 SQUARES = {"inputs": ["3\n", "4\n", "-5\n"], "outputs": ["9\n", "16\n", "25\n"]}
@@ -136,7 +137,7 @@ def test_equal_programs_have_equal_outcomes() -> None:
 
 
 def give_order() -> str:
-    from hybridflow.rewards.sandbox import open_sandbox
+    from hybridflow.rewards.sandbox.open import open_sandbox
 
     return open_sandbox(SETTINGS).run("print(*{'ab', 'cd', 'ef', 'gh', 'ij'})", "").stdout
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hybridflow.rewards.code import score
-from hybridflow.rewards.sandbox import open_sandbox
+from hybridflow.rewards.sandbox.open import open_sandbox
+from hybridflow.rewards.verifiable.code import score
 from programs import Program, programs
 
 SETTINGS = {"backend": "local", "seconds": 30, "parallel": 2}

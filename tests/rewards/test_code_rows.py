@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from hybridflow.config.sections import RlConfig
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.data.prompts import load_prompts
 from hybridflow.errors import UserError
-from hybridflow.rewards.code import score
-from hybridflow.rewards.code_cases import read_cases
-from hybridflow.rewards.sandbox import open_sandbox
+from hybridflow.grading.make import check_rows
+from hybridflow.rewards.sandbox.open import open_sandbox
 from hybridflow.rewards.sandbox.outcome import Outcome
-from hybridflow.trainers.rewarding import check_rows
+from hybridflow.rewards.verifiable.code import score
+from hybridflow.rewards.verifiable.code_cases import read_cases
 
 SETTINGS = {"backend": "local", "seconds": 10, "parallel": 2}
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.composed import ComposedGrader, Part, combined
+from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.rewards.graders.composed import ComposedGrader, Part, combined
 
 
 class Slow:

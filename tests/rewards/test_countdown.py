@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.rewards.countdown import score
+from hybridflow.rewards.verifiable.countdown import score
 
 GOAL = {"target": 98, "numbers": [44, 19, 35]}
 RIGHT, MISSED, WRONG = {"score": 1.0, "valid": 1.0}, {"score": 0.0, "valid": 1.0}, {"score": 0.0, "valid": 0.0}

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import EvalConfig
-from hybridflow.rewards import math
-from hybridflow.rewards.gsm8k import flexible, strict
+from hybridflow.rewards.verifiable import math
+from hybridflow.rewards.verifiable.gsm8k import flexible, strict
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k"
 

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hybridflow.config.rewards import JudgeSection, RewardPoolSection
+from hybridflow.config.sections.rewards import JudgeSection, RewardPoolSection
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Grader, Score
-from hybridflow.rewards.judge import EndpointJudge, Judging, NoVerdict, Verdict
+from hybridflow.protocols.rewards import Answers, Grader, Score
+from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
+from hybridflow.rewards.graders.judging import Judging, NoVerdict, Verdict
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is six times seven?"}]
 

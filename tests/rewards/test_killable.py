@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hybridflow.rewards.killable import Undecided, call
+from hybridflow.rewards.verifiable.killable import Undecided, call
 
 
 def test_a_call_has_the_value_of_the_function() -> None:
@@ -93,7 +93,7 @@ def test_a_fork_has_a_child_of_its_own() -> None:
 def test_no_child_is_left_behind_when_its_process_is_killed() -> None:
     program = """
 import time
-from hybridflow.rewards.killable import call
+from hybridflow.rewards.verifiable.killable import call
 print(call("os:getpid"), flush=True)
 time.sleep(99)
 """

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.rewards import REWARDS, builtin
-from hybridflow.rewards.qa import exact_match
+from hybridflow.rewards.verifiable.qa import exact_match
+from hybridflow.rewards.verifiable.registry import REWARDS, builtin
 
 ROWS = [json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text().splitlines()]
 NAMES = sorted({row["reward"] for row in ROWS})

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hybridflow.rewards.limits import CallFailed, LimitedClient, Pace
+from hybridflow.rewards.http import CallFailed, LimitedClient, Pace
 
 from reward_server import Server
 

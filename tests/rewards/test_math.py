@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.errors import UserError
-from hybridflow.rewards import CHECKS, geo3k, math, math_dapo
-from hybridflow.rewards.expressions import same
+from hybridflow.rewards.verifiable import geo3k, math, math_dapo
+from hybridflow.rewards.verifiable.expressions import same
+from hybridflow.rewards.verifiable.registry import CHECKS
 
 RIGHT, WRONG = {"score": 1.0, "undecided": 0.0}, {"score": 0.0, "undecided": 0.0}
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hybridflow.rewards import geo3k, math, math_dapo
-from hybridflow.rewards.expressions import same
-from hybridflow.rewards.latex import read
-from hybridflow.rewards.latex_tree import Unreadable
-from hybridflow.rewards.text import last_boxed
+from hybridflow.rewards.verifiable import geo3k, math, math_dapo
+from hybridflow.rewards.verifiable.expressions import same
+from hybridflow.rewards.verifiable.latex import read
+from hybridflow.rewards.verifiable.latex_tree import Unreadable
+from hybridflow.rewards.verifiable.text import last_boxed
 
 ROWS = [json.loads(line) for line in Path(__file__).with_name("mathematics.jsonl").read_text().splitlines()]
 ENTRIES = st.fractions(-99, 99, max_denominator=12)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.rewards.multiple_choice import score
+from hybridflow.rewards.verifiable.multiple_choice import score
 
 FORMS = (
     r"\boxed{%s}",

@@ -6,23 +6,23 @@ from decimal import Decimal
 
 import pytest
 
-from hybridflow.rewards.audit_cases import CASES
-from hybridflow.rewards.mutations import LATEX, MUTATIONS, OTHERS, TEXT, Case, responses
+from hybridflow.rewards.audit.cases import CASES
+from hybridflow.rewards.audit.mutations import LATEX, MUTATIONS, OTHERS, TEXT, KnownCase, responses
 
-EIGHTEEN = Case("What is 9 + 9?", "18", "9 + 9 = 18\n#### 18", "18", "81", same=("18.",), different=("1.8",))
-PRICE = Case("What do 40 cost?", "1,080", "#### 1,080", "1,080", "7")
-COLD = Case("How cold?", "-5", "#### -5", "-5", "5")
-HALF = Case("Half of 1?", "\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "2")
-LIST = Case("Name it.", {"target": ["a", "b"]}, "It is <answer>a</answer>", "a", "c")
-COLUMN = Case(
+EIGHTEEN = KnownCase("What is 9 + 9?", "18", "9 + 9 = 18\n#### 18", "18", "81", same=("18.",), different=("1.8",))
+PRICE = KnownCase("What do 40 cost?", "1,080", "#### 1,080", "1,080", "7")
+COLD = KnownCase("How cold?", "-5", "#### -5", "-5", "5")
+HALF = KnownCase("Half of 1?", "\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "2")
+LIST = KnownCase("Name it.", {"target": ["a", "b"]}, "It is <answer>a</answer>", "a", "c")
+COLUMN = KnownCase(
     "?", "m", "\\boxed{\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}}", "\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "5"
 )
-PAIR, ROOTS = Case("?", "p", "(1, 2)", "(1, 2)", "3"), Case("?", "l", "1, 1, 2", "1, 1, 2", "3")
-BINARY = Case("?", "b", "101_2", "101_2", "3")
-DOCUMENT = Case("Write it.", None, "{}", right_responses=("{ }",), wrong_responses=("[]",))
+PAIR, ROOTS = KnownCase("?", "p", "(1, 2)", "(1, 2)", "3"), KnownCase("?", "l", "1, 1, 2", "1, 1, 2", "3")
+BINARY = KnownCase("?", "b", "101_2", "101_2", "3")
+DOCUMENT = KnownCase("Write it.", None, "{}", right_responses=("{ }",), wrong_responses=("[]",))
 
 
-def made(name: str, case: Case) -> list[str]:
+def made(name: str, case: KnownCase) -> list[str]:
     return list(MUTATIONS[name].make(case))
 
 
@@ -30,7 +30,7 @@ def made(name: str, case: Case) -> list[str]:
     ("name", "case", "expected"),
     [
         ("18.0 for 18", EIGHTEEN, ["9 + 9 = 18\n#### 18.0", "9 + 9 = 18\n#### 18.00"]),
-        ("thousands separators", Case("?", "1080", "#### 1080", "1080", "7"), ["#### 1,080"]),
+        ("thousands separators", KnownCase("?", "1080", "#### 1080", "1080", "7"), ["#### 1,080"]),
         ("without separators", PRICE, ["#### 1080"]),
         ("a currency", COLD, ["#### -$5"]),
         ("a plus sign", COLD, []),
@@ -72,12 +72,18 @@ def made(name: str, case: Case) -> list[str]:
         ("looks alike", EIGHTEEN, ["9 + 9 = 18\n#### 1.8"]),
     ],
 )
-def test_a_mutation_by_hand(name: str, case: Case, expected: list[str]) -> None:
+def test_a_mutation_by_hand(name: str, case: KnownCase, expected: list[str]) -> None:
     assert made(name, case) == expected
 
 
 def test_other_numbers_are_other_numbers() -> None:
-    for case in (EIGHTEEN, PRICE, COLD, Case("?", "0", "#### 0", "0", "1"), Case("?", "1.5", "#### 1.5", "1.5", "1")):
+    for case in (
+        EIGHTEEN,
+        PRICE,
+        COLD,
+        KnownCase("?", "0", "#### 0", "0", "1"),
+        KnownCase("?", "1.5", "#### 1.5", "1.5", "1"),
+    ):
         said = [text.rpartition("#### ")[2] for text in made("other numbers", case)]
         assert len(said) >= 3 and len(set(said)) == len(said)
         numbers = [Decimal(text.replace(",", "")) for text in said if text.count(".") < 2 and "-" not in text[1:]]
@@ -108,7 +114,7 @@ def test_responses_begin_with_the_right_and_the_wrong_answer_and_have_each_text_
 
 
 def test_answers_of_rows_with_the_same_ground_truth_are_not_wrong() -> None:
-    twin = Case("What is 6 * 3?", "18", "6 * 3 = 18\n#### 18", "18", "63")
+    twin = KnownCase("What is 6 * 3?", "18", "6 * 3 = 18\n#### 18", "18", "63")
     assert OTHERS not in {name for name, _, _ in responses([EIGHTEEN, twin], 0, ("text", "answer"))}
 
 

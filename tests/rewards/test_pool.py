@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybridflow.config.rewards import RewardPoolSection
+from hybridflow.config.sections.rewards import RewardPoolSection
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.in_process import InProcessGrader
-from hybridflow.rewards.pool import ProcessGrader
-from hybridflow.rewards.pool_process import PoolProcess
+from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.graders.in_process import InProcessGrader
+from hybridflow.rewards.pool.grader import ProcessGrader
+from hybridflow.rewards.pool.process import PoolProcess
 
 from children import children, left_of
 
@@ -287,7 +287,7 @@ def _workers() -> list[int]:
     found = []
     for pid in children():
         try:
-            if b"pool_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"pool.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
         except OSError:
             continue
@@ -325,10 +325,10 @@ def test_endless_print_has_its_time(tmp_path: Path) -> None:
     """Into a pipe that nobody reads too."""
     (tmp_path / "mine.py").write_text("def score(response):\n    while response: print('x' * 10000)\n    return 1.0\n")
     program = f"""
-from hybridflow.config.rewards import RewardPoolSection
-from hybridflow.protocols import Answers
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.pool import ProcessGrader
+from hybridflow.config.sections.rewards import RewardPoolSection
+from hybridflow.protocols.rewards import Answers
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.pool.grader import ProcessGrader
 grader = ProcessGrader({{"r": FunctionSpec({f"{tmp_path}/mine.py:score"!r})}}, RewardPoolSection(timeout=1))
 grader.submit(0, Answers(["x", ""], "", [], {{}}))
 print([s.kind for s in grader.wait()[0][1]])
@@ -407,10 +407,10 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FILE)
     program = f"""
 import os, sys, time
-from hybridflow.config.rewards import RewardPoolSection
-from hybridflow.protocols import Answers
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.pool import ProcessGrader
+from hybridflow.config.sections.rewards import RewardPoolSection
+from hybridflow.protocols.rewards import Answers
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.pool.grader import ProcessGrader
 grader = ProcessGrader({{"r": FunctionSpec({f"{tmp_path}/mine.py:act"!r})}}, RewardPoolSection(processes=2))
 for key in range(2):
     grader.submit(key, Answers(["pid"], "", [], {{}}))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.rewards.qa import exact_match, f1
+from hybridflow.rewards.verifiable.qa import exact_match, f1
 
 
 @pytest.mark.parametrize(

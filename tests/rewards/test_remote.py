@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from hybridflow.config.rewards import RewardPoolSection
+from hybridflow.config.sections.rewards import RewardPoolSection
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.function import FunctionSpec
-from hybridflow.rewards.in_process import InProcessGrader
-from hybridflow.rewards.remote import RemoteGrader
+from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.rewards.graders.function import FunctionSpec
+from hybridflow.rewards.graders.in_process import InProcessGrader
+from hybridflow.rewards.graders.remote import RemoteGrader
 
 from reward_server import Server
 

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.errors import UserError
-from hybridflow.protocols import Answers, Score
-from hybridflow.rewards.composed import Part, combined
-from hybridflow.rewards.function import FIXES, RewardFunction, load_reward, name_of, read_score
-from hybridflow.rewards.in_process import InProcessGrader
-from hybridflow.rollout.groups import total
+from hybridflow.protocols.rewards import Answers, Score, total
+from hybridflow.rewards.graders.composed import Part, combined
+from hybridflow.rewards.graders.function import FIXES, RewardFunction, load_reward, name_of, read_score
+from hybridflow.rewards.graders.in_process import InProcessGrader
 
 ROW = {"prompt": "1+1=", "ground_truth": "2", "level": 3, "data_source": "sums", "extra_info": {"index": 7}}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hybridflow.errors import UserError
-from hybridflow.rewards import REWARDS
-from hybridflow.rewards.routing import SOURCES, route
+from hybridflow.rewards.graders.routing import SOURCES, route
+from hybridflow.rewards.verifiable.registry import REWARDS
 
 
 @pytest.mark.parametrize(

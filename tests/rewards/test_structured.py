@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.errors import UserError
-from hybridflow.rewards import CHECKS, json_answer, regex, tags
+from hybridflow.rewards.verifiable import json_answer, regex, tags
+from hybridflow.rewards.verifiable.registry import CHECKS
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

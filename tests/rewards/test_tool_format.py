@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridflow.rewards.tool_format import score
+from hybridflow.rewards.verifiable.tool_format import score
 
 CALLS = st.lists(
     st.fixed_dictionaries(

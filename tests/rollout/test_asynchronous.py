@@ -18,9 +18,9 @@ import pytest
 
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, Sampling, Span, generate
-from hybridflow.rollout.server_process import free_port
-from hybridflow.rollout.vllm_server import VllmServerEngine
+from hybridflow.protocols.generation import Request, Result, Sampling, Span, generate
+from hybridflow.rollout.served.process import free_port
+from hybridflow.rollout.vllm.server import VllmServerEngine
 from hybridflow.weights.stream import WeightSyncError
 
 from server_peer import ask, interpreter, start_peer, token_of
@@ -345,7 +345,7 @@ def test_no_server_outlives_its_engine_nor_its_process(ours: Engines, tmp_path: 
     code = f"""
         import asyncio
         from pathlib import Path
-        from hybridflow.rollout.server_process import start_server
+        from hybridflow.rollout.served.process import start_server
         async def main():
             await start_server(["sh", "-c", "echo $$; sleep 1000 & sleep 1000"], {{}}, Path({str(tmp_path)!r}) / "log")
             await asyncio.sleep(1000)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Result, Sampling, generate
+from hybridflow.rollout.inline.engine import InlineEngine
 
 from tiny import KINDS, packed_model, plain_model
 
@@ -73,7 +73,7 @@ def test_what_the_quick_path_does_not_cover_takes_the_plain_one(kind: str) -> No
 @pytest.mark.parametrize("kind", QUICK)
 def test_weights_that_stay_in_the_models_own_memory_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, joined, _ = sampled(kind)
-    monkeypatch.setattr("hybridflow.rollout.decoder.JOINED_BYTES", 0)
+    monkeypatch.setattr("hybridflow.rollout.inline.decoder.JOINED_BYTES", 0)
     _, apart, _ = sampled(kind)
     for a, b in zip(joined, apart):
         assert a.token_ids == b.token_ids

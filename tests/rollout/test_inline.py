@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, RolloutEngine, Sampling, Span, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling, Span, generate
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
 from tiny import packed_model

@@ -9,8 +9,9 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, Sampling, WeightStream, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Result, Sampling, generate
+from hybridflow.protocols.weights import WeightStream
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights.buckets import Bucket, pack, unpack
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 

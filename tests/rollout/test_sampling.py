@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Group, Request, Sampling, Trajectory, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.rollout.sampling import kept
-from hybridflow.trainers.rl import batch_of
+from hybridflow.trainers.rl.batches import batch_of
 
 PROMPT = (2, 22, 23, 17, 25, 34, 1, 3)
 WAYS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Sampling, generate
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.rollout.stopping import StopText
 
 PROMPT = (2, 22, 23, 17, 25, 34, 1, 3)

@@ -148,7 +148,7 @@ def test_durations_are_readable():
 def test_a_closed_pipe_does_not_stop_the_training(tmp_path: Path):
     script = f"""
 from pathlib import Path
-from hybridflow.config.sections import TrackSection
+from hybridflow.config.sections.run import TrackSection
 from hybridflow.tracking.trackers import Trackers
 trackers = Trackers(Path({str(tmp_path)!r}), TrackSection(), resolved_config={{}}, total_steps=50, title="train")
 for step in range(51):

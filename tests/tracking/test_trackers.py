@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybridflow.config.sections import TrackSection
+from hybridflow.config.sections.run import TrackSection
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.trackers import Trackers
@@ -103,7 +103,7 @@ def wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 WANDB_SCRIPT = """
 import sys
 from pathlib import Path
-from hybridflow.config.sections import TrackSection
+from hybridflow.config.sections.run import TrackSection
 from hybridflow.tracking.trackers import Trackers
 folder, first, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = TrackSection(console=False, wandb=True)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
-from hybridflow.trainers.learning import with_current
-from hybridflow.trainers.rl import batch_of, estimate, next_groups, with_weights
-from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.rl.batches import batch_of
+from hybridflow.trainers.rl.corrections import with_current
+from hybridflow.trainers.rl.loop import estimate, next_groups
+from hybridflow.trainers.rl.losses import with_weights
+from hybridflow.trainers.rl.run import RlRun, open_run
 
 from runs import assert_same_tensors, configuration, metrics, succeed
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hybridflow.trainers.diversity import PAIRS, STRETCH, diversity, final_answer
+from hybridflow.trainers.rl.diversity import PAIRS, STRETCH, diversity, final_answer
 
 
 def measured(

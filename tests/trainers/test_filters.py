@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.config.learning import FilterSection
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
-from hybridflow.protocols import Group, Trajectory
+from hybridflow.config.sections.algorithm import FilterSection
+from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.tracking.rollouts import read_rollouts
-from hybridflow.trainers.learning import passing
-from hybridflow.trainers.rl import estimate, next_groups
-from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.rl.filters import passing
+from hybridflow.trainers.rl.loop import estimate, next_groups
+from hybridflow.trainers.rl.run import RlRun, open_run
 
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 

@@ -12,9 +12,9 @@ import yaml
 from pydantic import Field
 
 from hybridflow.config.kinds.registry import KINDS, Kind
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.kinds.starters import Starter
-from hybridflow.config.section import Section
-from hybridflow.config.sections import SftConfig
+from hybridflow.config.sections.base import Section
 from hybridflow.trainers.sft import SftRun, next_batch, open_sft, update
 
 from runs import configuration, metrics, mistake, succeed

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
 from hybridflow.models.load import load_model
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Group, Request, Sampling, Span, Trajectory, generate
+from hybridflow.protocols.generation import Request, Sampling, Span, generate
+from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.tracking.events import read_events
-from hybridflow.trainers.learning import engine_gap
-from hybridflow.trainers.rl import estimate, next_groups, policy_loss, publish_weights, record, update, with_weights
-from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.rl.corrections import engine_gap
+from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, record, update
+from hybridflow.trainers.rl.losses import policy_loss, with_weights
+from hybridflow.trainers.rl.run import RlRun, open_run
 
 from runs import configuration, metrics, succeed
 from tiny import CARRY

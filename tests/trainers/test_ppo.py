@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from hybridflow.batch import Batch
+from hybridflow.commands.check import check
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections import RlConfig
 from hybridflow.errors import UserError
 from hybridflow.models.load import load_model
-from hybridflow.trainers.check import check
-from hybridflow.trainers.rl import estimate, next_groups, update, with_loss, with_weights
-from hybridflow.trainers.rl_run import RlRun, open_run
-from hybridflow.trainers.shaping import token_rewards
+from hybridflow.trainers.rl.loop import estimate, next_groups, update
+from hybridflow.trainers.rl.losses import with_loss, with_weights
+from hybridflow.trainers.rl.run import RlRun, open_run
+from hybridflow.trainers.rl.shaping import token_rewards
 
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 from tiny import CARRY

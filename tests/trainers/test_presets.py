@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from hybridflow.config.algorithms import ADVANTAGES, PRESETS
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections import RlConfig
-from hybridflow.trainers.rl import train
+from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.trainers.rl.loop import train
 
 from runs import configuration, metrics
 from tiny import CARRY

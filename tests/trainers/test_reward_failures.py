@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
-from hybridflow.trainers.rl import estimate, next_groups, train
-from hybridflow.trainers.rl_run import RlRun, open_run
+from hybridflow.trainers.rl.loop import estimate, next_groups, train
+from hybridflow.trainers.rl.run import RlRun, open_run
 
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 
@@ -194,7 +194,7 @@ def workers() -> list[int]:
             command = (process / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if parent == os.getpid() and b"pool_worker" in command:
+        if parent == os.getpid() and b"pool.worker" in command:
             found.append(int(process.name))
     return found
 

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from hybridflow.config.sections import OptimSection
+from hybridflow.commands.check_preferences import check_preferences
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.data.preference import load_preferences
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.load import load_model
-from hybridflow.protocols import Loss
-from hybridflow.trainers.lifecycle import Interrupted
-from hybridflow.trainers.reward_model import check_preferences, pair_metrics, train_reward_model
+from hybridflow.protocols.training import Loss
+from hybridflow.runs.lifecycle import Interrupted
+from hybridflow.trainers.reward_model import pair_metrics, train_reward_model
 
 from preferences import classifier, config_of, pairs, saved_classifier, tokenizer, yaml_of
 from runs import assert_same_tensors, metrics, mistake, succeed

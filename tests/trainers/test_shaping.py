@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
-from hybridflow.config.sections import RlConfig
-from hybridflow.trainers.rl import estimate, next_groups
-from hybridflow.trainers.rl_run import open_run
-from hybridflow.trainers.shaping import Moments, shaped_rewards, token_rewards
+from hybridflow.trainers.rl.loop import estimate, next_groups
+from hybridflow.trainers.rl.run import open_run
+from hybridflow.trainers.rl.shaping import Moments, shaped_rewards, token_rewards
 
 from runs import configuration, metrics, succeed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridflow.config.sections import LoraSection
+from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.lora import add_lora, merged
 from hybridflow.weights.stream import copy_weights, stream_of, weight_names

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.buckets import ALIGNMENT, Bucket, pack, unpack
 from hybridflow.weights.stream import WeightSyncError, copy_weights, fingerprint, stream_of, verify
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.config.placement import Transport
+from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
-from hybridflow.protocols import Receipt, WeightStream
-from hybridflow.rollout.inline import InlineEngine
+from hybridflow.protocols.weights import Receipt, WeightStream
+from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights.channel import Channel, Inbox
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights import delta
 from hybridflow.weights.delta import apply_patch, patch_of
 from hybridflow.weights.stream import fingerprint, receive, stream_of, verify

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.value import value_head
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 from hybridflow.weights.drill import perturb
 
 from on_ranks import engines, weights

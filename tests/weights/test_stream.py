@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.stream import WeightSyncError, fingerprint, receive, stream_of, verify, weight_names
 
 from tiny import packed_model

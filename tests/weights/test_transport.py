@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.errors import UserError
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
+from hybridflow.weights.carriers import Kind
 from hybridflow.weights.stream import WeightSyncError, receive, stream_of, verify
-from hybridflow.weights.transport import Kind, Receiver, Sender, open_receiver, open_sender, pick_transport
+from hybridflow.weights.transport import Receiver, Sender, open_receiver, open_sender, pick_transport
 
 from on_ranks import weights
 from ranks import shared_ranks

@@ -17,9 +17,9 @@ from hybridflow.algorithms import preference
 from hybridflow.algorithms.kl import KL_ESTIMATORS
 from hybridflow.algorithms.mismatch import gap_maxima, gap_sums
 from hybridflow.algorithms.pieces import ABSENT, call, columns_read, piece
-from hybridflow.algorithms.policy_loss import POLICY_LOSSES
+from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
 from hybridflow.algorithms.value_loss import clipped_value_loss
-from hybridflow.protocols import Loss
+from hybridflow.protocols.training import Loss
 
 
 @dataclass(slots=True)

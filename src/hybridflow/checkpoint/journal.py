@@ -13,7 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hybridflow.protocols import Group, Span, Support, Trajectory
+from hybridflow.protocols.generation import Span, Support
+from hybridflow.protocols.groups import Group, Trajectory
 
 
 class Journal:

@@ -9,12 +9,11 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from hybridflow.config.describe import keys_of
 from hybridflow.config.names import meaning
 from hybridflow.config.overrides import annotation_at, apply_override
+from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.paths import home
-from hybridflow.config.section import HERE
-from hybridflow.config.sections import Section
+from hybridflow.config.sections.base import HERE, Section
 from hybridflow.config.yaml_file import read_yaml
 from hybridflow.errors import UserError, nearest
 

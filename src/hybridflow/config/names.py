@@ -9,7 +9,7 @@ import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from hybridflow.config.algorithms import PRESETS
+from hybridflow.config.pieces.presets import PRESETS
 from hybridflow.errors import nearest
 
 

@@ -21,68 +21,23 @@ Nothing here runs in a thread of its own: results are taken in while somebody wa
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from hybridflow.config.placement import PlacementSection, resolved_placement
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.controller.backend import Backend, Events, _to_stderr, places_of
 from hybridflow.controller.codec import count_bytes
 from hybridflow.controller.dispatch import Call, Mesh
 from hybridflow.controller.failure import Evidence, first_cause
 from hybridflow.controller.group import Future, WorkerGroup
-from hybridflow.controller.messages import Answer, Lost, Place, Request
-from hybridflow.devices import CPU, count_devices, kind_of
+from hybridflow.controller.messages import Lost, Place, WorkerCall, WorkerReply
 from hybridflow.errors import UserError, nearest
 
 GRACE_SECONDS = 1.0  # for what fails together with a failure, or because of it
 SEARCH_SECONDS = 5.0  # for the cause of a failure that is a consequence, and for processes to say where they stand
-
-Events = Callable[[str, str], None]
-
-
-class Backend(Protocol):
-    """Starts processes and carries messages; see the head of this file.
-
-    Args:
-        passes_exceptions: workers run in this very call, and what they raise goes through to the caller.
-    """
-
-    passes_exceptions: bool
-
-    def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Before anything starts: warnings.
-
-        Raises:
-            UserError: something is lacking; says which pool lacks what.
-        """
-        ...
-
-    def start(self, places: Sequence[Place]) -> None:
-        """Starts all processes. They need not be ready when it returns."""
-        ...
-
-    def send(self, place: Place, request: Request) -> None:
-        """Hands a request to a process; one that is gone is told by `receive`."""
-        ...
-
-    def receive(self, timeout: float) -> Sequence[tuple[Place, Answer | Lost]]:
-        """Waits until something has come, or for so many seconds."""
-        ...
-
-    def box(self, place: Place) -> Mapping[str, Any]:
-        """What a process was doing last (see `worker.BlackBox`), alive or dead; empty where that is not known."""
-        ...
-
-    def kill(self) -> None:
-        """Ends all processes, within seconds, whatever they do."""
-        ...
-
-    def close(self) -> None:
-        """Ends all processes in order."""
-        ...
 
 
 class Cluster:
@@ -162,8 +117,8 @@ class Cluster:
         self._ids += 1
         places = [place for place, call in zip(self._places[group.pool], calls, strict=True) if call is not None]
         future = Future(self, [p.rank for p in places], len(calls), join)
-        requests: dict[Any, Request] = {}
-        mail: list[tuple[Place, Request]] = []
+        requests: dict[Any, WorkerCall] = {}
+        mail: list[tuple[Place, WorkerCall]] = []
         for place in places:
             call = calls[place.rank]
             assert call is not None
@@ -171,7 +126,7 @@ class Cluster:
             if same not in requests:
                 kind: Literal["call", "create"] = "call" if method else "create"
                 more = None if method else group.cls
-                requests[same] = Request(self._ids, kind, group.name, method, self.step, call, more)
+                requests[same] = WorkerCall(self._ids, kind, group.name, method, self.step, call, more)
             mail.append((place, requests[same]))
         if self._backend.passes_exceptions:
             return self._perform(future, mail)
@@ -218,16 +173,16 @@ class Cluster:
             self._backend.kill()  # workers may be in the middle of a call: they are not asked
         self.close()
 
-    def _perform(self, future: Future, mail: Sequence[tuple[Place, Request]]) -> Future:
+    def _perform(self, future: Future, mail: Sequence[tuple[Place, WorkerCall]]) -> Future:
         """Runs a call in this very call: what it raises goes through."""
         for place, request in mail:
             self._backend.send(place, request)
             for _, answer in self._backend.receive(0):
-                assert isinstance(answer, Answer)
+                assert isinstance(answer, WorkerReply)
                 future.set(place.rank, answer.value)
         return future
 
-    def _take(self, place: Place, answer: Answer) -> None:
+    def _take(self, place: Place, answer: WorkerReply) -> None:
         if answer.kind == "where":
             return  # told after it had mattered
         self._count(answer.value)
@@ -268,7 +223,7 @@ class Cluster:
     def _ask_where(self, evidence: Evidence) -> None:
         """Has every process that owes an answer say where it stands."""
         for place in self._waiting:
-            self._backend.send(place, Request(0, "where"))
+            self._backend.send(place, WorkerCall(0, "where"))
 
         def silent() -> list[Place]:
             told = evidence.standing.keys() | evidence.failed.keys() | evidence.lost.keys()
@@ -286,7 +241,7 @@ class Cluster:
             for place, answer in self._backend.receive(0.1):
                 self._add(evidence, place, answer)
 
-    def _add(self, evidence: Evidence, place: Place, answer: Answer | Lost) -> None:
+    def _add(self, evidence: Evidence, place: Place, answer: WorkerReply | Lost) -> None:
         if isinstance(answer, Lost):
             if place not in evidence.failed:
                 evidence.lost[place] = answer
@@ -310,81 +265,3 @@ class Cluster:
     def _check_alive(self) -> None:
         if self._ended is not None:
             raise self._ended
-
-
-def places_of(pools: Mapping[str, int]) -> list[Place]:
-    """The processes of all pools, in order."""
-    names = [(pool, rank, size) for pool, size in pools.items() for rank in range(size)]
-    return [Place(index, pool, rank, size) for index, (pool, rank, size) in enumerate(names)]
-
-
-def open_cluster(
-    placement: PlacementSection,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    preload: Sequence[str] = (),
-    events: Events | None = None,
-) -> Cluster:
-    """Starts the processes of all pools.
-
-    Args:
-        placement: pools, and who starts them. Without pools there is one, "all": this process, or all that torchrun
-            started.
-        device: ``run.device``.
-        threads: of each process; the cores are shared among them if left out.
-        preload: modules that every process needs: they are imported once where that is possible.
-        events: told kind and text of what a user should know; stderr if left out.
-
-    Raises:
-        UserError: a pool lacks devices, a port is taken, ...
-    """
-    placement = resolved_placement(placement)
-    if not placement.pools:
-        placement = placement.model_copy(update={"pools": {"all": 1}})
-    if placement.backend == "torchrun":
-        from hybridflow.controller.torchrun import TorchrunBackend
-
-        torchrun = TorchrunBackend(placement, device, threads)
-        cluster = Cluster(placement, torchrun, events)
-        torchrun.attend(cluster.pump)
-        return cluster
-    if placement.backend == "in_process":
-        from hybridflow.controller.in_process import InProcessBackend
-
-        return Cluster(placement, InProcessBackend(device), events)
-    if placement.backend == "processes":
-        from hybridflow.controller.processes import ProcessesBackend
-
-        return Cluster(placement, ProcessesBackend(placement, device, threads, preload), events)
-    from hybridflow.controller.ray import RayBackend
-
-    return Cluster(placement, RayBackend(placement, device, threads), events)
-
-
-def check_devices(places: Sequence[Place], device: str) -> Iterable[str]:
-    """Holds the pools against the devices of one host: a warning for each core that is missing.
-
-    Raises:
-        UserError: there are fewer accelerators than processes.
-    """
-    kind = kind_of(device)
-    there = count_devices(kind)
-    if len(places) <= there:
-        return
-    pools = ", ".join(f"{pool} {sum(p.pool == pool for p in places)}" for pool in dict.fromkeys(p.pool for p in places))
-    if kind is CPU:
-        yield f"{len(places)} processes ({pools}) share {there} cores: each is slower than alone"
-        return
-    lacking = places[there]
-    left = sum(p.pool == lacking.pool for p in places[:there])
-    raise UserError(
-        f"pool {lacking.pool!r} lacks {lacking.size - left} devices: it needs {lacking.size}, and {left} are left",
-        why=f"this host has {there} ({kind.name}), and the pools need {len(places)} ({pools})",
-        fix="make placement.pools smaller, put roles into one pool, or use several hosts (placement.backend=ray)",
-    )
-
-
-def _to_stderr(kind: str, text: str) -> None:
-    if kind != "failure":  # that is raised as well
-        print(f"{kind}: {text}", file=sys.stderr, flush=True)

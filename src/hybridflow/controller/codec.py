@@ -110,7 +110,7 @@ def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 # --- over a connection ---
 
 
-class Wire:
+class MessagePipe:
     """Messages over a connection between two processes. Several threads may send, one may receive.
 
     Args:

@@ -45,7 +45,7 @@ class WorkerFailure(UserError):
 
 
 @dataclass(frozen=True)
-class Failed:
+class CallFailure:
     """An exception that ended a call of a worker.
 
     Args:
@@ -87,7 +87,7 @@ class Evidence:
     """What is known when an attempt has failed: of every process at most one loss or failure, in order of arrival."""
 
     lost: dict[Place, Lost] = field(default_factory=dict)
-    failed: dict[Place, Failed] = field(default_factory=dict)
+    failed: dict[Place, CallFailure] = field(default_factory=dict)
     standing: dict[Place, Standing] = field(default_factory=dict)
     silent: list[Place] = field(default_factory=list)  # asked where they stand, and did not say
     boxes: dict[Place, Mapping[str, Any]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Evidence:
 # --- in the worker ---
 
 
-def failed(error: BaseException, doing: Mapping[str, Any]) -> Failed:
+def failed(error: BaseException, doing: Mapping[str, Any]) -> CallFailure:
     """What is told of an exception, at the place where it was caught."""
     text = "".join(traceback.format_exception_only(error)).strip()
     if error.__cause__ is not None:
@@ -119,7 +119,7 @@ def failed(error: BaseException, doing: Mapping[str, Any]) -> Failed:
     frames = _lines(traceback.extract_tb(error.__traceback__))
     connection = mistake is None and CONNECTION.search(text) is not None
     memory = {"resident": resident_bytes(), "peak": peak_bytes()}
-    return Failed(text, frames, time.time(), {**doing, **memory}, mistake, connection)
+    return CallFailure(text, frames, time.time(), {**doing, **memory}, mistake, connection)
 
 
 def standing(thread: int | None, idle: float, doing: Mapping[str, Any]) -> Standing:

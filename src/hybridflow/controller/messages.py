@@ -49,7 +49,7 @@ class Meeting:
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class WorkerCall:
     """What a process is asked for. Equal requests to several processes are one object, and are encoded once.
 
     Args:
@@ -78,21 +78,21 @@ class Request:
         return [pickle.dumps(head), *encode((self.call, self.more))]
 
     @staticmethod
-    def head(frames: Frames) -> Request:
+    def head(frames: Frames) -> WorkerCall:
         """The request without its arguments."""
         number, kind, group, method, step = pickle.loads(frames[0])
-        return Request(number, kind, group, method, step)
+        return WorkerCall(number, kind, group, method, step)
 
     @staticmethod
-    def read(frames: Frames) -> Request:
+    def read(frames: Frames) -> WorkerCall:
         """The whole request."""
         call, more = decode(frames[1:])
         number, kind, group, method, step = pickle.loads(frames[0])
-        return Request(number, kind, group, method, step, call, more)
+        return WorkerCall(number, kind, group, method, step, call, more)
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class WorkerReply:
     """What a process says to a request: its result, a `failure.Failed`, or a `failure.Standing`."""
 
     id: int
@@ -105,10 +105,10 @@ class Answer:
         return [pickle.dumps((self.id, self.kind)), *encode(self.value)]
 
     @staticmethod
-    def read(frames: Frames) -> Answer:
+    def read(frames: Frames) -> WorkerReply:
         """The answer of a message."""
         number, kind = pickle.loads(frames[0])
-        return Answer(number, kind, decode(frames[1:]))
+        return WorkerReply(number, kind, decode(frames[1:]))
 
 
 @dataclass(frozen=True)

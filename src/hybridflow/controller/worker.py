@@ -22,10 +22,18 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from hybridflow.batch import Batch
-from hybridflow.controller.codec import Frames, Wire
+from hybridflow.controller.codec import Frames, MessagePipe
 from hybridflow.controller.dispatch import Call
-from hybridflow.controller.failure import Failed, Standing, describe_rows, failed, peak_bytes, resident_bytes, standing
-from hybridflow.controller.messages import Answer, Meeting, Place, Request
+from hybridflow.controller.failure import (
+    CallFailure,
+    Standing,
+    describe_rows,
+    failed,
+    peak_bytes,
+    resident_bytes,
+    standing,
+)
+from hybridflow.controller.messages import Meeting, Place, WorkerCall, WorkerReply
 from hybridflow.devices import kind_of
 from hybridflow.faults import worker_fault
 
@@ -77,7 +85,9 @@ class WorkerContext:
         host: its name; processes with equal names can share memory.
     """
 
-    def __init__(self, name: str, place: Place, device: torch.device, siblings: Mapping[str, Any], host: Host) -> None:
+    def __init__(
+        self, name: str, place: Place, device: torch.device, siblings: Mapping[str, Any], host: WorkerHost
+    ) -> None:
         self.name, self.pool, self.rank, self.world_size = name, place.pool, place.rank, place.size
         self.device, self.siblings = device, siblings
         self._host = host
@@ -99,7 +109,7 @@ class WorkerContext:
         self._host.progress(rows)
 
 
-class Host:
+class WorkerHost:
     """The workers of one process.
 
     Args:
@@ -134,7 +144,7 @@ class Host:
             probe.connect((self._meeting.host, self._meeting.port))  # chooses an interface, and sends nothing
             return str(probe.getsockname()[0])
 
-    def perform(self, request: Request) -> Any:
+    def perform(self, request: WorkerCall) -> Any:
         """Makes a worker, or calls a method of one; whatever it raises goes through."""
         method = "create" if request.kind == "create" else request.method
         positional, keywords = request.call
@@ -157,29 +167,29 @@ class Host:
         self._note(method=f"after {method}", rows="")
         return result
 
-    def answer(self, request: Request) -> Answer:
-        """The same as an answer; an exception becomes a `Failed`."""
+    def answer(self, request: WorkerCall) -> WorkerReply:
+        """The same as an answer; an exception becomes a `CallFailure`."""
         try:
-            return Answer(request.id, "done", self.perform(request))
+            return WorkerReply(request.id, "done", self.perform(request))
         except BaseException as error:
-            return Answer(request.id, "failed", self.failed(error))
+            return WorkerReply(request.id, "failed", self.failed(error))
 
-    def reply(self, frames: Frames) -> Answer:
+    def reply(self, frames: Frames) -> WorkerReply:
         """The answer to a message; it can be sent. After a failure none is answered: peers may be in collectives."""
         if self._has_failed:
             threading.Event().wait()  # until the controller ends this process
         try:
-            request = Request.read(frames)
+            request = WorkerCall.read(frames)
         except Exception as error:  # the class or an argument cannot be made here, a module is missing for example
-            return Answer(Request.head(frames).id, "failed", self.failed(error))
+            return WorkerReply(WorkerCall.head(frames).id, "failed", self.failed(error))
         answer = self.answer(request)
         try:
             assert answer.frames
         except Exception as error:  # a result that cannot be sent
-            return Answer(answer.id, "failed", self.failed(error))
+            return WorkerReply(answer.id, "failed", self.failed(error))
         return answer
 
-    def failed(self, error: BaseException) -> Failed:
+    def failed(self, error: BaseException) -> CallFailure:
         """What is told of an exception that ended a call."""
         self._has_failed = True
         return failed(error, self.doing | {"process": os.getpid(), "device": str(self.device)})
@@ -232,7 +242,7 @@ def _without_last_row(call: Call) -> Call:
     return tuple(shorter(v) for v in call[0]), {name: shorter(v) for name, v in call[1].items()}
 
 
-def serve_wire(wire: Wire, host: Host, *, after_failure: Callable[[], None] | None = None) -> None:
+def serve_wire(wire: MessagePipe, host: WorkerHost, *, after_failure: Callable[[], None] | None = None) -> None:
     """Answers what comes over a wire until the controller hangs up; a controller that is gone ends this process.
 
     A thread reads: a message never waits for a call to end, and the controller never for a process that is busy.
@@ -254,12 +264,12 @@ def serve_wire(wire: Wire, host: Host, *, after_failure: Callable[[], None] | No
     host.close()
 
 
-def _read(wire: Wire, host: Host, inbox: queue.SimpleQueue[Frames | None]) -> None:
+def _read(wire: MessagePipe, host: WorkerHost, inbox: queue.SimpleQueue[Frames | None]) -> None:
     try:
         while frames := wire.receive():
-            head = Request.head(frames)
+            head = WorkerCall.head(frames)
             if head.kind == "where":
-                wire.send(*Answer(head.id, "where", host.standing()).frames)
+                wire.send(*WorkerReply(head.id, "where", host.standing()).frames)
             else:
                 inbox.put(frames)
         inbox.put(None)  # an empty message: the controller is done
@@ -268,7 +278,7 @@ def _read(wire: Wire, host: Host, inbox: queue.SimpleQueue[Frames | None]) -> No
         os._exit(0)  # nobody is left who could read an answer, or the status
 
 
-def keep_beating(host: Host) -> None:
+def keep_beating(host: WorkerHost) -> None:
     """Keeps what the black box says about memory new; for a thread of its own."""
     while True:
         time.sleep(BEAT_SECONDS)

@@ -14,9 +14,9 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
-from hybridflow.config.reward_model import PreferenceDataSection
-from hybridflow.data.chat import CHAT, conversation_text, require_template, tokenize
-from hybridflow.data.messages import Messages, RefusedValue, answer_in, check_text, kind_of
+from hybridflow.chat.messages import Messages, RefusedValue, answer_in, check_text, kind_of
+from hybridflow.chat.template import CHAT, conversation_text, require_template, tokenize
+from hybridflow.config.sections.preference import PreferenceDataSection
 from hybridflow.data.reader import ConversationReader, joined, reading, require_rows, words
 from hybridflow.data.rows import Row, column, require_one_schema
 from hybridflow.data.sampler import Sampler

@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.data import PromptDataSection
-from hybridflow.data.chat import Style, as_messages, prompt_text, require_template, tokenize
-from hybridflow.data.messages import Messages, RefusedValue, check_truth
+from hybridflow.chat.messages import Messages, RefusedValue, check_truth
+from hybridflow.chat.template import Style, as_messages, prompt_text, require_template, tokenize
+from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.data.reader import ConversationReader, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, Sources, read_sources
 from hybridflow.errors import UserError
+from hybridflow.protocols.rewards import Answers
 
 VERL_TRUTH = "reward_model.ground_truth"  # where verl's rows have it
 _CHUNK = 1000  # rows tokenised together
@@ -175,3 +176,8 @@ def load_prompts(
     if config.over_long == "filter":
         data = data.keep([i for i, fit in enumerate(fits) if fit])
     return PromptSet(data, config, tokenizer, over_long=fits.count(False))
+
+
+def answers_to(prompt: Prompt, texts: list[str]) -> Answers:
+    """Answers to a prompt, as a grader takes them."""
+    return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row)

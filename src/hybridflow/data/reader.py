@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.data.chat import CHAT, SHOWN, Style, as_messages, lost_turn, turn_markers
-from hybridflow.data.messages import Messages, RefusedValue, check_text, kind_of, read_messages
+from hybridflow.chat.messages import Messages, RefusedValue, check_text, kind_of, read_messages
+from hybridflow.chat.template import CHAT, SHOWN, Style, as_messages, lost_turn, turn_markers
 from hybridflow.data.sources import RowSet
 from hybridflow.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
-from hybridflow.config.data import SftDataSection
-from hybridflow.data.chat import (
+from hybridflow.chat.messages import Messages, RefusedValue, answer_in
+from hybridflow.chat.template import (
     LossOn,
     Style,
     as_messages,
@@ -19,7 +19,7 @@ from hybridflow.data.chat import (
     require_template,
     tokenize,
 )
-from hybridflow.data.messages import Messages, RefusedValue, answer_in
+from hybridflow.config.sections.data import SftDataSection
 from hybridflow.data.reader import ConversationReader, joined, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from hybridflow.config.data import SourceSection
 from hybridflow.config.locate import load_function
+from hybridflow.config.sections.data import SourceSection
 from hybridflow.data.rows import Row, read_rows, uneven_columns
 from hybridflow.data.sampler import Order, Sampler
 from hybridflow.errors import UserError, raised

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridflow.config.sections import OptimSection
-from hybridflow.engines.microbatch import Sums
+from hybridflow.config.sections.optim import OptimSection
+from hybridflow.engines.passes import Sums
 from hybridflow.errors import UserError
-from hybridflow.protocols import Update
+from hybridflow.protocols.training import Update
 from hybridflow.weights.drill import perturb
 
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections import OptimSection
+from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.adam import AdamEngine, matrices
 from hybridflow.engines.background import Background, host_copies, host_twin
-from hybridflow.engines.microbatch import Dtype, Passes, autocast_on
+from hybridflow.engines.passes import Dtype, Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
 from hybridflow.models.files import export_model, read_weights, write_weights
 from hybridflow.models.lora import has_adapters
 from hybridflow.models.value import ValueHead, read_value_head, write_value_head
-from hybridflow.protocols import Loss, Update, WeightStream
+from hybridflow.protocols.training import Loss, Update
+from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.stream import stream_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.engines.microbatch import Dtype, Passes, autocast_on
+from hybridflow.engines.passes import Dtype, Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
 
 

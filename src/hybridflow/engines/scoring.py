@@ -47,7 +47,7 @@ class TokenScorer(torch.nn.Module):
 
         Args:
             part: see `models.forward.hidden_states`.
-            outputs: see `protocols.Scorer.score`; values alone do without logits.
+            outputs: see `protocols.training.Scorer.score`; values alone do without logits.
             temperature: divides the logits.
             entropy_gradient: whether entropies have a gradient.
         """

@@ -37,7 +37,7 @@ FAR = -1e30  # stands for minus infinity: finite, so that 0 x FAR is 0
 
 
 @dataclass(frozen=True, slots=True)
-class Support:
+class SupportPairs:
     """The words that some tokens were drawn from (top-p and the like); their softmax runs over these alone.
 
     Args:
@@ -51,10 +51,10 @@ class Support:
     limited_M: Tensor
 
     @staticmethod
-    def of(size_M: Tensor, ids: Tensor) -> Support:
+    def of(size_M: Tensor, ids: Tensor) -> SupportPairs:
         """From the number of words of each token (0: the whole vocabulary) and all these words, end to end."""
         token_P = torch.repeat_interleave(torch.arange(len(size_M), device=size_M.device), size_M)
-        return Support(token_P, ids, size_M > 0)
+        return SupportPairs(token_P, ids, size_M > 0)
 
     def outside(self, tokens: slice, words: slice) -> Tensor:
         """``[m, v]``: words that the tokens of a tile were not drawn from."""
@@ -66,7 +66,7 @@ class Support:
         return outside
 
 
-def support_of(batch: Batch, index_M: Tensor, device: torch.device) -> Support | None:
+def support_of(batch: Batch, index_M: Tensor, device: torch.device) -> SupportPairs | None:
     """The support of the scored tokens, from ``support_size_T`` and ``support_ids_K`` where the batch has them.
 
     Args:
@@ -81,7 +81,7 @@ def support_of(batch: Batch, index_M: Tensor, device: torch.device) -> Support |
     scored_T = torch.zeros(len(size_T), dtype=torch.bool, device=size_T.device)
     scored_T[index_M] = True
     ids = batch["support_ids_K"][torch.repeat_interleave(scored_T, size_T)].long()
-    return Support.of(size_T[index_M].to(device), ids.to(device))
+    return SupportPairs.of(size_T[index_M].to(device), ids.to(device))
 
 
 def token_logps(
@@ -91,7 +91,7 @@ def token_logps(
     *,
     temperature: float = 1.0,
     entropy: Entropy = "no",
-    support: Support | None = None,
+    support: SupportPairs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``log_softmax(logits / temperature)`` at the targets, and the entropies in nats; float32 at least.
 
@@ -119,7 +119,7 @@ def token_logps(
 
 @torch.no_grad()
 def token_moments(
-    hidden_MD: Tensor, head: Head, target_M: Tensor, *, temperature: float = 1.0, support: Support | None = None
+    hidden_MD: Tensor, head: Head, target_M: Tensor, *, temperature: float = 1.0, support: SupportPairs | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies and sums over the words of their squared probabilities, without gradients.
 
@@ -146,7 +146,7 @@ def token_moments(
     return logp_M, entropy_M, squares_M
 
 
-def _log_softmax(hidden_MD: Tensor, head: Head, temperature: float, support: Support | None) -> Tensor:
+def _log_softmax(hidden_MD: Tensor, head: Head, temperature: float, support: SupportPairs | None) -> Tensor:
     logits_MV = head.logits(hidden_MD, temperature)
     if support is not None:
         outside_MV = support.outside(slice(0, len(logits_MV)), slice(0, logits_MV.shape[1]))
@@ -155,7 +155,7 @@ def _log_softmax(hidden_MD: Tensor, head: Head, temperature: float, support: Sup
 
 
 def _plain(
-    hidden_MD: Tensor, head: Head, target_M: Tensor, temperature: float, entropy: Entropy, support: Support | None
+    hidden_MD: Tensor, head: Head, target_M: Tensor, temperature: float, entropy: Entropy, support: SupportPairs | None
 ) -> tuple[Tensor, Tensor | None]:
     logp_MV = _log_softmax(hidden_MD, head, temperature, support)
     logp_M = logp_MV.gather(-1, target_M[:, None])[:, 0]
@@ -171,7 +171,7 @@ def _in_turns(
     target_M: Tensor,
     temperature: float,
     entropy: Entropy,
-    support: Support | None,
+    support: SupportPairs | None,
     step: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`_plain` for some tokens at a time, each made again by the backward pass: for any output layer."""
@@ -189,14 +189,14 @@ def _in_turns(
     return torch.cat(logps), torch.cat(entropies) if entropies else None
 
 
-def _turns(tokens: int, support: Support | None, step: int) -> Iterator[tuple[slice, Support | None]]:
+def _turns(tokens: int, support: SupportPairs | None, step: int) -> Iterator[tuple[slice, SupportPairs | None]]:
     """Some tokens at a time, with their own support."""
     for start in range(0, tokens, step) if tokens else ():
         part = slice(start, min(start + step, tokens))
         own = None
         if support is not None:
             here_P = (support.token_P >= part.start) & (support.token_P < part.stop)
-            own = Support(support.token_P[here_P] - start, support.word_P[here_P], support.limited_M[part])
+            own = SupportPairs(support.token_P[here_P] - start, support.word_P[here_P], support.limited_M[part])
         yield part, own
 
 
@@ -210,7 +210,7 @@ class _Tiles:
         bias_V: already multiplied with what the products are; None for none.
         times: multiplies the products; 1 where the states were multiplied instead, which low precision would feel.
         after: the logits are ``after * tanh(product)`` with a soft-cap, else the product itself.
-        support: see `Support`.
+        support: see `SupportPairs`.
     """
 
     hidden_MD: Tensor
@@ -218,7 +218,7 @@ class _Tiles:
     bias_V: Tensor | None
     times: float
     after: float | None
-    support: Support | None
+    support: SupportPairs | None
 
     def shapes(self) -> Iterator[tuple[slice, slice]]:
         """Tokens and words of each tile; all tokens of a few words where they fit, so that weights are read once."""
@@ -254,7 +254,7 @@ def _tiles(
     scale: float,
     softcap: float | None,
     temperature: float,
-    support: Support | None,
+    support: SupportPairs | None,
 ) -> tuple[_Tiles, float]:
     """The tiles, and what the products are multiplied with before a soft-cap."""
     device = hidden_MD.device.type
@@ -267,7 +267,7 @@ def _tiles(
     return _Tiles(states_MD, weight_VD, scaled_V, 1.0 if exact else before, after, support), before
 
 
-def _check_within(logit_M: Tensor, support: Support | None) -> None:
+def _check_within(logit_M: Tensor, support: SupportPairs | None) -> None:
     if support is not None and bool((logit_M <= FAR / 2).any()):
         raise ValueError("a token is outside of the support that it is said to be drawn from")
 
@@ -286,7 +286,7 @@ class _Tiled(torch.autograd.Function):
         softcap: float | None,
         temperature: float,
         entropy: Entropy,
-        support: Support | None,
+        support: SupportPairs | None,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         tiles, before = _tiles(hidden_MD, weight_VD, bias_V, scale, softcap, temperature, support)

@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.sections import LoraSection, ModelSection
+from hybridflow.config.sections.model import LoraSection, ModelSection
 from hybridflow.errors import UserError, nearest
 from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.classifier import load_classifier

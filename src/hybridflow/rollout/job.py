@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols import Request, Result, Span, Support
+from hybridflow.protocols.generation import Request, Result, Span, Support
 from hybridflow.rollout.stopping import StopText
 
 Decode = Callable[[list[int]], str]

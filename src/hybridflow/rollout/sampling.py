@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridflow.errors import UserError
 from hybridflow.noise import gumbel
-from hybridflow.protocols import Sampling
+from hybridflow.protocols.generation import Sampling
 from hybridflow.rollout.job import Job
 
 NEAR_TIE = 1e-4
@@ -29,7 +29,7 @@ FIRST_SORTED = 256  # most likely tokens that top-p looks at first; a sort of a 
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class BatchNeeds:
     """What some of a number of rows ask for; found once for as long as the batch stays as it is."""
 
     samplings: list[Sampling]
@@ -41,7 +41,7 @@ class Needs:
     greedy: bool
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> Needs:
+    def of(cls, jobs: Sequence[Job]) -> BatchNeeds:
         """What these rows need."""
         s = [job.request.sampling for job in jobs]
         temperatures = {x.temperature for x in s}
@@ -66,7 +66,7 @@ class Rows:
 
     def __init__(self, device: torch.device, count_near_ties: bool = False) -> None:
         self.jobs: list[Job] = []
-        self._needs: Needs | None = None  # of all rows
+        self._needs: BatchNeeds | None = None  # of all rows
         self.count_near_ties, self.near_ties = count_near_ties, 0
         # newest token (not yet in the cache), tokens of the sequence with it, tokens generated, bits of the noise
         self.numbers_4R = torch.zeros(4, 0, dtype=torch.int64, device=device)
@@ -110,7 +110,7 @@ class Rows:
             The rows that have ended with it, ascending, and why.
         """
         jobs = self.jobs[first:]
-        needs = Needs.of(jobs) if first or self._needs is None else self._needs
+        needs = BatchNeeds.of(jobs) if first or self._needs is None else self._needs
         self._needs = None if first else needs
         _, _, position_R, bits_R = self.numbers_4R[:, first:]
         temperature_R, noisy_R = self.floats_2R[:, first:]

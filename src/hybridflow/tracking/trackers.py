@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
-from hybridflow.config.sections import TrackSection
+from hybridflow.config.sections.run import TrackSection
 from hybridflow.tracking.console import ProgressConsole
 from hybridflow.tracking.events import EventLog
 from hybridflow.tracking.jsonl import MetricsFile

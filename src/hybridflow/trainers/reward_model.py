@@ -8,7 +8,6 @@ to be that of the whole batch (`algorithms.losses.bradley_terry`). It costs one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +17,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.algorithms.preference import bradley_terry
 from hybridflow.batch import Batch
-from hybridflow.config.locate import is_function_reference
-from hybridflow.config.reward_model import RewardModelConfig
+from hybridflow.config.kinds.reward_model import RewardModelConfig
 from hybridflow.data.preference import PreferenceSet, load_preferences, use_template
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
-from hybridflow.models.classifier import holds_classifier, padding_of
+from hybridflow.models.classifier import padding_of
 from hybridflow.models.load import context_of
-from hybridflow.models.source import model_folder
-from hybridflow.protocols import Loss
+from hybridflow.placing.build import load_role
+from hybridflow.placing.role import reward_model_role
+from hybridflow.protocols.training import Loss
+from hybridflow.runs.session import Session, opening, total_steps
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.placing import describe_placement
-from hybridflow.trainers.roles import load_role, reward_model_role
-from hybridflow.trainers.session import Session, opening, total_steps
 
 
 @dataclass(kw_only=True)
@@ -183,37 +180,3 @@ def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, Pref
     data = load_preferences(d.train, d, tokenizer, seed=seed, padding=padding)
     held_out = None if d.eval is None else load_preferences(d.eval, d, tokenizer, seed=seed, padding=padding)
     return tokenizer, data, held_out
-
-
-def check_preferences(config: RewardModelConfig) -> Iterator[str]:
-    """Looks at a run that trains a reward model: its model, its pairs and its sizes."""
-    tokenizer, data, held_out = load_pairs(config)
-    yield _describe_start(config)
-    yield from describe_placement(config)
-    for name, found in [("training", data), ("held-out", held_out)]:
-        if found is None:
-            continue
-        longest = found.longest()
-        found.batch([max(range(len(longest)), key=longest.__getitem__)])  # refused if it is over the limit
-        yield f"{name} pairs {found.source}: {len(found)}, longest conversation {max(longest)} tokens"
-        for note in found.notes():
-            yield f"  {note}"
-    batch = data.batch([0])
-    for what, ids, mask in zip(("chosen", "rejected"), batch.rows("input_ids_T"), batch.rows("loss_mask_T")):
-        read = int(mask.nonzero()[0, 0]) - 1
-        text = tokenizer.decode(ids[:-1]).replace("\n", "\\n")
-        yield f"  first {what}: {text[-300:]}  (read at {tokenizer.decode([int(ids[read])])!r}, token {read + 1})"
-    data.sampler(seed=config.run.seed).take(1)  # tries data.order
-    t = config.train
-    steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.pairs_per_update)
-    passes = f"{steps * t.pairs_per_update / len(data):,.2f}".rstrip("0").rstrip(".")
-    yield f"{steps} optimizer steps on {t.pairs_per_update} pairs each: {passes} passes over the data"
-
-
-def _describe_start(config: RewardModelConfig) -> str:
-    m = config.model
-    if is_function_reference(m.path):
-        return f"model {m.path}: what the function makes"
-    if holds_classifier(model_folder(m.path, weights=False)):
-        return f"model {m.path}: a reward model, which is trained further"
-    return f"model {m.path}: a language model, which gets a head of zeros"

@@ -10,15 +10,16 @@ from typing import Any
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.sections import SftConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.data.sft import SftSet, load_sft
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.models.load import longest_trainable
-from hybridflow.protocols import Loss
+from hybridflow.placing.build import load_role
+from hybridflow.placing.role import sft_role
+from hybridflow.protocols.training import Loss
+from hybridflow.runs.session import Session, opening, total_steps
 from hybridflow.tracking.trackers import Trackers
-from hybridflow.trainers.roles import load_role, sft_role
-from hybridflow.trainers.session import Session, opening, total_steps
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
 

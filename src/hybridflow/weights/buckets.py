@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridflow.protocols import WeightStream
+from hybridflow.protocols.weights import WeightStream
 
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 64  # bytes; a view of any type may begin here

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-from hybridflow.config.placement import Transport
+from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.stream import WeightSyncError
 from hybridflow.weights.transport import Receiver, open_receiver, open_sender, pick_transport
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybridflow.protocols import WeightStream
+from hybridflow.protocols.weights import WeightStream
 
 Bytes = NDArray[np.uint8]
 

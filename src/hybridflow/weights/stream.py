@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.protocols import Receipt, WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.adapters import ADAPTER, WRAPPED, adapted_weights, is_adapter, merge_adapters, plain_name
 
 BLOCK, LANES = 2048, 16  # of fingerprints: bytes that are summed together, and how many sums they become

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridflow.config.placement import Transport
+from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
-from hybridflow.protocols import WeightStream
+from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.buckets import ALIGNMENT, BUCKET_BYTES, Bucket, pack, unpack
 from hybridflow.weights.carriers import Kind, first_line, incoming, outgoing
 from hybridflow.weights.delta import Base

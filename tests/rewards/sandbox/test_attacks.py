@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from attacks_on_tests import ON_TESTS
-from hybridflow.rewards.code import read_cases, score
 from hybridflow.rewards.sandbox.local import LocalSandbox
 from hybridflow.rewards.sandbox.outcome import Limits
 from hybridflow.rewards.sandbox.view import interpreter
+from hybridflow.rewards.verifiable.code import score
+from hybridflow.rewards.verifiable.code_cases import read_cases
 
 from attacks import ON_GRADER, ON_HOST
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from hybridflow.errors import UserError
-from hybridflow.rewards.code import score
-from hybridflow.rewards.sandbox import bubblewrap, open_sandbox, seccomp
+from hybridflow.rewards.sandbox import bubblewrap, seccomp
 from hybridflow.rewards.sandbox.fusion import FusionSandbox
 from hybridflow.rewards.sandbox.local import LocalSandbox
+from hybridflow.rewards.sandbox.open import open_sandbox
 from hybridflow.rewards.sandbox.outcome import Limits, SandboxError
 from hybridflow.rewards.sandbox.view import interpreter, view
+from hybridflow.rewards.verifiable.code import score
 
 SOURCE = Path(__file__).parents[3] / "src"
 LIMITS = Limits(10, 512, 64)
@@ -99,7 +100,7 @@ def test_a_limited_process_that_ignores_signals_starts_clean_jails() -> None:
 
 def test_without_walls_programs_are_refused_unless_the_user_insists() -> None:
     refused = (
-        "from hybridflow.rewards.sandbox import open_sandbox\n"
+        "from hybridflow.rewards.sandbox.open import open_sandbox\n"
         "from hybridflow.errors import UserError\n"
         "try: open_sandbox({'backend': 'local'})\n"
         "except UserError as error: print(error)\n"

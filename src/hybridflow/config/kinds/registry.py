@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridflow.config.kinds import starters
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.reward_model import RewardModelConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.kinds.starters import Starter
-from hybridflow.config.reward_model import RewardModelConfig
-from hybridflow.config.section import Section
-from hybridflow.config.sections import EvalConfig, RlConfig, SftConfig
+from hybridflow.config.sections.base import Section
 
 if TYPE_CHECKING:
-    from hybridflow.config.placement import EngineSection, PlacementSection
-    from hybridflow.config.sections import CheckpointSection, LengthSection, ModelSection, RunSection, TrackSection
+    from hybridflow.config.sections.engine import EngineSection
+    from hybridflow.config.sections.model import ModelSection
+    from hybridflow.config.sections.placement import PlacementSection
+    from hybridflow.config.sections.run import CheckpointSection, LengthSection, RunSection, TrackSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +121,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             name="train",
             config=RlConfig,
-            check="hybridflow.trainers.check.check_rl",
-            train="hybridflow.trainers.rl.train",
+            check="hybridflow.commands.check.check_rl",
+            train="hybridflow.trainers.rl.loop.train",
             what="Reinforcement learning",
             does="reinforcement learning: generate, score, update",
             example="recipes/carry/grpo.yaml optim.lr=5e-5",
@@ -127,7 +131,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             name="sft",
             config=SftConfig,
-            check="hybridflow.trainers.check.check_sft",
+            check="hybridflow.commands.check.check_sft",
             train="hybridflow.trainers.sft.train_sft",
             what="Supervised fine-tuning",
             does="supervised fine-tuning on conversations",
@@ -137,7 +141,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             name="reward-model",
             config=RewardModelConfig,
-            check="hybridflow.trainers.reward_model.check_preferences",
+            check="hybridflow.commands.check_preferences.check_preferences",
             train="hybridflow.trainers.reward_model.train_reward_model",
             what="A reward model",
             does="train a model that scores answers, on preferences",
@@ -147,7 +151,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             name="eval",
             config=EvalConfig,
-            check="hybridflow.trainers.check.check_eval",
+            check="hybridflow.commands.check.check_eval",
             what="An evaluation",
             does="score a model's answers, or compare two models with a paired test",
             example="recipes/carry/eval.yaml",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 if __name__ != "driver":  # in a jail it has been executed before, in this very namespace
-    from hybridflow.rewards.sandbox.values import KNOWN, Wire, base_of, base_value, known_name
+    from hybridflow.rewards.sandbox.values import KNOWN, ValueCodec, base_of, base_value, known_name
 
 # Solutions written for a judge that has imported these already, as LeetCode, APPS and LiveCodeBench have.
 _MODULES = (
@@ -101,7 +101,7 @@ def answer(program: str, request: str) -> str:
 
 def function_call(name: str, arguments: list[Any]) -> dict[str, Any]:
     """The request that a function be called as judges do it."""
-    wire = Wire(shared=False)
+    wire = ValueCodec(shared=False)
     kwargs: dict[str, Any] = {}
     return {"op": "function", "name": name, "args": wire.encode(arguments), "kwargs": wire.encode(kwargs)}
 
@@ -214,7 +214,7 @@ class Served:
 
     def answer(self, request: Any) -> Any:
         """The reply to a request."""
-        wire = Wire(self._refer, self._resolve, shared=request["op"] != "function")
+        wire = ValueCodec(self._refer, self._resolve, shared=request["op"] != "function")
         try:
             args, kwargs = wire.decode(request["args"]), wire.decode(request["kwargs"])
             before = wire.contents() if wire.shared else []
@@ -228,7 +228,7 @@ class Served:
             reply["printed"] = self.printed.take()
         return reply
 
-    def _do(self, request: Any, wire: Wire, args: Any, kwargs: Any) -> dict[str, Any]:
+    def _do(self, request: Any, wire: ValueCodec, args: Any, kwargs: Any) -> dict[str, Any]:
         op, name = request["op"], request["name"]
         if op == "function":
             return {"value": wire.encode(_function(self.space, name)(*args, **kwargs))}
@@ -264,7 +264,7 @@ class Served:
 
     def ask_back(self, op: str, number: int, args: Any, kwargs: Any) -> Any:
         """Has the test do something with what it gave."""
-        wire = Wire(self._refer, self._resolve)
+        wire = ValueCodec(self._refer, self._resolve)
         sent = {"back": op, "theirs": number, "args": wire.encode(args), "kwargs": wire.encode(kwargs)}
         reply = self.back(sent)
         wire.change(reply.get("changed", ()))
@@ -274,7 +274,7 @@ class Served:
         return wire.decode(reply["value"])
 
     def _raised(self, error: BaseException) -> dict[str, Any]:
-        wire = Wire(self._refer, self._resolve)
+        wire = ValueCodec(self._refer, self._resolve)
         reply: dict[str, Any] = {"raised": self._refer_class(type(error)), "number": self._number(error)}
         try:
             reply["args"] = wire.encode(error.args)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hybridflow.rewards.limits import CallFailed, LimitedClient
+from hybridflow.rewards.http import CallFailed, LimitedClient
 from hybridflow.rewards.sandbox import calls, values
 from hybridflow.rewards.sandbox.outcome import Limits, Outcome, SandboxError, Status
 

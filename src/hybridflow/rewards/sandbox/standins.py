@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 if __name__ != "driver":  # in a jail they have been executed before, in this very namespace
     from hybridflow.rewards.sandbox.calls import SPECIAL, SYMBOLS, _module
-    from hybridflow.rewards.sandbox.values import KNOWN, Wire, known_value
+    from hybridflow.rewards.sandbox.values import KNOWN, ValueCodec, known_value
 
 _TRAPS = (AssertionError, Exception, BaseException)  # who catches these catches the failure of a test
 _MISSING = object()
@@ -177,7 +177,7 @@ class Link:
         Raises:
             Exception: of the kind that the program raised; or TypeError: an argument cannot be sent.
         """
-        wire = Wire(self._refer, self._resolve)
+        wire = ValueCodec(self._refer, self._resolve)
         request = {"op": op, "name": name, "object": number}
         reply = self._exchange(request | {"args": wire.encode(tuple(args)), "kwargs": wire.encode(kwargs or {})})
         while "back" in reply:
@@ -220,7 +220,7 @@ class Link:
 
     def _serve(self, request: Any) -> Any:
         """Does what the program asks of a function or an iterator that it was given."""
-        wire = Wire(self._refer, self._resolve)
+        wire = ValueCodec(self._refer, self._resolve)
         try:
             args, kwargs = wire.decode(request["args"]), wire.decode(request["kwargs"])
             target = self._given[request["theirs"]]
@@ -230,13 +230,13 @@ class Link:
         except Exception as error:
             kind = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
             args = error.args if all(isinstance(arg, str | int | None) for arg in error.args) else (str(error),)
-            return {"raised": kind.__name__, "args": Wire().encode(args)}
+            return {"raised": kind.__name__, "args": ValueCodec().encode(args)}
 
     def _error(self, reply: Any) -> BaseException:
         kind = self._resolve(reply["raised"]) if "class" in reply["raised"] else known_value(reply["raised"]["known"])
         assert issubclass(kind, Exception)
         blank: Any = kind
-        args = Wire(self._refer, self._resolve).decode(reply["args"])
+        args = ValueCodec(self._refer, self._resolve).decode(reply["args"])
         try:
             error = blank.__new__(blank) if isinstance(kind, StandInClass) else kind(*args)
         except Exception:  # its class wants something else than it then holds

@@ -46,7 +46,7 @@ KNOWN = _KNOWN.split()
 _ACTS = "breakpoint compile delattr eval exec exit globals help input locals open quit setattr vars"
 
 
-class Wire:
+class ValueCodec:
     """One request or reply with its answer: the numbers of what was written and read last as long as it does.
 
     Args:

@@ -1,0 +1,1 @@
+"""Chat templates, and special tokens in what they make."""

@@ -1,0 +1,1 @@
+"""The `hybridflow` command."""

@@ -1,0 +1,234 @@
+"""Everything that can fail before training, tried before training: `hybridflow check`, and the start of every run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.chat.special_tokens import reader
+from hybridflow.commands.evaluate import require_inline
+from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
+from hybridflow.commands.trial import try_reward
+from hybridflow.commands.verl_defaults import differences_from_verl, is_verl_row
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.registry import kind_for
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
+from hybridflow.config.locate import is_function_reference, load_function
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.data.prompts import PromptSet, load_prompts
+from hybridflow.data.sft import load_sft
+from hybridflow.data.sources import Sources
+from hybridflow.devices import pick_device
+from hybridflow.errors import UserError, nearest
+from hybridflow.evaluation.evaluate import sampling_for, vote_in
+from hybridflow.models.load import longest_trainable, stop_ids
+from hybridflow.models.lora import load_trainable
+from hybridflow.placing.build import load_role
+from hybridflow.placing.companions import check_companions
+from hybridflow.placing.generation import describe_engine, training_sampling
+from hybridflow.placing.places import describe_placement
+from hybridflow.placing.role import actor_role, sft_role
+from hybridflow.rollout.inline.engine import require_room
+from hybridflow.rollout.sampling import check_sampling
+from hybridflow.runs.session import total_steps
+from hybridflow.tracking.trackers import not_installed
+from hybridflow.trainers.sft import require_rows_in_context
+
+MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
+MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
+
+
+def check(config: Any) -> Iterator[str]:
+    """Checks one thing after the other, and says in words what it found.
+
+    Args:
+        config: a configuration of any kind.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    pick_device(config.run.device)  # refused if there is no such device
+    if config.run.resume == "never" and (Path(config.run.folder) / "metrics.jsonl").exists():
+        raise UserError(
+            f"{config.run.folder} already holds a run, and run.resume is never",
+            fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
+        )
+    yield from kind_for(config).checked(config)
+
+
+def check_rl(config: RlConfig) -> Iterator[str]:
+    """Looks at a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes."""
+    model, tokenizer = load_role(actor_role(config, 1), outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    yield from describe_placement(config)
+    if config.rollout.engine != "inline":
+        yield describe_engine(config.rollout)
+    yield from _check_own_functions(config)
+    yield from check_companions(config, tokenizer)
+    assert config.data.train is not None
+    prompts, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training")
+    yield from _advise_on_tokens(config, model, tokenizer, prompts)
+    if is_verl_row(prompts.data.rows[0]):
+        yield from (f"  {line}" for line in differences_from_verl(config))
+    prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
+    if config.data.eval is not None:
+        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", seen)
+        measured = yield from _check_evaluation(config, model, tokenizer)
+        best = config.checkpoint.best
+        if best is not None and best not in measured:
+            raise UserError(f"checkpoint.best {best!r} is not among what is measured", fix=nearest(best, measured))
+    yield arithmetic(config, len(prompts))
+    yield from not_installed(config.track)
+
+
+def check_eval(config: EvalConfig) -> Iterator[str]:
+    """Looks at an evaluation: its model, its rows and its reward."""
+    require_inline(config)
+    model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    assert config.data.eval is not None
+    prompts, _ = yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation")
+    yield from _advise_on_tokens(config, model, tokenizer, prompts)
+    yield from _check_evaluation(config, model, tokenizer)
+
+
+def _describe_model(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield f"model {path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
+    rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if rows > ids:
+        yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
+
+
+def _check_own_functions(config: RlConfig) -> Iterator[str]:
+    a = config.algorithm
+    for what, name in [("advantage", a.advantage), ("policy loss", a.policy_loss), ("aggregation", a.aggregation)]:
+        if is_function_reference(name):
+            load_function(name)
+            yield f"{what} {name}: found"
+
+
+def _check_evaluation(
+    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Generator[str, None, list[str]]:
+    """Returns the names of what is measured."""
+    e = config.eval
+    sampling = sampling_for(e, training_sampling(config.rollout, stop_ids(model, tokenizer)))
+    check_sampling(sampling, model.get_input_embeddings().weight.shape[0])
+    assert config.data.eval is not None
+    prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    rows = prompts.data.rows[: e.max_rows]
+    how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
+    plural = "s" * (e.samples_per_prompt > 1)
+    yield f"  an evaluation: {len(rows)} prompts, {e.samples_per_prompt} {how} answer{plural} to each"
+    sources = sorted({str(row.get("data_source") or "data") for row in rows})
+    measured = [f"val-core/{source}/reward/{name}" for source in sources for name in e.metric_names()]
+    yield f"  it measures {', '.join(measured)}"
+    if e.answer is not None:
+        text = str(prompts[0].ground_truth)
+        yield f"  eval.answer: the answer in {text[:60]!r} is {vote_in(text, e.answer)!r}"
+    return measured
+
+
+def arithmetic(config: RlConfig, rows: int) -> str:
+    """What a step of this run is, in words and numbers, with so many training rows."""
+    t, d, r = config.train, config.data, config.rollout
+    answers = t.prompts_per_step * t.samples_per_prompt
+    size = t.sequences_per_update or answers
+    updates = t.epochs_per_step * (answers // size)
+    longest = d.max_prompt_tokens + r.max_response_tokens
+    steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
+    return (
+        f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
+        f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
+        f"{size} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the longest possible "
+        f"sequence has {longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
+        f"{steps * answers} answers, {steps * updates} optimizer steps."
+        + " Every prompt has a greedy answer besides." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
+        + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
+    )
+
+
+def _check_prompts(
+    config: RlConfig | EvalConfig,
+    sources: Sources,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    purpose: str,
+    trained: Set[int] = frozenset(),
+) -> Generator[str, None, tuple[PromptSet, set[int]]]:
+    """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
+    prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
+    measured = list(prompts.measure(MAX_ROWS))
+    longest = max(range(len(measured)), key=lambda i: measured[i][1])
+    prompts[longest]  # refused if it is over the limit and data.over_long says so
+    r, asked = config.rollout, measured[: config.eval.max_rows if purpose == "evaluation" else None]
+    if r.engine == "inline":
+        most = min(max(tokens for _, tokens in asked), config.data.max_prompt_tokens)
+        require_room(model, most, r.max_response_tokens, r.max_cache_tokens)
+    unseen = f" (the first {MAX_ROWS} were read)" if len(prompts) > MAX_ROWS else ""
+    yield f"{purpose} data {prompts.source}: {len(prompts)} rows{unseen}, longest prompt {measured[longest][1]} tokens"
+    for note in prompts.notes():
+        yield f"  {note}"
+    for advice in prompts.data.advice():
+        yield f"  advice: {advice}"
+    texts = [hash(text) for text, _ in measured]
+    shared = sum(text in trained for text in texts)
+    if shared:
+        yield (
+            f"  advice: {shared} of {len(texts)} evaluation prompts are training prompts too; what is learned by heart "
+            "will look like progress"
+        )
+    yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
+    ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
+    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS)
+    return prompts, set(texts)
+
+
+def _advise_on_tokens(
+    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
+) -> Iterator[str]:
+    for advice in advice_on_tokens(config, model, tokenizer, prompts[0]):
+        yield f"  advice: {advice}"
+
+
+def check_sft(config: SftConfig) -> Iterator[str]:
+    """Looks at a supervised run: its model, its conversations and its sizes."""
+    model, tokenizer = load_role(sft_role(config, 1), outline=True)
+    yield from _describe_model(config.model.path, model, tokenizer)
+    yield from describe_placement(config)
+    data, t = load_sft(config.data, tokenizer, seed=config.run.seed), config.train
+    lengths = data.lengths(MAX_ROWS)
+    longest = data.batch([max(range(len(lengths)), key=lengths.__getitem__)])  # refused if it is over the limit
+    require_rows_in_context(longest, data, longest_trainable(model))
+    batch = data.batch(list(range(min(len(data), MAX_CONVERSATIONS))))
+    unseen = f" (the first {MAX_ROWS} were read)" if len(data) > MAX_ROWS else ""
+    yield f"data {data.source}: {len(data)} conversations{unseen}, longest {max(lengths)} tokens"
+    for note in data.notes():
+        yield f"  {note}"
+    for advice in data.data.advice():
+        yield f"  advice: {advice}"
+    data.sampler(seed=config.run.seed).take(1)  # tries data.order
+    learned = [int(i) for i, m in zip(batch.rows("input_ids_T")[0], batch.rows("loss_mask_T")[0]) if m]
+    yield f"  first conversation, token by token: {show_tokens(tokenizer, batch.rows('input_ids_T')[0].tolist())}"
+    yield f"  of these the loss is on: {show_tokens(tokenizer, learned)}"
+    if config.data.format == "chat":
+        for advice in advice_on_ends(model, tokenizer, data.style):
+            yield f"  advice: {advice}"
+    steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
+    passes = f"{steps * t.sequences_per_update / len(data):,.2f}".rstrip("0").rstrip(".")
+    yield (
+        f"{steps} optimizer steps on {t.sequences_per_update} conversations each: {passes} passes over the data"
+        + (f", ending early below a loss of {t.stop_below_loss:g}" if t.stop_below_loss else "")
+    )
+
+
+def show_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int] | tuple[int, ...], limit: int = 80) -> str:
+    """Token texts, one by one between bars, at most `limit` of them."""
+    shown = "|".join(str(tokenizer.decode([i])).replace("\n", "\\n") for i in token_ids[:limit])
+    return f"{shown}| ... {len(token_ids) - limit} more" if len(token_ids) > limit else shown

@@ -1,0 +1,132 @@
+"""The reward is tried before training: on the ground truth, on nothing, and on the forms that answers usually have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.data.prompts import Prompt, PromptSet, answers_to
+from hybridflow.errors import UserError, nearest
+from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, first_of_each, make_grader, require_score
+from hybridflow.protocols.rewards import Grader, Score, score_all, total
+from hybridflow.rewards.audit.rows import FORMS, HOLE, answer_in
+
+ANSWERS = ("response", "answer", "solution", "completion", "output")  # columns that may hold a right answer
+SHOWN = 60  # characters of an answer
+
+Read = Callable[[str], str]
+
+
+def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, rows: int) -> Iterator[str]:
+    """Scores the ground truth of the first row of every data source; where that is worth no more than an empty answer,
+    other forms of it too, and says which is worth most.
+
+    Args:
+        config: the configuration.
+        prompts: the rows.
+        read: what a reward sees of an answer with this text.
+        rows: among how many of them the first of each source is looked for.
+
+    Raises:
+        UserError: the reward fails on the ground truth, or returns no components that the configuration names.
+    """
+    check_rows(config, prompts)
+    r, name = config.reward, reward_name(config)
+    loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
+    if r.judge is not None and r.judge.url is not None:
+        loaded.remove(JUDGE)
+    with closing(make_grader(config, None, data_sources(prompts), scoring=not loaded)) as grader:
+        grader.check()
+        if loaded:
+            yield f"  reward {name}: its {' and '.join(loaded)} can be loaded; nothing was scored"
+            return
+        first, components = list(first_of_each(prompts, rows)), set[str]()
+        for prompt in first:
+            of = f" of {prompt.data_source}" if len(first) > 1 else ""
+            answer = _as_answer(prompt.ground_truth)
+            [score] = _scores(grader, prompt, [read(answer)])
+            require_score(score, r, f"the first row of {prompt.data_source}")
+            components |= set(score.components)
+            more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
+            seen = "" if read(answer) == answer else f", of which the reward sees {read(answer)[:SHOWN]!r},"
+            yield (
+                f"  reward {name}: the first row's{of} ground truth {answer[:SHOWN]!r} given as the answer{seen} "
+                f"scores {total(score):g}{more}"
+            )
+            yield from _other_forms(grader, prompt, read, total(score))
+        if isinstance(config, RlConfig) and _lacking(config, components) is not None:
+            for prompt in first:  # an answer may lack what others have
+                scores = _scores(grader, prompt, [read(text) for text in ["", *_forms(prompt)]])
+                components |= {name for score in scores for name in score.components}
+            if (lacking := _lacking(config, components)) is not None:
+                raise lacking
+
+
+def reward_name(config: RlConfig | EvalConfig) -> str:
+    """How the reward of a configuration is called."""
+    return config.reward.function if config.reward.terms is None else " + ".join(config.reward.terms)
+
+
+def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:
+    """What a right answer may have to look like, where the bare ground truth is worth no more than nothing."""
+    [empty] = _scores(grader, prompt, [""])
+    if empty.failure is not None:
+        yield f"    advice: the reward fails on an empty answer, and models give some: {empty.failure.splitlines()[0]}"
+        return
+    floor = total(empty)
+    if truth > floor:
+        return
+    tried = _forms(prompt)
+    scores = _scores(grader, prompt, [read(text) for text in tried])
+    worth = {text: total(score) for text, score in zip(tried, scores) if score.failure is None}
+    best = max(worth, key=worth.__getitem__, default="")
+    if worth.get(best, floor) > floor:
+        yield f"    {tried[best]} {best[:SHOWN]!r} it scores {worth[best]:g}: a right answer needs such a form"
+        return
+    others = f" and {len(tried)} other forms of it" if tried else ""
+    yield (
+        f"    advice: the ground truth{others} score no more than an empty answer ({floor:g}), so nothing shows here "
+        "that any answer can earn more, and if none can, nothing is learned. Score an answer that you know to be "
+        "right, or see what the reward reads: hybridflow audit-reward"
+    )
+
+
+def _forms(prompt: Prompt) -> dict[str, str]:
+    """Answers that may be right besides the bare ground truth, and what each is."""
+    tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
+    answer = answer_in(prompt.ground_truth).strip()
+    if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
+        tried |= {form.replace(HOLE, answer): "written as" for form in FORMS if form != HOLE}
+    return tried
+
+
+def _scores(grader: Grader, prompt: Prompt, texts: list[str]) -> list[Score]:
+    return [scores[0] for scores in score_all(grader, [answers_to(prompt, [text]) for text in texts])]
+
+
+def _as_answer(ground_truth: object) -> str:
+    return ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=str)
+
+
+def _lacking(config: RlConfig, found: set[str]) -> UserError | None:
+    """What to say where a configuration names a component that the reward never returned."""
+    a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
+    if needs.needs_components and not found:
+        return UserError(
+            f"the {a.advantage} advantage works on the components of a reward, and {reward_name(config)} has none",
+            fix='return a dict from it: {"score": ..., "correct": ..., "format": ...}',
+        )
+    named = {"filter.metric": [config.filter.metric] if config.filter.metric != "reward" else []}
+    named["algorithm.reward_weights"] = list(a.reward_weights or {})
+    for key, names in named.items():
+        for name in names:
+            if name not in found:
+                return UserError(
+                    f"{key} names {name!r}, which {reward_name(config)} does not return", fix=nearest(name, found)
+                )
+    return None

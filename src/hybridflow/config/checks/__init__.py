@@ -1,0 +1,1 @@
+"""Which sections of a configuration go together."""

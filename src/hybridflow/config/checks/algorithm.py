@@ -1,0 +1,176 @@
+"""Which pieces and values of an algorithm go together: what does not is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.pieces.needs import needs_of, signature_of
+from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, POLICY_LOSSES, STATISTICS
+
+if TYPE_CHECKING:  # the sections check themselves with this file
+    from hybridflow.config.kinds.rl import RlConfig
+    from hybridflow.config.sections.algorithm import AlgorithmSection
+    from hybridflow.config.sections.model import CriticSection
+
+
+def check_algorithm(config: RlConfig) -> None:
+    """Holds the algorithm, the critic and the reference of a run together.
+
+    Raises:
+        ValueError: they do not fit; all that is wrong is told at once.
+    """
+    a = config.algorithm
+    problems = [*_own_functions(a)]
+    if not problems:  # what a function needs is known from its signature
+        problems += [*_unread_values(a), *_critic(a, config.critic), *_divergence(a), *_modes(a), *_correction(a)]
+    critic, steps = config.critic, config.train.steps
+    if critic is not None and steps is not None and critic.warmup_steps >= steps:
+        problems.append(
+            f"critic.warmup_steps is {critic.warmup_steps}, but train.steps is {steps}: no actor is trained"
+        )
+    if config.model.reference is not None and not a.needs_reference:
+        problems.append("model.reference is set, but algorithm.kl_reward_coef and kl_loss_coef are 0: nothing uses it")
+    if a.advantage == "distillation" and config.model.reference is None:
+        problems.append("the distillation advantage holds every token against a teacher: name it in model.reference")
+    if config.filter.active and config.train.epochs is not None:
+        problems.append(
+            "train.epochs says how often the rows are gone through, but a filter draws as many as it needs: give "
+            "train.steps"
+        )
+    r = config.reward
+    if r.overlong_buffer is not None and r.overlong_buffer > config.rollout.max_response_tokens:
+        problems.append(
+            f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens "
+            f"{config.rollout.max_response_tokens}: every answer would be punished"
+        )
+    normalized = [name for name, term in (r.terms or {}).items() if term.normalize == "group"]
+    if normalized and needs_of(a.advantage, ADVANTAGES).needs_greedy:
+        problems.append(
+            f"reward.terms.{normalized[0]}.normalize is group, but {a.advantage} holds answers against a greedy one, "
+            "which is scored alone: leave it out"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _unread_values(a: AlgorithmSection) -> Iterator[str]:
+    """Values that were given and that none of the chosen pieces takes."""
+    read = {*needs_of(a.advantage, ADVANTAGES).values, *needs_of(a.policy_loss, POLICY_LOSSES).values}
+    read |= {*STATISTICS.get(a.policy_loss, ()), *needs_of(a.aggregation, AGGREGATIONS).values}
+    every = {name for table in (ADVANTAGES, POLICY_LOSSES) for needs in table.values() for name in needs.values}
+    every |= {name for values in STATISTICS.values() for name in values}
+    for name in sorted(set(a.values) - read):
+        yield f"algorithm.values.{name} is set, but no function of your own takes a keyword-only parameter of that name"
+    for name in sorted(every - read):
+        value, default = getattr(a, name), type(a).model_fields[name].default
+        if value not in (default, PRESETS[a.preset].get(name, default)):
+            yield (
+                f"algorithm.{name} is {value}, but neither the {a.advantage} advantage nor the {a.policy_loss} policy "
+                "loss uses it"
+            )
+
+
+def _critic(a: AlgorithmSection, critic: CriticSection | None) -> Iterator[str]:
+    needed = needs_of(a.advantage, ADVANTAGES).needs_critic
+    if needed and critic is None:
+        yield f"the {a.advantage} advantage needs a critic: give a critic section (`critic: {{}}` is enough)"
+    if critic is None:
+        return
+    if not needed:
+        users = ", ".join(name for name, needs in ADVANTAGES.items() if needs.needs_critic)
+        yield f"there is a critic section, but the {a.advantage} advantage uses no critic (these do: {users})"
+    default = type(a).model_fields["value_coef"].default
+    if not critic.shared_trunk and a.value_coef != default:
+        yield "algorithm.value_coef is for a critic that shares the actor's trunk (critic.shared_trunk)"
+    if critic.shared_trunk:
+        for key in ("path", "lora", "optim", "epochs_per_step"):
+            if getattr(critic, key) is not None:
+                yield f"critic.{key} is set, but with critic.shared_trunk the critic is the actor's own model"
+        if critic.warmup_steps:
+            yield "critic.warmup_steps needs a critic of its own: with critic.shared_trunk they would move the actor"
+        if not a.value_coef:
+            yield "algorithm.value_coef is 0: with critic.shared_trunk the values would never be learnt"
+
+
+def _divergence(a: AlgorithmSection) -> Iterator[str]:
+    fields = type(a).model_fields
+    for coef, keys in [
+        ("kl_reward_coef", ("kl_reward_estimator", "kl_controller")),
+        ("kl_loss_coef", ("kl_loss_estimator",)),
+    ]:
+        for key in keys:
+            if not getattr(a, coef) and getattr(a, key) != fields[key].default:
+                yield f"algorithm.{key} is {getattr(a, key)}, but algorithm.{coef} is 0: it changes nothing"
+    if a.kl_controller == "adaptive" and a.kl_target is None:
+        yield "algorithm.kl_controller adaptive needs algorithm.kl_target, the divergence to hold"
+    if a.kl_controller == "fixed":
+        for key in ("kl_target", "kl_horizon"):
+            if getattr(a, key) != fields[key].default:
+                yield f"algorithm.{key} is for algorithm.kl_controller adaptive; it is fixed"
+
+
+def _modes(a: AlgorithmSection) -> Iterator[str]:
+    modes = needs_of(a.policy_loss, POLICY_LOSSES).modes
+    if modes and a.aggregation not in modes:
+        yield (
+            f"the {a.policy_loss} policy loss has no meaning with algorithm.aggregation={a.aggregation}; "
+            f"set {' or '.join(modes)}"
+        )
+
+
+def _correction(a: AlgorithmSection) -> Iterator[str]:
+    c = a.correction
+    if c.mode == "bypass":
+        if a.old_logp == "recompute":
+            yield "algorithm.correction.mode=bypass takes the sampler's log-probabilities: leave out algorithm.old_logp"
+        if c.weights != "none" and a.policy_loss != "reinforce" and not is_function_reference(a.policy_loss):
+            yield (
+                f"algorithm.correction weighs by {c.weights} in bypass mode, but the ratio of {a.policy_loss} to the "
+                "sampler is that weight already: set algorithm.policy_loss=reinforce, or correction.weights=none"
+            )
+        if needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp:
+            yield f"the {a.policy_loss} policy loss tells the step's first policy from the sampler: not in bypass mode"
+    elif a.old_logp == "rollout" and (c.active or needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp):
+        what = "algorithm.correction" if c.active else f"the {a.policy_loss} policy loss"
+        yield f"{what} holds the step's first policy against the sampler: algorithm.old_logp=rollout makes them one"
+    elif a.policy_loss == "decoupled_ppo" and c.weights != "none":
+        yield (
+            f"algorithm.correction weighs by {c.weights}, but the decoupled_ppo policy loss has these weights already: "
+            "set algorithm.policy_loss=ppo_clip, or correction.weights=none"
+        )
+    if c.weights == "none" and (c.weight_floor is not None or c.normalize):
+        yield "algorithm.correction has weight_floor or normalize, but its weights are none: they change nothing"
+
+
+FORMS = {
+    "advantage": "def mine(reward_N, group_N, *, my_value=1.0): an advantage per trajectory; or with mask_T: per token",
+    "policy_loss": "def mine(logp_M, old_logp_M, advantage_M, *, my_value=1.0): (loss_M, {name: metric_M})",
+    "aggregation": "def mine(length_N, group_N, *, norm): the weight of every token of a trajectory",
+}
+ENDINGS = {"advantage": ("_N", "_NK", "_T"), "policy_loss": ("_M",), "aggregation": ("_N",)}
+PLAIN = {"advantage": ("offsets",), "policy_loss": (), "aggregation": ("norm",)}
+
+
+def _own_functions(a: AlgorithmSection) -> Iterator[str]:
+    """What is wrong with functions of the user's own, as far as their signature says."""
+    for what, endings in ENDINGS.items():
+        name = getattr(a, what)
+        if not is_function_reference(name):
+            continue
+        try:
+            positional, keywords = signature_of(name)
+        except ValueError as error:
+            yield f"algorithm.{what}: {error}"
+            continue
+        strange = [p for p in positional if not p.endswith(endings) and p not in PLAIN[what]]
+        given = (*a.values, *type(a).model_fields, *PLAIN[what])
+        unknown = [k for k, has_default in keywords.items() if not has_default and k not in given]
+        if what == "policy_loss" and "logp_M" not in positional:
+            yield f"algorithm.{what}: {name} does not take logp_M, so it has no gradient; write {FORMS[what]}"
+        if strange:
+            yield f"algorithm.{what}: {name} takes {strange[0]!r}, and nothing is called that; write {FORMS[what]}"
+        for key in unknown:
+            yield f"algorithm.{what}: {name} takes {key!r}: give it a default, or algorithm.values.{key}"

@@ -1,0 +1,35 @@
+"""The configuration of an evaluation: `hybridflow eval`."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from hybridflow.config.sections.base import Section
+from hybridflow.config.sections.data import PromptDataSection
+from hybridflow.config.sections.eval import EvalSection
+from hybridflow.config.sections.model import ModelSection
+from hybridflow.config.sections.rewards import RewardSection
+from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.run import RunSection
+
+
+class EvalConfig(Section):
+    """An evaluation: `hybridflow eval`."""
+
+    run: RunSection
+    model: ModelSection
+    data: PromptDataSection
+    reward: RewardSection
+    rollout: RolloutSection = RolloutSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _check_data(self) -> EvalConfig:
+        if self.data.eval is None:
+            raise ValueError("data.eval is missing: there is nothing to evaluate on")
+        if self.model.lora is not None:
+            raise ValueError(
+                "model.lora is for training; to evaluate adapters, write them into a model with `hybridflow export RUN "
+                "FOLDER` and give that folder as model.path"
+            )
+        return self

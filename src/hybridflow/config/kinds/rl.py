@@ -1,0 +1,89 @@
+"""The configuration of a reinforcement-learning run: `hybridflow train`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from hybridflow.config.checks.algorithm import check_algorithm
+from hybridflow.config.checks.placement import check_placement
+from hybridflow.config.inherit import inherited
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.config.sections.algorithm import AlgorithmSection, FilterSection, ReweightSection
+from hybridflow.config.sections.base import Section
+from hybridflow.config.sections.data import PromptDataSection
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.eval import EvalSection, _check_best
+from hybridflow.config.sections.model import CriticSection, RlModelSection
+from hybridflow.config.sections.optim import OptimSection
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.config.sections.rewards import RewardSection
+from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.run import CheckpointSection, RunSection, TrackSection
+from hybridflow.config.sections.train import RlTrainSection
+
+
+class RlConfig(Section):
+    """A reinforcement-learning run: `hybridflow train`."""
+
+    run: RunSection
+    model: RlModelSection
+    data: PromptDataSection
+    reward: RewardSection
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
+    filter: FilterSection = FilterSection()
+    reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
+    train: RlTrainSection
+    optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    placement: PlacementSection = PlacementSection()
+    critic: CriticSection | None = Field(None, description="The critic, of advantages that need one (gae).")
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: object) -> object:
+        return inherited(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> RlConfig:
+        t = self.train
+        if needs_of(self.algorithm.advantage, ADVANTAGES).needs_group and t.samples_per_prompt < 2:
+            raise ValueError(
+                f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
+                "compares answers to one prompt: give at least 2"
+            )
+        check_algorithm(self)
+        check_placement(self)
+        sequences = t.prompts_per_step * t.samples_per_prompt
+        if t.sequences_per_update is not None and sequences % t.sequences_per_update:
+            raise ValueError(
+                f"train.sequences_per_update {t.sequences_per_update} does not divide the {sequences} answers of a "
+                f"step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        for key, room in [
+            ("train.tokens_per_microbatch", t.tokens_per_microbatch),
+            ("rollout.max_cache_tokens", self.rollout.max_cache_tokens),
+        ]:
+            if room < longest:
+                raise ValueError(
+                    f"{key} is {room}, but one sequence can have {longest} tokens (data.max_prompt_tokens "
+                    f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens}); "
+                    f"set {key}={longest} or more, or lower one of the two limits"
+                )
+        if self.data.train is None:
+            raise ValueError("data.train is missing: reinforcement learning needs prompts")
+        if self.rollout.engine == "sglang" and self.model.lora is not None and self.rollout.lora != "merged":
+            raise ValueError(
+                "rollout.engine sglang takes no adapters alone (model.lora): set rollout.lora=merged, which adds them "
+                "into full weights"
+            )
+        if self.eval.every and self.data.eval is None:
+            raise ValueError("eval.every is set, but data.eval names no evaluation rows")
+        if self.checkpoint.best is not None:
+            _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
+        return self

@@ -1,0 +1,1 @@
+"""The pieces that an algorithm is put together from."""

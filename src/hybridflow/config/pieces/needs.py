@@ -1,0 +1,72 @@
+"""What a piece of an algorithm needs, also where it is a function of the user's own: then its parameters say it.
+
+The file is read, not run, so that this works without torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.pieces.tables import Needs
+from hybridflow.errors import nearest
+
+OUTPUTS = {"old_logp_T": "logp", "sum_pi_squared_T": "sum_pi_squared"}  # columns that the policy has to be asked for
+
+
+def needs_of(name: str, table: Mapping[str, Needs]) -> Needs:
+    """The needs of a piece, from the table or from its own file.
+
+    Raises:
+        ValueError: no such file, or no such function in it.
+    """
+    if not is_function_reference(name):
+        return table.get(name, Needs())
+    parameters, values = signature_of(name)
+    return needs_from(parameters, values)
+
+
+def signature_of(name: str) -> tuple[list[str], dict[str, bool]]:
+    """The positional parameters of ``file.py:function``, and its keyword-only ones with whether they have a default.
+
+    Raises:
+        ValueError: no such file, or no such function in it.
+    """
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"no file {file} (for {name}); give file.py:function, relative to the configuration")
+    return _signature(file, function, Path(file).stat().st_mtime_ns)
+
+
+def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
+    """What the names of a function's parameters ask for."""
+    names = {p[:-1] + "T" if p.endswith("_M") else p for p in parameters}
+    found = Needs(
+        needs_group="group_N" in names,
+        needs_critic="value_T" in names,
+        needs_reference="ref_logp_T" in names,
+        needs_greedy="baseline_N" in names,
+        needs_components="components_NK" in names,
+        values=tuple(values),
+    )
+    if "logp_M" in parameters:  # a policy loss, which has its ratio anyway
+        return replace(found, needs_rollout_logp="rollout_logp_T" in names)
+    return replace(found, outputs=tuple(output for column, output in OUTPUTS.items() if column in names))
+
+
+@cache
+def _signature(file: str, function: str, changed: int) -> tuple[list[str], dict[str, bool]]:
+    try:
+        tree = ast.parse(Path(file).read_text())
+    except SyntaxError as error:
+        raise ValueError(f"{file} is not Python: {error}") from error
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if function not in functions:
+        raise ValueError(f"{file} has no function {function!r}; {nearest(function, functions)}")
+    arguments = functions[function]
+    positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    return positional, {a.arg: d is not None for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults)}

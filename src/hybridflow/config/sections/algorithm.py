@@ -1,0 +1,248 @@
+"""The sections that say how a step's answers become a loss: the algorithm, its correction, its filters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.names import unknown_name
+from hybridflow.config.paths import FunctionName
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.presets import CORRECTIONS, PRESETS, REJECTION_LEVELS
+from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
+from hybridflow.config.sections.base import Section
+from hybridflow.errors import nearest
+
+
+def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, default: str) -> object:
+    """The values of a section, with those of its preset where nothing is given.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if not isinstance(values, dict):
+        return values
+    preset = values.get("preset", default)
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; {unknown_name(str(preset), presets)}")
+    return {**presets[preset], **values, "preset": preset}
+
+
+class CorrectionSection(Section):
+    """What is done about the difference between the engine that samples and the policy that trains."""
+
+    preset: str = Field("disabled", description="Named choice of the values below, by verl's names.")
+    mode: Literal["decoupled", "bypass"] = Field(
+        "decoupled",
+        description="decoupled: the policy at the start of the step is computed and held against the sampler; bypass: "
+        "the sampler's log-probabilities stand for it, and the current policy is held against them.",
+    )
+    weights: Literal["none", "token", "sequence"] = Field(
+        "none", description="Importance weights on the policy loss: of each token, or one of a whole answer."
+    )
+    weight_cap: PositiveFloat = Field(2.0, description="Weights are cut at this.")
+    weight_floor: PositiveFloat | None = Field(
+        None, description="With a floor, weights outside of [weight_floor, weight_cap] become 0 instead (IcePop)."
+    )
+    normalize: bool = Field(False, description="Divide the weights by their mean.")
+    reject: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="Tokens or answers that do not count, by level: token_, seq_sum_, seq_mean_ or seq_max_ with k1, "
+        "k2 or k3. For k1 the two bounds of the sampler's probability over the policy's, such as {seq_mean_k1: [0.9, "
+        "1.1]}, or an upper one, whose reciprocal is the lower; for k2 and k3 an upper bound.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: object) -> object:
+        return filled_from(values, CORRECTIONS, default="disabled")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> CorrectionSection:
+        if self.weight_floor is not None and self.weight_floor >= self.weight_cap:
+            raise ValueError(f"weight_floor {self.weight_floor:g} is not below weight_cap {self.weight_cap:g}")
+        for level, bounds in self.reject.items():
+            if level not in REJECTION_LEVELS:
+                raise ValueError(f"unknown level {level!r} in reject; {nearest(level, REJECTION_LEVELS)}")
+            if len(bounds) not in ((1, 2) if level.endswith("k1") else (1,)) or min(bounds) <= 0:
+                wanted = "[lower, upper] or [upper]" if level.endswith("k1") else "[upper]"
+                raise ValueError(f"reject.{level} is {bounds}, it must be {wanted}, positive")
+            if len(bounds) == 2 and bounds[0] >= bounds[1]:
+                raise ValueError(f"reject.{level} is {bounds}: the lower bound is not below the upper one")
+            if level.endswith("k1") and len(bounds) == 1 and bounds[0] <= 1:
+                raise ValueError(f"reject.{level} is {bounds}: an upper bound of the ratio must be above 1")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is weighted or rejected."""
+        return self.weights != "none" or bool(self.reject)
+
+
+class FilterSection(Section):
+    """Which groups are trained on; those that are dropped are replaced by other prompts."""
+
+    equal_rewards: bool = Field(
+        False, description="Drop groups whose answers are all worth the same (DAPO's dynamic sampling)."
+    )
+    min_mean: float | None = Field(None, description="Drop groups whose mean is below this.")
+    max_mean: float | None = Field(None, description="Drop groups whose mean is above this.")
+    metric: str = Field(
+        "reward", description="What is looked at: reward, or a component that the reward function returns."
+    )
+    max_rounds: PositiveInt = Field(
+        10,
+        description="Rounds of drawing prompts for one step, the first included; the step then goes on with what it "
+        "has.",
+    )
+    overlong: bool = Field(False, description="Answers cut at rollout.max_response_tokens carry no loss.")
+
+    @model_validator(mode="after")
+    def _check_band(self) -> FilterSection:
+        if self.min_mean is not None and self.max_mean is not None and self.min_mean >= self.max_mean:
+            raise ValueError(f"min_mean {self.min_mean:g} is not below max_mean {self.max_mean:g}: no group passes")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether any group can be dropped."""
+        return self.equal_rewards or self.min_mean is not None or self.max_mean is not None
+
+
+class ReweightSection(Section):
+    """Training on some answers of a step more than on others (PF-PPO, arXiv 2409.06957)."""
+
+    method: Literal["pow", "max_min", "max_random"] = Field(
+        description="pow: answers are drawn again in proportion to the size of their score to the power; max_min: of "
+        "every group its best and its worst; max_random: of every group its best and another one."
+    )
+    power: float = Field(2.0, ge=0, description="The power of pow.")
+
+
+class AlgorithmSection(Section):
+    """The three pieces of the algorithm and their values. A preset fills what is not given."""
+
+    preset: str = Field("grpo", description="Named choice of all the values below.")
+    advantage: FunctionName = Field("grpo", description="Advantage estimator, or file.py:function.")
+    normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
+    gamma: float = Field(
+        1.0, ge=0, le=1, description="Discount: a reward that comes d tokens later counts gamma to the power of d."
+    )
+    lam: float = Field(
+        1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
+    )
+    lam_critic: float = Field(1.0, ge=0, le=1, description="Lambda of the returns that the critic learns (vapo_gae).")
+    length_alpha: float | None = Field(
+        None, gt=0, description="Lambda becomes 1 - 1 / (length_alpha x answer length) (vapo_gae); unset: lam."
+    )
+    reward_weights: dict[str, float] | None = Field(
+        None, description="Weight of each reward component, by its name (gdpo); unset: 1 for all."
+    )
+    step_weight: float = Field(1.0, ge=0, description="Weight of the advantage within steps from one state (gigpo).")
+    policy_loss: FunctionName = Field("ppo_clip", description="Per-token policy loss, or file.py:function.")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
+    clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
+    clip_dual: float | None = Field(
+        None, gt=1, description="Bound c of the dual clip for negative advantages; unset: none."
+    )
+    tau_positive: float = Field(1.0, gt=0, description="Temperature of the gate where advantages are positive (sapo).")
+    tau_negative: float = Field(1.05, gt=0, description="Temperature of the gate where they are not (sapo).")
+    clip_cov_share: float = Field(
+        2e-4, gt=0, lt=1, description="Share of the tokens that learn nothing, out of the band below (clip_cov)."
+    )
+    cov_low: float = Field(1.0, description="Band of covariances, its lower end (clip_cov).")
+    cov_high: float = Field(5.0, description="Band of covariances, its upper end (clip_cov).")
+    kl_cov_share: float = Field(
+        2e-4, gt=0, lt=1, description="Share of the tokens, of highest covariance, that are penalised (kl_cov)."
+    )
+    kl_cov_coef: float = Field(1.0, ge=0, description="Weight of their penalty (kl_cov).")
+    divergence_low: float = Field(
+        0.2, gt=0, lt=1, description="Divergence at which a token that should be less likely learns no more (dppo)."
+    )
+    divergence_high: float = Field(
+        0.2, gt=0, lt=1, description="Divergence at which a token that should be likelier learns no more (dppo)."
+    )
+    ratio_cap: float = Field(20.0, gt=1, description="Bound on the importance ratio (dppo).")
+    dro_beta: float = Field(0.1, gt=0, description="Weight of the squared log-ratio (dro).")
+    topr_cap: float = Field(1.0, gt=0, description="Bound on the ratio of answers with negative advantages (topr).")
+    behaviour_cap: float | None = Field(
+        None,
+        gt=1,
+        description="Tokens learn nothing where the ratio of the step's first policy to the sampler is above this "
+        "(decoupled_ppo); unset: no bound.",
+    )
+    sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage (sppo).")
+    aggregation: FunctionName = Field(
+        "token-mean", description="How token losses become one number, or file.py:function."
+    )
+    values: dict[str, float | int | bool | str | None] = Field(
+        default_factory=dict, description="Values that functions of your own (file.py:function) take, by name."
+    )
+    correction: CorrectionSection = CorrectionSection()
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    clip_value: float | None = Field(
+        0.5,
+        gt=0,
+        description="The value loss is clipped: values that move further than this within a step gain "
+        "nothing (PPO's value clip); unset (null): not clipped.",
+    )
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss where the critic shares the trunk.")
+    kl_reward_coef: float = Field(
+        0.0, ge=0, description="Weight of the divergence from the reference that is taken off every token's reward."
+    )
+    kl_reward_estimator: str = Field("k1", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="fixed: kl_reward_coef stays as it is; adaptive: it begins there, and is raised or "
+        "lowered after every step to hold the divergence at kl_target.",
+    )
+    kl_target: float | None = Field(None, gt=0, description="Divergence that adaptive holds, in nats per token.")
+    kl_horizon: PositiveInt = Field(
+        10_000, description="Answers over which adaptive changes the weight by at most a fifth."
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="Weight of the divergence from the reference in the loss.")
+    kl_loss_estimator: str = Field(
+        "k3",
+        description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped; with a plus sign, such as k3+, the "
+        "value is that of the estimator and the gradient that of k2.",
+    )
+    old_logp: Literal["auto", "recompute", "rollout"] = Field(
+        "auto",
+        description="Where the ratio's denominator comes from. auto: the current policy itself when a step makes one "
+        "update, else recompute; recompute: a forward pass before the step's updates; rollout: the sampler's.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: object) -> object:
+        return filled_from(values, PRESETS, default="grpo")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> AlgorithmSection:
+        for what, name, known in [
+            ("advantage", self.advantage, ADVANTAGES),
+            ("policy_loss", self.policy_loss, POLICY_LOSSES),
+            ("aggregation", self.aggregation, AGGREGATIONS),
+        ]:
+            if name not in known and not is_function_reference(name):
+                raise ValueError(f"unknown {what} {name!r}; {unknown_name(name, known)} (or give file.py:function)")
+        for what, name in [
+            ("kl_reward_estimator", self.kl_reward_estimator),
+            ("kl_loss_estimator", self.kl_loss_estimator),
+        ]:
+            if name not in KL_ESTIMATORS:
+                raise ValueError(f"unknown {what} {name!r}; {unknown_name(name, KL_ESTIMATORS)}")
+        if self.cov_low >= self.cov_high:
+            raise ValueError(
+                f"cov_low {self.cov_low:g} is not below cov_high {self.cov_high:g}: no token is in the band"
+            )
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities of the reference are used."""
+        from_pieces = needs_of(self.advantage, ADVANTAGES), needs_of(self.policy_loss, POLICY_LOSSES)
+        return bool(self.kl_reward_coef or self.kl_loss_coef) or any(n.needs_reference for n in from_pieces)

@@ -1,0 +1,80 @@
+"""The section of evaluations."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, model_validator
+
+from hybridflow.config.paths import ReadPath
+from hybridflow.config.sections.base import Section
+from hybridflow.errors import nearest
+
+
+class EvalSection(Section):
+    """Held-out evaluation; its noise is its own, so that it never changes what a run trains on."""
+
+    every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: only before and after training.")
+    before_training: bool = Field(True, description="Whether to evaluate the untrained model too.")
+    max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the evaluation data.")
+    samples_per_prompt: PositiveInt = Field(1, description="Answers to each prompt; more than one need a temperature.")
+    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0 takes the most likely token (greedy).")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this share.")
+    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Makes tokens less likely that the prompt or the answer has already; 1: no change."
+    )
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict, description="Added to the logits of these token ids, for example {17: -5}."
+    )
+    k: list[PositiveInt] | None = Field(
+        None,
+        description="The k of pass@k and maj@k; unset: 1, 2, 4, ... and samples_per_prompt itself, where that is more "
+        "than one.",
+    )
+    success_threshold: float = Field(
+        1.0, description="An answer with at least this reward is a success, for pass@k. Means take rewards as they are."
+    )
+    answer: ReadPath | None = Field(
+        None,
+        description="file.py:function from the text of a response to the answer that maj@k counts as a vote; unset: "
+        "the whole response.",
+    )
+
+    def ks(self) -> list[int]:
+        """The k of pass@k and maj@k, ascending; empty if every prompt has one answer and nothing was asked for."""
+        n = self.samples_per_prompt
+        if self.k is not None:
+            return sorted(set(self.k))
+        return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)}) if n > 1 else []
+
+    def metric_names(self) -> list[str]:
+        """What is measured of each data source, without its name: ``mean@4``, ``pass@2``, ``maj@4/mean``."""
+        passed = [f"pass@{k}" for k in self.ks()]
+        return [f"mean@{self.samples_per_prompt}", *passed, *(f"maj@{k}/mean" for k in self.ks() if k > 1)]
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> EvalSection:
+        n = self.samples_per_prompt
+        if n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"eval.samples_per_prompt is {n}, but eval.temperature is 0: all greedy answers to a prompt are the "
+                "same; set eval.temperature, for example to 1"
+            )
+        large = [k for k in self.k or [] if k > n]
+        if large:
+            raise ValueError(
+                f"eval.k asks for pass@{large[0]}, but eval.samples_per_prompt is {n}: no {large[0]} answers can be "
+                f"taken out of {n}; raise eval.samples_per_prompt to {max(large)} or lower eval.k"
+            )
+        return self
+
+
+def _check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
+    if not has_rows:
+        raise ValueError(f"checkpoint.best is {name}, which is never measured: data.eval names no evaluation rows")
+    known = [f"val-core/SOURCE/reward/{metric}" for metric in evaluation.metric_names()]
+    prefix, sign, metric = name.partition("/reward/")
+    if not (prefix.startswith("val-core/") and sign and metric in evaluation.metric_names()):
+        raise ValueError(f"checkpoint.best {name!r} is not a metric of the evaluation; {nearest(name, known)}")

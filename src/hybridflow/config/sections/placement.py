@@ -1,0 +1,103 @@
+"""The section that says where models are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from hybridflow.config.paths import WrittenPath
+from hybridflow.config.sections.base import Section
+from hybridflow.errors import nearest
+
+Transport = Literal["auto", "shared_memory", "broadcast", "cuda_ipc", "files"]
+ROLES = ("actor", "critic", "reference", "reward", "rollout")  # what can be placed; "reward": a reward model
+
+
+class PlacementSection(Section):
+    """Which processes there are, and which models live in which of them."""
+
+    backend: Literal["auto", "in_process", "processes", "ray", "torchrun"] = Field(
+        "auto",
+        description="Who starts the processes. in_process: none, everything in this one; processes: this host; ray: a "
+        "Ray cluster or a local instance of it; torchrun: they are started already. auto: torchrun where it started "
+        "us, in_process where the pools have one process together, else processes.",
+    )
+    pools: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="Processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}. Empty: one.",
+    )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="The pool of actor, critic, reference, reward (a reward model), rollout. Those that are not named "
+        "are in the first pool; roles of one pool share its processes.",
+    )
+    address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
+    port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
+    transport: Transport = Field(
+        "auto",
+        description="How weights travel between processes. auto: shared memory on one host, else broadcast; cuda_ipc: "
+        "handles of GPU memory, where sender and receiver share a GPU; files: in placement.folder.",
+    )
+    folder: WrittenPath | None = Field(
+        None, description="Where transport files puts weights: a folder that all processes reach under this path."
+    )
+    delta: bool = Field(
+        False,
+        description="Send only the bytes that changed since the last publication. Either end then keeps a copy of all "
+        "weights in host memory.",
+    )
+    timeout: PositiveFloat = Field(
+        600, description="Seconds that a collective or a worker may take without progress before the run ends."
+    )
+
+    @field_validator("pools", "roles", mode="before")
+    @classmethod
+    def _check_spaces(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            if given[key] is None and ":" in str(key):
+                name, _, value = str(key).partition(":")
+                raise ValueError(f"YAML reads {{{key}}} as one word: write {{{name}: {value}}}, with a space")
+        return given
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> PlacementSection:
+        for role, pool in self.roles.items():
+            if role not in ROLES:
+                raise ValueError(f"placement.roles names {role!r}, which is no role; {nearest(role, ROLES)}")
+            if pool not in self.pools:
+                known = nearest(pool, self.pools) if self.pools else "placement.pools is empty"
+                raise ValueError(f"placement.roles puts {role} into pool {pool!r}, which does not exist; {known}")
+        idle = set(self.pools) - {self.pool_of(role) for role in ROLES}
+        if idle:
+            raise ValueError(f"placement.pools: nothing is placed in {sorted(idle)}; name it in placement.roles")
+        if self.address is not None and self.backend != "ray":
+            raise ValueError("placement.address is of a Ray cluster: set placement.backend=ray")
+        if self.backend in ("processes", "ray") and not self.pools:
+            raise ValueError(f"placement.backend is {self.backend}, but placement.pools is empty: give {{all: 2}}")
+        if self.backend == "in_process" and sum(self.pools.values()) > 1:
+            raise ValueError("placement.backend in_process is one process: set placement.backend=processes or ray")
+        return self
+
+    def pool_of(self, role: str) -> str | None:
+        """The pool of a role; None where there are no pools and everything is in this process."""
+        if not self.pools:
+            return None
+        return self.roles.get(role, next(iter(self.pools)))
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def resolved_placement(placement: PlacementSection) -> PlacementSection:
+    """The section with what was left to us: the back end, and under torchrun one pool of all its processes."""
+    backend, pools = placement.backend, placement.pools
+    if backend == "auto":
+        several = len(pools) > 1 or any(size > 1 for size in pools.values())
+        backend = "torchrun" if started_by_torchrun() else "processes" if several else "in_process"
+    if backend == "torchrun" and not pools:
+        pools = {"all": int(os.environ.get("WORLD_SIZE", "1"))}
+    return placement.model_copy(update={"backend": backend, "pools": pools})

@@ -1,0 +1,58 @@
+"""The sections that say how much is generated and trained on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, PositiveInt
+
+from hybridflow.config.sections.run import LengthSection
+
+
+class RlTrainSection(LengthSection):
+    """How much is generated and trained on."""
+
+    steps: PositiveInt | None = Field(
+        None, description="Steps of the run: generate, score, update, publish. Give this or train.epochs."
+    )
+    epochs: PositiveInt | None = Field(
+        None,
+        description="Passes over the training rows, instead of train.steps: as many steps as find their prompts in "
+        "them. Rows left over at the end of an epoch open the next one's first step.",
+    )
+    prompts_per_step: PositiveInt = Field(description="Prompts drawn for one step.")
+    samples_per_prompt: PositiveInt = Field(description="Answers generated for each prompt (the group).")
+    sequences_per_update: PositiveInt | None = Field(
+        None, description="Answers in one optimizer step; unset: all of the step's, one on-policy update."
+    )
+    epochs_per_step: PositiveInt = Field(1, description="Passes over a step's answers.")
+    tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
+    skip_zero_advantage: bool = Field(
+        True,
+        description="Leave out answers whose loss is zero whatever the weights (as a rule groups of equal reward). "
+        "They still count in denominators, so the gradient is the same.",
+    )
+
+
+class SftTrainSection(LengthSection):
+    """How much to train on."""
+
+    ends: ClassVar[tuple[str, ...]] = (*LengthSection.ends, "stop_below_loss")
+
+    steps: PositiveInt | None = Field(
+        None, description="Optimizer steps (at most, if stop_below_loss is set). Give this or train.epochs."
+    )
+    epochs: PositiveInt | None = Field(
+        None,
+        description="Passes over the rows, instead of train.steps; rows left over open the next epoch's first step.",
+    )
+    sequences_per_update: PositiveInt = Field(64, description="Conversations in one optimizer step.")
+    tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
+    stop_below_loss: float | None = Field(
+        None, gt=0, description="End early once the mean loss of the last 20 steps is below this."
+    )
+
+    @property
+    def longer(self) -> str:
+        """What makes the run longer, as an advice."""
+        return super().longer + " or lower train.stop_below_loss" * (self.stop_below_loss is not None)

@@ -1,0 +1,284 @@
+"""Held-out evaluation: answers to fixed prompts, scored by the run's reward, and how sure one can be of the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hybridflow.config.locate import load_function
+from hybridflow.config.sections.eval import EvalSection
+from hybridflow.data.prompts import Prompt, PromptSet, answers_to
+from hybridflow.errors import UserError, raised
+from hybridflow.evaluation.statistics import maj_at_k, mean_interval, pass_at_k
+from hybridflow.groups.failures import FailurePolicy
+from hybridflow.groups.source import require_finite
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.rewards import Grader, Score, score_all, total
+from hybridflow.protocols.waiting import Stopped, never, returning_when
+
+SECONDS_BETWEEN_NOTES = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number of an evaluation.
+
+    Args:
+        source: the data source.
+        name: ``mean@4``, ``pass@2``, ``maj@4/mean``.
+        value: mean over the source's prompts.
+        low: lower end of the 95 % confidence interval.
+        high: upper end.
+        method: of the interval: see `statistics.mean_interval`.
+        prompts: how many there are.
+    """
+
+    source: str
+    name: str
+    value: float
+    low: float
+    high: float
+    method: str
+    prompts: int
+
+    @property
+    def key(self) -> str:
+        """The metric's name, verl's."""
+        return f"val-core/{self.source}/reward/{self.name}"
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What came out of an evaluation.
+
+    Args:
+        measures: all of one data source, then those of the next.
+        others: ``response_length`` metrics of each source, and how many of its answers the reward failed on.
+        records: a row for each answer, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
+        prompts: how many prompts were answered.
+    """
+
+    measures: list[Measure]
+    others: dict[str, float]
+    records: list[dict[str, Any]]
+    prompts: int
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers by name: ``val-core/...`` for the values, ``val-aux/.../ci_low`` and ``ci_high`` besides."""
+        found = {m.key: m.value for m in self.measures}
+        for m in self.measures:
+            aside = m.key.replace("val-core/", "val-aux/", 1)
+            found |= {f"{aside}/ci_low": m.low, f"{aside}/ci_high": m.high}
+        return found | self.others
+
+
+def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
+    """How evaluation draws tokens: by its own section; where answers end is as in training."""
+    return replace(
+        training,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+        logit_bias=tuple(sorted(section.logit_bias.items())),
+    )
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: PromptSet,
+    grader: Grader,
+    policy: FailurePolicy,
+    section: EvalSection,
+    *,
+    decode: Callable[[list[int]], str],
+    sampling: Sampling,
+    seed: int,
+    note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> Evaluation:
+    """Answers every prompt ``eval.samples_per_prompt`` times.
+
+    Greedy answers take no noise; sampled ones take that of the stream "eval", by row and sample. Neither is ever the
+    training's, and two models that are evaluated with one seed get the same.
+
+    Args:
+        engine: holds the weights to evaluate.
+        prompts: the evaluation set.
+        grader: scores the answers.
+        policy: what happens where the reward fails; unless it ends the evaluation, such an answer gets its value, and
+            is counted.
+        section: how many rows and answers, and what is measured.
+        decode: token ids to text.
+        sampling: what `sampling_for` gave.
+        seed: the run's seed.
+        note: takes a line about the progress, every 10 seconds.
+        should_stop: asked all the time.
+
+    Raises:
+        Stopped: it said yes. What was generated is dropped: an evaluation is whole, or is none.
+        UserError: the reward or ``eval.answer`` failed on an answer, or the model's numbers are not finite.
+    """
+    if section.answer is not None:
+        load_function(section.answer)  # a mistake in it is told before anything is generated
+    count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
+    asked, n = [prompts[i] for i in range(count)], section.samples_per_prompt
+    stream = "eval" if sampling.temperature else "greedy"
+    requests = [
+        Request(p.token_ids, sampling, NoiseKey(seed, stream, i, sample))
+        for i, p in enumerate(asked)
+        for sample in range(n)
+    ]
+    rewards: dict[str, list[list[float]]] = defaultdict(list)
+    votes: dict[str, list[list[str]]] = defaultdict(list)
+    records = []
+    failures: dict[str, float] = {}
+    with returning_when(should_stop, engine, grader):
+        answers = _answers(engine, requests, note, should_stop)
+    for i in range(count):
+        require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
+    texts_of = [[decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
+    asked_of = (answers_to(p, texts) for p, texts in zip(asked, texts_of))
+    with returning_when(should_stop, engine, grader):
+        scores_of = score_all(grader, asked_of, should_stop)
+    for i, prompt in enumerate(asked):
+        results, texts = answers[i * n : (i + 1) * n], texts_of[i]
+        values = [_value(score, policy, f"row {i} of the evaluation data") for score in scores_of[i]]
+        for score in scores_of[i]:
+            name = f"val-aux/{prompt.data_source}/reward_failures"
+            failures[name] = failures.get(name, 0.0) + (score.failure is not None)
+        voted = [vote_in(text, section.answer) for text in texts]
+        rewards[prompt.data_source].append(values)
+        votes[prompt.data_source].append(voted)
+        for sample, (result, text, value, said) in enumerate(zip(results, texts, values, voted)):
+            record = _record(prompt, result) | {"draw": i, "sample": sample, "response": text, "reward": value}
+            records.append(record | {"vote": said})
+    measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
+    return Evaluation(measures, _lengths(records) | failures, records, count)
+
+
+def measure(
+    source: str, rewards: Sequence[Sequence[float]], votes: Sequence[Sequence[str]], section: EvalSection, seed: int
+) -> Iterator[Measure]:
+    """The numbers of one data source.
+
+    Args:
+        source: its name.
+        rewards: for every prompt, what its answers are worth.
+        votes: for every prompt, the answers as `maj_at_k` counts them.
+        section: what is measured.
+        seed: of the intervals' resamples.
+    """
+    n = section.samples_per_prompt
+    for name in section.metric_names():
+        kind, _, k = name.removesuffix("/mean").partition("@")
+        if kind == "mean":
+            values = [sum(r) / n for r in rewards]
+        elif kind == "pass":
+            passed = [sum(value >= section.success_threshold for value in r) for r in rewards]
+            values = [pass_at_k(n, c, int(k)) for c in passed]
+        else:
+            values = [maj_at_k(v, r, int(k)) for v, r in zip(votes, rewards)]
+        (low, high), method = mean_interval(values, NoiseKey(seed, f"interval/{source}/{name}"))
+        yield Measure(source, name, math.fsum(values) / len(values), low, high, method, len(values))
+
+
+def vote_in(response: str, reference: str | None) -> str:
+    """The answer in a response that counts as a vote: what ``eval.answer`` finds in it, else all of it.
+
+    Raises:
+        UserError: no such function, or it raised.
+    """
+    if reference is None:
+        return response.strip()
+    function = load_function(reference)
+    try:
+        return str(function(response))
+    except Exception as error:
+        raise UserError(
+            f"eval.answer {reference} raised {raised(error)}",
+            why=f"it was given {response[:200]!r}",
+            fix="make it return the answer in a response as text, and something such as '' where there is none",
+        ) from error
+
+
+def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | None:
+    """Advice where not one of several answers ended by itself; None where one did."""
+    count = len(finish_reasons)
+    if count < 2 or any(reason != "length" for reason in finish_reasons):
+        return None
+    return (
+        f"{eos} was never generated: {count} of {count} answers ended at the length limit of {limit} tokens; raise "
+        f"rollout.max_response_tokens if they need more, else see that the chat template ends answers with {eos} and "
+        "that the model was trained on answers that end so"
+    )
+
+
+def _answers(
+    engine: RolloutEngine,
+    requests: Sequence[Request],
+    note: Callable[[str], None] | None,
+    should_stop: Callable[[], bool],
+) -> list[Result]:
+    """The results, in the order of their requests."""
+    handles = [engine.submit(request) for request in requests]
+    done: dict[int, Result] = {}
+    began = told = time.monotonic()
+    while len(done) < len(handles):
+        try:
+            done.update({result.handle: result for result in engine.wait()})
+        except KeyboardInterrupt:
+            if note is not None:
+                note(f"given up after {len(done)} of {len(handles)} answers: an evaluation is whole, or is not kept")
+            raise
+        if should_stop():
+            engine.abort([handle for handle in handles if handle not in done])
+            raise Stopped
+        now = time.monotonic()
+        if note is not None and done and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
+            left = (now - began) / len(done) * (len(handles) - len(done))
+            note(f"evaluation: {len(done)} of {len(handles)} answers, about {left:.0f} s left")
+            told = now
+    return [done[handle] for handle in handles]
+
+
+def _value(score: Score, policy: FailurePolicy, where: str) -> float:
+    if score.failure is None:
+        return total(score)
+    if policy.on_failure == "fail":
+        raise policy.refuse(score, where)
+    return policy.value
+
+
+def _record(prompt: Prompt, result: Result) -> dict[str, Any]:
+    asked = [m["content"] for m in prompt.messages if m["role"] == "user"]
+    question = asked[-1] if asked else prompt.text
+    return {
+        "data_source": prompt.data_source,
+        "prompt": prompt.text,
+        "question": question if isinstance(question, str) else json.dumps(question, default=str),
+        "advantage": None,
+        "finish_reason": result.finish_reason,
+        "ground_truth": str(prompt.ground_truth),
+        "token_ids": result.token_ids,
+        "logps": result.logps,
+    }
+
+
+def _lengths(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    of_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        of_source[record["data_source"]].append(record)
+    found = {}
+    for source, rows in of_source.items():
+        cut = sum(row["finish_reason"] == "length" for row in rows)
+        found[f"val-aux/{source}/response_length/mean"] = sum(len(row["token_ids"]) for row in rows) / len(rows)
+        found[f"val-aux/{source}/response_length/clip_ratio"] = cut / len(rows)
+    return found

@@ -1,0 +1,1 @@
+"""Graders built from a configuration, and models that grade."""

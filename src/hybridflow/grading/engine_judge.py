@@ -1,0 +1,276 @@
+"""A judge that a generation engine of this project answers for: inline, in this process, or vLLM and SGLang servers.
+
+It has a tokenizer and a chat template of its own. What the judged model wrote is put into the judge's conversation as
+text: the texts of its special tokens are broken up first, so that an answer cannot end the judge's turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.chat.template import render_prompt
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.model import ModelSection
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.config.sections.rewards import JudgeSection
+from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.devices import pick_device
+from hybridflow.errors import UserError
+from hybridflow.models.load import context_of, load_tokenizer, stop_ids
+from hybridflow.models.lora import load_trainable
+from hybridflow.models.source import model_folder, read_config
+from hybridflow.placing.generation import describe_engine, inline_engine, own_engine
+from hybridflow.placing.places import Places
+from hybridflow.placing.role import Role
+from hybridflow.protocols.generation import Request, RolloutEngine, Sampling
+from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
+from hybridflow.rewards.graders.judging import Hearing, Judging, NoVerdict, Verdict, hearing
+from hybridflow.rollout.served.engine import AsyncEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An engine that holds the judge's model.
+
+    Args:
+        engine: it.
+        tokenizer: the judge's.
+        stops: token ids that end a verdict.
+    """
+
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    stops: tuple[int, ...]
+
+
+class EngineJudge:
+    """A `protocols.rewards.Grader` whose judge is a model that an engine of this run holds.
+
+    Requests go to the engine when answers are submitted. The inline engine computes inside `wait` alone.
+
+    Args:
+        section: ``reward.judge``.
+        start: starts the engine; called once, when something is to be judged first.
+        require: raises a UserError where it could not be started, without starting it.
+        seed: of the run.
+
+    Raises:
+        UserError: see `rewards.graders.judging.Judging`.
+    """
+
+    def __init__(
+        self, section: JudgeSection, start: Callable[[], Started], require: Callable[[], object], *, seed: int
+    ) -> None:
+        self.section, self.judging = section, Judging(section, seed)
+        self._start, self._require = start, require
+        self._started: Started | None = None
+        self._open: dict[int, Hearing] = {}
+        self._asked: dict[int, tuple[int, str, int]] = {}  # by the engine's handle: key, what was asked, sample
+
+    def submit(self, key: int, answers: Answers, function: str | None = None) -> None:
+        """See `protocols.rewards.Grader.submit`.
+
+        Raises:
+            UserError: the engine cannot be started.
+        """
+        assert key not in self._open, f"key {key} is in use"
+        if self._started is None:
+            self._started = self._start()
+        opened = self._open[key] = hearing(self.judging, answers)
+        for asked, sample in sorted(opened.missing):
+            try:
+                handle = self._started.engine.submit(self._request(asked, sample))
+            except NoVerdict as error:
+                opened.tell(asked, sample, error)
+            else:
+                self._asked[handle] = (key, asked, sample)
+        self._take()
+
+    def ready(self) -> list[tuple[int, list[Score]]]:
+        """See `protocols.rewards.Grader.ready`."""
+        self._take()
+        return self._heard()
+
+    def wait(self) -> list[tuple[int, list[Score]]]:
+        """See `protocols.rewards.Grader.wait`."""
+        done = self.ready()
+        while not done and self._open:
+            self._take(wait=True)
+            done = self._heard()
+        return done
+
+    def cancel(self) -> None:
+        """See `protocols.rewards.Grader.cancel`."""
+        if self._started is not None and self._asked:
+            self._started.engine.abort(list(self._asked))
+        self._asked.clear()
+        self._open.clear()
+
+    def check(self) -> None:
+        """See `protocols.rewards.Grader.check`. The engine is started with the first answer.
+
+        Raises:
+            UserError: the model or the engine cannot be used.
+        """
+        self._require()
+
+    def close(self) -> None:
+        """See `protocols.rewards.Grader.close`."""
+        self.cancel()
+        if self._started is not None:
+            self._started.engine.close()
+            self._started = None
+
+    def _request(self, asked: str, sample: int) -> Request:
+        assert self._started is not None
+        section, tokenizer = self.section, self._started.tokenizer
+        ids = render_prompt(tokenizer, as_text(tokenizer, asked))[1]
+        if len(ids) > section.max_prompt_tokens:
+            raise NoVerdict(
+                f"the question to it has {len(ids)} tokens, more than reward.judge.max_prompt_tokens "
+                f"({section.max_prompt_tokens})",
+                "refused",
+            )
+        sampling = Sampling(section.max_tokens, section.temperature, self._started.stops)
+        return Request(tuple(ids), sampling, self.judging.key(asked, sample))
+
+    def _take(self, *, wait: bool = False) -> None:
+        """Hands on what the engine has finished; only an engine outside of this process works without `wait`."""
+        if not self._asked:
+            return
+        assert self._started is not None
+        engine, tokenizer = self._started.engine, self._started.tokenizer
+        results = engine.wait() if wait else engine.poll() if isinstance(engine, AsyncEngine) else []
+        for result in results:
+            key, asked, sample = self._asked.pop(result.handle)
+            text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+            self._open[key].tell(asked, sample, Verdict(text, result.finish_reason == "length"))
+
+    def _heard(self) -> list[tuple[int, list[Score]]]:
+        keys = [key for key, opened in self._open.items() if not opened.missing]
+        return [(key, self._open.pop(key).scores()) for key in keys]
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with the names of special tokens broken up: the tokenizer would read them as these tokens."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    for name in sorted((name for name in special if len(name) > 1), key=len, reverse=True):
+        text = text.replace(name, f"{name[0]} {name[1:]}")
+    return text
+
+
+def make_judge(config: RlConfig | EvalConfig, places: Places | None) -> EndpointJudge | EngineJudge:
+    """The judge of ``reward.judge``.
+
+    Args:
+        config: the configuration.
+        places: is told what happens to the engine's processes; None: nobody is.
+
+    Raises:
+        UserError: the template, the parser or the key is missing. What else is wrong is found by `check`.
+    """
+    section = config.reward.judge
+    assert section is not None
+    if section.path is None:
+        return EndpointJudge(section, config.reward.pool, seed=config.run.seed)
+    require = functools.partial(_require, config, section)
+    if section.engine == "inline":
+        return EngineJudge(section, functools.partial(_inline, config, section), require, seed=config.run.seed)
+    return EngineJudge(section, functools.partial(_server, config, section, places), require, seed=config.run.seed)
+
+
+def _require(config: RlConfig | EvalConfig, section: JudgeSection) -> None:
+    assert section.path is not None
+    _tokenizer(config, section)
+    if ".py:" in section.path and section.engine != "inline":
+        raise UserError(
+            f"reward.judge.path is {section.path}, a function, and {section.engine} starts from a folder",
+            fix="set reward.judge.engine=inline, or give the folder of a model",
+        )
+    _load(config, section, outline=True)
+    if section.engine != "inline":
+        describe_engine(_rollout(config, section))
+
+
+def _inline(config: RlConfig | EvalConfig, section: JudgeSection) -> Started:
+    assert section.path is not None
+    model, tokenizer = _load(config, section), _tokenizer(config, section)
+    model.to(pick_device(config.run.device)).requires_grad_(False)
+    return Started(inline_engine(model, tokenizer), tokenizer, stop_ids(model, tokenizer))
+
+
+def _load(config: RlConfig | EvalConfig, section: JudgeSection, *, outline: bool = False) -> PreTrainedModel:
+    assert section.path is not None
+    model, _ = load_trainable(ModelSection(path=section.path), seed=config.run.seed, outline=outline)
+    context = context_of(model)
+    if context is not None and _longest(section) > context:
+        raise UserError(
+            f"a verdict can need {_longest(section)} tokens, the judge's context is {context}",
+            why="reward.judge.max_prompt_tokens + reward.judge.max_tokens",
+            fix="lower one of them, or take a judge with a longer context",
+        )
+    return model
+
+
+def _server(config: RlConfig | EvalConfig, section: JudgeSection, places: Places | None) -> Started:
+    assert section.path is not None
+    tokenizer, folder = _tokenizer(config, section), model_folder(section.path)
+    role = Role(
+        name="reference",  # it is never trained
+        model=ModelSection(path=str(folder)),
+        engine=EngineSection(),
+        optim=None,
+        tokens_per_microbatch=_longest(section),
+        longest=_longest(section),
+        seed=config.run.seed,
+    )
+    logs = Path(config.run.folder) / "judge"
+    logs.mkdir(parents=True, exist_ok=True)
+    note = None if places is None else places.events
+    engine = own_engine(role, _rollout(config, section), PlacementSection(), folder, run_folder=logs, note=note)
+    named: Any = read_config(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    more = named.get("eos_token_id") or []
+    stops = {int(tokenizer.eos_token_id), *(more if isinstance(more, list) else [more])}
+    return Started(engine, tokenizer, tuple(sorted(stops)))
+
+
+def _rollout(config: RlConfig | EvalConfig, section: JudgeSection) -> RolloutSection:
+    """How a server with the judge is started; its times and its environment are those of the run's own engine."""
+    r = config.rollout
+    return RolloutSection(
+        engine=section.engine,
+        mode="server",
+        python=section.python or (r.python if r.engine == section.engine else None),
+        tensor_parallel=section.tensor_parallel,
+        engine_args=section.engine_args,
+        start_timeout=r.start_timeout,
+        answer_timeout=r.answer_timeout,
+        restarts=r.restarts,
+    )
+
+
+def _tokenizer(config: RlConfig | EvalConfig, section: JudgeSection) -> PreTrainedTokenizerBase:
+    assert section.path is not None
+    tokenizer = load_tokenizer(section.path, seed=config.run.seed)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the judge {section.path} has no chat template",
+            why="what it is asked is a message to it",
+            fix="take a model that was taught to follow instructions, or save its tokenizer with a chat_template",
+        )
+    return tokenizer
+
+
+def _longest(section: JudgeSection) -> int:
+    return section.max_prompt_tokens + section.max_tokens

@@ -1,0 +1,183 @@
+"""From the reward section of a configuration to what scores answers: a grader, its parts, and where each runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.sections.rewards import RewardSection, RewardTermSection
+from hybridflow.data.prompts import Prompt, PromptSet, truth_key
+from hybridflow.data.rows import column
+from hybridflow.errors import UserError
+from hybridflow.grading.engine_judge import make_judge
+from hybridflow.grading.model_grader import check_reward_model, make_reward_model
+from hybridflow.groups.failures import FailurePolicy
+from hybridflow.placing.places import Places
+from hybridflow.protocols.rewards import Answers, Grader, Score
+from hybridflow.rewards.graders.composed import ComposedGrader, FunctionGrader, Part
+from hybridflow.rewards.graders.function import FIXES, FunctionSpec, name_of
+from hybridflow.rewards.graders.in_process import InProcessGrader
+from hybridflow.rewards.graders.remote import RemoteGrader
+from hybridflow.rewards.graders.routing import route
+from hybridflow.rewards.pool.grader import ProcessGrader
+from hybridflow.rewards.verifiable.registry import ROW_CHECKS, check_row
+
+BY_SOURCE, MODEL, JUDGE = "by_source", "model", "judge"
+
+
+def data_sources(*sets: PromptSet | None) -> set[str | None]:
+    """The ``data_source`` of all rows; None stands for rows without one."""
+    return {row.get("data_source") for found in sets if found is not None for row in found.data.rows}
+
+
+def failure_policy(section: RewardSection) -> FailurePolicy:
+    """What happens to answers that the reward fails on."""
+    return FailurePolicy(section.on_failure, section.failure_value, FIXES)
+
+
+def make_grader(
+    config: RlConfig | EvalConfig,
+    places: Places | None,
+    sources: Collection[str | None],
+    *,
+    function: Callable[..., Any] | None = None,
+    scoring: bool = True,
+) -> Grader:
+    """What scores answers, by the configuration.
+
+    Args:
+        config: its ``reward`` section, and what models and judges need.
+        places: where models are built.
+        sources: the data sources that rows have, for ``by_source``.
+        function: a function instead of the configured ones.
+        scoring: False looks at a reward model without loading it; the grader can then be checked, and not score.
+
+    Raises:
+        UserError: rows are of an unknown source; a function, model or judge cannot be used.
+    """
+    if function is not None:
+        whole = InProcessGrader({name_of(function): function})
+        return ComposedGrader(lambda answers: [Part(None, whole)], [whole])
+    parts = _Parts(config, places, scoring)
+    if config.reward.terms is None:
+        only = RewardTermSection(function=config.reward.function, kwargs=config.reward.kwargs)
+        return parts.grader({None: only}, sources)
+    return parts.grader(dict(config.reward.terms), sources)
+
+
+class _Parts:
+    """Collects what the parts of a reward need before any of it is started."""
+
+    def __init__(self, config: RlConfig | EvalConfig, places: Places | None, scoring: bool) -> None:
+        self.config, self.places, self.scoring = config, places, scoring
+        self.functions: dict[str, FunctionSpec] = {}
+        self.others: dict[str, FunctionGrader] = {}
+
+    def grader(
+        self, terms: Mapping[None, RewardTermSection] | Mapping[str, RewardTermSection], sources: Collection[str | None]
+    ) -> Grader:
+        """The grader of these terms."""
+        places = {
+            (name, source): self._place(term, source)
+            for name, term in terms.items()
+            for source in (sources if term.function == BY_SOURCE else [None])
+        }
+        section = self.config.reward.pool
+        for place, spec in list(self.functions.items()):
+            if "://" in spec.reference:
+                self.others[place] = RemoteGrader(spec.reference, section, spec.kwargs)
+                del self.functions[place]
+        pool: FunctionGrader | None = None
+        if self.functions:
+            pool = ProcessGrader(self.functions, section) if section.processes else InProcessGrader(self.functions)
+
+        def parts(answers: Answers) -> Iterator[Part]:
+            for name, term in terms.items():
+                source = answers.row.get("data_source") if term.function == BY_SOURCE else None
+                place = places[name, source]
+                other = self.others.get(place)
+                backend = pool if other is None else other
+                assert backend is not None
+                function = place if other is None else None
+                yield Part(name, backend, function, term.weight, term.normalize == "group", term.clip)
+
+        return ComposedGrader(lambda answers: list(parts(answers)), [*([pool] if pool else []), *self.others.values()])
+
+    def _place(self, term: RewardTermSection, source: str | None) -> str:
+        """The name of the function, or of the other backend, that scores rows of a source for a term."""
+        reference = term.function
+        if reference == BY_SOURCE:
+            reference = route(source, self.config.reward.sources)
+        if reference == MODEL and not self.scoring:
+            check_reward_model(self.config)
+            return reference
+        if reference in (MODEL, JUDGE):
+            if reference not in self.others:
+                make = make_reward_model if reference == MODEL else make_judge
+                self.others[reference] = make(self.config, self.places)
+            return reference
+        kwargs = dict(term.kwargs)
+        if reference == "code":
+            kwargs.setdefault("sandbox", self.config.reward.sandbox.model_dump())
+        spec, place = FunctionSpec(reference, kwargs), reference
+        while self.functions.get(place, spec) != spec:
+            place += "'"  # the same function with other arguments
+        self.functions[place] = spec
+        return place
+
+
+def check_rows(
+    config: RlConfig | EvalConfig, *sets: PromptSet | None, function: Callable[..., Any] | None = None
+) -> None:
+    """Makes sure that the built-in rewards can judge answers to every row.
+
+    Args:
+        config: its ``reward`` section.
+        sets: the rows.
+        function: a function instead of the configured ones, which is asked for nothing.
+
+    Raises:
+        UserError: rows have ground truths that they cannot judge by; says which is the first, and how many there are.
+    """
+    section, terms = config.reward, config.reward.terms
+    functions = {section.function} if terms is None else {term.function for term in terms.values()}
+    if function is not None or not functions & {BY_SOURCE, *ROW_CHECKS}:
+        return
+    for prompts in filter(None, sets):
+        bad: list[tuple[int, UserError]] = []
+        for index, row in enumerate(prompts.data.rows):
+            routed = {route(row.get("data_source"), section.sources) if f == BY_SOURCE else f for f in functions}
+            for name in routed & ROW_CHECKS.keys():
+                source, number = prompts.data.place(index)
+                truth = column(row, truth_key(row, prompts.config), source=source, index=number)
+                try:
+                    check_row(name, truth, row)
+                except UserError as error:
+                    bad.append((index, error))
+        if bad:
+            (index, first), more = bad[0], f"; of {len(bad)} such rows it is the first" if len(bad) > 1 else ""
+            source, number = prompts.data.place(index)
+            raise UserError(f"row {number} of {source}: {first.what}{more}", why=first.why, fix=first.fix) from first
+
+
+def first_of_each(prompts: PromptSet, count: int) -> Iterable[Prompt]:
+    """The first prompt of every data source, among the first `count` rows."""
+    seen = set()
+    for i in range(min(count, len(prompts))):
+        source = prompts.data.rows[i].get("data_source")
+        if source not in seen:
+            seen.add(source)
+            yield prompts[i]
+
+
+def require_score(score: Score, section: RewardSection, where: str) -> Score:
+    """A score that is one.
+
+    Raises:
+        UserError: the reward failed.
+    """
+    if score.failure is not None:
+        raise failure_policy(section).refuse(score, where)
+    return score

@@ -1,0 +1,1 @@
+"""Groups of answers, generated and scored."""

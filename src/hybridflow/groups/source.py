@@ -1,0 +1,295 @@
+"""The source of finished groups: draws prompts, generates, scores each group as it completes, journals it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from hybridflow.errors import UserError
+from hybridflow.faults import fault_point
+from hybridflow.groups.failures import FAIL, FailurePolicy
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.rewards import Answers, Grader, Score, total
+from hybridflow.protocols.waiting import Stopped, returning_when
+
+
+class Question(Protocol):
+    """What a prompt must offer (`data.prompts.Prompt` does)."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The rendered prompt."""
+        ...
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt as chat messages."""
+        ...
+
+    @property
+    def ground_truth(self) -> Any:
+        """What the reward compares with."""
+        ...
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The whole row."""
+        ...
+
+
+class GroupStore(Protocol):
+    """What a journal must offer (`checkpoint.journal.Journal` does)."""
+
+    def append(self, step: int, group: Group) -> None:
+        """Keeps a finished group."""
+        ...
+
+    def read(self, step: int) -> dict[int, Group]:
+        """The groups kept for a step, by draw."""
+        ...
+
+    def mend(self, step: int) -> None:
+        """Makes a step's store whole after a kill."""
+        ...
+
+
+GREEDY = -1  # stands for the number of the greedy answer among the samples
+
+
+class GroupSource:
+    """Generates and scores groups of answers.
+
+    Args:
+        engine: where answers come from.
+        question: the prompt of a row index.
+        grader: scores the answers of finished groups, while others are generated.
+        decode: token ids to text.
+        sampling: how answers are drawn.
+        samples: answers per prompt.
+        greedy: whether every prompt is answered once more, greedily, for a baseline.
+        policy: what happens where the reward fails.
+        seed: the run's seed.
+        tell: takes a sentence about the first answer that the reward failed on in each way, where the run goes on.
+        journal: where finished groups are kept; None keeps none.
+        whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
+            computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
+            is missing. Journaled groups are used as they are either way, and never scored twice.
+        should_stop: asked between completions; True ends the step with `Stopped`.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        question: Callable[[int], Question],
+        grader: Grader,
+        *,
+        decode: Callable[[list[int]], str],
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        greedy: bool = False,
+        policy: FailurePolicy = FAIL,
+        tell: Callable[[str], None] = lambda text: None,
+        journal: GroupStore | None = None,
+        whole_step: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.question, self.grader, self.decode = engine, question, grader, decode
+        self.sampling, self.seed, self.policy = sampling, seed, policy
+        self.samples = [*range(samples), *([GREEDY] if greedy else [])]
+        self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
+        self.tell = tell
+        self._told: set[str] = set()
+        self.reward_seconds = 0.0
+        self._kept: list[Result] = []
+
+    def keep(self, results: Sequence[Result]) -> None:
+        """Takes results of this source that somebody else got from the engine while it waited for its own."""
+        self._kept += results
+
+    def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
+        """The groups of these (draw, row) pairs, in their order; one that the policy drops has no trajectories.
+
+        Args:
+            step: the step they are for.
+            draws: what the sampler gave.
+
+        Raises:
+            Stopped: the run was asked to stop.
+            UserError: the reward failed, log-probabilities are not finite, or the journal holds answers to other
+                prompts.
+        """
+        with returning_when(self.should_stop, self.engine, self.grader):
+            return self._collect(step, draws)
+
+    def _collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
+        self.reward_seconds = 0.0
+        done: dict[int, Group] = {}
+        if self.journal is not None:
+            self.journal.mend(step)
+            done = self.journal.read(step)
+        for draw, row in draws:
+            if draw in done and (done[draw].row, done[draw].prompt_ids) != (row, list(self.question(row).token_ids)):
+                raise UserError(
+                    f"the journal of step {step} was written with other data: its prompt of row {row} differs",
+                    why="going on would train on answers to prompts that are not in the data",
+                    fix="restore the data, or choose another run.folder",
+                )
+        missing = [d for d in draws if d[0] not in done]
+        again = list(draws) if missing and self.whole_step else missing
+        questions = {draw: self.question(row) for draw, row in again}
+        rows = dict(again)
+        owner: dict[int, tuple[int, int]] = {}
+        for draw, _ in again:
+            for sample in self.samples:
+                owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
+        arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
+        scoring: dict[int, _Scoring] = {}
+        journaled = len(done)  # of the step: a filter may ask for more groups of it
+        while owner or scoring:
+            if self.should_stop():
+                self.engine.abort(list(owner))
+                self.grader.cancel()
+                raise Stopped
+            if owner:
+                arriving, self._kept = self._kept or self.engine.wait(), []
+                for result in arriving:
+                    draw, sample = owner.pop(result.handle)
+                    arrived[draw][sample] = result
+                    if len(arrived[draw]) == len(self.samples) and draw not in done:
+                        scoring[draw] = self._submit(draw, rows[draw], questions[draw], arrived.pop(draw))
+            for draw in self._scored(scoring, wait=not owner):
+                done[draw] = self._group(draw, rows[draw], questions[draw], scoring.pop(draw))
+                if self.journal is not None:
+                    self.journal.append(step, done[draw])
+                journaled += 1
+                fault_point("group", step, journaled)
+        return [done[draw] for draw, _ in draws]
+
+    def _request(self, question: Question, draw: int, sample: int) -> Request:
+        if sample != GREEDY:
+            return Request(question.token_ids, self.sampling, NoiseKey(self.seed, "train", draw, sample))
+        greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+        return Request(question.token_ids, greedy, NoiseKey(self.seed, "greedy", draw))
+
+    def _submit(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> _Scoring:
+        """Has a finished group scored."""
+        require_finite(results.values(), f"row {row} of the training data", "rollout.temperature")
+        began = time.perf_counter()
+        greedy = results.pop(GREEDY, None)
+        group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
+
+        def answers(texts: list[str]) -> Answers:
+            return Answers(texts, question.ground_truth, question.messages, question.row)
+
+        self.grader.submit(2 * draw, answers(group.texts))
+        if greedy is not None:
+            # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
+            self.grader.submit(2 * draw + 1, answers([self.decode(greedy.token_ids)]))
+            group.lacking = 2
+        self.reward_seconds += time.perf_counter() - began
+        return group
+
+    def _scored(self, scoring: dict[int, _Scoring], *, wait: bool) -> list[int]:
+        """The draws whose scores are all there; waits for one if there is nothing else to do."""
+        began = time.perf_counter()
+        whole = []
+        for key, scores in self.grader.wait() if wait and scoring else self.grader.ready():
+            group = scoring[key // 2]
+            group.lacking -= 1
+            if key % 2:
+                (group.baseline,) = scores
+            else:
+                group.scores = scores
+            if not group.lacking:
+                whole.append(key // 2)
+        self.reward_seconds += time.perf_counter() - began
+        return whole
+
+    def _group(self, draw: int, row: int, question: Question, found: _Scoring) -> Group:
+        """A group of what was scored, after the policy for what was not."""
+        every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
+        failed = [score for score in every if score.failure is not None]
+        group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(score.kind for score in failed)))
+        policy = self.policy
+        if failed and policy.on_failure == "fail":
+            raise policy.refuse(failed[0], f"row {row} of the training data")
+        for score in failed:
+            if score.kind not in self._told:
+                self._told.add(score.kind)
+                self.tell(f"row {row} of the training data: {score.failure}; reward.on_failure is {policy.on_failure}")
+        if found.baseline is not None:
+            group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
+        baseline_failed = found.baseline is not None and found.baseline.failure is not None
+        if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
+            return group  # without its baseline an answer has nothing to be held against
+        names = {name for score in found.scores for name in score.components}
+        for i, (text, score) in enumerate(zip(found.texts, found.scores)):
+            r = found.results[i]
+            valued = score.failure is not None and policy.on_failure == "value"
+            group.trajectories.append(
+                Trajectory(
+                    i,
+                    r.token_ids,
+                    r.logps,
+                    r.finish_reason,
+                    r.spans,
+                    text,
+                    total(score) if score.failure is None else policy.value,
+                    r.support,
+                    components=dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components),
+                    step_rewards=self._at_tokens(r.token_ids, text, score),
+                    failure=score.failure if policy.on_failure == "mask" else None,
+                )
+            )
+        return group
+
+    def _at_tokens(self, token_ids: list[int], text: str, score: Score) -> list[tuple[int, float]]:
+        """The rewards of an answer's parts, each on the first token with which the text is as long as the part ends."""
+        found = []
+        for characters, reward in score.steps:
+            low, high = 1, len(token_ids)  # the length of the text grows with the tokens: a binary search
+            while low < high:
+                middle = (low + high) // 2
+                if len(self.decode(token_ids[:middle])) >= min(characters, len(text)):
+                    high = middle
+                else:
+                    low = middle + 1
+            found.append((low - 1, reward))
+        return found
+
+
+def require_finite(results: Iterable[Result], to: str, temperature: str) -> None:
+    """Makes sure that a model gave answers their probabilities.
+
+    Args:
+        results: of the model.
+        to: what it answered.
+        temperature: what says how it drew, for the message.
+
+    Raises:
+        UserError: its numbers are not finite.
+    """
+    if not all(math.isfinite(logp) for result in results for logp in result.logps):
+        raise UserError(
+            f"the log-probabilities of an answer to {to} are not finite",
+            why=f"the model's weights hold numbers that are not finite, or {temperature} is far too small",
+            fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
+        )
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """A finished group that is being scored: what is there of it."""
+
+    results: dict[int, Result]
+    texts: list[str]
+    scores: list[Score] = field(default_factory=list)
+    baseline: Score | None = None
+    lacking: int = 1  # submissions that have not come back

@@ -1,0 +1,113 @@
+"""Models of roles, built in the process that will compute them: whole, or this rank's part."""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.engines.fsdp.engine import ShardedEngine, ShardedReference
+from hybridflow.engines.fsdp.load import load_sharded
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.reference import LocalReference
+from hybridflow.models.load import load_tokenizer, require_context
+from hybridflow.models.lora import load_trainable
+from hybridflow.models.ulysses import check_degree
+from hybridflow.models.value import value_head
+from hybridflow.placing.role import Role
+
+
+def load_role(role: Role, *, outline: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The whole model of a role, in this process, and its tokenizer.
+
+    Args:
+        role: which model.
+        outline: without its weights, to find out before anything starts what would be refused.
+
+    Raises:
+        UserError: it cannot be loaded or not be cut as its engine section says, or a sequence can be longer than its
+            context.
+    """
+    model, tokenizer = load_trainable(role.model, seed=role.seed, classifier=role.classifier, outline=outline)
+    if role.longest is not None:
+        require_context(model, role.longest)
+    check_degree(model.config.get_text_config().num_attention_heads, role.engine.sequence_parallel)
+    return model, tokenizer
+
+
+def role_tokenizer(role: Role) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    return load_tokenizer(role.model.path, seed=role.seed, trust_remote_code=role.model.trust_remote_code)
+
+
+def local_engine(role: Role, device: torch.device) -> LocalEngine:
+    """A role that is trained by one process: this one.
+
+    Raises:
+        UserError: see `load_role`.
+    """
+    assert role.optim is not None and role.name in ("actor", "critic")
+    model, _ = load_role(role)
+    return LocalEngine(
+        model,
+        role.optim,
+        total_steps=role.total_steps,
+        tokens_per_microbatch=role.tokens_per_microbatch,
+        device=device,
+        value_head=value_head(model) if role.value_head else None,
+        name=role.name,
+        dtype=role.engine.dtype,
+    )
+
+
+def local_reference(role: Role, device: torch.device) -> LocalReference:
+    """A role that is never trained, in this process.
+
+    Raises:
+        UserError: see `load_role`.
+    """
+    model, _ = load_role(role)
+    return LocalReference(
+        model,
+        tokens_per_microbatch=role.tokens_per_microbatch,
+        device=device,
+        dtype=role.engine.dtype,
+        keeps=role.name == "reward",
+    )
+
+
+def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine | LocalReference | ShardedReference:
+    """A role's model, or this rank's part of it."""
+    trained = role.optim is not None
+    if role.engine.strategy == "local":
+        return local_engine(role, device) if trained else local_reference(role, device)
+    return sharded_engine(role, device) if trained else sharded_reference(role, device)
+
+
+def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:
+    """This rank's part of a model that is trained."""
+    assert role.optim is not None and role.name in ("actor", "critic")
+    model = _sharded_model(role)
+    return ShardedEngine(
+        model,
+        role.optim,
+        section=role.engine,
+        total_steps=role.total_steps,
+        tokens_per_microbatch=role.tokens_per_microbatch,
+        device=device,
+        value_head=value_head(model) if role.value_head else None,
+        name=role.name,
+    )
+
+
+def sharded_reference(role: Role, device: torch.device) -> ShardedReference:
+    """This rank's part of a model that is never trained."""
+    model = _sharded_model(role)
+    return ShardedReference(model, section=role.engine, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
+
+
+def _sharded_model(role: Role) -> PreTrainedModel:
+    model, _ = load_sharded(role.model, seed=role.seed, classifier=role.classifier)
+    if role.longest is not None:
+        require_context(model, role.longest)
+    return model

@@ -1,0 +1,155 @@
+"""How a configuration's `rollout` section becomes a generation engine and the way it samples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.chat.special_tokens import stop_decoder
+from hybridflow.config.sections.placement import PlacementSection
+from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.placing.build import role_tokenizer
+from hybridflow.placing.role import Role
+from hybridflow.protocols.generation import RolloutEngine, Sampling
+from hybridflow.rollout.inline.engine import InlineEngine
+
+
+def inline_engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: RolloutSection | None = None,
+    *,
+    stop: Sequence[str] = (),
+) -> InlineEngine:
+    """The inline engine on this model, as the section says.
+
+    Args:
+        model: a model that `models.load` loaded.
+        tokenizer: reads answers, where they end by their text.
+        section: None takes its defaults.
+        stop: texts that may end answers, besides those of the section.
+    """
+    r = section or RolloutSection()
+    return InlineEngine(
+        model,
+        max_cache_tokens=r.max_cache_tokens,
+        decode=stop_decoder(tokenizer, [*r.stop, r.stop_regex, *stop]),
+        dtype=None if r.dtype == "auto" else getattr(torch, r.dtype),
+        compile=r.compile,
+    )
+
+
+def own_engine(
+    role: Role,
+    section: RolloutSection,
+    placement: PlacementSection,
+    start: Path | None,
+    *,
+    run_folder: Path | None = None,
+    note: Callable[[str, str], None] | None = None,
+) -> RolloutEngine:
+    """vLLM or SGLang, with weights of its own, as the section says.
+
+    Args:
+        role: the actor's.
+        section: how answers are generated.
+        placement: how weights travel to its processes.
+        start: the folder of a model to begin with; None where servers run already.
+        run_folder: where servers write what they print.
+        note: told (kind, text) of what happens to the engine's processes.
+
+    Raises:
+        UserError: the engine is missing, of another version, or refuses the configuration; no server answers.
+    """
+    assert role.longest is not None
+    decode = stop_decoder(role_tokenizer(role), [*section.stop, section.stop_regex])
+    ours: dict[str, Any] = {
+        "max_model_len": role.longest,
+        "tensor_parallel": section.tensor_parallel,
+        "dtype": None if section.dtype == "auto" else section.dtype,
+        "decode": decode,
+        "seed": role.seed,
+        "engine_args": section.engine_args,
+        "start_timeout": section.start_timeout,
+        "answer_timeout": section.answer_timeout,
+        "restarts": section.restarts,
+        "transport": placement.transport,
+        "folder": placement.folder,
+        "delta": placement.delta,
+    }
+    apart: dict[str, Any] = {"python": section.python, "log_folder": run_folder}
+    servers: dict[str, Any] = apart | {
+        "servers": section.servers,
+        "replicas": section.replicas,
+        "owner": str(run_folder or ""),
+    }
+    lora = role.model.lora if role.publish == "adapters" else None
+    engine: Any
+    # vLLM and SGLang take seconds to import, and live in environments of their own.
+    if (section.engine, section.mode) == ("vllm", "server"):
+        from hybridflow.rollout.vllm.server import VllmServerEngine
+
+        engine = VllmServerEngine(start, lora=lora, **ours, **servers)
+    elif section.engine == "vllm":
+        from hybridflow.rollout.vllm.engine import VllmEngine
+
+        assert start is not None and section.mode != "server"
+        engine = VllmEngine(start, mode=section.mode, lora=lora, **ours)
+    elif section.mode == "server":
+        from hybridflow.rollout.sglang.server import SglangServerEngine
+
+        engine = SglangServerEngine(start, **ours, **servers)
+    else:
+        from hybridflow.rollout.sglang.engine import SglangEngine
+
+        assert start is not None
+        engine = SglangEngine(start, **ours, **apart)
+    if note is not None:
+        engine.note = note
+    return engine
+
+
+def describe_engine(section: RolloutSection) -> str:
+    """One line on the engine that answers, for `check`.
+
+    Raises:
+        UserError: it is missing, or of another version.
+    """
+    if section.servers:
+        return f"{section.engine} at {', '.join(section.servers)}: asked when the run starts"
+    if section.engine == "sglang":
+        from hybridflow.rollout.sglang.start import require_sglang
+
+        return require_sglang(section.python)
+    if section.mode == "server":
+        from hybridflow.rollout.vllm.server import require_vllm_at
+
+        return require_vllm_at(section.python or sys.executable)
+    from hybridflow.rollout.vllm.engine import require_vllm
+
+    return require_vllm()
+
+
+def training_sampling(section: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """How training samples are drawn.
+
+    Args:
+        section: the configuration.
+        stop_token_ids: tokens that end an answer.
+    """
+    return Sampling(
+        section.max_response_tokens,
+        section.temperature,
+        stop_token_ids,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        stop=tuple(section.stop),
+        stop_regex=section.stop_regex,
+    )

@@ -1,0 +1,140 @@
+"""Replicas of a generation engine in the processes of a pool, as one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from hybridflow.balance import balanced_ranks
+from hybridflow.controller.group import Future, WorkerGroup
+from hybridflow.placing.group_engine import RemoteStream, _flat
+from hybridflow.protocols.generation import Request, Result
+from hybridflow.protocols.waiting import never
+from hybridflow.protocols.weights import Receipt, WeightStream
+
+SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
+
+
+class GroupRollout:
+    """A `RolloutEngine` over replicas in a pool: each answers its share of the prompts.
+
+    Replicas generate for a moment, hand over what has ended, and go on while the controller scores it. What a replica
+    gets is decided by the requests alone, so tokens and the company that they were computed in repeat. A request may
+    name its replica.
+
+    Args:
+        group: `placing.rollout_worker.RolloutWorker`.
+    """
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self.group = group
+        self.should_return: Callable[[], bool] = never
+        self.replicas = group.world_size
+        self._next = 0
+        self._queue: list[tuple[int, Request]] = []
+        self._in_flight: set[int] = set()
+        self._slice: Future | None = None  # under way in the replicas
+        self._ready: list[Result] = []
+
+    def submit(self, request: Request) -> int:
+        """See `RolloutEngine.submit`."""
+        self._next += 1
+        self._queue.append((self._next, request))
+        self._in_flight.add(self._next)
+        return self._next
+
+    def wait(self) -> list[Result]:
+        """See `RolloutEngine.wait`."""
+        while not self._ready and self._in_flight and not self.should_return():
+            self._advance()
+        ready, self._ready = self._ready, []
+        if self._in_flight and self._slice is None:
+            self._begin()
+        return ready
+
+    def abort(self, handles: Iterable[int]) -> list[Result]:
+        """See `RolloutEngine.abort`."""
+        if self._slice is not None:
+            self._finish()
+        wanted = set(handles)
+        never = [h for h, _ in self._queue if h in wanted]
+        self._queue = [(h, r) for h, r in self._queue if h not in wanted]
+        done = [result for part in self.group.abort(sorted(wanted)) for result in part]
+        done += [result for result in self._ready if result.handle in wanted]
+        self._ready = [result for result in self._ready if result.handle not in wanted]
+        self._in_flight -= wanted
+        return done + [Result(h, [], [], "abort", []) for h in never]
+
+    def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        self._settle()
+        self.group.pause()
+
+    def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        self.group.resume()
+
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+        """See `RolloutEngine.update_weights`: the receipts of every replica's processes, replica by replica."""
+        assert isinstance(stream, RemoteStream) and stream.engine is not None, "replicas take weights from workers"
+        self._settle()
+        actor = stream.engine.group
+        if actor.pool == self.group.pool:
+            answers = self.group.take_weights(actor.name, version, stream.lora)
+            stream.published.update(answers[0][1])
+            return _flat(receipts for receipts, _ in answers)
+        return stream.engine.send_weights(
+            stream, self.group.host(), lambda address: _flat(self.group.receive_weights(address, version))
+        )
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        assert not self._in_flight, "sleep with requests in flight"
+        self.group.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self.group.wake()
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`: the processes end with their cluster."""
+
+    def _advance(self) -> None:
+        if self._slice is None:
+            self._begin()
+        self._finish()
+
+    def _begin(self) -> None:
+        shares = shares_of(self._queue, self.group.world_size)
+        self._queue = []
+        self._slice = self.group.advance.later(shares, [SLICE_SECONDS] * len(shares))
+
+    def _finish(self) -> None:
+        assert self._slice is not None
+        under_way, self._slice = self._slice, None
+        for results in under_way.result():
+            for result in results:
+                self._in_flight.discard(result.handle)
+                self._ready.append(result)
+
+    def _settle(self) -> None:
+        """Waits for the moment of generation that is under way, if any: commands reach replicas in order."""
+        if self._slice is not None:
+            self._finish()
+
+
+def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:
+    """The requests of every replica: those of one prompt together, as many tokens to each as can be told beforehand."""
+    prompts: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
+    for handle, request in queue:
+        if request.replica is None:
+            prompts.setdefault(request.prompt_ids, []).append((handle, request))
+    costs = [
+        len(prompt) + sum(r.sampling.max_tokens - len(r.generated_ids) for _, r in asked)
+        for prompt, asked in prompts.items()
+    ]
+    together = list(prompts.values())
+    shares = [[entry for i in rows for entry in together[i]] for rows in balanced_ranks(costs, replicas)]
+    for handle, request in queue:
+        if request.replica is not None:
+            shares[request.replica].append((handle, request))
+    return shares

@@ -1,0 +1,203 @@
+"""Where a run's models are: in this process, or in the worker groups of a cluster. The loop cannot tell."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.checkpoint.artifacts import export_engine
+from hybridflow.config.checks.placement import check_placement, engines_of, in_pool
+from hybridflow.config.kinds.registry import TrainingConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.sections.placement import PlacementSection, resolved_placement
+from hybridflow.controller.backends.forking import MODELS
+from hybridflow.controller.backends.torchrun import serve
+from hybridflow.controller.cluster import Cluster
+from hybridflow.controller.group import WorkerGroup
+from hybridflow.controller.open import open_cluster
+from hybridflow.devices import CPU, kind_of, pick_device
+from hybridflow.engines.fsdp.ranks import check_degrees
+from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.reference import LocalReference
+from hybridflow.errors import UserError
+from hybridflow.models.load import stop_ids
+from hybridflow.placing.build import local_engine, local_reference
+from hybridflow.placing.generation import inline_engine, own_engine
+from hybridflow.placing.group_engine import GroupEngine, GroupScorer
+from hybridflow.placing.group_rollout import GroupRollout
+from hybridflow.placing.role import Role
+from hybridflow.placing.rollout_worker import RolloutWorker
+from hybridflow.placing.train_worker import EngineWorker, ScoringWorker
+from hybridflow.protocols.generation import RolloutEngine
+from hybridflow.protocols.training import Scorer, TrainEngine
+
+
+class Places:
+    """Builds each model of a run where the configuration puts it; `close` it in the end.
+
+    Args:
+        config: the configuration.
+        events: told (kind, text) of what happens to processes.
+
+    Raises:
+        UserError: there are not enough devices, a port is taken, no cluster answers, ...
+    """
+
+    def __init__(self, config: TrainingConfig, events: Callable[[str, str], None]) -> None:
+        self.placement, self.device = resolved_placement(config.placement), config.run.device
+        self.events = events
+        self._beside = ExitStack()
+        try:  # the sections were checked without what the environment decides
+            check_placement(config.model_copy(update={"placement": self.placement}))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.cluster: Cluster | None = None
+        if self.placement.pools:
+            self.cluster = open_cluster(
+                self.placement,
+                device=self.device,
+                threads=config.run.threads,
+                preload=MODELS,
+                events=events,
+            )
+
+    def on_close(self, end: Callable[[], None]) -> None:
+        """Has something end when the processes do."""
+        self._beside.callback(end)
+
+    def close(self) -> None:
+        """Ends the processes, if there are any."""
+        self._beside.close()
+        if self.cluster is not None:
+            self.cluster.close()
+
+    def begin_step(self, step: int) -> None:
+        """Tells the processes which step is under way, for reports and fault points."""
+        if self.cluster is not None:
+            self.cluster.step = step
+
+    def take_metrics(self) -> dict[str, float]:
+        """Bytes that passed through the controller since the last call, by class.
+
+        They are of this process, not of the step alone: one that goes on has started its workers and read journaled
+        answers instead of generating them.
+        """
+        if self.cluster is None:
+            return {}
+        found = {f"perf/controller_bytes/{kind}": float(count) for kind, count in self.cluster.bytes.items()}
+        self.cluster.bytes.clear()
+        return found
+
+    def trained(self, role: Role) -> TrainEngine:
+        """A model that is trained.
+
+        Raises:
+            UserError: it cannot be loaded, or not be cut as its engine section says.
+        """
+        if self.cluster is None:
+            return local_engine(role, pick_device(self.device))
+        assert role.name in ("actor", "critic")
+        return GroupEngine(self._group(role, EngineWorker), role.name, placement=self.placement)
+
+    def reference(self, role: Role) -> Scorer:
+        """A model of its own that is never trained.
+
+        Raises:
+            UserError: it cannot be loaded, or not be cut as its engine section says.
+        """
+        if self.cluster is None:
+            return local_reference(role, pick_device(self.device))
+        return GroupScorer(self._group(role, ScoringWorker))
+
+    def adapters_off(self, actor: TrainEngine) -> Scorer:
+        """The actor without its adapters: the model that the run began with."""
+        if isinstance(actor, GroupEngine):
+            return GroupScorer(actor.group, "reference")
+        assert isinstance(actor, LocalEngine)
+        budget = actor.passes.tokens_per_microbatch
+        return LocalReference(actor.model, tokens_per_microbatch=budget, dtype=actor.dtype)
+
+    def rollout(
+        self, config: RlConfig, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> RolloutEngine:
+        """The generation engine of ``rollout.engine``.
+
+        Args:
+            config: the configuration.
+            role: the actor's.
+            actor: whose weights it will sample with.
+            tokenizer: reads answers, where they end by their text.
+            folder: the run's.
+        """
+        r = config.rollout
+        start = None
+        if r.engine != "inline" and not r.servers:
+            # These engines start from a folder; its weights are replaced by the first publication.
+            start = folder / "rollout-model"
+            export_engine(actor, tokenizer, start)
+        if in_pool(self.placement, r):
+            assert self.cluster is not None
+            pool = self.placement.pool_of("rollout")
+            assert pool is not None
+            group = self.cluster.group("rollout", RolloutWorker, pool, role, r, start)
+            return GroupRollout(group)
+        if r.engine == "inline":
+            assert isinstance(actor, LocalEngine)
+            return inline_engine(actor.model, tokenizer, r)
+        return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
+
+    def rollout_sleeps(self, config: RlConfig) -> bool:
+        """Whether the generation engine shares devices with models, and rests while they work: ``rollout.sleep``."""
+        r = config.rollout
+        if r.sleep != "auto":
+            return r.sleep == "always"
+        if r.engine == "inline" or r.mode == "server" or kind_of(self.device) is CPU:
+            return False
+        if not in_pool(self.placement, r):
+            return True  # beside the controller, on the device that a pool's first process has too
+        return self.placement.pool_of("rollout") in {self.placement.pool_of(role) for _, role, _ in engines_of(config)}
+
+    def stop_ids(self, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Token ids that end an answer of this model."""
+        if isinstance(actor, GroupEngine):
+            return actor.group.stop_ids()
+        assert isinstance(actor, LocalEngine)
+        return stop_ids(actor.model, tokenizer)
+
+    def _group(self, role: Role, cls: type) -> WorkerGroup:
+        assert self.cluster is not None
+        pool = self.placement.pool_of(role.name)
+        assert pool is not None
+        size, sp = self.placement.pools[pool], role.engine.sequence_parallel
+        return self.cluster.group(role.name, cls, pool, role, mesh={"dp": size // sp, "sp": sp})
+
+
+def describe_placement(config: TrainingConfig) -> Iterator[str]:
+    """Says which model is in which pool, before anything starts."""
+    placement = resolved_placement(config.placement)
+    if placement.backend == "ray":
+        importlib.import_module("hybridflow.controller.backends.ray")  # refused where Ray is not installed
+    cut: dict[str, list[str]] = {pool: [] for pool in placement.pools}
+    for _, role, engine in engines_of(config):
+        pool = placement.pool_of(role)
+        if pool is not None:
+            check_degrees(placement.pools[pool], engine)
+            ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
+            cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
+    if isinstance(config, RlConfig) and in_pool(placement, config.rollout):
+        cut[placement.pool_of("rollout") or ""].append(f"rollout ({config.rollout.engine})")
+    for pool, models in cut.items():
+        size = placement.pools[pool]
+        yield f"pool {pool}: {size} process{'es' * (size > 1)} ({placement.backend}): {', '.join(models) or 'nothing'}"
+
+
+def serve_torchrun(placement: PlacementSection) -> None:
+    """In a process that torchrun started beside the first: works for the controller there, and ends with it."""
+    if resolved_placement(placement).backend == "torchrun" and int(os.environ.get("RANK", "0")) > 0:
+        serve()
+        raise SystemExit(0)

@@ -1,0 +1,173 @@
+"""What each model of a run is: enough for any process to build it.
+
+A role travels to the processes of its pool, which build the model there; without pools it is built in this process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.reward_model import RewardModelConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.kinds.sft import SftConfig
+from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.model import ModelSection
+from hybridflow.config.sections.optim import OptimSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One model of a run.
+
+    Args:
+        name: actor, critic, reference or reward.
+        model: where it begins.
+        engine: how it is cut over processes.
+        optim: how it is trained; None: never.
+        value_head: whether it values states.
+        classifier: whether it is a sequence classifier, which values them too.
+        total_steps: optimizer steps of the whole run.
+        tokens_per_microbatch: most tokens in one forward pass.
+        longest: tokens of the longest sequence that it can meet, where that is known beforehand.
+        seed: of fresh weights.
+        publish: how adapters leave for an engine that has weights of its own.
+    """
+
+    name: Literal["actor", "critic", "reference", "reward"]
+    model: ModelSection
+    engine: EngineSection
+    optim: OptimSection | None
+    value_head: bool = False
+    classifier: bool = False
+    total_steps: int = 0
+    tokens_per_microbatch: int
+    longest: int | None
+    seed: int
+    publish: Literal["adapters", "merged"] = "adapters"
+
+
+def actor_role(config: RlConfig, steps: int) -> Role:
+    """The model that a reinforcement-learning run of so many steps trains."""
+    c = config.critic
+    return Role(
+        name="actor",
+        model=ModelSection.model_validate({n: getattr(config.model, n) for n in ModelSection.model_fields}),
+        engine=config.engine,
+        optim=config.optim,
+        value_head=c is not None and c.shared_trunk,
+        total_steps=(steps - (c.warmup_steps if c else 0)) * updates_per_step(config),
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        longest=longest_sequence(config),
+        seed=config.run.seed,
+        publish=config.rollout.lora,
+    )
+
+
+def critic_role(config: RlConfig, steps: int) -> Role:
+    """The critic of a run, where it is a model of its own."""
+    c, t = config.critic, config.train
+    assert c is not None and not c.shared_trunk
+    epochs = c.epochs_per_step or t.epochs_per_step
+    return Role(
+        name="critic",
+        model=beside(config, c.path).model_copy(
+            update={"lora": c.lora, "activation_checkpointing": config.model.activation_checkpointing}
+        ),
+        engine=c.engine or config.engine,
+        optim=c.optim or config.optim,
+        value_head=True,
+        total_steps=steps * epochs * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config)),
+        tokens_per_microbatch=t.tokens_per_microbatch,
+        longest=longest_sequence(config),
+        seed=config.run.seed,
+    )
+
+
+def reference_role(config: RlConfig) -> Role:
+    """The reference of a run, where it is a model of its own."""
+    return Role(
+        name="reference",
+        model=beside(config, config.model.reference),
+        engine=config.model.reference_engine or config.engine,
+        optim=None,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        longest=longest_sequence(config),
+        seed=config.run.seed,
+    )
+
+
+def sft_role(config: SftConfig, steps: int) -> Role:
+    """The model that a supervised run of so many steps trains."""
+    return Role(
+        name="actor",
+        model=config.model,
+        engine=config.engine,
+        optim=config.optim,
+        total_steps=steps,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        longest=None,  # data.max_tokens is a limit, and rows may all be shorter
+        seed=config.run.seed,
+    )
+
+
+def reward_model_role(config: RewardModelConfig, steps: int) -> Role:
+    """The model that a run of so many steps trains on preferences."""
+    return Role(
+        name="actor",
+        model=config.model,
+        engine=config.engine,
+        optim=config.optim,
+        classifier=True,
+        total_steps=steps,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        longest=None,  # data.max_tokens is a limit, and pairs may all be shorter
+        seed=config.run.seed,
+    )
+
+
+def reward_role(config: RlConfig | EvalConfig, *, packing: bool) -> Role:
+    """The reward model of a run.
+
+    Args:
+        config: the configuration; it has the section.
+        packing: whether its family takes packed sequences.
+    """
+    section = config.reward.model
+    assert section is not None
+    engine = section.engine or (config.engine if isinstance(config, RlConfig) else EngineSection())
+    budget = config.train.tokens_per_microbatch if isinstance(config, RlConfig) else 0
+    return Role(
+        name="reward",
+        model=ModelSection(path=section.path, packing=packing, trust_remote_code=section.trust_remote_code),
+        engine=engine.model_copy(update={"dtype": section.dtype}),
+        optim=None,
+        classifier=True,
+        tokens_per_microbatch=max(budget, section.max_tokens + 1),
+        longest=None,  # its own limit, reward.model.max_tokens, is held against its context before
+        seed=config.run.seed,
+    )
+
+
+def beside(config: RlConfig, path: str | None) -> ModelSection:
+    """A model beside the actor, loaded as the actor is; None: the actor's own."""
+    m = config.model
+    return ModelSection(path=path or m.path, packing=m.packing, liger=m.liger, trust_remote_code=m.trust_remote_code)
+
+
+def longest_sequence(config: RlConfig) -> int:
+    """Tokens of the longest sequence that a run can meet."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def sequences_per_update(config: RlConfig) -> int:
+    """Answers in one optimizer step: as configured, else all of a step's."""
+    t = config.train
+    return t.sequences_per_update or t.prompts_per_step * t.samples_per_prompt
+
+
+def updates_per_step(config: RlConfig) -> int:
+    """Optimizer steps that one step of the run makes."""
+    t = config.train
+    return t.epochs_per_step * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config))

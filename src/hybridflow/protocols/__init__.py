@@ -1,0 +1,1 @@
+"""What rooms promise each other: protocols of engines and graders, and their records."""

@@ -1,0 +1,204 @@
+"""The two engine protocols and the small records they exchange.
+
+Everything between rooms goes through these: a training engine, a generation engine, and the weights that travel from
+one to the other. Implementations live in `engines/` and `rollout/`; nothing here knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from hybridflow.protocols.weights import Receipt, WeightStream
+
+if TYPE_CHECKING:  # processes that score answers do without torch
+    from hybridflow.noise import NoiseKey
+
+
+# --- generation ---
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_tokens: most tokens to generate (a stop token counts).
+        temperature: divides the logits; 0 takes the most likely token.
+        stop_token_ids: generation ends with the first of these, which is kept as the last token.
+        top_p: keeps the smallest set of most likely tokens whose probabilities add up to at least this; 1 keeps all.
+        top_k: keeps so many most likely tokens; 0 keeps all.
+        min_p: keeps tokens at least this share as likely as the most likely one; 0 keeps all.
+        stop: generation ends with the token that completes the first of these texts; that token is kept.
+        stop_regex: the same for a regular expression, searched in the text generated so far; None for none.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or the
+            answer holds already (arXiv 1909.05858); 1 does nothing.
+        logit_bias: (token id, value) pairs added to the logits.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_regex: str | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One trajectory to generate.
+
+    Args:
+        prompt_ids: token ids of the prompt. Requests with equal prompts share one prefill.
+        sampling: how to draw.
+        noise: whose noise the tokens take.
+        generated_ids: tokens already generated (by an aborted request); generation goes on after them, and noise and
+            `max_tokens` count from the first of them. The result holds only what is new.
+        adapter: name of the adapter to generate with; None is the plain model.
+        images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.
+        replica: which of the engine's replicas must answer; None: any.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    noise: NoiseKey
+    generated_ids: tuple[int, ...] = ()
+    adapter: str | None = None
+    images: tuple[Any, ...] = ()
+    replica: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start <= t < end`` of a result were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Support:
+    """Which tokens could have been sampled (top-p, top-k, min-p), one after the other: ragged, not a mask over V.
+
+    Args:
+        sizes: for each token of the answer, how many ids were kept; 0 stands for the whole vocabulary.
+        ids: the kept ids of all tokens, end to end; the sampled token is always among its own.
+    """
+
+    sizes: list[int]
+    ids: list[int]
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a request.
+
+    Args:
+        handle: what `submit` returned.
+        token_ids: generated tokens.
+        logps: log-probability of each token under the distribution it was really sampled from (after temperature;
+            for greedy decoding, under the model's own distribution at temperature 1).
+        finish_reason: "stop" (a stop token, the last one), "length" (`max_tokens`), or "abort" (the part done so far).
+        spans: weight versions of the tokens, in order, covering all of them.
+        support: what could have been sampled; None where that was the whole vocabulary throughout.
+    """
+
+    handle: int
+    token_ids: list[int]
+    logps: list[float]
+    finish_reason: Literal["stop", "length", "abort"]
+    spans: list[Span]
+    support: Support | None = None
+
+
+# --- groups ---
+
+
+# --- rewards ---
+
+
+# --- weights ---
+
+
+class RolloutEngine(Protocol):
+    """Generates, per request and asynchronously: results come in order of completion."""
+
+    def submit(self, request: Request) -> int:
+        """Accepts a request and returns its handle at once.
+
+        Raises:
+            UserError: the request can never run (longer than the engine's context, unknown adapter).
+        """
+        ...
+
+    def wait(self) -> list[Result]:
+        """Blocks until at least one request has ended; returns those that ended since the last call.
+
+        Returns an empty list only when nothing is in flight.
+        """
+        ...
+
+    def abort(self, handles: Iterable[int]) -> list[Result]:
+        """Ends requests; returns the part each has done, with reason "abort". Handles that ended before are ignored."""
+        ...
+
+    def pause(self) -> None:
+        """Stops generating; what is in flight stays and goes on after `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        ...
+
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+        """Takes new weights. Requests in flight go on with them: their result then has several spans.
+
+        Returns:
+            A receipt of every process that took them. Whoever publishes holds them against the stream
+            (`weights.stream.verify`); an engine does not.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Gives back memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
+        ...
+
+    def wake(self) -> None:
+        """Takes memory again after `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine."""
+        ...
+
+
+@runtime_checkable
+class Restarting(Protocol):
+    """What a `RolloutEngine` also offers that starts processes again which died.
+
+    Attributes:
+        version: of the weights that it samples from.
+        on_restart: called after that, before lost requests are sent again: it publishes weights of `version`, for the
+            new process has only those that it was started with.
+    """
+
+    version: int
+    on_restart: Callable[[], object] | None
+
+
+def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]:
+    """Runs requests to their end and returns their results in the order of the requests."""
+    handles = [engine.submit(r) for r in requests]
+    done: dict[int, Result] = {}
+    while len(done) < len(handles):
+        done.update({r.handle: r for r in engine.wait()})
+    return [done[h] for h in handles]
+
+
+# --- training ---

@@ -1,0 +1,59 @@
+"""What generation and rewards have made of a prompt: its answers, as training takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hybridflow.protocols.generation import Span, Support
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A finished answer and what it was worth.
+
+    Args:
+        sample: which answer to its prompt this is.
+        token_ids: generated tokens.
+        logps: see `Result.logps`.
+        finish_reason: see `Result.finish_reason`.
+        spans: see `Result.spans`.
+        response: the tokens as text, without special tokens.
+        reward: what the reward gave for the whole answer.
+        support: see `Result.support`.
+        components: further numbers that the reward gave, by name.
+        step_rewards: rewards of parts of the answer, each on the token (of `token_ids`) that its part ends with.
+        failure: why there is no reward; None where there is one. The answer then carries no loss.
+    """
+
+    sample: int
+    token_ids: list[int]
+    logps: list[float]
+    finish_reason: str
+    spans: list[Span]
+    response: str
+    reward: float
+    support: Support | None = None
+    components: dict[str, float] = field(default_factory=dict)
+    step_rewards: list[tuple[int, float]] = field(default_factory=list)
+    failure: str | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """All answers to one draw of a prompt.
+
+    Args:
+        draw: number of the draw, unique over the run.
+        row: index of the row in the data.
+        prompt_ids: token ids of the prompt.
+        trajectories: the answers, in order of `sample`.
+        baseline: the reward of a greedy answer to the prompt; None where none was asked for.
+        failures: how many of its answers (a greedy one too) the reward failed on, by what happened: see `Score.kind`.
+    """
+
+    draw: int
+    row: int
+    prompt_ids: list[int]
+    trajectories: list[Trajectory]
+    baseline: float | None = None
+    failures: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,104 @@
+"""The protocol of graders, which score answers, and its records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hybridflow.protocols.waiting import Stopped, never
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers to one prompt, to be scored.
+
+    Args:
+        responses: their texts.
+        ground_truth: what they are compared with.
+        prompt: the chat messages that they answer.
+        row: the whole row of the data.
+    """
+
+    responses: list[str]
+    ground_truth: Any
+    prompt: list[dict[str, Any]]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth.
+
+    Args:
+        value: the reward of the whole answer. Where it failed it is 0 and means nothing.
+        components: further numbers, by name.
+        steps: rewards of parts of the answer: (how many characters of it the part ends after, reward).
+        failure: what went wrong, in words, where there is no reward.
+        kind: of the failure: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a
+            server); "" where there is none.
+    """
+
+    value: float
+    components: dict[str, float] = field(default_factory=dict)
+    steps: tuple[tuple[int, float], ...] = ()
+    failure: str | None = None
+    kind: str = ""
+
+
+class Grader(Protocol):
+    """Scores answers while others are generated. Not thread-safe; one owner."""
+
+    def submit(self, key: int, answers: Answers) -> None:
+        """Begins to score. The key comes back with the scores; it must not be in use."""
+        ...
+
+    def ready(self) -> list[tuple[int, list[Score]]]:
+        """What has been scored since, without waiting: for each key, a score for every response."""
+        ...
+
+    def wait(self) -> list[tuple[int, list[Score]]]:
+        """The same, of at least one key; blocks until there is one. At once empty if nothing is submitted."""
+        ...
+
+    def cancel(self) -> None:
+        """Forgets what has been submitted."""
+        ...
+
+    def check(self) -> None:
+        """Makes sure that it can work, without scoring anything: servers answer, models and tools are there.
+
+        Raises:
+            UserError: it cannot.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends its processes and connections."""
+        ...
+
+
+def total(score: Score) -> float:
+    """What an answer is worth, with its parts."""
+    return score.value + sum(reward for _, reward in score.steps)
+
+
+def score_all(grader: Grader, asked: Iterable[Answers], should_stop: Callable[[], bool] = never) -> list[list[Score]]:
+    """The scores of all these answers, in their order; nothing else may be under way in the grader.
+
+    Raises:
+        Stopped: `should_stop` said yes.
+    """
+    count = 0
+    found: dict[int, list[Score]] = {}
+    for count, answers in enumerate(asked, start=1):
+        grader.submit(count - 1, answers)
+        found.update(grader.ready())
+        if should_stop():
+            break
+    while len(found) < count and not should_stop():
+        found.update(grader.wait())
+    if should_stop():
+        grader.cancel()
+        raise Stopped
+    return [found[i] for i in range(count)]

@@ -1,0 +1,117 @@
+"""The protocols of engines that score and train, and their records."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridflow.batch import Batch
+from hybridflow.protocols.weights import WeightStream
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss by name and parameters: it travels to worker processes, where the function is looked up."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Update:
+    """What one optimizer step did.
+
+    Args:
+        metrics: loss, gradient norm, learning rate, ... (sums already divided).
+        applied: False when the loss or the gradient was not finite: weights and optimizer are then untouched.
+        bad_rows: indices of the sequences whose own loss was not finite.
+    """
+
+    metrics: dict[str, float]
+    applied: bool = True
+    bad_rows: list[int] = field(default_factory=list)
+
+
+class Scorer(Protocol):
+    """Scores tokens; owns its micro-batches, so the result never depends on how a batch is cut."""
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Per-token columns under the current weights, without gradients.
+
+        Args:
+            batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
+            outputs: of "logp" (``logp_T``), "entropy" (``entropy_T``), "sum_pi_squared" (``sum_pi_squared_T``, the sum
+                over the words of their squared probabilities), "log_mass" (``log_mass_T``, the log-probability of
+                all words that a token was drawn from), and of a critic "value" (``value_T``).
+            temperature: divides the logits first.
+        """
+        ...
+
+
+class TrainEngine(Scorer, Protocol):
+    """Trains; owns its micro-batches too."""
+
+    def update(self, batch: Batch, loss: Loss) -> Update:
+        """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
+        ...
+
+    def save(self, folder: Path, *, background: bool = False) -> None:
+        """Writes weights and all else that is needed to go on bit for bit.
+
+        Args:
+            folder: an existing, empty folder; of a sharded engine, the same on every process, which all call this.
+            background: copy what is to be written, and write it while the engine goes on; see `saved`.
+        """
+        ...
+
+    def saved(self, *, wait: bool) -> bool:
+        """Whether the last `save` has written all of its files; with `wait`, waits for it. It must be, before the next.
+
+        Raises:
+            OSError: or whatever else kept it from writing.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Goes on from what any engine of the same model saved.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        ...
+
+    def export(self, folder: Path, dtype: torch.dtype = ...) -> None:
+        """Writes the model alone as a plain Hugging Face folder without a tokenizer; adapters are merged.
+
+        Args:
+            folder: an existing, empty folder.
+            dtype: precision of the written weights; float32 where none is given.
+        """
+        ...
+
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
+        """The current weights, under Hugging Face names; of a sharded engine, all processes consume it together.
+
+        Args:
+            lora: "adapters" alone; "merged" into plain weights; None: both beside each other.
+        """
+        ...
+
+    def perturb(self, names: Collection[str] | None = None) -> None:
+        """Changes every element of every tensor that is published, in place; a second call puts all back bit for bit.
+
+        See `weights.drill`. Nothing is trained or saved in between.
+
+        Args:
+            names: of tensors, as they are published (tied ones by their first name), that alone are changed.
+        """
+        ...
+
+    def to(self, where: Literal["device", "host"]) -> None:
+        """Moves weights and optimizer state to the accelerator or to host memory."""
+        ...

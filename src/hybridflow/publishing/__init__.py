@@ -1,0 +1,1 @@
+"""Weights given to the generation engine, and verified there."""

@@ -1,0 +1,249 @@
+"""Publishing weights so that what is sampled from is what was trained, and saying what is wrong where it is not.
+
+- *Receipts*, every time: a fingerprint of each tensor as it left, held against those that every process of the engine
+  took of what arrived; missing names; the version.
+- *A canary*, every time (`canary.py`): the engine answers a prompt that it has answered under the weights before. It
+  shows what no receipt can: weights that arrived and are not computed with, a cache of old weights that was kept.
+- *A drill*, at the first publication of a process: every tensor is changed (`weights.drill`) and published, then the
+  true weights are. A tensor that the engine does not take shows, whichever it is: the trainer computes with another.
+- *Read-back*, every so often, of engines that can say what lies in their memory now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.engines.local import LocalEngine
+from hybridflow.placing.group_engine import deliver
+from hybridflow.placing.role import longest_sequence
+from hybridflow.protocols.generation import Result, RolloutEngine
+from hybridflow.protocols.training import TrainEngine
+from hybridflow.protocols.weights import WeightStream
+from hybridflow.publishing.canary import Answer, Canary, Gap, computes_exactly, ordinary_tokens
+from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.weights.stream import WeightSyncError, verify
+
+PROMPTS = 4  # of the drill: so many tokens that rarely used experts are among them
+BLAMED = 4  # most tensors that are looked for when the drill fails
+DRILL = "the start-up drill's, in which every tensor is changed"
+
+
+@dataclass
+class Publisher:
+    """Gives a trainer's weights to a generation engine and makes sure that it samples from them.
+
+    Args:
+        canary: knows both.
+        stream: makes the stream of the trainer's weights, as the engine takes them: called with whether weights that
+            are not trained must be in it.
+        read_back_every: ``rollout.read_back_every``.
+        note: told (kind, text) of what was found at the start.
+    """
+
+    canary: Canary
+    stream: Callable[[bool], WeightStream]
+    read_back_every: int = 0
+    note: Callable[[str, str], object] = lambda kind, text: None
+    count: int = field(default=0, init=False)  # publications
+    _published: dict[str, int] = field(default_factory=dict, init=False)  # what the engine should hold
+    _elsewhere: set[str] = field(default_factory=set, init=False)  # tensors that it keeps in another form
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Publishes the trainer's weights; what was measured.
+
+        Raises:
+            WeightSyncError: the engine has other weights, or computes with others.
+        """
+        if shares_memory(self.canary.trainer, self.canary.rollout):  # nothing travels
+            self.send(version)
+            return {}
+        if self.count:
+            if getattr(self.canary.rollout, "cache_block", 0):
+                self.canary.ask(version, tokens=1)  # now its prompt is in the cache, under the weights before
+            measured = self._sync(version)
+        else:
+            measured = self._drill(version)
+        self.count += 1
+        return measured
+
+    def _drill(self, version: int) -> dict[str, float]:
+        """The drill, and the true weights."""
+        trainer, canary = self.canary.trainer, self.canary
+        trainer.perturb()
+        try:
+            self.send(version)
+            answers = canary.ask(version, range(PROMPTS))
+            drilled = canary.gap(answers)
+            self._require(drilled, version, answers, DRILL)
+        finally:
+            trainer.perturb()  # as it was, bit for bit
+        measured = self._sync(version)
+        if not canary.near(drilled):  # by what the true weights' gap allows
+            trainer.perturb()
+            try:
+                self._require(drilled, version, answers, DRILL)
+            finally:
+                trainer.perturb()
+        self.note(
+            "weights",
+            f"start-up drill: {len(self._published)} tensors changed and computed with; log-probabilities differ from "
+            f"the trainer's by up to {drilled.largest:.1e}, under the true weights by "
+            f"{measured['rollout_sync/canary_max_diff']:.1e}",
+        )
+        return measured
+
+    def _sync(self, version: int) -> dict[str, float]:
+        """Sends the weights and checks them."""
+        began = time.perf_counter()
+        num_bytes = self.send(version, whole=not self.count)
+        delivered = time.perf_counter()
+        answers = self.canary.ask(version)
+        gap = self.canary.gap(answers)
+        self._require(gap, version, answers, "the trainer's")
+        measured = {
+            "rollout_sync/bytes": float(num_bytes),
+            "rollout_sync/canary_max_diff": gap.largest,
+            "rollout_sync/canary_mean_diff": gap.mean,
+            "timing_s/rollout_sync": delivered - began,
+            "timing_s/rollout_sync_canary": time.perf_counter() - delivered,
+        }
+        if not self.count:
+            self.canary.settle(gap)
+        if self.read_back_every and self.count % self.read_back_every == 0:
+            measured |= self._read_back(version)
+        return measured
+
+    def send(self, version: int, *, whole: bool = True) -> int:
+        """Sends the weights and holds the receipts against them; the bytes that all processes received.
+
+        Args:
+            version: of the weights.
+            whole: whether the engine needs the weights beside adapters too.
+        """
+        stream = self.stream(whole)
+        receipts = deliver(stream, self.canary.rollout, version)
+        verify(stream, receipts, version)
+        self._published |= stream.published
+        return sum(receipt.num_bytes for receipt in receipts)
+
+    def _read_back(self, version: int) -> dict[str, float]:
+        """Holds the engine's memory against what was published."""
+        held, differing = self.held()
+        if not self.count:  # the drill has shown that these are computed with: they are kept in another form
+            self._elsewhere |= {*differing}
+        elif differing:
+            raise WeightSyncError(
+                f"the generation engine's memory, read back at version {version}, holds other values than were "
+                f"published of {len(differing)} tensors: {', '.join(differing[:5])}"
+            )
+        return {"rollout_sync/read_back_tensors": float(held)} if held else {}
+
+    def held(self) -> tuple[int, list[str]]:
+        """How many tensors the engine can read back, and which of them are not what was published."""
+        read = getattr(self.canary.rollout, "read_back", None)
+        held = None if read is None else read(sorted(self._published.keys() - self._elsewhere))
+        held = held or {}
+        return len(held), sorted(name for name, value in held.items() if value != self._published[name])
+
+    # --- what is wrong ---
+
+    def _require(self, gap: Gap, version: int, answers: list[Answer], whose: str) -> None:
+        canary = self.canary
+        if canary.near(gap):
+            return
+        raise WeightSyncError(
+            f"with weights of version {version} the generation engine's log-probabilities are not {whose}: they differ "
+            f"by {gap.largest:.2g} {gap.where}, by {gap.mean:.2g} on average; allowed is {canary.limit:.2g} "
+            f"{'at most' if canary.exact else 'on average'}. {self._blame(version, answers)}"
+        )
+
+    def _blame(self, version: int, answers: list[Answer]) -> str:
+        """What explains the gap."""
+        if self.canary.near(self.canary.gap(self.canary.ask(version, [PROMPTS]))):
+            return (
+                "A prompt that it has not seen before gets the right ones: its prefix cache holds keys and values of "
+                "older weights"
+            )
+        unchanged = self._unchanged(answers) if not self.count else []
+        if unchanged:
+            return f"It computes as if it had not taken {', '.join(unchanged)}"
+        differing = self.held()[1]
+        if differing:
+            return f"Its memory holds other values than were published: {', '.join(differing[:5])}"
+        return (
+            "Everything arrived as it was published: it computes with other copies of weights (old ones, or packed for "
+            "kernels and not packed again), or not the model that the trainer computes"
+        )
+
+    def _unchanged(self, answers: list[Answer]) -> list[str]:
+        """The tensors whose change explains the gap: with them changed back, the trainer computes what the engine did.
+
+        One after the other, each time the one that explains most; every candidate is a score of the answers.
+        """
+        canary, found = self.canary, list[str]()
+        try:
+            while len(found) < BLAMED:
+                gaps = {name: self._without(name, answers) for name in sorted(self._published.keys() - {*found})}
+                best = min(gaps, key=lambda name: gaps[name].mean)
+                canary.trainer.perturb([best])
+                found.append(best)
+                if canary.near(gaps[best]):
+                    return found
+            return []
+        finally:
+            canary.trainer.perturb(found)
+
+    def _without(self, name: str, answers: list[Answer]) -> Gap:
+        self.canary.trainer.perturb([name])
+        try:
+            return self.canary.gap(answers)
+        finally:
+            self.canary.trainer.perturb([name])
+
+
+def shares_memory(trainer: TrainEngine, rollout: RolloutEngine) -> bool:
+    """Whether an engine computes with the trainer's own tensors."""
+    return isinstance(trainer, LocalEngine) and isinstance(rollout, InlineEngine) and rollout.model is trainer.model
+
+
+def publisher_of(
+    config: RlConfig,
+    trainer: TrainEngine,
+    rollout: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keep: Callable[[Sequence[Result]], None],
+    note: Callable[[str, str], object],
+) -> Publisher:
+    """The publisher of a run.
+
+    Args:
+        config: the configuration.
+        trainer: whose weights.
+        rollout: the engine.
+        tokenizer: of the model.
+        keep: see `Canary`.
+        note: see `Publisher`.
+    """
+    canary = Canary(
+        trainer=trainer,
+        rollout=rollout,
+        tokens=ordinary_tokens(tokenizer),
+        room=getattr(rollout, "max_model_len", longest_sequence(config)),
+        seed=config.run.seed,
+        exact=computes_exactly(config),
+        keep=keep,
+    )
+    publishes = config.rollout.lora if config.model.lora is not None else None
+    if shares_memory(trainer, rollout):
+        publishes = None
+
+    def stream(whole: bool) -> WeightStream:
+        return trainer.stream_weights(lora=None if whole and publishes == "adapters" else publishes)
+
+    return Publisher(canary, stream, config.rollout.read_back_every, note)

@@ -1,0 +1,1 @@
+"""Rewards held against answers whose worth is known."""

@@ -1,0 +1,376 @@
+"""The audit of a reward: changed right and wrong answers are scored, and what the reward says is held to what is known.
+
+Every answer is scored alone and again, in another order, in company with others; a process of its own measures what
+else the reward does (`probe`). All of it goes through the graders that training uses, so that a reward which
+hangs, dies or raises is found and not suffered. docs/audit.md says how to read the result.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from hybridflow.protocols.rewards import Answers, Grader, Score
+from hybridflow.rewards.audit import mutations
+from hybridflow.rewards.audit.mutations import Expected, KnownCase, responses
+from hybridflow.rewards.audit.probe import probe
+from hybridflow.rewards.graders.function import FunctionSpec
+
+Kind = Literal["false accept", "false reject", "failure", "unstable", "leak", "range", "note"]
+FAULTS = ("false accept", "failure", "unstable", "leak", "range")  # the others are warnings
+MOST_TIMEOUTS = 5  # then the audit stops: a reward that always hangs would keep it for hours
+IN_FLIGHT = 64  # groups of answers
+COMPANY = 8  # answers scored together, the second time
+LONG = 100_000  # characters: longer answers are scored once
+SHOWN = 160  # characters of an answer in the report
+OF_TIME = ("timeouts", "undecided")  # components by which rewards say that something took too long
+LEAK_MB = 50  # growth of the process over the calls of the probe that is told
+
+
+@dataclass(frozen=True)
+class CaseSet:
+    """What a reward is audited with.
+
+    Args:
+        cases: questions with right and wrong answers.
+        groups: of mutations that fit; see `mutations`.
+        kwargs: of the reward.
+        by_design: mutations of which the reward, by what it is, must say something else than usual, and why.
+        partial: wrong answers may earn a part: only what earns as much as the right answer counts as accepted. Else
+            it is what earns more than half of the way from the wrong answer to the right one.
+    """
+
+    cases: tuple[KnownCase, ...]
+    groups: tuple[str, ...] = ("text", "answer")
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    by_design: Mapping[str, tuple[Expected, str]] = field(default_factory=dict)
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A response and its score; None where it was not scored, for too many others had hung."""
+
+    case: KnownCase
+    mutation: str
+    expected: Expected
+    response: str
+    score: Score | None
+
+
+@dataclass
+class Finding:
+    """Something that a reward does and should not.
+
+    Args:
+        kind: of what; `FAULTS` are those that a reward must not be used with.
+        text: what it is.
+        count: how many answers show it.
+        of: among how many.
+        example: the shortest of them.
+    """
+
+    kind: Kind
+    text: str
+    count: int = 1
+    of: int = 1
+    example: dict[str, Any] | None = None
+
+    @property
+    def fault(self) -> bool:
+        """Whether a reward must not be used with it."""
+        return self.kind in FAULTS
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        told = f" ({self.count} of {self.of})" if self.of > 1 else ""
+        said = [f"{self.kind.upper() if self.fault else self.kind}: {self.text}{told}"]
+        for name, value in (self.example or {}).items():
+            said.append(f"    {name}: {value if isinstance(value, str) else repr(value)}")
+        return said
+
+
+@dataclass
+class Report:
+    """What an audit found.
+
+    Args:
+        reward: its name.
+        cases: number of questions.
+        answers: number of responses that were scored.
+        findings: faults first.
+        by_design: what it does by design, with the reason.
+        measured: calls per CPU second, the slowest call, growth of memory, ...
+    """
+
+    reward: str
+    cases: int
+    answers: int
+    findings: list[Finding]
+    by_design: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def sort(self) -> None:
+        """Puts faults first."""
+        self.findings.sort(key=lambda finding: (not finding.fault, get_args(Kind).index(finding.kind)))
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no fault."""
+        return not any(finding.fault for finding in self.findings)
+
+    def count(self, kind: Kind) -> int:
+        """How many findings there are of a kind."""
+        return sum(finding.kind == kind for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        if not self.ok:
+            kinds = [f"{self.count(kind)} x {kind}" for kind in get_args(Kind) if kind in FAULTS and self.count(kind)]
+            return f"not to be trained on: {', '.join(kinds)}"
+        if self.count("false reject"):
+            return f"usable; {self.count('false reject')} kinds of right answers are rejected"
+        return "clean"
+
+    def values(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        findings = [asdict(finding) | {"fault": finding.fault} for finding in self.findings]
+        return {**asdict(self), "findings": findings, "ok": self.ok, "verdict": self.verdict}
+
+    def lines(self) -> Iterator[str]:
+        """For a reader."""
+        yield f"{self.reward}: {self.answers} answers to {self.cases} questions"
+        for finding in self.findings:
+            yield from finding.lines()
+        for name, reason in self.by_design.items():
+            yield f"by design: {name}: {reason}"
+        for name, value in self.measured.items():
+            yield f"{name}: {value}"
+        yield f"verdict: {self.verdict}"
+
+
+def audit(
+    reward: str, case_set: CaseSet, grader: Grader, *, heavy: bool = True, seed: int = 0
+) -> tuple[Report, list[Tried]]:
+    """Scores all answers twice, and compares.
+
+    Args:
+        reward: its name.
+        case_set: what it is audited with.
+        grader: scores; it is closed by the caller.
+        heavy: with answers of a megabyte.
+        seed: of the second order.
+
+    Returns:
+        What was found, and the answers with their scores, for `probe`.
+    """
+    cases = case_set.cases
+    plan = [
+        (case, *made)
+        for index, case in enumerate(cases)
+        for made in responses(cases, index, case_set.groups, heavy=heavy and index == 0)
+    ]
+    plan.sort(key=lambda one: len(one[3]) >= LONG)  # long answers last: where they hang, the others are known
+    alone = score_all(grader, [answers_of(case, [response]) for case, _, _, response in plan])
+    tried = [Tried(*one, None if scores is None else scores[0]) for one, scores in zip(plan, alone)]
+    found = [*judge(case_set, tried), *_company(grader, tried, seed)]
+    done = sum(one.score is not None for one in tried)
+    by_design = {name: reason for name, (_, reason) in case_set.by_design.items() if reason}
+    report = Report(reward, len(cases), done, found, by_design)
+    report.sort()
+    return report, tried
+
+
+def add_probe(report: Report, tried: Sequence[Tried], function: FunctionSpec, *, seconds: float, calls: int) -> None:
+    """Adds to a report what only a process of its own shows.
+
+    Args:
+        report: of `audit`.
+        tried: the answers and their scores.
+        function: the reward.
+        seconds: that the process may take.
+        calls: see `probe.probe`.
+    """
+    again = [one for one in tried if one.score is not None and one.score.failure is None]
+    if not again:
+        return
+    random.Random(len(again)).shuffle(again)  # the process may not get through all: let it see of everything
+    probed = probe(function, [answers_of(one.case, [one.response]) for one in again], seconds=seconds, calls=calls)
+    if isinstance(probed, str):
+        report.findings.insert(0, Finding("failure", f"its process {probed}, when it was called directly"))
+        return
+    for when, scores in [
+        ("scored in another process", probed.scores),
+        ("scored twice in a row", probed.again),
+        ("scored in a thread that is not the main one", probed.in_thread),
+    ]:
+        report.findings += differences(when, list(zip(again, scores)))
+    if probed.changed is not None:
+        example = example_of(again[probed.changed])
+        report.findings.append(Finding("leak", "it changes the row, the prompt or the ground truth", 1, 1, example))
+    if probed.growth_mb > LEAK_MB:
+        grown = f"its process grew by {probed.growth_mb:.0f} MB over {probed.calls:,} calls"
+        report.findings.append(Finding("leak", grown))
+    slowest = max(range(len(probed.seconds)), key=lambda i: probed.seconds[i])
+    report.measured |= {
+        "calls per CPU second": round(probed.calls / max(probed.cpu_seconds, 1e-9), 1) if probed.calls else 0.0,
+        "slowest call": f"{probed.seconds[slowest]:.3f} s, {again[slowest].mutation}",
+        "memory grew by": f"{max(probed.growth_mb, 0):.1f} MB over {probed.calls:,} calls",
+    }
+    report.sort()
+
+
+def answers_of(case: KnownCase, texts: Sequence[str]) -> Answers:
+    """Responses to a case, as a grader takes them."""
+    prompt = [{"role": "user", "content": case.question}]
+    row = {"prompt": prompt, "ground_truth": case.ground_truth, **case.row}
+    return Answers(list(texts), case.ground_truth, prompt, row)
+
+
+def score_all(grader: Grader, asked: Sequence[Answers]) -> list[list[Score] | None]:
+    """Scores in the order of the answers; None for what was not scored, because too many calls had timed out."""
+    found: list[list[Score] | None] = [None] * len(asked)
+    submitted, done, timeouts = 0, 0, 0
+    while done < len(asked):
+        while submitted < len(asked) and submitted - done < IN_FLIGHT:
+            grader.submit(submitted, asked[submitted])
+            submitted += 1
+        for key, scores in grader.wait():
+            found[key] = scores
+            done += 1
+            timeouts += any(score.kind == "timeout" for score in scores)
+        if timeouts >= MOST_TIMEOUTS:
+            grader.cancel()
+            break
+    return found
+
+
+def judge(case_set: CaseSet, tried: Sequence[Tried]) -> list[Finding]:
+    """What the scores of all answers say about a reward."""
+    judged = _Judged()
+    for case in case_set.cases:
+        mine = [one for one in tried if one.case is case and one.score is not None]
+        _judge_case(case_set, mine, judged)
+    found = list(judged.findings())
+    skipped = sum(one.score is None for one in tried)
+    if skipped:
+        found.append(
+            Finding("note", f"{skipped} answers were not scored, because {MOST_TIMEOUTS} others took too long")
+        )
+    names = {tuple(sorted(one.score.components)) for one in tried if one.score and one.score.failure is None}
+    if len(names) > 1:
+        shown = " or ".join(sorted(", ".join(some) or "none" for some in names))
+        found.append(Finding("range", f"answers have different components: {shown}"))
+    return found
+
+
+class _Judged:
+    """Answers that show something, by what they show."""
+
+    def __init__(self) -> None:
+        self._shown: dict[tuple[Kind, str], list[Tried]] = {}
+        self._of: dict[str, int] = {}
+        self._earned: dict[int, float | None] = {}
+
+    def count(self, one: Tried) -> None:
+        self._of[one.mutation] = self._of.get(one.mutation, 0) + 1
+
+    def add(self, kind: Kind, text: str, one: Tried) -> None:
+        self._shown.setdefault((kind, text), []).append(one)
+
+    def findings(self) -> Iterator[Finding]:
+        for (kind, text), shown in self._shown.items():
+            shortest = min(shown, key=lambda one: len(one.response))
+            of = self._of.get(shortest.mutation, len(shown))
+            yield Finding(kind, text, len(shown), max(of, len(shown)), example_of(shortest))
+
+
+def _judge_case(case_set: CaseSet, tried: Sequence[Tried], judged: _Judged) -> None:
+    by_name: dict[str, Tried] = {}
+    for one in tried:
+        judged.count(one)
+        by_name.setdefault(one.mutation, one)
+        assert one.score is not None
+        if one.score.failure is not None:
+            judged.add("failure", f"{one.score.kind}: {one.mutation}", one)
+    right, wrong = (_value(by_name.get(name)) for name in (mutations.RIGHT, mutations.WRONG))
+    if right is None or wrong is None:
+        return
+    if right <= wrong:
+        judged.add("failure", "a right answer earns no more than a wrong one", by_name[mutations.RIGHT])
+        return
+    least = right - 1e-9 if case_set.partial else (right + wrong) / 2 + 1e-9
+    for one in tried:
+        assert one.score is not None
+        if one.score.failure is not None:
+            continue
+        expected, _ = case_set.by_design.get(one.mutation, (one.expected, ""))
+        accepted = one.score.value >= least
+        if one.mutation == mutations.NOTHING_AFTER and _value(by_name.get(mutations.RIGHT_THEN_WRONG)) == right:
+            continue  # the first answer counts, whatever comes after it
+        if accepted and expected == "wrong":
+            judged.add("false accept", one.mutation, one)
+        if not accepted and expected == "right":
+            judged.add("false reject", one.mutation, one)
+        if one.mutation in ("empty", "the question") and one.score.value > wrong + 1e-9 and not accepted:
+            judged.add("leak", f"{one.mutation}: earns more than a wrong answer", one)
+    for orders in mutations.BOTH_ORDERS:
+        both = [by_name.get(name) for name in orders]
+        if all((value := _value(one)) is not None and value >= least for one in both):
+            assert both[0] is not None
+            judged.add("false accept", f"two answers, accepted in both orders: {' and '.join(orders)}", both[0])
+
+
+def _value(one: Tried | None) -> float | None:
+    return None if one is None or one.score is None or one.score.failure is not None else one.score.value
+
+
+def _company(grader: Grader, tried: Sequence[Tried], seed: int) -> list[Finding]:
+    """Scores all again, in another order and several at once; what is not as before."""
+    again = [one for one in tried if _value(one) is not None and len(one.response) < LONG]
+    random.Random(seed).shuffle(again)
+    by_case: dict[int, list[Tried]] = {}
+    groups: list[list[Tried]] = []
+    for one in again:
+        mine = by_case.setdefault(id(one.case), [])
+        mine.append(one)
+        if len(mine) == COMPANY:
+            groups.append(by_case.pop(id(one.case)))
+    groups += by_case.values()
+    scored = score_all(grader, [answers_of(group[0].case, [one.response for one in group]) for group in groups])
+    pairs = [(one, score) for group, scores in zip(groups, scored) if scores for one, score in zip(group, scores)]
+    return differences("scored again, in another order and together with others", pairs)
+
+
+def differences(when: str, pairs: Sequence[tuple[Tried, Score]]) -> list[Finding]:
+    """At most one finding: answers whose second score is not the first."""
+    other = [(one, score) for one, score in pairs if one.score is not None and not _same(one.score, score)]
+    if not other:
+        return []
+    one, score = min(other, key=lambda pair: len(pair[0].response))
+    example = example_of(one) | {"score then": score.failure or score.value}
+    return [Finding("unstable", f"another score when {when}", len(other), len(pairs), example)]
+
+
+def _same(a: Score, b: Score) -> bool:
+    """Whether two scores of an answer agree; what is told of time limits depends on the machine, and need not."""
+    parts = [{name: value for name, value in s.components.items() if name not in OF_TIME} for s in (a, b)]
+    return (a.value, a.kind) == (b.value, b.kind) and parts[0] == parts[1]
+
+
+def example_of(one: Tried) -> dict[str, Any]:
+    """An answer, as a report shows it."""
+    assert one.score is not None
+    shown = {"answer": shortened(one.response), "ground truth": shortened(one.case.ground_truth)}
+    return shown | (
+        {"it": one.score.failure.partition(" (it was scoring")[0]} if one.score.failure else {"score": one.score.value}
+    )
+
+
+def shortened(value: Any) -> str:
+    """Any value as one line of text."""
+    text = ascii(value)  # look-alike characters must be told from what they look like
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

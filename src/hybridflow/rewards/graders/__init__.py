@@ -1,0 +1,1 @@
+"""Graders: functions, servers, judges, and what is composed of them."""

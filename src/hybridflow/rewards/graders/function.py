@@ -1,0 +1,354 @@
+"""A user's reward function, called safely: what it returns is checked before anything is trained on it.
+
+The names of its arguments decide what it is given. Of one answer:
+
+    response, solution_str      its text
+    ground_truth                the row's
+    prompt                      chat messages
+    row                         the whole row
+    data_source, extra_info     of the row: None and {} where it has none
+
+or of all answers to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
+``ground_truths`` and ``extra_infos``, lists with one entry per answer. So a ``compute_score`` that was written for verl
+works as it is, of one answer and of a batch. All of these may be ``async def``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridflow.config.bounds import LARGEST_REWARD
+from hybridflow.config.locate import load_function
+from hybridflow.errors import UserError, nearest, raised
+from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.rewards.verifiable import registry as rewards
+
+ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
+ROWS = ("data_sources", "ground_truths", "extra_infos")  # for a whole group only
+ANSWER = ("response", "solution_str")
+ANSWERS = ("responses", "solution_strs")
+# What other programs and people call these; None: a word that may be either, the model's or the row's.
+NAMES = {
+    **dict.fromkeys(("completion", "output", "prediction", "generation", "generated", "text", "pred"), "response"),
+    **dict.fromkeys(("model_output", "response_str", "response_text", "candidate", "sequence"), "response"),
+    **dict.fromkeys(("completions", "outputs", "predictions", "generations", "texts", "sequences"), "responses"),
+    **dict.fromkeys(("label", "target", "gold", "reference", "expected", "truth", "gt"), "ground_truth"),
+    **dict.fromkeys(("labels", "targets", "references", "answer_key", "gold_answer"), "ground_truth"),
+    **dict.fromkeys(("prompts", "query", "queries", "question", "messages", "input", "instruction"), "prompt"),
+    **dict.fromkeys(("extra", "info", "metadata", "meta"), "extra_info"),
+    **dict.fromkeys(("source", "dataset", "task"), "data_source"),
+    **dict.fromkeys(("example", "sample", "item", "record"), "row"),
+    **dict.fromkeys(("answer", "answers", "solution", "solutions", "result", "final_answer"), None),
+}
+CUT = 200  # characters of whatever a message shows
+_FORMS = (
+    "def score(response: str, ground_truth) -> float, with any of the arguments response, ground_truth, prompt, row; "
+    "or def score(responses: list[str], ...) -> list[float] for a whole group; a dict of numbers with 'score' among "
+    "them may stand for a number"
+)
+STEPS = "rewards of parts of an answer are {'score': ..., 'steps': [(characters up to its end, reward), ...]}"
+FIXES = {
+    "raised": "make it return a number for every answer, however malformed",
+    "timeout": "make it give up earlier by itself, or raise reward.pool.timeout",
+    "died": "its process ended twice on this answer (a crash in native code, os._exit, memory): try the answer with "
+    "reward.pool.processes=0, where a debugger works",
+    "nonsense": f"write {_FORMS}; {STEPS}",
+    "refused": "look at what the server says; reward.pool.retries is how often it is asked again",
+}
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    """A reward function by name: it travels to other processes, which load it there.
+
+    Args:
+        reference: ``file.py:function``, or the name of a built-in reward.
+        kwargs: further arguments.
+    """
+
+    reference: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _called(name: str, known: Sequence[str]) -> str:
+    """What an argument that nothing gives is called here."""
+    column = f"a column of the data is row[{name!r}]"
+    if name in NAMES:
+        ours = NAMES[name]
+        return f"here it is {ours!r}; {column}" if ours else f"the model's answer is 'response'; {column}"
+    near = nearest(name, known)
+    return near if near.startswith("did") else column
+
+
+class RewardFunction:
+    """Scores the answers to one prompt, and never raises because of what the function did.
+
+    Args:
+        function: the user's function.
+        name: how to call it in messages.
+        kwargs: further arguments that it is given.
+
+    Attributes:
+        whole_group: whether one call scores all answers to a prompt.
+        is_async: whether it is an ``async def``.
+
+    Raises:
+        UserError: the function wants arguments that do not exist, or does not take those of `kwargs`.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, kwargs: Mapping[str, Any] | None = None) -> None:
+        self.function, self.name, self.kwargs = function, name, dict(kwargs or {})
+        inner, bound = function, set[str]()  # what a partial was given stays as it is
+        while isinstance(inner, functools.partial):
+            bound |= inner.keywords.keys()
+            inner = inner.func
+        try:
+            parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in bound}
+        except ValueError as error:  # of functions that are written in C
+            raise UserError(
+                f"the reward {name} has no signature that Python can read",
+                why="the names of its arguments say what it is given",
+                fix=f"call it in a function of yours: {_FORMS}",
+            ) from error
+        self.whole_group = not set(ANSWERS).isdisjoint(parameters)
+        # Of an object it is the class's method that is called.
+        self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
+        answer = ANSWERS if self.whole_group else ANSWER
+        known = (*answer, *ROW, *(ROWS if self.whole_group else ()))
+        self.arguments = [n for n in known if n in parameters]
+        self._check_signature(parameters, answer, known)
+
+    def _check_signature(
+        self, parameters: Mapping[str, inspect.Parameter], answer: Sequence[str], known: Sequence[str]
+    ) -> None:
+        variable = {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+        named = [
+            n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.POSITIONAL_ONLY)
+        ]
+        ours = next((k for k in self.kwargs if k in known), None)
+        strange = None if variable else next((k for k in self.kwargs if k not in named), None)
+        if ours is not None or strange is not None:
+            said = "is given that by the run" if ours is not None else "does not take it"
+            raise UserError(
+                f"reward.kwargs has {ours or strange!r}, and the reward {self.name} {said}",
+                fix=nearest(str(ours or strange), own)
+                if (own := [n for n in named if n not in known])
+                else f"leave it out of reward.kwargs: {self.name} takes no arguments of its own",
+            )
+        wanted = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in self.kwargs]
+        unknown = next((n for n in wanted if n not in known), None)
+        by_place = next((n for n in named if parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY), None)
+        wrong = [
+            f"wants {unknown!r} ({_called(unknown, known)})" if unknown else "",
+            f"takes {by_place!r} by position only" if by_place else "",
+            f"does not take {answer[0]!r}" if set(answer).isdisjoint(parameters) else "",
+        ]
+        if any(wrong):
+            raise UserError(f"the reward {self.name} {' and '.join(filter(None, wrong))}", fix=f"write {_FORMS}")
+
+    def calls(self, answers: Answers) -> list[int | None]:
+        """What a call of it scores: None for all answers at once, else one call for each index of them."""
+        return [None] if self.whole_group else list(range(len(answers.responses)))
+
+    def scores(self, answers: Answers) -> list[Score]:
+        """A score for every response; calls are one after the other, of an ``async def`` at once."""
+        if self.is_async:
+            return asyncio.run(self.scores_async(answers))
+        return [s for index in self.calls(answers) for s in self.score(answers, index)]
+
+    async def scores_async(self, answers: Answers) -> list[Score]:
+        """The same, of an ``async def``."""
+        found = await asyncio.gather(*(self.score_async(answers, index) for index in self.calls(answers)))
+        return [s for scores in found for s in scores]
+
+    def score(self, answers: Answers, index: int | None) -> list[Score]:
+        """What one call says; see `calls`."""
+        try:
+            return self._read(self.function(**self._given(answers, index)), answers, index)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a reward must not end the run without a word
+            return self._raised(error, answers, index)
+
+    async def score_async(self, answers: Answers, index: int | None) -> list[Score]:
+        """The same, of an ``async def``."""
+        try:
+            begun: Awaitable[Any] = self.function(**self._given(answers, index))
+            return self._read(await begun, answers, index)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            return self._raised(error, answers, index)
+
+    def _given(self, answers: Answers, index: int | None) -> dict[str, Any]:
+        row, size = answers.row, len(answers.responses)
+        source, truth = row.get("data_source"), answers.ground_truth
+        context: dict[str, Any] = {"ground_truth": truth, "prompt": answers.prompt, "row": row, "data_source": source}
+        if index is not None:
+            context |= dict.fromkeys(ANSWER, answers.responses[index])
+        else:
+            context |= {name: list(answers.responses) for name in ANSWERS}
+            context |= {"ground_truths": [truth] * size, "data_sources": [source] * size}
+            context["extra_infos"] = [dict(row.get("extra_info") or {}) for _ in range(size)]
+        context["extra_info"] = dict(row.get("extra_info") or {})
+        return {name: context[name] for name in self.arguments} | self.kwargs
+
+    def _read(self, value: Any, answers: Answers, index: int | None) -> list[Score]:
+        if index is not None:
+            return [read_score(self.name, value, answers, index)]
+        return read_scores(self.name, value, answers)
+
+    def _raised(self, error: BaseException, answers: Answers, index: int | None) -> list[Score]:
+        return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called in messages; a partial as what it calls, an object as its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def failures(name: str, kind: str, what: str, answers: Answers, index: int | None) -> list[Score]:
+    """Scores that say why a call has none.
+
+    Args:
+        name: of the reward.
+        kind: see `protocols.rewards.Score.kind`.
+        what: it did, such as "took longer than 60 s".
+        answers: what it was scoring.
+        index: which of them; None: all.
+    """
+    if index is None:
+        many = f"{len(answers.responses)} answers, the first "
+        response, count = (answers.responses or [""])[0], len(answers.responses)
+    else:
+        many, response, count = "", answers.responses[index], 1
+    against = _text(answers.ground_truth, repr)
+    failure = f"the reward {name} {what} (it was scoring {many}{response[:CUT]!r} against {against})"
+    return [Score(0.0, failure=failure, kind=kind)] * count
+
+
+def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
+    """What a reward returned for all answers to a prompt: see `read_score`."""
+    size = len(answers.responses)
+    if not isinstance(values, Sequence) and callable(getattr(values, "tolist", None)):
+        values = values.tolist()  # of numpy and torch
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != size:
+        found = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        return failures(name, "nonsense", f"was given {size} responses and returned {found}", answers, None)
+    return [read_score(name, value, answers, i) for i, value in enumerate(values)]
+
+
+def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
+    """What a reward returned for one answer: a number of at most `LARGEST_REWARD`, or a dict with such as "score".
+
+    Further numbers of a dict are components; what else stands in it, such as text, is left out. "steps" are rewards of
+    parts of the answer: pairs of how many characters of it the part ends after, and the reward.
+    """
+    try:
+        if not isinstance(value, Mapping):
+            return Score(_number(value))
+        if "score" not in value:
+            raise _Nonsense(f"returned a dict without 'score' in it: {_text(dict(value), repr)}")
+        components = {str(k): _number(v, f" as {k!r}") for k, v in value.items() if k != "steps" and _is_number(v)}
+        score = components.pop("score", None)
+        if score is None:
+            raise _Nonsense(_no_number(value["score"], " as 'score'"))
+        steps = _steps(value.get("steps"), len(answers.responses[index]))
+        _number(score + sum(reward for _, reward in steps), " as 'score' and 'steps' together")
+        return Score(score, components, steps)
+    except _Nonsense as said:
+        return failures(name, "nonsense", str(said), answers, index)[0]
+
+
+class _Nonsense(Exception):
+    pass
+
+
+def _number(value: Any, where: str = "") -> float:
+    if _is_number(value):
+        found = value.item() if not isinstance(value, numbers.Real) else value
+        try:
+            number = float(found)
+        except OverflowError:
+            number = math.inf
+        if abs(number) <= LARGEST_REWARD:
+            return number
+    raise _Nonsense(_no_number(value, where))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number of Python, or an array or tensor without dimensions or with one element."""
+    if isinstance(value, numbers.Real):
+        return True
+    if not callable(getattr(value, "item", None)) or math.prod(getattr(value, "shape", (2,))) != 1:
+        return False
+    return isinstance(value.item(), numbers.Real)
+
+
+def _no_number(value: Any, where: str) -> str:
+    several = (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or hasattr(value, "shape")
+    wanted = f"not a finite number of at most {LARGEST_REWARD:g}"
+    said = f"returned {_text(value, repr)} ({type(value).__name__}){where}, {wanted}"
+    return f"{said}: {STEPS}" if several and not _is_number(value) else said
+
+
+def _steps(steps: Any, characters: int) -> tuple[tuple[int, float], ...]:
+    found = []
+    for step in () if steps is None else steps:
+        if not isinstance(step, Sequence) or isinstance(step, str) or len(step) != 2:
+            raise _Nonsense(f"returned a step {_text(step, repr)}: {STEPS}")
+        end, reward = step
+        if isinstance(end, bool) or not isinstance(end, numbers.Integral) or not 1 <= int(end) <= characters:
+            raise _Nonsense(f"returned a step that ends after {_text(end, repr)} of {characters} characters")
+        found.append((int(end), _number(reward, " in a step")))
+    return tuple(found)
+
+
+def _text(value: Any, form: Callable[[Any], str]) -> str:
+    """As text of at most `CUT` characters, whatever its own methods do."""
+    try:
+        return form(value)[:CUT]
+    except Exception:  # a broken __repr__ must not hide what happened
+        return f"<a {type(value).__name__}>"
+
+
+def load_reward(reference: str, kwargs: Mapping[str, Any] | None = None) -> RewardFunction:
+    """The reward that ``file.py:function`` or the name of a built-in one means.
+
+    Raises:
+        UserError: no such function, or one with arguments that do not exist.
+    """
+    builtin = reference in rewards.REWARDS
+    return RewardFunction(rewards.builtin(reference) if builtin else load_function(reference), reference, kwargs)
+
+
+def load_all(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> dict[str, RewardFunction]:
+    """Every function by its name here.
+
+    Raises:
+        UserError: see `load_reward`.
+    """
+    return {
+        name: load_reward(f.reference, f.kwargs) if isinstance(f, FunctionSpec) else RewardFunction(f, name_of(f))
+        for name, f in functions.items()
+    }
+
+
+def check_builtins(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> None:
+    """Makes sure that built-in rewards have what they need.
+
+    Raises:
+        UserError: one has not.
+    """
+    for function in functions.values():
+        if isinstance(function, FunctionSpec) and function.reference in rewards.CHECKS:
+            rewards.CHECKS[function.reference](function.kwargs)

@@ -1,0 +1,1 @@
+"""Reward functions in processes with limits."""

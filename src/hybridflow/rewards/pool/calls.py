@@ -1,0 +1,37 @@
+"""Calls of reward functions on their way to a process, and the answers that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridflow.protocols.rewards import Answers, Score
+
+
+@dataclass(eq=False, slots=True)
+class GroupCalls:
+    """Answers to one prompt, on their way; `scores` by index, None where there is none yet."""
+
+    key: int
+    function: str
+    answers: Answers
+    data: bytes
+    scores: list[Score | None]
+    left: int
+    forgotten: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of a function.
+
+    Args:
+        group: what it scores.
+        index: which answer of it; see `RewardFunction.calls`.
+        deaths: of processes that were with it.
+        begun: when it was last given to a process.
+    """
+
+    group: GroupCalls
+    index: int | None
+    deaths: int = 0
+    begun: float = 0.0

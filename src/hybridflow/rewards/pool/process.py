@@ -1,0 +1,140 @@
+"""One process of the pool, as its parent sees it: started, spoken with without ever waiting, and ended with all that it
+has started itself.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hybridflow.rewards.pool.worker import Frames, frame
+
+if TYPE_CHECKING:
+    from hybridflow.rewards.pool.calls import Call
+
+START = 60.0  # seconds that a process may take to start and load its functions
+GRACE = 1.0  # seconds for what a process does at its exit
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[3:]; "
+    "from hybridflow.rewards.pool.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+)
+
+
+@dataclass(eq=False, slots=True)
+class PoolProcess:
+    """One process of the pool; `start_process` makes it.
+
+    Args:
+        process: the process; it leads a group of its own, so that what it starts can be ended with it.
+        connection: our end of its socket.
+        exited: a handle that becomes readable when it exits; None where the system has no such thing.
+        until: the time at which it counts as unable to start, of `time.monotonic`.
+        frames: what has arrived.
+        unsent: what could not be sent yet.
+        ready: whether it has loaded its functions.
+        checks: whether it was also asked to check them.
+        asynchronous: whether it has ``async def`` functions; None until it is given something.
+        calls: what it was given and has not answered, in that order, by number of the task and index.
+        since: since when it is with the first of them.
+        passed_over: whether it is with one call for so long that others take what waits.
+        forget: whether it is to be told to forget what has not begun.
+    """
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+    exited: int | None
+    until: float
+    checks: bool
+    frames: Frames = field(default_factory=Frames)
+    unsent: bytearray = field(default_factory=bytearray)
+    ready: bool = False
+    asynchronous: bool | None = None
+    calls: dict[tuple[int, int | None], Call] = field(default_factory=dict)
+    since: float = 0.0
+    passed_over: bool = False
+    forget: bool = False
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Sends what the socket takes at once, and keeps the rest for `flush`."""
+        self.unsent += frame(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends more of what is kept."""
+        with suppress(BlockingIOError, ConnectionError):  # that it has died is seen where its answers are read
+            while self.unsent:
+                del self.unsent[: self.connection.send(self.unsent)]
+
+    def receive(self) -> tuple[list[Any], bool]:
+        """All messages that have arrived, and whether these were the last."""
+        messages: list[Any] = []
+        while True:
+            try:
+                data = self.connection.recv(1 << 18)
+            except BlockingIOError:
+                return messages, False
+            except ConnectionError:
+                return messages, True
+            if not data:
+                return messages, True
+            messages += self.frames.feed(data)
+
+    def end(self, grace: float = 0.0) -> str:
+        """Ends it and what it has started, and says how it ended.
+
+        Args:
+            grace: seconds for it to exit by itself, now that its socket is closed.
+        """
+        self.connection.close()
+        if self.exited is not None:
+            poll = select.poll()
+            poll.register(self.exited)
+            poll.poll(grace * 1000)
+            os.close(self.exited)
+        # It is not reaped yet, so the number of its group cannot be another's.
+        with suppress(ProcessLookupError, PermissionError):  # macOS: of a group that has only exited processes
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def start_process(folder: str, path: Sequence[str], checks: bool) -> PoolProcess:
+    """Starts a process and returns at once.
+
+    Args:
+        folder: its current folder.
+        path: its `sys.path`.
+        checks: see `PoolProcess`.
+    """
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-X", "faulthandler", "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid()), *path]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # what a reward prints must not get into what the run prints
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,  # Ctrl-C is for the parent, which decides
+    )
+    theirs.close()
+    ours.setblocking(False)
+    return PoolProcess(process, ours, _exit_handle(process.pid), time.monotonic() + START, checks)
+
+
+def _exit_handle(pid: int) -> int | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # some containers forbid it; the end of its socket tells as much, unless a reward has forked
+        return None

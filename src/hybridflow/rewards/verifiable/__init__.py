@@ -1,0 +1,1 @@
+"""The built-in rewards, which compare an answer with the truth."""

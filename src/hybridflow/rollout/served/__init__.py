@@ -1,0 +1,1 @@
+"""What engines outside of this process share."""

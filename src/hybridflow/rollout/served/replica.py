@@ -1,0 +1,178 @@
+"""What `served/engine.py` and those who fill it in share: an engine that answers, what it was asked, what it said."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from hybridflow.protocols.generation import Request
+from hybridflow.protocols.weights import Receipt
+from hybridflow.rollout.job import Job
+
+T = TypeVar("T")
+
+
+class ReplicaLost(Exception):
+    """A replica cannot answer any more; the message says why, as in "replica 0 has ...": "died ..."."""
+
+
+class ReplicaFailed(Exception):
+    """A replica answered that something went wrong inside it."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """What an engine answered to one call.
+
+    Args:
+        tokens: new tokens.
+        logps: their log-probabilities, see `Result.logps`.
+        reason: "abort" where the engine was told to stop.
+        versions: (weight version, index in `tokens` of the first one sampled under it), in order; None: all under the
+            version that the engine had when it was asked.
+        supports: for each token the ids that could have been sampled, empty for all of them; None where nothing was
+            cut, or the engine does not tell.
+    """
+
+    tokens: list[int]
+    logps: list[float]
+    reason: Literal["stop", "length", "abort"]
+    versions: list[tuple[int, int]] | None = None
+    supports: list[list[int]] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A job and where it is.
+
+    Args:
+        job: the job.
+        task: what sends it and takes its answers.
+        out: whether it is with the engine now.
+        aborting: whether somebody asked for its end.
+    """
+
+    job: Job
+    task: asyncio.Task[None] | None = None
+    out: bool = False
+    aborting: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """One engine that answers.
+
+    Args:
+        name: how messages call it.
+        state: what the subclass keeps: its process, its address.
+        restarts: how often it was started again.
+        flights: what it was given and has not ended.
+        up: whether it answers.
+        current: whether it has the current weights.
+        answered: set by every answer.
+        said: what went wrong last: it is told once, not by every request.
+        watch: looks whether it is silent.
+        recovery: starts it again.
+    """
+
+    name: str
+    state: Any = None
+    restarts: int = 0
+    flights: set[Flight] = field(default_factory=set)
+    up: asyncio.Event = field(default_factory=asyncio.Event)
+    current: asyncio.Event = field(default_factory=asyncio.Event)
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    said: str = ""
+    watch: asyncio.Task[None] | None = None
+    recovery: asyncio.Task[None] | None = None
+
+    def load(self) -> int:
+        """Tokens that it has still to read or to generate, at most."""
+        return sum(flight.job.limit() - len(flight.job.tokens) for flight in self.flights)
+
+
+class Hooks(ABC):
+    """What talks to an engine, for `asynchronous.AsyncEngine`.
+
+    All but `_check` and `_hosts` run in the thread of its loop, and must not block it. They raise `ReplicaLost` when
+    the replica cannot answer any more, `ReplicaFailed` when it answered that something went wrong inside it (the
+    request is sent again, a few times), and UserError for what the user must mend.
+    """
+
+    @abstractmethod
+    def _check(self, request: Request) -> None:
+        """Raises the UserError of a request that can never run. In the caller's thread."""
+
+    @abstractmethod
+    async def _start(self, replica: Replica) -> None:
+        """Returns when the replica can answer. Where it is not ours to start, it is only looked at."""
+
+    @abstractmethod
+    async def _end(self, replica: Replica) -> None:
+        """Ends it by force, whatever its state."""
+
+    @abstractmethod
+    async def _generate(self, replica: Replica, job: Job) -> Piece:
+        """Sends a job on from where it is (`Job.context`, `Job.left`, `Job.seed`); returns what the engine answered.
+
+        A piece with reason "abort" that nobody asked for is kept, and the job goes on after it as soon as the engine
+        may generate: an engine that can only pause by aborting needs nothing more.
+        """
+
+    @abstractmethod
+    async def _abort(self, replica: Replica, jobs: list[Job]) -> None:
+        """Has the engine end jobs; their `_generate` then returns the part done."""
+
+    @abstractmethod
+    async def _pause(self, replica: Replica) -> None:
+        """Stops generating: calls of `_generate` that are out stay out, or return with "abort"."""
+
+    @abstractmethod
+    async def _resume(self, replica: Replica) -> None:
+        """Goes on."""
+
+    @abstractmethod
+    async def _take_weights(self, replica: Replica, address: str, first: int, version: int) -> list[Receipt]:
+        """Has the replica's processes take the stream that is sent at an address, and drop what is of older weights.
+
+        The replica is paused if something is in flight. From its end on it samples from the new version.
+
+        Args:
+            replica: which.
+            address: of the sender.
+            first: which receiver the first of its processes is; the others follow.
+            version: of the weights.
+        """
+
+    @abstractmethod
+    async def _ping(self, replica: Replica) -> None:
+        """Returns as soon as the engine itself, not just the process before it, has answered something."""
+
+    @abstractmethod
+    async def _sleep(self, replica: Replica) -> None:
+        """Gives back memory; nothing is in flight."""
+
+    @abstractmethod
+    async def _wake(self, replica: Replica) -> None:
+        """Takes memory again."""
+
+    @abstractmethod
+    def _hosts(self, replica: Replica) -> list[str]:
+        """The host of each of its processes that take weights, in order."""
+
+
+def why_lost(error: Exception, timeout: float) -> str:
+    """What is said of a replica that an error came from."""
+    return f"was silent for {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
+
+
+async def all_of(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; when one fails, its error, after the others have ended."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]

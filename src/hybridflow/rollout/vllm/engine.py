@@ -1,0 +1,476 @@
+"""Generation with vLLM, inside the training process, or with its model in processes of their own.
+
+vLLM's scheduler runs here as a plain object: `wait` steps it in the calling thread, one step after the other, so
+nothing is polled and nothing runs in between. The model computes in this process, with one worker and one device, or
+in worker processes, each with a part of it (tensor parallelism); the engine keeps its own copy of the weights.
+
+What vLLM does by itself and a trainer must not be exposed to is handled here:
+
+- Only the request's stop tokens and stop texts end it: not the model's end-of-sequence token, not
+  `generation_config.json`.
+- Log-probabilities are of the distribution really sampled (`processed_logprobs`); for greedy requests vLLM divides by
+  1 instead of 0, so theirs are the model's own at temperature 1, as `Result` promises, in mixed batches too.
+- Results say nothing about which tokens top-p, top-k and min-p kept; training under these is refused
+  (`RolloutSection`), evaluation is not.
+- Noise has a seed per request. vLLM's generators count on from there, so tokens do not depend on what a request was
+  batched with, up to rounding. A continued request gets a seed of its own, from the position it starts at.
+- On CPUs prompts are never prefilled in chunks: vLLM would rewind the request's generator after each chunk, and
+  torch's CPU generator cannot be rewound ("CPU Generator does not use offset").
+- After new weights every cached key and value is dropped, also of requests in flight: they are prefilled again.
+- A worker process that ends or hangs takes the whole engine with it. It is started again, given the current weights,
+  and what was in flight is generated anew from its beginning, with the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hybridflow.config.sections.model import LoraSection
+from hybridflow.config.sections.placement import Transport
+from hybridflow.devices import CPU, count_devices
+from hybridflow.errors import UserError
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols.generation import Request, Result
+from hybridflow.protocols.waiting import never
+from hybridflow.protocols.weights import Receipt, WeightStream
+from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.served.model_folder import check_model
+from hybridflow.rollout.stopping import StopText
+from hybridflow.rollout.vllm import start as vllm_start
+from hybridflow.rollout.vllm.images import image_prompt, image_token
+from hybridflow.rollout.vllm.start import process_kept, torch_generators_kept
+from hybridflow.rollout.vllm.watch import WorkerWatch
+from hybridflow.rollout.vllm.worker import ADAPTER_ID
+from hybridflow.weights.adapters import ADAPTER, is_adapter
+from hybridflow.weights.channel import Channel
+from hybridflow.weights.stream import WeightSyncError
+
+TEMPERATURES = (0.01, 2.0)  # vLLM silently raises lower ones, and refuses higher ones; 0 is greedy
+
+
+class VllmEngine:
+    """A `RolloutEngine` on vLLM, whose scheduler runs in this process.
+
+    Args:
+        model_folder: model in Hugging Face format. Its weights are those of version 0; a tokenizer is needed by models
+            that see images only.
+        max_model_len: most tokens of a sequence, prompt and answer together.
+        mode: "in_process": the model computes in this process, which must not run torch.distributed; "workers": in
+            processes of its own. Weights then reach them through `weights.channel`, or straight from the processes
+            that hold them: see `receivers`.
+        tensor_parallel: worker processes that share one copy of the model.
+        decode: token ids to text; needed by requests with stop texts only.
+        lora: the adapter that is trained and published alone: it is swapped in place. None: weights are always whole.
+        transport: ``placement.transport``: how `update_weights` reaches workers.
+        folder: ``placement.folder``.
+        delta: ``placement.delta``.
+        start_timeout: seconds that workers may take to start.
+        answer_timeout: seconds without an answer after which a worker counts as hung.
+        restarts: how often an engine whose workers ended or hung is started again.
+        sleep_level: 1: weights wait in host memory while it sleeps; 2: they are dropped, and new ones must be
+            published after `wake`. On CPUs vLLM keeps everything.
+        seed: seed of vLLM's own generators, which requests do not use.
+        engine_args: more of vLLM's `EngineArgs`: `max_num_seqs`, `kv_cache_memory_bytes`, `gpu_memory_utilization`, ...
+        dtype: what it computes in; by default "float32" on CPUs, "bfloat16" elsewhere.
+
+    Attributes:
+        version: version of the weights.
+        cache_block: tokens of a block of the prefix cache.
+        on_restart: publishes the current weights; called after a restart, before lost requests are sent again. The
+            model's folder has not the current ones.
+        note: told of what happened: kind and text.
+
+    Raises:
+        UserError: vLLM is missing, of another version, or refuses the configuration; no model in the folder, or one
+            whose heads `tensor_parallel` does not divide; an adapter that vLLM does not take; or, in process,
+            torch.distributed already runs, whose process group vLLM would take over and later destroy.
+
+    In process, torch.distributed is initialised while it lives, with a process group of one; with workers the process
+    groups of this process are left alone. The first engine turns torch.compile off for functions compiled after it
+    where there is no GPU (TORCHDYNAMO_DISABLE): compiling vLLM's small kernels takes longer than they ever save.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        *,
+        max_model_len: int,
+        mode: Literal["in_process", "workers"] = "in_process",
+        tensor_parallel: int = 1,
+        decode: Decode | None = None,
+        lora: LoraSection | None = None,
+        transport: Transport = "auto",
+        folder: str | None = None,
+        delta: bool = False,
+        start_timeout: float = 600,
+        answer_timeout: float = 600,
+        restarts: int = 3,
+        sleep_level: Literal[1, 2] = 1,
+        seed: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.version = 0
+        self.paused = self.asleep = False
+        self.max_model_len, self.decode = max_model_len, decode
+        self.should_return: Callable[[], bool] = never
+        self.on_restart: Callable[[], None] | None = None
+        self.note: Callable[[str, str], None] = lambda kind, text: None
+        self._workers, self._sleep_level = mode == "workers", sleep_level
+        self._transport, self._folder, self._delta = transport, folder, delta
+        self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
+        self._restarts_left = restarts
+        self._next_handle = 0
+        self._jobs: dict[int, Job] = {}
+        self._ready: list[Result] = []
+        self._channel: Channel | None = None
+        self._watch: WorkerWatch | None = None
+        self._whole = (
+            True  # its weights are usable: not while an update is half done, nor after a sleep that drops them
+        )
+        assert self._workers or tensor_parallel == 1, "tensor parallelism needs workers"
+        config = check_model(model_folder, tensor_parallel)
+        self._image_token = image_token(config)
+        self._lora = None if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
+        if lora is not None and sleep_level == 2:
+            raise UserError("adapters alone cannot follow a sleep that drops all weights", fix="sleep at level 1")
+        with process_kept():
+            self._vllm = vllm = vllm_start.import_vllm()
+            on_cpu = bool(vllm.platforms.current_platform.is_cpu())
+            self._device = "cpu" if on_cpu else "cuda"
+            ours = {
+                "model": str(model_folder),
+                "max_model_len": max_model_len,
+                "seed": seed,
+                "dtype": dtype or ("float32" if on_cpu else "bfloat16"),
+                "tensor_parallel_size": tensor_parallel,
+                "distributed_executor_backend": "mp" if self._workers else "uni",
+                "skip_tokenizer_init": self._image_token is None,
+            }
+            if lora is not None:
+                ours |= vllm_start.lora_arguments(lora, config)
+            self._arguments = vllm_start.engine_arguments(
+                ours, engine_args or {}, on_cpu=on_cpu, known={f.name for f in fields(vllm.EngineArgs)}
+            )
+        self._sampling_params = vllm.SamplingParams
+        self._deltas = vllm.sampling_params.RequestOutputKind.DELTA
+        # vLLM reads an adapter from this path only if it has none of this number: the workers always have.
+        self._adapter = vllm.lora.request.LoRARequest(ADAPTER, ADAPTER_ID, "unused") if lora is not None else None
+        self._begin()
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of the prefix cache; 0 where there is none."""
+        config = self._engine.vllm_config.cache_config
+        return int(config.block_size) if config.enable_prefix_caching else 0
+
+    # --- requests ---
+
+    def submit(self, request: Request) -> int:
+        """See `RolloutEngine.submit`."""
+        sampling = request.sampling
+        if len(request.prompt_ids) + sampling.max_tokens > self.max_model_len:
+            raise UserError(
+                f"a request of {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} new ones "
+                f"does not fit in {self.max_model_len} tokens",
+                why="that is the max_model_len which the vLLM engine was started with",
+                fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one",
+            )
+        if sampling.temperature and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
+            raise UserError(
+                f"vLLM cannot sample at temperature {sampling.temperature}",
+                why=f"it takes 0 (greedy) and {TEMPERATURES[0]} to {TEMPERATURES[1]}",
+                fix="change rollout.temperature, or use the inline engine",
+            )
+        if request.adapter is not None:
+            raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the trained model")
+        if (sampling.stop or sampling.stop_regex is not None) and self.decode is None:
+            raise UserError("stop texts need an engine that can decode", fix="give VllmEngine decode=")
+        assert len(request.generated_ids) < sampling.max_tokens, "a continued request with nothing left to generate"
+        self._send(self._next_handle, request)
+        self._next_handle += 1
+        return self._next_handle - 1
+
+    def _send(self, handle: int, request: Request) -> None:
+        """Hands a request to vLLM, from its beginning."""
+        sampling = request.sampling
+        ids = [*request.prompt_ids, *request.generated_ids]
+        prompt: Any = {"type": "token", "prompt_token_ids": ids}
+        if request.images:
+            prompt = image_prompt(self._engine.renderer, ids, request.images, self._image_token)
+        job = Job(handle, request, [(self.version, 0)])
+        if sampling.stop or sampling.stop_regex is not None:
+            assert self.decode is not None
+            job.stop_text = StopText(sampling.stop, sampling.stop_regex, self.decode, request.generated_ids)
+        self._engine.add_request(
+            str(handle),
+            prompt,
+            self._sampling_params(
+                max_tokens=job.room,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                logit_bias=dict(sampling.logit_bias) or None,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,
+                seed=_seed(request),
+                logprobs=0,  # of the sampled token only
+                detokenize=False,
+                output_kind=self._deltas,
+            ),
+            lora_request=self._adapter,
+        )
+        self._jobs[handle] = job
+
+    def wait(self) -> list[Result]:
+        """See `RolloutEngine.wait`."""
+        assert not (self.paused and not self._ready), "waiting for a paused engine would never end"
+        assert not (self.asleep and self._jobs), "waiting for a sleeping engine would never end"
+        assert self._whole or not self._jobs, "an engine without usable weights: publish some"
+        with torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
+            while not self._ready and self._jobs and not self.should_return():
+                self._step()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def abort(self, handles: Iterable[int]) -> list[Result]:
+        """See `RolloutEngine.abort`."""
+        ended = [self._jobs.pop(handle) for handle in dict.fromkeys(handles) if handle in self._jobs]
+        self._engine.abort_request([str(job.handle) for job in ended])
+        return [job.result("abort") for job in ended]
+
+    def pause(self) -> None:
+        """See `RolloutEngine.pause`; vLLM runs inside `wait` only, so there is nothing to stop."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        self.paused = False
+
+    def _step(self) -> None:
+        """One forward pass for all that is running, after a restart where the workers are gone."""
+        if self._watch is None:
+            outputs = self._engine.step()
+        else:
+            try:
+                with self._watch.answering():
+                    outputs = self._engine.step()
+            except Exception as error:  # whatever it was, the workers have not all done the same
+                self._start_again(error)
+                return
+        for output in outputs:
+            self._take(output)
+
+    def _take(self, output: Any) -> None:
+        """Adds one step's tokens to their job."""
+        (new,) = output.outputs
+        job = self._jobs.get(int(output.request_id))
+        if job is None:
+            return  # ended by its text
+        reason = None
+        for token, logprobs in zip(new.token_ids, new.logprobs, strict=True):
+            assert reason is None, "vLLM went on after the end of a request"
+            reason = job.take(token, logprobs[token].logprob)
+        if reason is not None:
+            if not output.finished:
+                self._engine.abort_request([output.request_id])
+            self._ready.append(self._jobs.pop(job.handle).result(reason))
+        else:
+            assert not output.finished, f"vLLM ended a request with {new.finish_reason!r}"
+
+    # --- weights and memory ---
+
+    def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
+        """See `RolloutEngine.update_weights`. What is in flight is prefilled again, under the new weights.
+
+        The engine copies what it takes; the stream's tensors may change afterwards. It must be awake. An exception
+        from the stream leaves the engine without usable weights: give it another stream, or close it.
+
+        Raises:
+            UserError: the stream carries an adapter, and the engine was started without.
+            WeightSyncError: a worker could not take it.
+        """
+        if self._lora is None and (stream.adapter is not None or any(map(is_adapter, stream.names))):
+            raise UserError(
+                "the vLLM engine takes full weights, not an adapter alone",
+                why="it was started without one",
+                fix="start it with lora=, or publish adapters added into the weights: rollout.lora=merged",
+            )
+        if not self._workers:
+            with self._updating(version):
+                (taken,) = self._engine.collective_rpc("take_stream", args=(stream, version, self._lora))
+                return [Receipt(**taken)]
+        if self._channel is None:
+            self._channel = Channel(
+                self.receivers(), self._transport, folder=self._folder, delta=self._delta, device=self._device
+            )
+        return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
+
+    def receivers(self) -> list[str]:
+        """The host of each process that takes weights, in order of their index."""
+        self._begin_if_broken()
+        return self._ask("host_name")
+
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """Has every process take the stream that is sent at an address; returns what each of them received.
+
+        Raises:
+            WeightSyncError: one of them did not.
+        """
+        self._begin_if_broken()
+        with self._updating(version):
+            return [Receipt(**taken) for taken in self._ask("take_weights", address, 0, version, self._lora)]
+
+    def read_back(self, names: Iterable[str]) -> dict[str, int]:
+        """Fingerprints of tensors, by Hugging Face names, as they lie in the engine's memory now.
+
+        Those are left out that it does not hold whole and unpacked: on CPUs most, and with tensor parallelism.
+
+        Raises:
+            WeightSyncError: two workers hold different values of one.
+        """
+        found: dict[str, int] = {}
+        for i, told in enumerate(self._ask("read_back", list(names))):
+            for name, value in told["held"].items():
+                if found.setdefault(name, value) != value:
+                    raise WeightSyncError(f"worker {i} of vLLM holds another {name} than worker 0")
+        return found
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`. On CPUs vLLM accepts this and frees nothing."""
+        assert not self._jobs, "sleep with requests in flight"
+        self._engine.sleep(level=self._sleep_level)
+        self._whole = self._whole and self._sleep_level == 1
+        self.asleep = True
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self._engine.wake_up()
+        self.asleep = False
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`. What is in flight is lost; in process, torch.distributed is free again."""
+        self._jobs, self._ready = {}, []
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._end()
+
+    @contextmanager
+    def _updating(self, version: int) -> Iterator[None]:
+        """Around taking weights: what was computed under the old ones goes."""
+        assert not self.asleep, "update_weights on a sleeping engine: wake it first"
+        self._whole = False
+        yield
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if self._image_token is not None:
+            self._engine.reset_mm_cache()
+            self._engine.reset_encoder_cache()
+        for job in self._jobs.values():
+            job.versions.append((version, len(job.tokens)))
+        self.version, self._whole = version, True
+
+    # --- workers ---
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """What each worker answers to a call of a method of `WeightTaker`.
+
+        Raises:
+            WeightSyncError: one of them failed, or is gone.
+        """
+        try:
+            with self._watch.answering() if self._watch is not None else nullcontext():
+                told: list[Any] = self._engine.collective_rpc(method, args=args)
+        except Exception as error:
+            if self._watch is not None:
+                self._watch.kill()  # answers of some may still be on their way: the next call starts it again
+            raise WeightSyncError(f"vLLM's workers ended, or hung, in {method}: {error}") from error
+        failed = [f"worker {i}: {t['error']}" for i, t in enumerate(told) if isinstance(t, dict) and "error" in t]
+        if failed:
+            raise WeightSyncError(f"vLLM failed in {method}: {'; '.join(failed)}")
+        return told
+
+    def _begin(self) -> None:
+        """Starts vLLM, with the weights of the model's folder."""
+        threads = None
+        if self._workers and self._device == "cpu":
+            threads = max(1, count_devices(CPU) // self._arguments["tensor_parallel_size"])
+        with process_kept(threads):
+            self._engine = vllm_start.start(
+                self._vllm, self._arguments, workers=self._workers, timeout=self._start_timeout
+            )
+        if self._workers:
+            self._watch = WorkerWatch([w.proc for w in self._engine.model_executor.workers], self._answer_timeout)
+        if self._lora is not None:
+            self._ask("drop_adapter")
+
+    def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        vllm_start.end(self._engine, workers=self._workers)
+
+    def _begin_anew(self, error: Exception | None) -> list[Job]:
+        """Starts an engine again whose workers are gone; returns what was in flight."""
+        assert self._watch is not None
+        why = "its worker processes ended" if error is None else f"{type(error).__name__}: {error}"
+        if not self._restarts_left:
+            raise UserError(
+                "vLLM's worker processes ended or hung too often",
+                why=f"the last time: {why}",
+                fix="look at what they wrote; if they ran out of memory, lower max_num_seqs or the cache in "
+                "rollout.engine_args; rollout.restarts and rollout.answer_timeout say how often and after how long",
+            ) from error
+        self._restarts_left -= 1
+        lost, self._jobs = list(self._jobs.values()), {}
+        self.note("rollout_restart", f"vLLM is started again ({why}); {len(lost)} requests are sent again")
+        self._watch.kill()
+        self._end()
+        self._begin()
+        self._whole = self.version == 0
+        return lost
+
+    def _begin_if_broken(self) -> None:
+        """Before new weights, which a restarted engine then has."""
+        if self._watch is not None and self._watch.broken():
+            for job in self._begin_anew(None):
+                self._send(job.handle, job.request)
+
+    def _start_again(self, error: Exception) -> None:
+        """The engine as it was before its workers went: the current weights, and all requests from their beginning."""
+        lost = self._begin_anew(error)
+        if self.on_restart is not None:
+            self.on_restart()
+        if not self._whole:
+            raise WeightSyncError(
+                "vLLM was started again and has the weights of its start, and nobody publishes the current ones"
+            ) from error
+        for job in lost:
+            self._send(job.handle, job.request)
+
+
+def require_vllm() -> str:
+    """One line on the vLLM that is installed, for `check`. Importing it takes seconds.
+
+    Raises:
+        UserError: it is missing, or of another version.
+    """
+    vllm = vllm_start.import_vllm()
+    return f"vLLM {vllm.__version__}, on {vllm.platforms.current_platform.get_device_name()}"
+
+
+def _seed(request: Request) -> int:
+    """63 bits of the request's noise; from another place of the trajectory on, other ones.
+
+    torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
+    """
+    key, first = request.noise, len(request.generated_ids)
+    if first:
+        key = NoiseKey(key.bits(), "continued", draw=first)
+    return key.bits() & (2**63 - 1)

@@ -1,0 +1,68 @@
+"""An eye on the processes of vLLM: that they live, and that none is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+
+
+class WorkerWatch:
+    """Ends all worker processes of an engine when one of them has died, or none has answered for a while.
+
+    vLLM notices a dead worker by itself, but gives the others, which wait for it in a collective, many seconds; a
+    hung one it does not end at all.
+
+    Args:
+        processes: the workers.
+        timeout: seconds within which they must answer a call.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess], timeout: float) -> None:
+        self.processes, self._timeout = list(processes), timeout
+        self._since: float | None = None  # when the call began that is being waited for
+        self._end, self._ended = multiprocessing.Pipe(duplex=False)
+        threading.Thread(target=self._look, name="vllm-workers", daemon=True).start()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While this lasts, an answer is due."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def broken(self) -> bool:
+        """Whether a worker has ended."""
+        return not all(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        """SIGKILL to all workers."""
+        for process in self.processes:
+            process.kill()
+
+    def close(self) -> None:
+        """Looks no longer."""
+        self._ended.close()
+
+    def _look(self) -> None:
+        while True:
+            since = self._since
+            left = self._timeout if since is None else since + self._timeout - time.monotonic()
+            ready = connection.wait([self._end, *(p.sentinel for p in self.processes)], max(0.0, left))
+            if self._end in ready:
+                self._end.close()
+                return
+            if ready or (since is not None and since == self._since and left <= 0):
+                self.kill()
+                return
+
+
+def _kill_children_since(before: set[BaseProcess]) -> None:
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()

@@ -1,0 +1,1 @@
+"""What holds a run together: its folder, stopping, saving, going on."""

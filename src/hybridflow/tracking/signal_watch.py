@@ -1,0 +1,98 @@
+"""An eye on whether rewards tell answers apart at all: where they never do, a run ends as done and has learned nothing.
+
+A step teaches if some answer is worth more or less than those it is held against: those to the same prompt where the
+advantage compares answers to one prompt, else all of the step (`teaches`). The advice comes after `ALIKE` steps in a
+row that do not, if every answer of them was worth the same, and after `GROUPS_ALIKE` if that holds within prompts only.
+It comes once, and again only where the run has learned in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.protocols.groups import Group, Trajectory
+
+ALIKE, GROUPS_ALIKE = 3, 5  # steps
+TEACHES = "training/reward_teaches"  # 1 or 0
+LEAST, MOST, CUT = "critic/score/min", "critic/score/max", "response_length/clip_ratio"
+
+
+def teaches(groups: Sequence[Group], advantage: str, clip: tuple[float, float] | None = None) -> bool | None:
+    """Whether some answer of a step is worth another than those it is held against; None where rewards are not read.
+
+    Bounds on the reward (``reward.clip``) count. What else shapes it (penalties on length or divergence) does not: a
+    run on these alone is one whose reward says nothing.
+
+    Args:
+        groups: of the step.
+        advantage: the estimator.
+        clip: the bounds.
+    """
+    needs = needs_of(advantage, ADVANTAGES)
+    low, high = clip or (float("-inf"), float("inf"))
+
+    def worth(group: Group, t: Trajectory) -> tuple[object, ...]:
+        value = min(max(t.reward, low), high)
+        if needs.needs_greedy and group.baseline is not None:
+            value -= min(max(group.baseline, low), high)
+        return value, tuple(t.step_rewards), tuple(sorted(t.components.items())) if needs.needs_components else ()
+
+    if advantage == "distillation":
+        return None
+    scored = [[worth(g, t) for t in g.trajectories if t.failure is None] for g in groups]
+    compared = scored if needs.needs_group else [[value for group in scored for value in group]]
+    if not any(compared):  # the reward failed on all: that is told elsewhere
+        return None
+    return any(len(set(values)) > 1 for values in compared)
+
+
+class SignalWatch:
+    """Takes the metrics of every step. Its state follows from them alone, as that of `watch.MismatchWatch`."""
+
+    def __init__(self) -> None:
+        self.streak: list[tuple[float, float]] = []  # least and highest reward of each step since one has taught
+        self.told: str | None = None  # what was said of this streak
+        self.learned = False  # in some step
+
+    def observe(self, metrics: Mapping[str, float]) -> str | None:
+        """What is to be said after the step with these metrics, if anything."""
+        if TEACHES not in metrics or LEAST not in metrics:
+            return None
+        if metrics[TEACHES]:
+            self.streak, self.told, self.learned = [], None, True
+            return None
+        self.streak.append((metrics[LEAST], metrics[MOST]))
+        ends = {end for step in self.streak for end in step}
+        if self.told or len(self.streak) < (ALIKE if len(ends) == 1 else GROUPS_ALIKE):
+            return None
+        self.told = _sentence(len(self.streak), ends, metrics.get(CUT, 0.0))
+        return self.told
+
+    def summary(self) -> str | None:
+        """What is to be said when a run ends: what still holds, also of one that was too short to be told before."""
+        if self.told or self.learned or not self.streak:
+            return self.told
+        return _sentence(len(self.streak), {end for step in self.streak for end in step}, 0.0)
+
+
+def _sentence(steps: int, ends: set[float], cut: float) -> str:
+    if len(ends) > 1:
+        return (
+            f"nothing was learned in the last {steps} steps: in each of them, all answers to a prompt were worth the "
+            "same. Take rows that the model solves sometimes, or raise train.samples_per_prompt or rollout.temperature"
+        )
+    (worth,) = ends
+    said = f"nothing was learned in the last {steps} steps: every answer was worth {worth:g}. "
+    if worth > 0:
+        said += "If the reward gives no more, these rows are solved: take harder ones, or stop here; else look at it"
+    else:
+        said += (
+            "Read a few answers (hybridflow report RUN, or rollouts/) beside what the reward wants, and score a right "
+            "answer by hand (hybridflow audit-reward); if the reward is right, take easier rows, or begin with "
+            "fine-tuning (hybridflow sft)"
+        )
+    if cut == 1:
+        said += "; every answer was cut at rollout.max_response_tokens"
+    return said

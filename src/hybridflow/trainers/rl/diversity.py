@@ -1,0 +1,131 @@
+"""How much a step's answers differ, repeat themselves, and whether their length alone earns reward.
+
+Numbers of every step; `tracking.reward_watch` holds all but the first against the reward. They look at a bounded part
+of long answers, so that they cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+PAIRS = 2048  # of neighbouring tokens that are compared: with more of them fewer would be new, whatever they are
+TAIL = 256  # last characters of an answer in which its final number is looked for
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+STRETCH = 32  # tokens within which a pair counts as repeated: in a long text common pairs come again anyway
+
+
+def diversity(
+    tokens: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    prompts: Sequence[int],
+    rewards: Sequence[float] = (),
+    truths: Sequence[object] = (),
+) -> dict[str, float]:
+    """Measures a step's answers; a number that has no meaning for them is left out.
+
+    ``rollout/distinct_2``: the share of different ones among the pairs of neighbouring tokens of all answers
+    (distinct-2 of Li et al., arXiv 1510.03055), of `PAIRS` pairs that are spread evenly over them. It falls when
+    answers to one prompt agree, as right ones do.
+
+    ``rollout/seq_rep_2``: the share of pairs that stood in the same answer before (seq-rep-2 of Welleck et al.,
+    arXiv 1908.04319), within stretches of `STRETCH` tokens, so that longer answers of the same kind repeat no more.
+
+    ``rollout/top_answer_share``: how much of the answers to other prompts the most common final answer is: 0 where each
+    prompt has its own, 1 where all prompts are answered the same. `final_answer` says what is compared. Prompts whose
+    ground truth it is are not counted: where A, B, C and D are right in turn, the same letter answers many prompts.
+
+    ``rollout/length_reward_corr``: the correlation of length and reward among the answers to a prompt, averaged over
+    the prompts whose answers differ in both.
+
+    Args:
+        tokens: token ids of each answer.
+        texts: its text.
+        prompts: which prompt it answers.
+        rewards: what it is worth; without them nothing is said of length and reward.
+        truths: the ground truth of its prompt, where there are such.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        groups[prompt].append(i)
+    found: dict[str, float] = {}
+    pairs = _some_pairs(tokens)
+    if pairs:
+        found["rollout/distinct_2"] = len(set(pairs)) / len(pairs)
+    repeated = _repeated(tokens)
+    if repeated is not None:
+        found["rollout/seq_rep_2"] = repeated
+    if len(groups) > 1:
+        found["rollout/top_answer_share"] = _top_share(
+            [Counter(final_answer(texts[i]) for i in members) for members in groups.values()],
+            [str(truths[members[0]]) if truths else "" for members in groups.values()],
+        )
+    scored = groups.values() if rewards else ()
+    pulls = [_correlation([len(tokens[i]) for i in m], [rewards[i] for i in m]) for m in scored]
+    known = [pull for pull in pulls if pull is not None]
+    if known:
+        found["rollout/length_reward_corr"] = math.fsum(known) / len(known)
+    return found
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes to: the last number near its end; where there is none, all of it.
+
+    >>> final_answer("7 + 5 is 12. The answer is $1,012.00."), final_answer(" Yes. ")
+    ('1012.00', 'Yes.')
+    """
+    numbers = NUMBER.findall(text[-TAIL:])
+    return numbers[-1].replace(",", "") if numbers else text.strip()
+
+
+def _top_share(answers: Sequence[Counter[str]], truths: Sequence[str]) -> float:
+    """The greatest share that a final answer has of the prompts for which it is not the ground truth, beside one."""
+    share: Counter[str] = Counter()
+    for counts in answers:
+        for answer, count in counts.items():
+            share[answer] += count / counts.total()  # type: ignore[assignment]
+    top = 0.0
+    for answer, whole in share.items():
+        if (whole - 1) / (len(answers) - 1) > top:  # else it cannot be the greatest
+            right = max(1, sum(_is(answer, truth) for truth in truths))
+            top = max(top, (whole - right) / max(len(answers) - right, 1))
+    return top
+
+
+def _is(answer: str, truth: str) -> bool:
+    """Whether a final answer states the ground truth: is it, or has it as its last word ("The answer is (B).")."""
+    words = re.findall(r"\w+", answer)
+    return bool(truth) and (answer == truth or final_answer(truth) == answer or words[-1:] == [truth])
+
+
+def _repeated(tokens: Sequence[Sequence[int]]) -> float | None:
+    """The share of pairs that stood in their stretch of an answer before, of about `PAIRS`; None without pairs."""
+    stretches = [answer[i : i + STRETCH] for answer in tokens for i in range(0, max(len(answer) - 1, 0), STRETCH - 1)]
+    stretches = stretches[:: math.ceil(len(stretches) * (STRETCH - 1) / PAIRS) or 1]
+    total = sum(len(stretch) - 1 for stretch in stretches)
+    different = sum(len(set(itertools.pairwise(stretch))) for stretch in stretches)
+    return 1 - different / total if total else None
+
+
+def _some_pairs(tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """`PAIRS` of all pairs, evenly spread; all, where there are fewer."""
+    total = sum(max(len(answer) - 1, 0) for answer in tokens)
+    count = min(total, PAIRS)
+    pairs: list[tuple[int, int]] = []
+    seen = 0
+    for answer in tokens:
+        before, seen = seen, seen + max(len(answer) - 1, 0)
+        while len(pairs) < count and (at := len(pairs) * total // count) < seen:
+            pairs.append((answer[at - before], answer[at - before + 1]))
+    return pairs
+
+
+def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None where either does not vary."""
+    mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    dx, dy = [a - mean_x for a in x], [b - mean_y for b in y]
+    size = math.sqrt(math.fsum(a * a for a in dx) * math.fsum(b * b for b in dy))
+    return math.fsum(a * b for a, b in zip(dx, dy)) / size if size > 1e-12 else None

@@ -1,0 +1,100 @@
+"""Which groups and answers of a step are trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hybridflow.algorithms.filtering import drop_reason
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.pieces.needs import needs_of
+from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.config.sections.algorithm import FilterSection
+from hybridflow.errors import UserError
+from hybridflow.protocols.groups import Group, Trajectory
+
+NOT_SCORED = "reward failed"
+
+
+def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[str]) -> list[Group]:
+    """The groups that pass the filter; why the others do not is counted in `dropped`."""
+    kept: list[Group] = []
+    for group in groups:
+        scored = [t for t in group.trajectories if t.failure is None]
+        if section.metric == "reward":
+            values = [t.reward for t in scored]
+        else:  # of the answers that have it
+            values = [t.components[section.metric] for t in scored if section.metric in t.components]
+        reason: str | None = f"no {section.metric}" if scored else NOT_SCORED
+        if values:
+            reason = drop_reason(
+                values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
+            )
+        if reason is None:
+            kept.append(group)
+        else:
+            dropped[reason] += 1
+    return kept
+
+
+def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
+    """What is said where no group of a step passes the filter."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    if set(dropped) == {NOT_SCORED}:
+        return UserError(
+            f"the reward failed on the answers of all {dropped.total()} groups of a step",
+            why="reward.on_failure leaves nothing to learn from",
+            fix="look at the reward: reward.on_failure=fail says what happens to the first answer that it fails on",
+        )
+    return UserError(
+        f"no group of {dropped.total()} passed the filter: {counts}",
+        why=f"filter.max_rounds={section.max_rounds} rounds of prompts gave nothing to learn from",
+        fix="look at critic/score/mean: the data may be too hard or solved; change the data, the filter, or "
+        "rollout.temperature, and go on from the last checkpoint",
+    )
+
+
+def failure_counts(groups: Sequence[Group], on_failure: str) -> dict[str, float]:
+    """How many answers of a step the reward failed on, by what happened, and what became of them."""
+    found = {"reward/failures": 0.0}
+    for group in groups:
+        for kind, count in group.failures.items():
+            found["reward/failures"] += count
+            found[f"reward/failures/{kind}"] = found.get(f"reward/failures/{kind}", 0.0) + count
+    if on_failure in ("drop_group", "mask"):
+        found["reward/dropped_groups"] = float(sum(not g.trajectories for g in groups))
+    if on_failure == "mask":
+        found["reward/masked_answers"] = float(sum(t.failure is not None for g in groups for t in g.trajectories))
+    return found
+
+
+def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], dict[str, float]]:
+    """The groups without the answers that carry no loss: those that the reward failed on, and, where
+    ``filter.overlong`` asks for it, those that were cut at the limit.
+
+    A group that is left with a single answer has nothing to be compared with: where the advantage needs groups, it is
+    dropped, and counted.
+    """
+    overlong = config.filter.overlong
+    if not overlong and all(t.failure is None for g in groups for t in g.trajectories):
+        return list(groups), {}
+    scored = [replace(g, trajectories=[t for t in g.trajectories if t.failure is None]) for g in groups]
+
+    def lost(t: Trajectory) -> bool:
+        return overlong and t.finish_reason == "length"
+
+    whole = [replace(g, trajectories=[t for t in g.trajectories if not lost(t)]) for g in scored]
+    least = 2 if needs_of(config.algorithm.advantage, ADVANTAGES).needs_group else 1
+    kept = [g for g in whole if len(g.trajectories) >= least]
+    counts = {
+        "training/single_answer_groups": sum(len(g.trajectories) == 1 for g in whole) if least == 2 else 0,
+    }
+    if overlong:
+        counts["training/overlong_answers"] = sum(lost(t) for g in scored for t in g.trajectories)
+    return kept, {name: float(count) for name, count in counts.items()}
+
+
+def component_names(groups: Sequence[Group]) -> list[str]:
+    """The names of the rewards' components, in order: all that some answer has."""
+    return sorted({name for g in groups for t in g.trajectories for name in t.components})

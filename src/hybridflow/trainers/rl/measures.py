@@ -1,0 +1,97 @@
+"""What is measured of a step: its batch, its penalty, and its rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybridflow.algorithms.kl import mean_per_answer
+from hybridflow.batch import Batch
+from hybridflow.protocols.groups import Group
+from hybridflow.trainers.rl.diversity import diversity
+from hybridflow.trainers.rl.filters import component_names
+from hybridflow.trainers.rl.run import RlRun
+
+
+def kl_metrics(run: RlRun, batch: Batch) -> dict[str, float]:
+    """Coefficients of the KL terms and the penalty, under verl's names; the controller takes the penalty in."""
+    a, metrics = run.config.algorithm, {}
+    if a.kl_loss_coef:
+        metrics["actor/kl_coef"] = a.kl_loss_coef
+    if "kl_T" in batch:
+        kl = mean_per_answer(batch["kl_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
+        metrics |= {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": run.kl.coef}
+        run.kl.observe(kl, len(batch))
+    return metrics
+
+
+def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, float]:
+    """Rewards and lengths of a step's answers, advantages of those that are trained on, under verl's names."""
+    mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
+    scored = [t for t in answers if t.failure is None]
+    response_B = torch.tensor([len(t.token_ids) for t in answers], dtype=torch.float32)
+    equal = [len({t.reward for t in g.trajectories if t.failure is None}) <= 1 for g in groups]
+    metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
+    rows = [g.row for g in groups for t in g.trajectories if t.failure is None]
+    rewards = [t.reward for t in scored]
+    truth = {row: run.prompts[row].ground_truth for row in set(rows)}
+    answered = [t.token_ids for t in scored], [t.response for t in scored]
+    metrics |= diversity(*answered, rows, rewards, [truth[row] for row in rows])
+    measured = {
+        "critic/score": torch.tensor([t.reward for t in scored]),
+        "critic/rewards": torch.tensor([t.reward for t in scored]),
+        "critic/advantages": batch["advantage_T"][mask_T],
+        "response_length": response_B,
+        "prompt_length": torch.tensor([len(g.prompt_ids) for g in groups for _ in g.trajectories]).float(),
+    }
+    for name in component_names(groups):
+        measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in scored if name in t.components])
+    if "reward_T" in batch:  # with penalties, of the answers that are trained on
+        measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
+    if "value_T" in batch:
+        value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
+        measured |= {"critic/values": value_M, "critic/returns": return_M}
+        if len(value_M) > 1:
+            metrics["critic/vf_explained_var"] = float(1 - (return_M - value_M).var() / (return_M.var() + 1e-5))
+    for name, values in measured.items():
+        if not len(values):
+            continue
+        metrics |= {
+            f"{name}/mean": float(values.mean()),
+            f"{name}/max": float(values.max()),
+            f"{name}/min": float(values.min()),
+        }
+    metrics["response_length/clip_ratio"] = float((response_B >= run.config.rollout.max_response_tokens).float().mean())
+    metrics["perf/total_num_tokens"] = batch.total()
+    return metrics
+
+
+def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
+    names = zip(batch["group_B"].tolist(), batch["sample_B"].tolist())
+    means = (
+        float(a[m].mean()) if m.any() else 0.0 for a, m in zip(batch.rows("advantage_T"), batch.rows("loss_mask_T"))
+    )
+    advantage = dict(zip(names, means))  # answers that are not trained on have none
+    records = []
+    for g in groups:
+        prompt = run.prompts[g.row]
+        for t in g.trajectories:
+            records.append(
+                {
+                    "step": step,
+                    "draw": g.draw,
+                    "sample": t.sample,
+                    "data_source": prompt.data_source,
+                    "prompt": prompt.text,
+                    "response": t.response,
+                    "reward": None if t.failure is not None else t.reward,
+                    "advantage": advantage.get((g.draw, t.sample)),
+                    "finish_reason": t.finish_reason,
+                    "ground_truth": str(prompt.ground_truth),
+                    "token_ids": t.token_ids,
+                    "tokens": run.texts_of(t.token_ids),
+                    "logps": t.logps,
+                }
+            )
+    return records

@@ -1,0 +1,98 @@
+"""From the reward of an answer to rewards of tokens: what ``reward`` in the configuration does to it in training.
+
+In this order: the reward is cut to its bounds (`reward.clip`); long answers lose some (`reward.overlong_buffer`) and
+every token counts (`reward.length_coef`); at last it is put on a common scale (`reward.normalize`). Evaluation and the
+metric ``critic/score`` show the reward as it was given.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridflow.algorithms.filtering import overlong_penalty_N
+from hybridflow.batch import Batch
+from hybridflow.config.kinds.rl import RlConfig
+
+LEAST_DEVIATION = 1e-6
+
+
+@dataclass(slots=True)
+class Moments:
+    """Count, mean and sum of squared deviations of all rewards so far (Chan, Golub & LeVeque 1979, equation 1.5)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value_B: Tensor) -> None:
+        """Takes more rewards in."""
+        if not len(value_B):
+            return
+        value_B = value_B.double()
+        n, mean = len(value_B), float(value_B.mean())
+        apart, total = mean - self.mean, self.count + n
+        self.squares += float(((value_B - mean) ** 2).sum()) + apart**2 * self.count * n / total
+        self.mean += apart * n / total
+        self.count = total
+
+    def scale(self, value_B: Tensor) -> Tensor:
+        """Values less the mean, divided by the deviation ``[B]``."""
+        deviation = math.sqrt(self.squares / max(self.count, 1))
+        return (value_B - self.mean) / max(deviation, LEAST_DEVIATION)
+
+
+def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Tensor:
+    """The reward of every answer ``[B]`` that training works with.
+
+    ``baseline_B``, where there is one, is cut and scaled as the rewards are.
+
+    Args:
+        batch: ``reward_B``, ``loss_mask_T``.
+        config: its ``reward`` section.
+        moments: of all steps so far; this one is taken in where ``reward.normalize`` is running.
+    """
+    r, reward_B = config.reward, batch["reward_B"]
+    if r.clip is not None:
+        reward_B = reward_B.clamp(*r.clip)
+        if "baseline_B" in batch:
+            batch["baseline_B"] = batch["baseline_B"].clamp(*r.clip)
+    if r.overlong_buffer is not None or r.length_coef:
+        length_B = torch.zeros_like(reward_B).index_add_(0, batch.sequence_of(), batch["loss_mask_T"].to(reward_B))
+        limit = config.rollout.max_response_tokens
+        if r.overlong_buffer is not None:
+            reward_B = reward_B + overlong_penalty_N(length_B, limit, r.overlong_buffer, r.overlong_penalty)
+        reward_B = reward_B + r.length_coef * length_B / limit
+    if r.normalize != "none":
+        moments = moments if r.normalize == "running" else Moments()
+        moments.add(reward_B)
+        reward_B = moments.scale(reward_B)
+        if "baseline_B" in batch:
+            batch["baseline_B"] = moments.scale(batch["baseline_B"])
+    return reward_B
+
+
+def token_rewards(batch: Batch, reward_B: Tensor | None = None) -> Tensor:
+    """The reward of every token ``[T]``; those of an answer add up to its own.
+
+    Rewards of its parts (``step_reward_T``) lie on the tokens that end them, and all that is left on its last token
+    that carries loss.
+
+    Args:
+        batch: ``loss_mask_T``, and ``reward_B`` unless given.
+        reward_B: what each answer is worth.
+    """
+    reward_B = batch["reward_B"] if reward_B is None else reward_B
+    reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
+    if "step_reward_T" in batch:
+        reward_T += batch["step_reward_T"] * batch["loss_mask_T"]
+        reward_B = reward_B.index_add(0, batch.sequence_of(), -reward_T)
+    scored_T = batch["loss_mask_T"].nonzero()[:, 0]
+    last_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.sequence_of()[scored_T], scored_T, "amax")
+    reward_T[last_B[last_B >= 0]] += reward_B[last_B >= 0]
+    return reward_T
