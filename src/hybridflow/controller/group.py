@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hybridflow.controller.dispatch import Call, Dispatch, Mesh, dispatch_of
 from hybridflow.errors import nearest
 
-if TYPE_CHECKING:
-    from hybridflow.controller.cluster import Cluster
+
+class CallSender(Protocol):
+    """What brings calls to workers, and their results back (`controller.cluster.Cluster` does)."""
+
+    def send(
+        self, group: WorkerGroup, method: str, calls: Sequence[Call | None], join: Callable[[list[Any]], Any]
+    ) -> Future:
+        """Sends each worker of a group its part of a call, where it has one.
+
+        Args:
+            group: whose workers.
+            method: of the workers.
+            calls: the arguments for each rank; None for a rank that is not called.
+            join: makes one result of theirs.
+        """
+        ...
+
+    def pump(self, seconds: float) -> None:
+        """Takes the results that have arrived; waits so many seconds for one at most."""
+        ...
 
 
 class Future:
     """The result of a call that may still run."""
 
-    def __init__(self, cluster: Cluster, ranks: Sequence[int], size: int, join: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, cluster: CallSender, ranks: Sequence[int], size: int, join: Callable[[list[Any]], Any]) -> None:
         self._cluster, self._join = cluster, join
         self._missing = set(ranks)
         self._results: list[Any] = [None] * size
@@ -73,7 +91,7 @@ class WorkerGroup:
     Made by `Cluster.group`.
     """
 
-    def __init__(self, cluster: Cluster, name: str, cls: type, pool: str, mesh: Mesh) -> None:
+    def __init__(self, cluster: CallSender, name: str, cls: type, pool: str, mesh: Mesh) -> None:
         self.name, self.cls, self.pool, self.mesh = name, cls, pool, mesh
         self._cluster = cluster
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,18 +24,54 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_utils import PreTrainedModel
 
+from hybridflow.config.sections.engine import EngineSection
 from hybridflow.engines.background import Background, host_copies
 from hybridflow.engines.fsdp.fsdp2 import from_first
+from hybridflow.engines.fsdp.model import ShardedModel
+from hybridflow.engines.fsdp.ranks import Ranks
 from hybridflow.engines.shards import PLAIN, SHARDS, Moments, read_state, require_kind, write_shards
 from hybridflow.errors import UserError
 from hybridflow.models.files import files_beside_weights, read_adapters, read_model, require_same_shapes, write_streamed
 from hybridflow.models.lora import has_adapters
-from hybridflow.models.value import read_value_tensors
+from hybridflow.models.value import ValueHead, read_value_tensors
+from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.adapters import adapted_weights
 
-if TYPE_CHECKING:
-    from hybridflow.engines.fsdp.engine import ShardedEngine
+
+class Engine(Protocol):
+    """What files read of a sharded engine, and put back into it (`engines.fsdp.engine.ShardedEngine`).
+
+    Attributes:
+        model: the module, with this rank's pieces in it.
+        sharded: how it is cut.
+        section: the same, as the configuration says it.
+        value_head: of a critic.
+        device: of this rank.
+        ranks: all of them.
+        trained: this rank's pieces of what is trained, by name.
+        optimizer: AdamW over these.
+        steps_done: optimizer steps.
+    """
+
+    model: PreTrainedModel
+    sharded: ShardedModel
+    section: EngineSection
+    value_head: ValueHead | None
+    device: torch.device
+    ranks: Ranks
+    trained: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    steps_done: int
+
+    def moments(self) -> Moments:
+        """AdamW's state, by parameter name."""
+        ...
+
+    def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
+        """See `TrainEngine.stream_weights`."""
+        ...
 
 
 class State(Protocol):
@@ -57,7 +93,7 @@ class State(Protocol):
 class Fsdp2State:
     """Pieces of an engine whose parameters are DTensors: these very tensors."""
 
-    def __init__(self, engine: ShardedEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def weights(self) -> dict[str, Tensor]:
@@ -80,7 +116,7 @@ class Fsdp2State:
 class Fsdp1State:
     """Pieces of an engine whose parameters are views of flat tensors: as FSDP1 cuts them anew for its checkpoints."""
 
-    def __init__(self, engine: ShardedEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.root = engine.sharded.sharding.root
 
@@ -113,7 +149,7 @@ class Fsdp1State:
             return {name.removeprefix("model."): tensor for name, tensor in self.root.state_dict().items()}
 
 
-STATES: dict[str, Callable[[ShardedEngine], State]] = {"fsdp2": Fsdp2State, "fsdp1": Fsdp1State}
+STATES: dict[str, Callable[[Engine], State]] = {"fsdp2": Fsdp2State, "fsdp1": Fsdp1State}
 
 
 class ShardedFiles:
@@ -123,7 +159,7 @@ class ShardedFiles:
         engine: whose.
     """
 
-    def __init__(self, engine: ShardedEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.state = STATES[engine.section.strategy](engine)
         self.adapters = has_adapters(engine.model)
