@@ -23,6 +23,7 @@ from hybridflow.rewards.pool.grader import ProcessGrader
 from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
+from hybridflow.tracking.signal_watch import SignalWatch
 from hybridflow.trainers.rl.run import open_run
 
 from runs import assert_same_tensors, configuration, metrics, succeed
@@ -73,7 +74,8 @@ def test_a_run_that_is_stopped_in_its_evaluations_ends_as_one_that_was_not(
         said.append(capsys.readouterr().out)
         if stop:  # what looks at metrics has seen those of the step, whose line waits for the evaluation
             with open_run(load_config(RlConfig, stopped)) as opened:
-                assert opened.signal_watch.learned or len(opened.signal_watch.streak) == opened.step
+                watch = next(watch for watch in opened.watches if isinstance(watch, SignalWatch))
+                assert watch.learned or len(watch.streak) == opened.step
     run = tmp_path / "stopped/run"
     assert "stopped after step 0;" in said[0] and "stopped after step 2;" in said[3]
     for text, step in zip(said[1:], (1, 1, 2)):

@@ -38,10 +38,10 @@ def test_journaled_answers_of_weights_that_will_not_be_are_not_used(
 def test_counters_of_a_run_are_restored(tmp_path: Path) -> None:
     rl = load_config(RlConfig, configuration(tmp_path))
     with open_run(rl) as run:
-        run.nonfinite_in_a_row = {"actor": 1, "critic": 2}
+        run.nonfinite.in_a_row = {"actor": 1, "critic": 2}
         run.save(1)
     with open_run(rl) as run:
-        assert (run.step, run.nonfinite_in_a_row) == (1, {"actor": 1, "critic": 2})
+        assert (run.step, run.nonfinite.in_a_row) == (1, {"actor": 1, "critic": 2})
     sft = load_config(SftConfig, configuration(tmp_path, "sft"), [f"run.folder={tmp_path / 'sft'}"])
     with open_sft(sft) as fine_tuning:
         fine_tuning.recent.extend([0.5, 0.25])

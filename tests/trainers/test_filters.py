@@ -41,7 +41,7 @@ def opened(folder: Path, **sections: dict[str, Any]) -> RlRun:
 
 
 def is_even(run: RlRun, group: Group) -> bool:
-    return int(run.prompts[group.row].ground_truth) % 2 == 0
+    return int(run.data[group.row].ground_truth) % 2 == 0
 
 
 def test_groups_of_equal_reward_are_replaced_by_later_prompts(tmp_path: Path) -> None:
@@ -53,11 +53,11 @@ def test_groups_of_equal_reward_are_replaced_by_later_prompts(tmp_path: Path) ->
         # Every prompt was drawn once, in order; those between were of equal reward.
         draws = [g.draw for g in [*first, *second]]
         assert draws == sorted(draws)
-        again = run.prompts.sampler(seed=3)
+        again = run.data.sampler(seed=3)
         rows = dict(again.take(draws[-1] + 1))
         assert [g.row for g in [*first, *second]] == [rows[d] for d in draws]
         skipped = [row for draw, row in rows.items() if draw not in draws]
-        assert skipped and all(int(run.prompts[row].ground_truth) % 2 == 0 for row in skipped)
+        assert skipped and all(int(run.data[row].ground_truth) % 2 == 0 for row in skipped)
 
 
 def test_what_was_dropped_is_counted_and_a_run_goes_on_the_same(
@@ -142,7 +142,7 @@ def test_a_greedy_answer_is_the_baseline_and_is_journaled(tmp_path: Path, capsys
         for g, reward, advantage_T in zip(groups, batch["reward_B"].tolist(), batch.rows("advantage_T")):
             assert g.baseline is not None
             torch.testing.assert_close(advantage_T[-1].item(), reward - g.baseline)
-            asked.append((run.prompts[g.row].messages[0]["content"], run.prompts[g.row].ground_truth, g.baseline))
+            asked.append((run.data[g.row].messages[0]["content"], run.data[g.row].ground_truth, g.baseline))
         kept = Journal(run.folder.path / "journal").read(1)
         assert [kept[g.draw].baseline for g in groups] == [g.baseline for g in groups]
     # The baseline is the reward of what the same untrained model answers greedily.

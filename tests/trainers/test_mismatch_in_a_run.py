@@ -137,7 +137,7 @@ def test_a_correction_takes_the_bias_out_of_the_gradient(tmp_path: Path, preset:
     """
     low = {"dtype": "bfloat16", "temperature": 0.25, "max_response_tokens": 1}
     with opened(tmp_path, rollout=low, algorithm={"correction": {"preset": preset}}) as run:
-        prompt = run.prompts[0]
+        prompt = run.data[0]
         drawn = seen(run, prompt.token_ids, 0.25)
         words = sorted(drawn)
         groups = [
@@ -173,7 +173,9 @@ def seen(run: RlRun, prompt: tuple[int, ...], temperature: float) -> dict[int, f
     sampling = Sampling(1, temperature)
     return {
         result.token_ids[0]: result.logps[0]
-        for result in generate(run.rollout, [Request(prompt, sampling, NoiseKey(9, "train", i)) for i in range(20_000)])
+        for result in generate(
+            run.source.engine, [Request(prompt, sampling, NoiseKey(9, "train", i)) for i in range(20_000)]
+        )
     }
 
 

@@ -97,7 +97,7 @@ def test_rewards_of_steps_reach_the_tokens_that_end_them(tmp_path: Path) -> None
         for i, t in enumerate(t for g in groups for t in g.trajectories):
             expected = [0.0] * len(t.token_ids)
             for end in range(2, len(t.response) + 1, 2):
-                first = next(m for m in range(len(t.token_ids) + 1) if len(run.decode(t.token_ids[:m])) >= end)
+                first = next(m for m in range(len(t.token_ids) + 1) if len(run.source.decode(t.token_ids[:m])) >= end)
                 expected[first - 1] += ord(t.response[end - 1]) / 100
                 checked += 1
             assert t.reward == pytest.approx(0.5 + sum(expected))

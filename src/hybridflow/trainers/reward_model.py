@@ -27,7 +27,6 @@ from hybridflow.placing.build import load_role
 from hybridflow.placing.role import reward_model_role
 from hybridflow.protocols.training import Loss
 from hybridflow.runs.session import Session, opening, total_steps
-from hybridflow.tracking.trackers import Trackers
 
 
 @dataclass(kw_only=True)
@@ -135,30 +134,21 @@ def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    with opening(config) as (folder, stop, places, resolved):
+    with opening(config) as opened:
         t = config.train
         tokenizer, data, held_out = load_pairs(config)
         steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.pairs_per_update)
-        engine = places.trained(reward_model_role(config, steps))
-        trackers = Trackers(
-            folder.path, config.track, resolved_config=resolved, total_steps=steps, title="reward-model"
-        )
+        engine = opened.places.trained(reward_model_role(config, steps))
         run = RewardModelRun(
+            opened=opened,
             config=config,
-            folder=folder,
-            places=places,
             tokenizer=tokenizer,
             engine=engine,
             data=data,
-            held_out=held_out,
-            sampler=data.sampler(seed=config.run.seed),
-            trackers=trackers,
-            stop=stop,
+            trackers=opened.trackers(steps),
+            saver=opened.saver(tokenizer, {".": engine}),
             total_steps=steps,
-            checkpoint=config.checkpoint,
-            length=t,
-            data_source=data.source,
-            data_fingerprint=data.fingerprint,
+            held_out=held_out,
         )
         run.restore()
         return run

@@ -19,7 +19,6 @@ from hybridflow.placing.build import load_role
 from hybridflow.placing.role import sft_role
 from hybridflow.protocols.training import Loss
 from hybridflow.runs.session import Session, opening, total_steps
-from hybridflow.tracking.trackers import Trackers
 
 LOSS_WINDOW = 20  # steps whose mean decides about train.stop_below_loss
 
@@ -114,29 +113,22 @@ def open_sft(config: SftConfig) -> SftRun:
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    with opening(config) as (folder, stop, places, resolved):
-        seed, t = config.run.seed, config.train
+    with opening(config) as opened:
+        t = config.train
         model, tokenizer = load_role(sft_role(config, 1), outline=True)
-        data = load_sft(config.data, tokenizer, seed=seed)
+        data = load_sft(config.data, tokenizer, seed=config.run.seed)
         steps = total_steps(t.steps, t.epochs, rows=len(data), rows_per_step=t.sequences_per_update)
-        engine = places.trained(sft_role(config, steps))
-        trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="sft")
+        engine = opened.places.trained(sft_role(config, steps))
         run = SftRun(
+            opened=opened,
             config=config,
-            folder=folder,
-            places=places,
             tokenizer=tokenizer,
             engine=engine,
             data=data,
-            context=longest_trainable(model),
-            sampler=data.sampler(seed=seed),
-            trackers=trackers,
-            stop=stop,
+            trackers=opened.trackers(steps),
+            saver=opened.saver(tokenizer, {".": engine}),
             total_steps=steps,
-            checkpoint=config.checkpoint,
-            length=t,
-            data_source=data.source,
-            data_fingerprint=data.fingerprint,
+            context=longest_trainable(model),
         )
         run.restore()
         return run

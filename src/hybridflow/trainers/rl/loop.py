@@ -169,7 +169,7 @@ def publish_weights(run: RlRun, step: int) -> dict[str, float]:
 def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]) -> None:
     """Evaluates, writes what happened, and saves a checkpoint, each where it is due."""
     config, last = run.config, step == run.total_steps
-    if run.eval_prompts is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
+    if run.held_out is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
         metrics = metrics | run.evaluate(step)
         fault_point("eval", step)
     if batch is not None:
@@ -177,7 +177,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         taught = teaches(groups, config.algorithm.advantage, config.reward.clip)
         if taught is not None:
             metrics[TEACHES] = float(taught)
-        for watch in run.watches():
+        for watch in run.watches:
             advice = watch.observe(metrics)
             if advice is not None:
                 run.trackers.advise(f"step {step}: {advice}")
@@ -192,7 +192,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
     metrics = memory_metrics() | metrics  # of workers, where there are some, rather than of this process
     if batch is not None:
         metrics |= {
-            "training/epoch": run.sampler.drawn // len(run.prompts),
+            "training/epoch": run.sampler.drawn // len(run.data),
             "perf/time_per_step": times["timing_s/step"],
             "perf/throughput": batch.total() / times["timing_s/step"],
         }

@@ -35,7 +35,7 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
     rows = [g.row for g in groups for t in g.trajectories if t.failure is None]
     rewards = [t.reward for t in scored]
-    truth = {row: run.prompts[row].ground_truth for row in set(rows)}
+    truth = {row: run.data[row].ground_truth for row in set(rows)}
     answered = [t.token_ids for t in scored], [t.response for t in scored]
     metrics |= diversity(*answered, rows, rewards, [truth[row] for row in rows])
     measured = {
@@ -75,7 +75,7 @@ def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[d
     advantage = dict(zip(names, means))  # answers that are not trained on have none
     records = []
     for g in groups:
-        prompt = run.prompts[g.row]
+        prompt = run.data[g.row]
         for t in g.trajectories:
             records.append(
                 {

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.algorithms.kl import KlController
 from hybridflow.chat.special_tokens import answer_decoder
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.checkpoint.run_folder import RunFolder
 from hybridflow.checkpoint.store import saved_steps, write_best
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.data.prompts import PromptSet, load_prompts
-from hybridflow.evaluation.evaluate import evaluate, never_ended, sampling_for
+from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
-from hybridflow.groups.failures import FailurePolicy
 from hybridflow.groups.source import GroupSource
 from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import Critic, make_critic, make_reference, require_companions
 from hybridflow.placing.generation import training_sampling
 from hybridflow.placing.handover import HandOver
-from hybridflow.placing.places import Places
 from hybridflow.placing.role import actor_role
-from hybridflow.protocols.generation import Restarting, RolloutEngine
-from hybridflow.protocols.rewards import Grader
-from hybridflow.protocols.training import Scorer, TrainEngine
+from hybridflow.protocols.generation import Restarting
+from hybridflow.protocols.training import Scorer
 from hybridflow.protocols.waiting import Stopped
 from hybridflow.publishing.publisher import Publisher, publisher_of
 from hybridflow.runs.best import best_of, better
-from hybridflow.runs.lifecycle import StopRequest
-from hybridflow.runs.session import Session, opening, total_steps
+from hybridflow.runs.session import Opened, Session, opening, total_steps
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.mismatch_watch import MismatchWatch
 from hybridflow.tracking.reward_watch import RewardWatch
@@ -44,30 +42,49 @@ from hybridflow.tracking.trackers import Trackers
 from hybridflow.trainers.rl.shaping import Moments
 
 
+class Watch(Protocol):
+    """Looks at the metrics of every step, and may have something to say."""
+
+    def observe(self, metrics: Mapping[str, float]) -> str | None:
+        """Takes in the metrics of a step; an advice, where there is one."""
+
+
 @dataclass(kw_only=True)
 class RlRun(Session):
-    """Everything that the loop in `trainers.rl.loop` works with; use it as a context."""
+    """Everything that the loop in `trainers.rl.loop` works with; use it as a context.
+
+    Args:
+        config: the configuration.
+        data: the prompts that are trained on.
+        source: generates and scores groups of answers to them.
+        journal: where it keeps them.
+        held_out: makes an evaluation of the weights that the generation engine has; None where there are no rows.
+        critic: what values states, where the algorithm has one.
+        reference: what the policy is held to, where something is.
+        publisher: gives weights to the generation engine, and verifies them there.
+        turn: whose turn it is on devices that generation and training share.
+        watches: look at every step's metrics.
+        kl: the coefficient of the KL penalty.
+        moments: of all rewards so far.
+    """
 
     config: RlConfig
-    rollout: RolloutEngine
+    data: PromptSet
     source: GroupSource
-    grader: Grader
-    policy: FailurePolicy
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
     journal: Journal
-    decode: Callable[[list[int]], str]
-    critic: Critic | None = None
-    reference: Scorer | None = None
-    kl: KlController
-    watch: MismatchWatch
-    reward_watch: RewardWatch
-    signal_watch: SignalWatch = field(default_factory=SignalWatch)
-    turn: HandOver
+    held_out: Callable[[], Evaluation] | None
+    critic: Critic | None
+    reference: Scorer | None
     publisher: Publisher
+    turn: HandOver
+    watches: Sequence[Watch]
+    kl: KlController
     moments: Moments = field(default_factory=Moments)
-    token_text: dict[int, str] = field(default_factory=dict)
-    unevaluated: dict[str, float] | None = None  # metrics of the last step, whose evaluation is still to be made
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.unevaluated: dict[str, float] | None = None  # metrics of the last step, whose evaluation is still to come
+        self._token_text: dict[int, str] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -78,13 +95,9 @@ class RlRun(Session):
     def texts_of(self, token_ids: list[int]) -> list[str]:
         """The text of every single token, special ones included."""
         for i in token_ids:
-            if i not in self.token_text:
-                self.token_text[i] = str(self.tokenizer.decode([i]))
-        return [self.token_text[i] for i in token_ids]
-
-    def watches(self) -> tuple[MismatchWatch, RewardWatch, SignalWatch]:
-        """What looks at the metrics of every step, and may have something to say."""
-        return self.watch, self.reward_watch, self.signal_watch
+            if i not in self._token_text:
+                self._token_text[i] = str(self.tokenizer.decode([i]))
+        return [self._token_text[i] for i in token_ids]
 
     def steps(self) -> Iterator[int]:
         """See `Session.steps`; before them, the evaluation that the run was stopped in."""
@@ -94,8 +107,8 @@ class RlRun(Session):
             found = self.evaluate(step)
             if self.unevaluated is None:
                 self.note(step, line | found | {"timing_s/testing": self.clock.take()["timing_s/testing"]})
-                if self.note_best(step, found) and self.best is not None:
-                    write_best(self.folder.checkpoints, self.best)  # the step is saved already
+                if self.note_best(step, found) and self.saver.best is not None:
+                    write_best(self.folder.checkpoints, self.saver.best)  # the step is saved already
             else:
                 self.unevaluated = line  # stopped once more
         yield from super().steps()
@@ -113,23 +126,11 @@ class RlRun(Session):
         Raises:
             Stopped: the same before the first step, which is then not begun.
         """
-        assert self.eval_prompts is not None
-        config = self.config
+        assert self.held_out is not None
         self.turn.to_generation()
         try:
             with self.clock.phase("testing"):
-                done = evaluate(
-                    self.rollout,
-                    self.eval_prompts,
-                    self.grader,
-                    self.policy,
-                    config.eval,
-                    decode=self.decode,
-                    sampling=sampling_for(config.eval, self.source.sampling),
-                    seed=config.run.seed,
-                    note=self.trackers.note if config.track.console else None,
-                    should_stop=self.stop.requested,
-                )
+                done = self.held_out()
         except Stopped:
             if not step:
                 raise
@@ -171,11 +172,6 @@ class RlRun(Session):
         self.turn.to_publication()
         return self.publisher.publish(version)
 
-    def engines(self) -> dict[str, TrainEngine]:
-        """See `Session.engines`. A critic with a model of its own has a part of its own."""
-        own = self.critic is not None and not self.critic.shared
-        return super().engines() | ({"critic": self.critic.engine} if own and self.critic else {})
-
     def extra_state(self) -> dict[str, Any]:
         """The coefficient of an adaptive KL penalty, what is known of all rewards, and what waits for an evaluation."""
         owed = {} if self.unevaluated is None else {"unevaluated": self.unevaluated}
@@ -199,18 +195,14 @@ class RlRun(Session):
         self.turn.to_training()
         return super().finish()
 
-    def forget(self, step: int) -> None:
-        """See `Session.forget`: of the journal."""
-        self.journal.forget_up_to(saved_steps(self.folder.checkpoints)[-self.checkpoint.keep :][0])
-
     def note_best(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether the step is the best so far by ``checkpoint.best``: it is then to be saved.
 
         Raises:
             UserError: the evaluation measures nothing of that name.
         """
-        found = better(self.config.checkpoint, metrics, step, self.best)
-        self.best = found or self.best
+        found = better(self.config.checkpoint, metrics, step, self.saver.best)
+        self.saver.best = found or self.saver.best
         return found is not None
 
     def restore(self) -> None:
@@ -218,11 +210,12 @@ class RlRun(Session):
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         for line in [*lines, *filter(None, [self.unevaluated])]:
-            for watch in self.watches():
+            for watch in self.watches:
                 watch.observe(line)  # what they say of these was said before
-        self.best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
-        if self.best is not None:
-            write_best(self.folder.checkpoints, self.best)
+        best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
+        self.saver.best = best
+        if best is not None:
+            write_best(self.folder.checkpoints, best)
 
 
 def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> RlRun:
@@ -235,86 +228,112 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
-    with opening(config) as (folder, stop, places, resolved):
-        return _assemble(config, folder, stop, places, resolved, reward)
+    with opening(config) as opened:
+        run = _assemble(config, opened, reward)
+        if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in run.folder.changed):
+            run.journal.clear()  # its answers are of weights that the changed settings will not lead to
+        run.restore()
+        run.publish(run.step)
+        return run
 
 
-def _assemble(
-    config: RlConfig,
-    folder: RunFolder,
-    stop: StopRequest,
-    places: Places,
-    resolved: dict[str, Any],
-    reward: Callable[..., Any] | None,
-) -> RlRun:
-    seed, t, a = config.run.seed, config.train, config.algorithm
+def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | None) -> RlRun:
+    """Loads and starts all parts of a run, the trained model first."""
+    places, a = opened.places, config.algorithm
     tokenizer = load_role(actor_role(config, 1), outline=True)[1]
     require_companions(config, tokenizer)
-    assert config.data.train is not None
-    prompts = load_prompts(config.data.train, config.data, tokenizer, seed=seed)
-    steps = total_steps(t.steps, t.epochs, rows=len(prompts), rows_per_step=t.prompts_per_step)
-    evaluated = load_prompts(config.data.eval, config.data, tokenizer, seed=seed) if config.data.eval else None
-    check_rows(config, prompts, evaluated, function=reward)
+    prompts, evaluated = _prompts(config, tokenizer, reward)
+    steps = total_steps(
+        config.train.steps, config.train.epochs, rows=len(prompts), rows_per_step=config.train.prompts_per_step
+    )
     role = actor_role(config, steps)
     engine = places.trained(role)
-    rollout = places.rollout(config, role, engine, tokenizer, folder.path)
+    rollout = places.rollout(config, role, engine, tokenizer, opened.folder.path)
     grader = make_grader(config, places, data_sources(prompts, evaluated), function=reward)
     places.on_close(grader.close)
-    policy, journal = failure_policy(config.reward), Journal(folder.path / "journal")
-    trackers = Trackers(folder.path, config.track, resolved_config=resolved, total_steps=steps, title="train")
+    trackers = opened.trackers(steps)
     stops = places.stop_ids(engine, tokenizer)
-    decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
+    journal = Journal(opened.folder.path / "journal")
     source = GroupSource(
         rollout,
         prompts.__getitem__,
         grader,
-        decode=decode,
+        decode=answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
         sampling=training_sampling(config.rollout, stops),
-        samples=t.samples_per_prompt,
-        seed=seed,
+        samples=config.train.samples_per_prompt,
+        seed=config.run.seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
-        policy=policy,
+        policy=failure_policy(config.reward),
         tell=trackers.advise,
         journal=journal,
         whole_step=config.rollout.engine == "inline",
-        should_stop=stop.requested,
+        should_stop=opened.stop.requested,
     )
     critic, reference = make_critic(config, engine, places, steps=steps), make_reference(config, engine, places)
+    # A critic on the actor's own trunk is in the actor's part of a checkpoint.
+    trained = {".": engine} | ({"critic": critic.engine} if critic and not critic.shared else {})
     models = [engine, *([critic.engine] if critic else []), *([reference] if reference else [])]
-    run = RlRun(
+    publisher = publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events)
+    if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
+        rollout.on_restart = lambda: publisher.send(rollout.version)
+    return RlRun(
+        opened=opened,
         config=config,
-        folder=folder,
-        places=places,
         tokenizer=tokenizer,
         engine=engine,
-        rollout=rollout,
+        data=prompts,
+        trackers=trackers,
+        saver=opened.saver(tokenizer, trained, forget=lambda: _forget(journal, opened)),
+        total_steps=steps,
         source=source,
-        grader=grader,
-        policy=policy,
-        prompts=prompts,
-        eval_prompts=evaluated,
-        sampler=prompts.sampler(seed=seed),
         journal=journal,
-        decode=decode,
+        held_out=None if evaluated is None else _held_out(config, source, evaluated, trackers),
         critic=critic,
         reference=reference,
-        kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
-        watch=MismatchWatch(corrected=a.correction.active),
-        reward_watch=RewardWatch({n: t.weight for n, t in (config.reward.terms or {}).items() if t.weight}),
-        publisher=publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events),
+        publisher=publisher,
         turn=HandOver(rollout, models, sleeps=places.rollout_sleeps(config)),
-        trackers=trackers,
-        stop=stop,
-        total_steps=steps,
-        checkpoint=config.checkpoint,
-        length=t,
-        data_source=prompts.source,
-        data_fingerprint=prompts.fingerprint,
+        watches=_watches(config),
+        kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
     )
-    if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in folder.changed):
-        journal.clear()  # its answers are of weights that the changed settings will not lead to
-    run.restore()
-    if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
-        rollout.on_restart = lambda: run.publisher.send(rollout.version)
-    run.publish(run.step)
-    return run
+
+
+def _prompts(
+    config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: Callable[..., Any] | None
+) -> tuple[PromptSet, PromptSet | None]:
+    """The rows to train on, and those to evaluate on; the reward can score all of them."""
+    d, seed = config.data, config.run.seed
+    assert d.train is not None
+    prompts = load_prompts(d.train, d, tokenizer, seed=seed)
+    evaluated = None if d.eval is None else load_prompts(d.eval, d, tokenizer, seed=seed)
+    check_rows(config, prompts, evaluated, function=reward)
+    return prompts, evaluated
+
+
+def _held_out(
+    config: RlConfig, source: GroupSource, prompts: PromptSet, trackers: Trackers
+) -> Callable[[], Evaluation]:
+    """Evaluations are answered and scored by what answers and scores for training."""
+    return partial(
+        evaluate,
+        source.engine,
+        prompts,
+        source.grader,
+        source.policy,
+        config.eval,
+        decode=source.decode,
+        sampling=sampling_for(config.eval, source.sampling),
+        seed=config.run.seed,
+        note=trackers.note if config.track.console else None,
+        should_stop=source.should_stop,
+    )
+
+
+def _watches(config: RlConfig) -> list[Watch]:
+    terms = {name: term.weight for name, term in (config.reward.terms or {}).items() if term.weight}
+    return [MismatchWatch(corrected=config.algorithm.correction.active), RewardWatch(terms), SignalWatch()]
+
+
+def _forget(journal: Journal, opened: Opened) -> None:
+    """Lets go of the journal of steps that no checkpoint which is kept can need."""
+    keep = opened.config.checkpoint.keep
+    journal.forget_up_to(saved_steps(opened.folder.checkpoints)[-keep:][0])
