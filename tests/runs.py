@@ -15,7 +15,10 @@ from hybridflow.config.locate import load_function
 
 from tiny import CARRY
 
-demonstrations = load_function(f"{CARRY}:demonstrations")
+CONVERSATIONS = load_function(f"{CARRY}:demonstrations")(seed=3, count=30)
+# The first of the recipe's problems: reading all 4,000 of them takes longer than the run.
+PROBLEMS = load_function(f"{CARRY}:problems")(seed=3, count=100)
+HELD_OUT = load_function(f"{CARRY}:held_out_problems")(count=8)
 
 # Its values differ between answers, however untrained the model: every step has something to learn from.
 REWARD = """
@@ -27,7 +30,7 @@ def score(response, ground_truth):
 def configuration(folder: Path, command: str = "train", **sections: dict[str, Any]) -> str:
     """Writes the YAML file of a small run that lives in ``folder/run``; sections are laid over the small values."""
     (folder / "reward.py").write_text(REWARD)
-    (folder / "conversations.jsonl").write_text("\n".join(map(json.dumps, demonstrations(seed=3, count=30))))
+    write_rows(folder)
     values: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder / "run"), "seed": 3, "threads": 1, "device": "cpu"},
         "model": {"path": f"{CARRY}:tiny_qwen3"},
@@ -38,7 +41,11 @@ def configuration(folder: Path, command: str = "train", **sections: dict[str, An
     }
     if command != "sft":
         values |= {
-            "data": {"train": f"{CARRY}:problems", "eval": f"{CARRY}:held_out_problems", "max_prompt_tokens": 16},
+            "data": {
+                "train": str(folder / "problems.jsonl"),
+                "eval": str(folder / "held_out.jsonl"),
+                "max_prompt_tokens": 16,
+            },
             "reward": {"function": str(folder / "reward.py:score")},
             "rollout": {"max_response_tokens": 8},
             "train": {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 2},
@@ -51,6 +58,12 @@ def configuration(folder: Path, command: str = "train", **sections: dict[str, An
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(values))
     return str(path)
+
+
+def write_rows(folder: Path) -> None:
+    """Writes the data of small runs: conversations.jsonl, problems.jsonl and held_out.jsonl."""
+    for name, rows in {"conversations": CONVERSATIONS, "problems": PROBLEMS, "held_out": HELD_OUT}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def succeed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -19,7 +19,7 @@ from hybridflow.config.locate import load_function
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
 
-from runs import configuration, demonstrations, metrics, mistake, succeed
+from runs import CONVERSATIONS, configuration, metrics, mistake, succeed
 from tiny import CARRY
 
 Output = pytest.CaptureFixture[str]
@@ -87,7 +87,7 @@ def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pyte
     assert "it makes 6 optimizer steps on 8 answers each" in said
     assert "the longest possible sequence has 24" in said
     assert "5 steps: 30 prompts, 120 answers, 30 optimizer steps" in said
-    assert "longest prompt 11 tokens" in said and "4000 rows" in said and "200 rows" in said
+    assert "longest prompt 11 tokens" in said and "100 rows" in said and "8 rows" in said
     value = sum(map(ord, row["ground_truth"])) % 101 / 101
     assert f"ground truth {row['ground_truth']!r} given as the answer scores {value:g}\n" in said
     assert said.endswith("all checks passed\n")
@@ -96,7 +96,7 @@ def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pyte
 
 def test_check_of_conversations_shows_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = succeed(capsys, "check", configuration(tmp_path, "sft"))
-    question, answer = (m["content"] for m in demonstrations(seed=3, count=30)[0]["messages"])
+    question, answer = (m["content"] for m in CONVERSATIONS[0]["messages"])
     opening = f"<|user|>|{'|'.join(question)}|<|end|>|<|assistant|>"
     assert f"token by token: {opening}|{'|'.join(answer)}|<|end|>\n" in said
     assert f"of these the loss is on: {'|'.join(answer)}|<|end|>\n" in said

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+import commands
+from runs import write_rows
+from tiny import CARRY
+
 STEPS = 4
 
 # A reward that differs between answers of an untrained model, so that every step has something to learn from. It also
@@ -28,10 +30,10 @@ def score(response, ground_truth):
 """
 
 RL_CONFIG = """
-run: {{folder: run, seed: 3, threads: 1}}
+run: {{folder: "{folder}/run", seed: 3, threads: 1}}
 model: {{path: "{task}:tiny_qwen3"}}
-data: {{train: "{task}:problems", eval: "{task}:held_out_problems", max_prompt_tokens: 16}}
-reward: {{function: "reward.py:score"}}
+data: {{train: "{folder}/problems.jsonl", eval: "{folder}/held_out.jsonl", max_prompt_tokens: 16}}
+reward: {{function: "{folder}/reward.py:score"}}
 rollout: {{max_response_tokens: 8, max_cache_tokens: 320}}
 train: {{steps: {steps}, prompts_per_step: 4, samples_per_prompt: 4, sequences_per_update: 8}}
 optim: {{lr: 1e-3}}
@@ -41,9 +43,9 @@ track: {{console: false}}
 """
 
 SFT_CONFIG = """
-run: {{folder: run, seed: 3, threads: 1}}
+run: {{folder: "{folder}/run", seed: 3, threads: 1}}
 model: {{path: "{task}:tiny_qwen3"}}
-data: {{train: "{task}:demonstrations"}}
+data: {{train: "{folder}/conversations.jsonl"}}
 train: {{steps: {steps}, sequences_per_update: 8}}
 optim: {{lr: 1e-3, schedule: linear}}
 checkpoint: {{every: 2}}
@@ -65,22 +67,18 @@ filter: {max_mean: 0.08}
 
 def run(folder: Path, command: str, fault: str | None = None, *, more: str = "") -> int:
     folder.mkdir(exist_ok=True)
+    write_rows(folder)
     (folder / "reward.py").write_text(TASK)
     template = RL_CONFIG if command == "train" else SFT_CONFIG
-    (folder / "config.yaml").write_text(template.format(task=ROOT / "recipes/carry/task.py", steps=STEPS) + more)
-    environment = {k: v for k, v in os.environ.items() if k != "HYBRIDFLOW_FAULT"} | {"OMP_NUM_THREADS": "1"}
-    if fault:
-        environment["HYBRIDFLOW_FAULT"] = fault
-    done = subprocess.run(
-        [sys.executable, "-m", "hybridflow", command, "config.yaml"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode not in (0, -signal.SIGKILL):
-        pytest.fail(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done.returncode
+    (folder / "config.yaml").write_text(template.format(folder=folder, task=CARRY, steps=STEPS) + more)
+    started = commands.start([command, str(folder / "config.yaml")], folder, HYBRIDFLOW_FAULT=fault or "")
+    try:
+        status = started.wait(250)
+    finally:
+        started.kill()
+    if status not in (0, -signal.SIGKILL):
+        pytest.fail(f"exit {status}\n{started.said}\n{started.complained}")
+    return status
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -98,9 +96,21 @@ def assert_same_end(folder: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reference")
-    assert run(folder, "train") == 0
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run that nobody interrupts, made once."""
+
+    @functools.cache
+    def made(command: str, more: str = "") -> Path:
+        folder = tmp_path_factory.mktemp("reference")
+        assert run(folder, command, more=more) == 0
+        return folder
+
+    return made
+
+
+@pytest.fixture
+def uninterrupted(whole: Callable[..., Path]) -> Path:
+    folder = whole("train")
     assert len({m["actor/grad_norm"] for m in metrics(folder)[1:]}) == STEPS, "the reference run must learn"
     return folder
 
@@ -133,9 +143,8 @@ def test_journaled_groups_are_not_scored_again(uninterrupted: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill@step3:update", "kill@step2:save", "kill@step2:saved", "kill@step4:finish"])
-def test_a_killed_fine_tuning_ends_bit_identical(fault: str, tmp_path: Path) -> None:
-    reference, folder = tmp_path / "reference", tmp_path / "work"
-    assert run(reference, "sft") == 0
+def test_a_killed_fine_tuning_ends_bit_identical(fault: str, whole: Callable[..., Path], tmp_path: Path) -> None:
+    reference, folder = whole("sft"), tmp_path / "work"
     assert run(folder, "sft", fault) == -signal.SIGKILL
     assert run(folder, "sft") == 0
     assert_same_end(folder, reference)
@@ -143,9 +152,8 @@ def test_a_killed_fine_tuning_ends_bit_identical(fault: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill@step3:group:3", "kill@step3:update", "kill@step4:save"])
-def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, tmp_path: Path) -> None:
-    reference, folder = tmp_path / "reference", tmp_path / "work"
-    assert run(reference, "train", more=PPO_CONFIG) == 0
+def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, whole: Callable[..., Path], tmp_path: Path) -> None:
+    reference, folder = whole("train", PPO_CONFIG), tmp_path / "work"
     assert len({m["actor/reward_kl_penalty_coeff"] for m in metrics(reference)[1:]}) == STEPS
     assert run(folder, "train", fault, more=PPO_CONFIG) == -signal.SIGKILL
     assert run(folder, "train", more=PPO_CONFIG) == 0
@@ -157,10 +165,11 @@ def test_a_killed_run_with_a_critic_ends_bit_identical(fault: str, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill@step3:group:2", "kill@step3:group:6", "kill@step3:update"])
-def test_a_killed_run_that_filters_against_greedy_answers_ends_bit_identical(fault: str, tmp_path: Path) -> None:
+def test_a_killed_run_that_filters_against_greedy_answers_ends_bit_identical(
+    fault: str, whole: Callable[..., Path], tmp_path: Path
+) -> None:
     """The sixth group of a step belongs to its second round of prompts."""
-    reference, folder = tmp_path / "reference", tmp_path / "work"
-    assert run(reference, "train", more=FILTER_CONFIG) == 0
+    reference, folder = whole("train", FILTER_CONFIG), tmp_path / "work"
     third = metrics(reference)[3]
     assert third["training/num_gen_batches"] > 1 and third["training/filtered_groups/too easy"] >= 2
     assert run(folder, "train", fault, more=FILTER_CONFIG) == -signal.SIGKILL

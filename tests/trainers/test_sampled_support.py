@@ -12,7 +12,7 @@ from runs import configuration, metrics, mistake, succeed
 Output = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5, "temperature": 0.8}, {"min_p": 0.3}])
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5, "temperature": 0.8}, {"min_p": 0.5}])
 def test_the_trainer_scores_what_the_sampler_drew_from(tmp_path: Path, capsys: Output, cut: dict[str, float]) -> None:
     """Two updates a step: recomputed old log-probs, and those inside the update, are under the same support."""
     train = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 4, "sequences_per_update": 4}
