@@ -25,9 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
-from hybridflow.placing.group_engine import deliver
 from hybridflow.publishing.canary import Canary
-from hybridflow.publishing.publisher import Publisher
+from hybridflow.publishing.publisher import Publisher, deliver
 from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights import stream as streams
 from hybridflow.weights.stream import fingerprint, stream_of

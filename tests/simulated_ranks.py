@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.passes import joined
 from hybridflow.models.value import ValueHead
-from hybridflow.protocols.training import Loss, TrainEngine, Update
+from hybridflow.protocols.training import Loss, Scorer, TrainEngine, Update
 from hybridflow.protocols.weights import WeightStream
 
 import on_ranks.engines
@@ -29,7 +30,7 @@ from on_ranks.engines import Case
 from ranks import shared_ranks
 
 
-class SimulatedRanks:
+class SimulatedRanks(TrainEngine):
     """A `TrainEngine` over replicas.
 
     Args:
@@ -118,6 +119,12 @@ class SimulatedRanks:
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
         return self.ranks[0].stream_weights(lora=lora)
 
+    def without_adapters(self) -> Scorer:
+        return self.ranks[0].without_adapters()
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        return self.ranks[0].stop_ids(tokenizer)
+
     def perturb(self, names: Collection[str] | None = None) -> None:
         for rank in self.ranks:
             rank.perturb(names)
@@ -136,11 +143,6 @@ class SimulatedRanks:
             total = torch.stack(gradients).sum(0) if gradients else None
             for p in replicas:
                 p.grad = None if total is None else total.clone()
-
-
-def as_train_engine(engine: SimulatedRanks) -> TrainEngine:
-    """Type checkers hold the class to the protocol here."""
-    return engine
 
 
 class RealRanks:

@@ -342,13 +342,15 @@ def test_published_weights_arrive_in_a_generation_engine(kind: str) -> None:
 def test_engines_have_the_methods_of_the_protocol(engine: type) -> None:
     for name, method in inspect.getmembers(TrainEngine, inspect.isfunction):
         if not name.startswith("_"):
-            wanted, found = (inspect.signature(getattr(c, name)).parameters for c in (TrainEngine, engine))
+            wanted, found = ([*inspect.signature(getattr(c, name)).parameters.values()] for c in (TrainEngine, engine))
+            found, own = found[: len(wanted)], found[len(wanted) :]
+            assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in own), "nobody gives what is its own"
             defaults = [
                 w.default if w.default is not ... or f.default is f.empty else f.default  # ... stands for some default
-                for w, f in zip(wanted.values(), found.values())
+                for w, f in zip(wanted, found)
             ]
-            assert [(p.name, p.kind, default) for p, default in zip(wanted.values(), defaults, strict=True)] == [
-                (p.name, p.kind, p.default) for p in found.values()
+            assert [(p.name, p.kind, default) for p, default in zip(wanted, defaults, strict=True)] == [
+                (p.name, p.kind, p.default) for p in found
             ], method
 
 

@@ -25,8 +25,8 @@ def test_it_scores_as_the_actor_did_before_training(adapters: bool, tmp_path: Pa
     expected = began.score(batch, ["logp", "entropy"], temperature=0.8)
     model = add_lora(packed_model(), LoraSection(rank=4), seed=0) if adapters else packed_model()
     actor = LocalEngine(model, OptimSection(lr=1e-2), total_steps=9, tokens_per_microbatch=20)
-    frozen = model if adapters else packed_model()
-    reference = LocalReference(frozen, tokens_per_microbatch=20, device=None if adapters else "cpu")
+    frozen = LocalReference(packed_model(), tokens_per_microbatch=20, device="cpu")
+    reference = actor.without_adapters() if adapters else frozen
     trained = with_policy_columns(batch, expected["logp"])
     for _ in range(3):
         assert actor.update(trained, Loss("policy", {"policy_loss": "ppo_clip"})).applied

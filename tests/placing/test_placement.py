@@ -192,6 +192,8 @@ def test_an_engine_of_the_controllers_process_can_take_weights_that_are_elsewher
                 num_bytes += tensor.nbytes
             assert taken.keys() == stream.names and taken == stream.published
         assert run.publisher.send(run.step) == 2 * num_bytes
+        assert run.source.engine.read_back(sorted(taken)) == taken
+        assert (run.source.engine.replicas, run.source.engine.cache_block) == (2, 0)
 
 
 def test_all_weights_have_no_adapter_to_export(tmp_path: Path, capsys: Output) -> None:

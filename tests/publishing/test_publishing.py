@@ -58,10 +58,6 @@ class Replica(InlineEngine):
             own[name].copy_(tensor)
         return receipts
 
-    def read_back(self, names: list[str]) -> dict[str, int]:
-        own = self.model.state_dict()
-        return {name: fingerprint(own[name]) for name in names if name in own}
-
 
 def trainer_of(kind: str) -> LocalEngine:
     model = model_of(kind)
@@ -172,7 +168,11 @@ def test_publications_of_an_engine_that_does_right_pass_and_are_measured(kind: s
 def test_a_trainer_whose_memory_the_engine_uses_has_nothing_to_check() -> None:
     trainer = trainer_of("qwen3")
     canary = Canary(
-        trainer=trainer, rollout=InlineEngine(trainer.model), tokens=[5], room=100, keep=lambda results: None
+        trainer=trainer,
+        rollout=InlineEngine(trainer.model, same_memory=True),
+        tokens=[5],
+        room=100,
+        keep=lambda results: None,
     )
     publisher = Publisher(canary, lambda whole: trainer.stream_weights())
     before = {n: t._version for n, t in trainer.published().items()}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.waiting import never
 from hybridflow.rewards.graders.composed import ComposedGrader, Part, combined
 
 
@@ -17,7 +18,7 @@ class Slow:
     """A backend whose answers come back when they are let go, in any order."""
 
     def __init__(self, seed: int) -> None:
-        self.random, self.asked = random.Random(seed), []
+        self.random, self.asked, self.should_return = random.Random(seed), [], never
 
     def submit(self, key: int, answers: Answers, function: str | None = None) -> None:
         factor = {None: 1.0, "double": 2.0}[function]

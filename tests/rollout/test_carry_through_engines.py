@@ -12,7 +12,8 @@ from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.rollouts import read_rollouts
-from hybridflow.trainers.rl.loop import train
+from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, record, train, update
+from hybridflow.trainers.rl.run import open_run
 from hybridflow.trainers.sft import train_sft
 
 CARRY = Path(__file__).parents[2] / "recipes/carry"
@@ -27,9 +28,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sft(load_config(SftConfig, CARRY / "sft.yaml", overrides)) / "model"
 
 
-def run(folder: Path, start: Path, engine: str, *more: str) -> Path:
+def configured(folder: Path, start: Path, engine: str, *more: str) -> RlConfig:
     overrides = [f"run.folder={folder}", f"model.path={start}", f"rollout.engine={engine}", "train.steps=3", *more]
-    return train(load_config(RlConfig, CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"]))
+    return load_config(RlConfig, CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"])
+
+
+def run(folder: Path, start: Path, engine: str, *more: str) -> Path:
+    return train(configured(folder, start, engine, *more))
 
 
 @pytest.mark.vllm
@@ -70,7 +75,6 @@ ADAPTERS = ["model.lora.rank=8", "optim.lr=0.003"]
         vllm("rollout.mode=server"),
         vllm(*SHARDED),
         vllm(*SHARDED, "rollout.mode=workers", "rollout.tensor_parallel=2"),
-        vllm("placement.pools={train: 1, generate: 2}", "placement.roles={rollout: generate}"),
         vllm(*ADAPTERS),
         vllm(*ADAPTERS, "rollout.lora=merged"),
         sglang(),
@@ -81,7 +85,29 @@ ADAPTERS = ["model.lora.rank=8", "optim.lr=0.003"]
 def test_every_way_to_place_an_engine_samples_with_the_trainers_weights(
     start: Path, tmp_path: Path, engine: str, overrides: tuple[str, ...]
 ) -> None:
-    folder = run(tmp_path / "run", start, engine, *overrides)
+    assert_sampled_with_the_trainers_weights(run(tmp_path / "run", start, engine, *overrides))
+
+
+@pytest.mark.vllm
+def test_replicas_in_a_pool_are_checked_as_one_engine_is(start: Path, tmp_path: Path) -> None:
+    """Their cache with a prompt that fills blocks of it, and their memory."""
+    pools = ["placement.pools={train: 1, generate: 2}", "placement.roles={rollout: generate}"]
+    more = ["data.max_prompt_tokens=64", "rollout.read_back_every=1"]
+    with open_run(configured(tmp_path / "run", start, "vllm", *pools, *more)) as opened:
+        assert (opened.source.engine.replicas, opened.source.engine.max_model_len) == (2, 96)
+        assert len(opened.publisher.canary.prompt()) > 2 * opened.source.engine.cache_block > 0
+        record(opened, 0, [], None, {})
+        for step in opened.steps():
+            groups, drawn = next_groups(opened, step)
+            batch, estimated = estimate(opened, groups)
+            learned = update(opened, batch)
+            sent = publish_weights(opened, step)
+            assert sent["rollout_sync/read_back_tensors"] >= 3
+            record(opened, step, groups, batch, learned | drawn | estimated | sent)
+    assert_sampled_with_the_trainers_weights(tmp_path / "run")
+
+
+def assert_sampled_with_the_trainers_weights(folder: Path) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     for m in metrics[1:]:

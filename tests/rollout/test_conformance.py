@@ -21,7 +21,7 @@ from hybridflow.models.lora import add_lora, merged
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Sampling, Span, generate
 from hybridflow.rollout.sampling import kept
-from hybridflow.weights.stream import stream_of
+from hybridflow.weights.stream import fingerprint, stream_of
 
 from conformance import (
     CONTEXT,
@@ -218,6 +218,22 @@ def test_prompts_may_fill_the_context(setup: Setup) -> None:
     with pytest.raises(UserError, match=f"does not fit in {CONTEXT} tokens"):
         setup.engine.submit(replace(fits, sampling=Sampling(room + 1)))
     assert setup.engine.wait() == []
+
+
+def test_it_says_what_it_is_and_what_its_memory_holds(setup: Setup) -> None:
+    engine = setup.engine
+    assert (engine.replicas, engine.max_model_len, engine.same_memory) == (1, CONTEXT, False)
+    assert (engine.cache_block > 0) == (setup.name != "inline"), (
+        "who caches prompts must say so: an old cache is looked for"
+    )
+    assert engine.poll() == []
+    for seed in (13, 14):
+        setup.perturb(seed=seed)
+        setup.publish()
+        own = setup.model.state_dict()
+        held = engine.read_back([*own, "model.nowhere.weight"])
+        assert "model.norm.weight" in held
+        assert held == {name: fingerprint(own[name]) for name in held}
 
 
 def test_adapters_are_sampled_with_when_they_are_merged(setup: Setup) -> None:

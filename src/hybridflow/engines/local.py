@@ -12,23 +12,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.adam import AdamEngine, matrices
 from hybridflow.engines.background import Background, host_copies, host_twin
+from hybridflow.engines.fsdp.ranks import check_parts
 from hybridflow.engines.passes import Dtype, Passes, autocast_on
+from hybridflow.engines.reference import WithoutAdapters
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.engines.shards import MOMENTS, PLAIN, SHARDS, read_state, require_kind
 from hybridflow.models.files import export_model, read_weights, write_weights
+from hybridflow.models.load import stop_ids
 from hybridflow.models.lora import has_adapters
 from hybridflow.models.value import ValueHead, read_value_head, write_value_head
-from hybridflow.protocols.training import Loss, Update
+from hybridflow.protocols.training import Loss, TrainEngine, Update
 from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.stream import stream_of
 
 
-class LocalEngine(AdamEngine):
+class LocalEngine(AdamEngine, TrainEngine):
     """A `TrainEngine` around one model: AdamW on float32 master weights, products in bfloat16 where that is asked for.
 
     Args:
@@ -70,8 +74,10 @@ class LocalEngine(AdamEngine):
         """See `TrainEngine.score`."""
         return self.passes.score(batch, outputs, temperature)
 
-    def update(self, batch: Batch, loss: Loss) -> Update:
-        """See `TrainEngine.update`."""
+    def update(self, batch: Batch, loss: Loss, *, rows: Sequence[int] | None = None) -> Update:
+        """See `TrainEngine.update`; and `ShardedEngine.update` of `rows`, which are of one place here."""
+        if rows is not None:
+            check_parts([len(batch)], rows)
         if not len(batch):
             return Update({})  # nothing to learn from: no step, and the schedule stands still
         self.optimizer.zero_grad(set_to_none=True)
@@ -142,6 +148,14 @@ class LocalEngine(AdamEngine):
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
         """See `TrainEngine.stream_weights`."""
         return stream_of(self.model, same_memory=lora is None, lora=lora)
+
+    def without_adapters(self) -> WithoutAdapters:
+        """See `TrainEngine.without_adapters`."""
+        return WithoutAdapters(self, self.model)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """See `TrainEngine.stop_ids`."""
+        return stop_ids(self.model, tokenizer)
 
     def to(self, where: Literal["device", "host"]) -> None:
         """See `TrainEngine.to`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,16 +13,16 @@ from transformers.modeling_utils import PreTrainedModel
 from hybridflow.batch import Batch
 from hybridflow.engines.passes import Dtype, Passes, autocast_on
 from hybridflow.engines.scoring import TokenScorer
+from hybridflow.protocols.training import Scorer
 
 
-class LocalReference:
+class LocalReference(Scorer):
     """A `Scorer` around a model in this process that is never trained.
 
     Args:
-        model: a model that `models.load` loaded; or the actor itself, whose adapters are then switched off while it
-            scores: what is left is the model that the run began with, without a second copy.
+        model: a model that `models.load` loaded.
         tokens_per_microbatch: most tokens in one forward pass.
-        device: where to score; None leaves the actor where it is.
+        device: where to score.
         dtype: what is multiplied in; "auto" is bfloat16 on a GPU.
         keeps: whether weights are kept in that type too (a reward model's), rather than in float32.
     """
@@ -31,14 +32,13 @@ class LocalReference:
         model: PreTrainedModel,
         *,
         tokens_per_microbatch: int,
-        device: torch.device | str | None = None,
+        device: torch.device | str,
         dtype: Dtype = "auto",
         keeps: bool = False,
     ) -> None:
         self.model, self.tokens_per_microbatch = model, tokens_per_microbatch
-        self.adapted = hasattr(model, "peft_config")
-        if not self.adapted:
-            self.model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.model.to(self.device).eval().requires_grad_(False)
         self.dtype, self.keeps = dtype, keeps
         if keeps:
             low = dtype == "bfloat16" or (dtype == "auto" and self.model.device.type != "cpu")
@@ -50,5 +50,27 @@ class LocalReference:
         device = self.model.device
         within = nullcontext if self.keeps else autocast_on(device, self.dtype)
         passes = Passes(self.scorer, self.model, self.tokens_per_microbatch, device, within=within)
-        with self.model.disable_adapter() if self.adapted else nullcontext():
-            return passes.score(batch, outputs, temperature)
+        return passes.score(batch, outputs, temperature)
+
+    def to(self, where: Literal["device", "host"]) -> None:
+        """Moves the model to the accelerator or to host memory."""
+        self.model.to(self.device if where == "device" else "cpu")
+
+
+class WithoutAdapters(Scorer):
+    """A `Scorer` on the model of an engine, whose adapters are switched off while it scores.
+
+    What is left is the model that the run began with, without a second copy.
+
+    Args:
+        engine: what scores.
+        model: its model, with adapters.
+    """
+
+    def __init__(self, engine: Scorer, model: PreTrainedModel) -> None:
+        self.engine, self.model = engine, model
+
+    def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+        """See `Scorer.score`."""
+        with self.model.disable_adapter():
+            return self.engine.score(batch, outputs, temperature=temperature)

@@ -33,9 +33,9 @@ from hybridflow.placing.places import Places
 from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import Request, RolloutEngine, Sampling
 from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.waiting import never, returning_when
 from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
 from hybridflow.rewards.graders.judging import Hearing, Judging, NoVerdict, Verdict, hearing
-from hybridflow.rollout.served.engine import AsyncEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class EngineJudge:
     ) -> None:
         self.section, self.judging = section, Judging(section, seed)
         self._start, self._require = start, require
+        self.should_return: Callable[[], bool] = never
         self._started: Started | None = None
         self._open: dict[int, Hearing] = {}
         self._asked: dict[int, tuple[int, str, int]] = {}  # by the engine's handle: key, what was asked, sample
@@ -104,7 +105,7 @@ class EngineJudge:
     def wait(self) -> list[tuple[int, list[Score]]]:
         """See `protocols.rewards.Grader.wait`."""
         done = self.ready()
-        while not done and self._open:
+        while not done and self._open and not self.should_return():
             self._take(wait=True)
             done = self._heard()
         return done
@@ -150,7 +151,8 @@ class EngineJudge:
             return
         assert self._started is not None
         engine, tokenizer = self._started.engine, self._started.tokenizer
-        results = engine.wait() if wait else engine.poll() if isinstance(engine, AsyncEngine) else []
+        with returning_when(self.should_return, engine):
+            results = engine.wait() if wait else engine.poll()
         for result in results:
             key, asked, sample = self._asked.pop(result.handle)
             text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))

@@ -25,11 +25,11 @@ from hybridflow.models.classifier import classifier_config, padding_of
 from hybridflow.models.families import KNOWN
 from hybridflow.models.load import context_of
 from hybridflow.placing.build import load_role, local_reference
-from hybridflow.placing.group_engine import Pending, score_later
 from hybridflow.placing.places import Places
 from hybridflow.placing.role import reward_role
 from hybridflow.protocols.rewards import Answers, Score
-from hybridflow.protocols.training import Scorer
+from hybridflow.protocols.training import Pending, Scorer
+from hybridflow.protocols.waiting import never
 
 MARK = "\x02answer\x03"  # rendered in an answer's place, to find that place
 MOST_WORDS = 200  # of a failure, in characters
@@ -75,6 +75,7 @@ class ModelGrader:
         padding: int | None = None,
     ) -> None:
         self.scorer, self.tokenizer, self.section, self.padding = scorer, tokenizer, section, padding
+        self.should_return: Callable[[], bool] = never  # a score under way is waited for
         self._under_way: dict[int, tuple[Pending | None, Callable[[], list[Score]]]] = {}
 
     def submit(self, key: int, answers: Answers, function: str | None = None) -> None:
@@ -85,7 +86,7 @@ class ModelGrader:
         if there:
             batch = readings([reading.token_ids for reading in there], [reading.read for reading in there])
             mask_T, lengths = batch["loss_mask_T"], [len(reading.read) for reading in there]
-            values = score_later(self.scorer, batch, ["value"])
+            values = self.scorer.score_later(batch, ["value"])
 
         def scores() -> list[Score]:
             parts = iter(() if values is None else values()["value"][mask_T].split(lengths))

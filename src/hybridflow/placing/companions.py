@@ -74,7 +74,7 @@ def make_reference(config: RlConfig, actor: TrainEngine, places: Places) -> Scor
     if not config.algorithm.needs_reference:
         return None
     if config.model.reference is None and config.model.lora is not None:
-        return places.adapters_off(actor)
+        return actor.without_adapters()
     return places.reference(reference_role(config))
 
 

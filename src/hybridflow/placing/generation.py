@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -19,6 +19,10 @@ from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import RolloutEngine, Sampling
 from hybridflow.rollout.inline.engine import InlineEngine
 
+if TYPE_CHECKING:
+    from hybridflow.rollout.served.engine import AsyncEngine
+    from hybridflow.rollout.vllm.engine import VllmEngine
+
 
 def inline_engine(
     model: PreTrainedModel,
@@ -26,6 +30,7 @@ def inline_engine(
     section: RolloutSection | None = None,
     *,
     stop: Sequence[str] = (),
+    same_memory: bool = False,
 ) -> InlineEngine:
     """The inline engine on this model, as the section says.
 
@@ -34,6 +39,7 @@ def inline_engine(
         tokenizer: reads answers, where they end by their text.
         section: None takes its defaults.
         stop: texts that may end answers, besides those of the section.
+        same_memory: see `InlineEngine`.
     """
     r = section or RolloutSection()
     return InlineEngine(
@@ -42,6 +48,7 @@ def inline_engine(
         decode=stop_decoder(tokenizer, [*r.stop, r.stop_regex, *stop]),
         dtype=None if r.dtype == "auto" else getattr(torch, r.dtype),
         compile=r.compile,
+        same_memory=same_memory,
     )
 
 
@@ -90,7 +97,7 @@ def own_engine(
         "owner": str(run_folder or ""),
     }
     lora = role.model.lora if role.publish == "adapters" else None
-    engine: Any
+    engine: VllmEngine | AsyncEngine
     # vLLM and SGLang take seconds to import, and live in environments of their own.
     if (section.engine, section.mode) == ("vllm", "server"):
         from hybridflow.rollout.vllm.server import VllmServerEngine

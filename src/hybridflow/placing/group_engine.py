@@ -7,13 +7,14 @@ the columns that are read there. Everything between ranks (gathered parameters, 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.algorithms.losses import columns_of
 from hybridflow.balance import balanced_ranks, beginning_costs, seqlen_metrics, sequence_costs
@@ -22,32 +23,14 @@ from hybridflow.config.sections.placement import PlacementSection
 from hybridflow.controller.group import WorkerGroup
 from hybridflow.engines.passes import MODEL_COLUMNS
 from hybridflow.models.forward import beginnings
-from hybridflow.protocols.generation import RolloutEngine
-from hybridflow.protocols.training import Loss, Scorer, TrainEngine, Update
-from hybridflow.protocols.weights import DirectReceiver, Receipt, WeightStream
+from hybridflow.protocols.training import Loss, Pending, Scorer, TrainEngine, Update
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.transport import Receiver, open_receiver
 
 Scores = dict[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """Scores that may still be computed elsewhere: call it to have them.
-
-    Args:
-        result: waits for them.
-        done: whether that would return at once.
-    """
-
-    result: Callable[[], Scores]
-    done: Callable[[], bool] = lambda: True
-
-    def __call__(self) -> Scores:
-        """The scores."""
-        return self.result()
-
-
-class GroupScorer:
+class GroupScorer(Scorer):
     """A `Scorer` over a group of workers.
 
     Args:
@@ -95,7 +78,7 @@ class GroupScorer:
         return balanced_ranks(costs, places, batch["group_B"].tolist(), beginning_costs(beginnings(batch).tolist()))
 
 
-class GroupEngine(GroupScorer):
+class GroupEngine(GroupScorer, TrainEngine):
     """A `TrainEngine` over a group of workers.
 
     Args:
@@ -159,6 +142,7 @@ class GroupEngine(GroupScorer):
         """See `TrainEngine.stream_weights`: nothing moves before it is taken."""
         stream = RemoteStream(iter(()), self.group.weight_names(lora), engine=self, lora=lora)
         stream.tensors = self._arriving(stream)
+        stream.send = lambda receivers, take: self.send_weights(stream, receivers, take)
         return stream
 
     def send_weights(
@@ -177,6 +161,14 @@ class GroupEngine(GroupScorer):
         receipts = take(self._address)
         stream.published.update(sent.result()[0])
         return receipts
+
+    def without_adapters(self) -> GroupScorer:
+        """See `TrainEngine.without_adapters`."""
+        return GroupScorer(self.group, "reference")
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """See `TrainEngine.stop_ids`; the worker reads the tokenizer of its role, which is the same."""
+        return self.group.stop_ids()
 
     def perturb(self, names: Collection[str] | None = None) -> None:
         """See `TrainEngine.perturb`."""
@@ -207,36 +199,3 @@ class RemoteStream(WeightStream):
 
     engine: GroupEngine | None = None
     lora: Literal["adapters", "merged"] | None = None
-
-
-def score_later(scorer: Scorer, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
-    """Has a model score; what it returns gives the scores. A model in other processes works meanwhile."""
-    if isinstance(scorer, GroupScorer):
-        return scorer.score_later(batch, outputs, temperature=temperature)
-    scores = scorer.score(batch, outputs, temperature=temperature)
-    return Pending(lambda: scores)
-
-
-def update_later(engine: TrainEngine, batch: Batch, loss: Loss) -> Callable[[], Update]:
-    """Has a model take an optimizer step; what it returns gives the result. The same as of `score_later` holds."""
-    if isinstance(engine, GroupEngine):
-        return engine.update_later(batch, loss)
-    update = engine.update(batch, loss)
-    return lambda: update
-
-
-def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[Receipt]:
-    """Gives an engine new weights: from workers straight to its own processes where it has some, else through here.
-
-    Returns:
-        A receipt of every process that took them; none is held against the stream yet.
-    """
-    if isinstance(stream, RemoteStream) and stream.engine is not None and isinstance(engine, DirectReceiver):
-        return stream.engine.send_weights(
-            stream, engine.receivers(), lambda address: engine.receive_weights(address, version)
-        )
-    return engine.update_weights(stream, version)
-
-
-def _flat(replicas: Iterable[list[Receipt]]) -> list[Receipt]:
-    return [receipt for receipts in replicas for receipt in receipts]

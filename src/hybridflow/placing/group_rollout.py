@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hybridflow.balance import balanced_ranks
 from hybridflow.controller.group import Future, WorkerGroup
-from hybridflow.placing.group_engine import RemoteStream, _flat
+from hybridflow.placing.group_engine import RemoteStream
 from hybridflow.protocols.generation import Request, Result
 from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
+from hybridflow.weights.readback import together
 
 SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
 
@@ -25,10 +26,16 @@ class GroupRollout:
         group: `placing.rollout_worker.RolloutWorker`.
     """
 
+    same_memory = False  # what workers take is verified, also where they share it with an actor
+
     def __init__(self, group: WorkerGroup) -> None:
         self.group = group
         self.should_return: Callable[[], bool] = never
+        self.on_restart: Callable[[], object] | None = None
+        self.version = 0
         self.replicas = group.world_size
+        lengths, blocks = zip(*self.group.sizes())
+        self.max_model_len, self.cache_block = min(lengths), max(blocks)
         self._next = 0
         self._queue: list[tuple[int, Request]] = []
         self._in_flight: set[int] = set()
@@ -46,6 +53,15 @@ class GroupRollout:
         """See `RolloutEngine.wait`."""
         while not self._ready and self._in_flight and not self.should_return():
             self._advance()
+        return self._take()
+
+    def poll(self) -> list[Result]:
+        """See `RolloutEngine.poll`; replicas go on with what was submitted."""
+        if self._slice is not None and self._slice.done():
+            self._finish()
+        return self._take()
+
+    def _take(self) -> list[Result]:
         ready, self._ready = self._ready, []
         if self._in_flight and self._slice is None:
             self._begin()
@@ -77,6 +93,7 @@ class GroupRollout:
         """See `RolloutEngine.update_weights`: the receipts of every replica's processes, replica by replica."""
         assert isinstance(stream, RemoteStream) and stream.engine is not None, "replicas take weights from workers"
         self._settle()
+        self.version = version
         actor = stream.engine.group
         if actor.pool == self.group.pool:
             answers = self.group.take_weights(actor.name, version, stream.lora)
@@ -85,6 +102,19 @@ class GroupRollout:
         return stream.engine.send_weights(
             stream, self.group.host(), lambda address: _flat(self.group.receive_weights(address, version))
         )
+
+    def receivers(self) -> list[str]:
+        """See `RolloutEngine.receivers`: replicas take weights as `update_weights` finds best."""
+        return []
+
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """See `receivers`."""
+        raise AssertionError("replicas take weights through update_weights")
+
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """See `RolloutEngine.read_back`: of all replicas."""
+        self._settle()
+        return together(self.group.read_back(list(names)), "replicas")
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
@@ -138,3 +168,7 @@ def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[
         if request.replica is not None:
             shares[request.replica].append((handle, request))
     return shares
+
+
+def _flat(replicas: Iterable[list[Receipt]]) -> list[Receipt]:
+    return [receipt for receipts in replicas for receipt in receipts]

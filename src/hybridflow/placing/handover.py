@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hybridflow.placing.group_engine import GroupScorer
 from hybridflow.protocols.generation import RolloutEngine
 from hybridflow.protocols.training import Scorer
 
@@ -27,7 +26,7 @@ class HandOver:
 
     def __init__(self, rollout: RolloutEngine, models: Sequence[Scorer], *, sleeps: bool) -> None:
         self.rollout, self.sleeps, self.awake = rollout, sleeps, True
-        self.models = [model for model in models if isinstance(model, GroupScorer)]
+        self.models = list(models)
 
     def to_generation(self) -> None:
         """Answers are generated next."""

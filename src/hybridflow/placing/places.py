@@ -23,9 +23,7 @@ from hybridflow.controller.open import open_cluster
 from hybridflow.devices import CPU, kind_of, pick_device
 from hybridflow.engines.fsdp.ranks import check_degrees
 from hybridflow.engines.local import LocalEngine
-from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
-from hybridflow.models.load import stop_ids
 from hybridflow.placing.build import local_engine, local_reference
 from hybridflow.placing.generation import inline_engine, own_engine
 from hybridflow.placing.group_engine import GroupEngine, GroupScorer
@@ -114,14 +112,6 @@ class Places:
             return local_reference(role, pick_device(self.device))
         return GroupScorer(self._group(role, ScoringWorker))
 
-    def adapters_off(self, actor: TrainEngine) -> Scorer:
-        """The actor without its adapters: the model that the run began with."""
-        if isinstance(actor, GroupEngine):
-            return GroupScorer(actor.group, "reference")
-        assert isinstance(actor, LocalEngine)
-        budget = actor.passes.tokens_per_microbatch
-        return LocalReference(actor.model, tokens_per_microbatch=budget, dtype=actor.dtype)
-
     def rollout(
         self, config: RlConfig, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> RolloutEngine:
@@ -148,7 +138,7 @@ class Places:
             return GroupRollout(group)
         if r.engine == "inline":
             assert isinstance(actor, LocalEngine)
-            return inline_engine(actor.model, tokenizer, r)
+            return inline_engine(actor.model, tokenizer, r, same_memory=True)
         return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
 
     def rollout_sleeps(self, config: RlConfig) -> bool:
@@ -161,13 +151,6 @@ class Places:
         if not in_pool(self.placement, r):
             return True  # beside the controller, on the device that a pool's first process has too
         return self.placement.pool_of("rollout") in {self.placement.pool_of(role) for _, role, _ in engines_of(config)}
-
-    def stop_ids(self, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Token ids that end an answer of this model."""
-        if isinstance(actor, GroupEngine):
-            return actor.group.stop_ids()
-        assert isinstance(actor, LocalEngine)
-        return stop_ids(actor.model, tokenizer)
 
     def _group(self, role: Role, cls: type) -> WorkerGroup:
         assert self.cluster is not None

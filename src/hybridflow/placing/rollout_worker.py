@@ -39,7 +39,7 @@ class RolloutWorker:
         if start is not None:
             self.engine = own_engine(role, section, PlacementSection(), start)
         elif actor is not None and role.engine.strategy == "local":
-            self.engine = inline_engine(actor.engine.model, role_tokenizer(role), section)
+            self.engine = inline_engine(actor.engine.model, role_tokenizer(role), section, same_memory=True)
         else:
             model, tokenizer = load_role(replica_of(role))
             model.to(context.device).requires_grad_(False)
@@ -66,6 +66,16 @@ class RolloutWorker:
         """See `RolloutEngine.abort`; handles of other replicas are ignored."""
         own = {theirs: handle for handle, theirs in self.handles.items()}
         return self._named(self.engine.abort([own[handle] for handle in handles if handle in own]))
+
+    @remote(ONE_TO_ALL)
+    def sizes(self) -> tuple[int, int]:
+        """See `RolloutEngine`: `max_model_len` and `cache_block`."""
+        return self.engine.max_model_len, self.engine.cache_block
+
+    @remote(ONE_TO_ALL)
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """See `RolloutEngine.read_back`."""
+        return self.engine.read_back(names)
 
     @remote(ONE_TO_ALL)
     def host(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,14 +16,12 @@ from hybridflow.controller.dispatch import ONE_TO_ALL, RANK_ZERO, over, remote
 from hybridflow.controller.worker import WorkerContext
 from hybridflow.devices import memory_metrics
 from hybridflow.engines.fsdp.engine import ShardedEngine, ShardedReference
-from hybridflow.engines.fsdp.ranks import check_parts
 from hybridflow.engines.local import LocalEngine
 from hybridflow.engines.reference import LocalReference
-from hybridflow.models.load import stop_ids
 from hybridflow.placing.build import engine_of, role_tokenizer
 from hybridflow.placing.role import Role
 from hybridflow.placing.turns import Lora, take_turn
-from hybridflow.protocols.training import Loss, Update
+from hybridflow.protocols.training import Loss, Scorer, Update
 from hybridflow.weights.transport import Sender, drain, open_sender, pick_transport
 
 
@@ -54,12 +51,12 @@ class ScoringWorker:
     ) -> dict[str, Tensor]:
         """See `Scorer.score`; of an actor's "reference": with adapters switched off."""
         take_turn(self.context)
-        adapters_off = nullcontext()
-        if whose == "reference":
-            assert isinstance(self.engine, LocalEngine | ShardedEngine)
-            adapters_off = self.engine.model.disable_adapter()
-        with adapters_off:
-            return self.engine.score(part, outputs, temperature=temperature)
+        return self.scorer(whose).score(part, outputs, temperature=temperature)
+
+    def scorer(self, whose: Literal["own", "reference"]) -> Scorer:
+        """What scores."""
+        assert whose == "own", "only what is trained has a reference in it"
+        return self.engine
 
     @remote(ONE_TO_ALL)
     def rest(self) -> None:
@@ -72,7 +69,6 @@ class ScoringWorker:
 
     def _move(self, where: Literal["device", "host"]) -> None:
         if self.role.engine.offload and self.where != where:
-            assert isinstance(self.engine, ShardedEngine | ShardedReference)  # the section refuses it for others
             self.engine.to(where)
             self.where = where
 
@@ -86,15 +82,15 @@ class EngineWorker(ScoringWorker):
         super().__init__(context, role)
         self.sender: Sender | None = None
 
+    def scorer(self, whose: Literal["own", "reference"]) -> Scorer:
+        """What scores: the model, or the model as it was before its adapters were trained."""
+        return self.engine if whose == "own" else self.engine.without_adapters()
+
     @remote(over("dp"))
     def update(self, part: Batch, loss: Loss, rows: Sequence[int]) -> Update:
         """See `TrainEngine.update`; `rows` says how many sequences each data-parallel place was sent."""
         take_turn(self.context)
-        if isinstance(self.engine, LocalEngine):
-            check_parts([len(part)], rows)
-            update = self.engine.update(part, loss)
-        else:
-            update = self.engine.update(part, loss, rows=rows)
+        update = self.engine.update(part, loss, rows=rows)
         return replace(update, metrics=update.metrics | memory_metrics())
 
     @remote(ONE_TO_ALL)
@@ -134,7 +130,7 @@ class EngineWorker(ScoringWorker):
     @remote(RANK_ZERO)
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer of this model."""
-        return stop_ids(self.engine.model, role_tokenizer(self.role))
+        return self.engine.stop_ids(role_tokenizer(self.role))
 
     @remote(RANK_ZERO)
     def weight_names(self, lora: Lora) -> frozenset[str]:

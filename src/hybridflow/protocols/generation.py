@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hybridflow.protocols.weights import Receipt, WeightStream
 
@@ -127,7 +127,45 @@ class Result:
 
 
 class RolloutEngine(Protocol):
-    """Generates, per request and asynchronously: results come in order of completion."""
+    """Generates, per request and asynchronously: results come in order of completion.
+
+    What an engine can do it says itself: nobody asks of which class it is. What it cannot do it says too, with the
+    value that each attribute and method names for that.
+
+    Attributes:
+        should_return: asked now and then while `wait` waits; once it says yes, `wait` returns what there is.
+        on_restart: called where processes that died were started again, before lost requests are sent again. It
+            publishes weights of `version`, for the new processes have those alone that they were started with. An
+            engine that starts nothing again never calls it.
+    """
+
+    should_return: Callable[[], bool]
+    on_restart: Callable[[], object] | None
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that it samples from."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """How many answer, each with weights of its own; `Request.replica` counts them."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a sequence, prompt and answer together; `submit` refuses longer ones."""
+        ...
+
+    @property
+    def cache_block(self) -> int:
+        """The tokens of a block of the prefix cache; 0 where no prompt is ever taken from one."""
+        ...
+
+    @property
+    def same_memory(self) -> bool:
+        """Whether it computes with the tensors of a trainer in this process: then no weights travel."""
+        ...
 
     def submit(self, request: Request) -> int:
         """Accepts a request and returns its handle at once.
@@ -142,6 +180,10 @@ class RolloutEngine(Protocol):
 
         Returns an empty list only when nothing is in flight.
         """
+        ...
+
+    def poll(self) -> list[Result]:
+        """Returns what `wait` would return at once; an engine that computes inside `wait` alone does nothing else."""
         ...
 
     def abort(self, handles: Iterable[int]) -> list[Result]:
@@ -165,6 +207,36 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def receivers(self) -> list[str]:
+        """The host name of each process that takes weights from wherever they are sent; empty: there is none."""
+        ...
+
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """Has every process of `receivers` take the stream that is sent at an address, as `update_weights` does.
+
+        Args:
+            address: of the sender: `weights.transport.open_receiver` opens it.
+            version: of the weights.
+
+        Returns:
+            The receipt of every process, in the order of `receivers`.
+        """
+        ...
+
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """Fingerprints of weights as they lie in its memory now.
+
+        Args:
+            names: as they are published.
+
+        Returns:
+            Those that it holds as they were published; empty: it can read none.
+
+        Raises:
+            WeightSyncError: two of its processes hold different values of one.
+        """
+        ...
+
     def sleep(self) -> None:
         """Gives back memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
         ...
@@ -176,20 +248,6 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Ends the engine."""
         ...
-
-
-@runtime_checkable
-class Restarting(Protocol):
-    """What a `RolloutEngine` also offers that starts processes again which died.
-
-    Attributes:
-        version: of the weights that it samples from.
-        on_restart: called after that, before lost requests are sent again: it publishes weights of `version`, for the
-            new process has only those that it was started with.
-    """
-
-    version: int
-    on_restart: Callable[[], object] | None
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]:

@@ -47,7 +47,13 @@ class Score:
 
 
 class Grader(Protocol):
-    """Scores answers while others are generated. Not thread-safe; one owner."""
+    """Scores answers while others are generated. Not thread-safe; one owner.
+
+    Attributes:
+        should_return: asked now and then by a `wait` that lasts; once it says yes, `wait` returns what there is.
+    """
+
+    should_return: Callable[[], bool]
 
     def submit(self, key: int, answers: Answers) -> None:
         """Begins to score. The key comes back with the scores; it must not be in use."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.protocols.weights import WeightStream
@@ -37,6 +38,23 @@ class Update:
     bad_rows: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Scores that may still be computed elsewhere: call it to have them.
+
+    Args:
+        result: waits for them.
+        done: whether that would return at once.
+    """
+
+    result: Callable[[], dict[str, Tensor]]
+    done: Callable[[], bool] = lambda: True
+
+    def __call__(self) -> dict[str, Tensor]:
+        """The scores."""
+        return self.result()
+
+
 class Scorer(Protocol):
     """Scores tokens; owns its micro-batches, so the result never depends on how a batch is cut."""
 
@@ -52,12 +70,34 @@ class Scorer(Protocol):
         """
         ...
 
+    def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
+        """Begins to score; what it returns gives the scores. In this process they are there by then."""
+        scores = self.score(batch, outputs, temperature=temperature)
+        return Pending(lambda: scores)
+
+    def rest(self) -> None:
+        """Something else works on its devices now: what ``engine.offload`` names goes to host memory; here, nothing."""
+        return
+
 
 class TrainEngine(Scorer, Protocol):
-    """Trains; owns its micro-batches too."""
+    """Trains; owns its micro-batches too. Whoever writes one derives from this class, as of a `Scorer` from that."""
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
+        ...
+
+    def update_later(self, batch: Batch, loss: Loss) -> Callable[[], Update]:
+        """Begins an optimizer step; what it returns gives the result. In this process it is over by then."""
+        update = self.update(batch, loss)
+        return lambda: update
+
+    def without_adapters(self) -> Scorer:
+        """The model as it was before its adapters were trained: it scores with them switched off."""
+        ...
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Token ids that end an answer of this model: see `models.load.stop_ids`."""
         ...
 
     def save(self, folder: Path, *, background: bool = False) -> None:

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-SECONDS_BETWEEN_LOOKS = 0.2  # of a `wait` that something else wakes: see `Interruptible`
+SECONDS_BETWEEN_LOOKS = 0.2  # of a `wait` that something else wakes: it then asks `should_return`
 
 
-@runtime_checkable
 class Interruptible(Protocol):
-    """What a `RolloutEngine` or `Grader` also offers whose `wait` may come back before anything has ended.
-
-    Attributes:
-        should_return: asked now and then while `wait` waits; once it says yes, `wait` returns what there is.
-    """
+    """What `wait`s and may be asked to come back before anything has ended: a `RolloutEngine`, a `Grader`."""
 
     should_return: Callable[[], bool]
 
 
 @contextmanager
-def returning_when(asked: Callable[[], bool], *parts: object) -> Iterator[None]:
-    """Within, `wait` of each part that is `Interruptible` comes back early where `asked` says yes."""
-    able = [part for part in parts if isinstance(part, Interruptible)]
-    before = [part.should_return for part in able]
-    for part in able:
+def returning_when(asked: Callable[[], bool], *parts: Interruptible) -> Iterator[None]:
+    """Within, `wait` of each part comes back early where `asked` says yes."""
+    before = [part.should_return for part in parts]
+    for part in parts:
         part.should_return = asked
     try:
         yield
     finally:
-        for part, asked_before in zip(able, before):
+        for part, asked_before in zip(parts, before):
             part.should_return = asked_before
 
 
 def never() -> bool:
-    """What `Interruptible` parts ask unless they are told: they wait to the end."""
+    """What is asked by `wait` unless somebody sets `should_return`: it waits to the end."""
     return False
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +19,8 @@ class WeightStream:
         published: fingerprint of each tensor as it left the trainer, filled while `tensors` is consumed.
         same_memory: the receiver holds these very tensors (a local actor); nothing needs to be copied.
         adapter: name of the adapter that this stream carries; None for the model's own weights.
+        send: sends it past this process, from those that hold the weights: given the host of each process that takes
+            it, and what has them take what comes from an address; returns their receipts. None: it is here.
     """
 
     tensors: Iterator[tuple[str, Tensor]]
@@ -27,6 +28,7 @@ class WeightStream:
     published: dict[str, int] = field(default_factory=dict)
     same_memory: bool = False
     adapter: str | None = None
+    send: Callable[[Sequence[str], Callable[[str], list[Receipt]]], list[Receipt]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +44,3 @@ class Receipt:
     version: int
     received: Mapping[str, int]
     num_bytes: int
-
-
-@runtime_checkable
-class DirectReceiver(Protocol):
-    """What a `RolloutEngine` also offers whose own processes take weights from wherever they are sent."""
-
-    def receivers(self) -> list[str]:
-        """The host name of each process that takes weights."""
-        ...
-
-    def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """Has every process take the stream that is sent at an address, as `RolloutEngine.update_weights` does.
-
-        Args:
-            address: of the sender: `weights.transport.open_receiver` opens it.
-            version: of the weights.
-
-        Returns:
-            The receipt of every process, in the order of `receivers`.
-        """
-        ...

@@ -81,7 +81,7 @@ class Canary:
 
     def prompt(self, number: int = 0) -> tuple[int, ...]:
         """One of many prompts. The first is of two blocks of the engine's prefix cache and a little, where they fit."""
-        block = getattr(self.rollout, "cache_block", 0)
+        block = self.rollout.cache_block
         usual = 2 * block + 3 if block else PROMPT
         length = max(1, min(max(usual, LONG) if number else usual, self.room - self._most()))
         drawn = uniform(NoiseKey(self.seed, "canary prompt", number), torch.arange(length)) * len(self.tokens)
@@ -95,7 +95,7 @@ class Canary:
             numbers: to which prompts.
             tokens: how many to generate; None: as many as usual.
         """
-        replicas, sampling = getattr(self.rollout, "replicas", 1), Sampling(tokens or self._most())
+        replicas, sampling = self.rollout.replicas, Sampling(tokens or self._most())
         asked: dict[int, tuple[int, tuple[int, ...]]] = {}
         for number in numbers:
             prompt, noise = self.prompt(number), NoiseKey(self.seed, "canary", version, number)

@@ -18,14 +18,11 @@ from dataclasses import dataclass, field
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.kinds.rl import RlConfig
-from hybridflow.engines.local import LocalEngine
-from hybridflow.placing.group_engine import deliver
 from hybridflow.placing.role import longest_sequence
 from hybridflow.protocols.generation import Result, RolloutEngine
 from hybridflow.protocols.training import TrainEngine
-from hybridflow.protocols.weights import WeightStream
+from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.publishing.canary import Answer, Canary, Gap, computes_exactly, ordinary_tokens
-from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.weights.stream import WeightSyncError, verify
 
 PROMPTS = 4  # of the drill: so many tokens that rarely used experts are among them
@@ -59,11 +56,11 @@ class Publisher:
         Raises:
             WeightSyncError: the engine has other weights, or computes with others.
         """
-        if shares_memory(self.canary.trainer, self.canary.rollout):  # nothing travels
+        if self.canary.rollout.same_memory:  # nothing travels
             self.send(version)
             return {}
         if self.count:
-            if getattr(self.canary.rollout, "cache_block", 0):
+            if self.canary.rollout.cache_block:
                 self.canary.ask(version, tokens=1)  # now its prompt is in the cache, under the weights before
             measured = self._sync(version)
         else:
@@ -145,9 +142,7 @@ class Publisher:
 
     def held(self) -> tuple[int, list[str]]:
         """How many tensors the engine can read back, and which of them are not what was published."""
-        read = getattr(self.canary.rollout, "read_back", None)
-        held = None if read is None else read(sorted(self._published.keys() - self._elsewhere))
-        held = held or {}
+        held = self.canary.rollout.read_back(sorted(self._published.keys() - self._elsewhere))
         return len(held), sorted(name for name, value in held.items() if value != self._published[name])
 
     # --- what is wrong ---
@@ -206,9 +201,16 @@ class Publisher:
             self.canary.trainer.perturb([name])
 
 
-def shares_memory(trainer: TrainEngine, rollout: RolloutEngine) -> bool:
-    """Whether an engine computes with the trainer's own tensors."""
-    return isinstance(trainer, LocalEngine) and isinstance(rollout, InlineEngine) and rollout.model is trainer.model
+def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[Receipt]:
+    """Gives an engine new weights: from where they are straight to its own processes, or through this one.
+
+    Returns:
+        A receipt of every process that took them; none is held against the stream yet.
+    """
+    receivers = engine.receivers() if stream.send is not None else []
+    if stream.send is None or not receivers:
+        return engine.update_weights(stream, version)
+    return stream.send(receivers, lambda address: engine.receive_weights(address, version))
 
 
 def publisher_of(
@@ -234,13 +236,15 @@ def publisher_of(
         trainer=trainer,
         rollout=rollout,
         tokens=ordinary_tokens(tokenizer),
-        room=getattr(rollout, "max_model_len", longest_sequence(config)),
+        room=rollout.max_model_len
+        if rollout.cache_block
+        else longest_sequence(config),  # prompts fill blocks of a cache
         seed=config.run.seed,
         exact=computes_exactly(config),
         keep=keep,
     )
     publishes = config.rollout.lora if config.model.lora is not None else None
-    if shares_memory(trainer, rollout):
+    if rollout.same_memory:
         publishes = None
 
     def stream(whole: bool) -> WeightStream:

@@ -10,11 +10,11 @@ Shapes: O outputs and I inputs of a layer, E experts, V words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from hybridflow.weights.stream import fingerprint
+from hybridflow.weights.stream import WeightSyncError, fingerprint
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}  # ``[E, 2 O, I]`` and ``[E, O, I]`` in all of them
@@ -42,6 +42,24 @@ def read_back(parameters: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
             tensor = _rows(name, held, shapes)
         if tensor is not None:
             found[name] = fingerprint(tensor)
+    return found
+
+
+def together(held: Iterable[Mapping[str, int]], whose: str) -> dict[str, int]:
+    """What several processes hold of the same weights.
+
+    Args:
+        held: of each process, fingerprints by name.
+        whose: what the processes are called.
+
+    Raises:
+        WeightSyncError: two of them hold different values of one tensor.
+    """
+    found: dict[str, int] = {}
+    for one in held:
+        for name, value in one.items():
+            if found.setdefault(name, value) != value:
+                raise WeightSyncError(f"{whose} hold different values of {name}")
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.config.sections.engine import EngineSection
@@ -22,14 +23,16 @@ from hybridflow.engines.fsdp.files import ShardedFiles
 from hybridflow.engines.fsdp.model import ShardedModel
 from hybridflow.engines.fsdp.ranks import check_parts
 from hybridflow.engines.passes import joined
+from hybridflow.engines.reference import WithoutAdapters
+from hybridflow.models.load import stop_ids
 from hybridflow.models.value import ValueHead
-from hybridflow.protocols.training import Loss, Update
+from hybridflow.protocols.training import Loss, Scorer, TrainEngine, Update
 from hybridflow.protocols.weights import WeightStream
 from hybridflow.weights.adapters import WRAPPED
 from hybridflow.weights.stream import stream_of
 
 
-class ShardedEngine(AdamEngine):
+class ShardedEngine(AdamEngine, TrainEngine):
     """A `TrainEngine` around a `ShardedModel`: AdamW on float32 weights, of which each rank holds and steps its part.
 
     Args:
@@ -130,6 +133,14 @@ class ShardedEngine(AdamEngine):
         first = self.ranks.rank == 0  # one set of fingerprints is enough
         return stream_of(self.model, lora=lora, dtype=dtype, fingerprints=first, names=names, gather=self.sharded.state)
 
+    def without_adapters(self) -> WithoutAdapters:
+        """See `TrainEngine.without_adapters`."""
+        return WithoutAdapters(self, self.model)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """See `TrainEngine.stop_ids`."""
+        return stop_ids(self.model, tokenizer)
+
     def published(self) -> dict[str, Tensor]:
         """See `AdamEngine.published`."""
         names = self.sharded.names
@@ -148,7 +159,7 @@ class ShardedEngine(AdamEngine):
             self.move_moments(target)
 
 
-class ShardedReference:
+class ShardedReference(Scorer):
     """A `Scorer` around a `ShardedModel` that is never trained; the arguments are those of `ShardedModel`."""
 
     def __init__(

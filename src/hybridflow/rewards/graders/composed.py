@@ -20,6 +20,8 @@ from hybridflow.protocols.waiting import never, returning_when
 class FunctionGrader(Protocol):
     """A `protocols.rewards.Grader` that may hold several functions."""
 
+    should_return: Callable[[], bool]
+
     def submit(self, key: int, answers: Answers, function: str | None = None) -> None:
         """See `protocols.rewards.Grader.submit`; the function is one of those that it was made with."""
         ...

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.waiting import never
 from hybridflow.rewards.graders.function import FunctionSpec, check_builtins, load_all
 
 
@@ -25,6 +26,7 @@ class InProcessGrader:
 
     def __init__(self, functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> None:
         self._given, self._functions = dict(functions), load_all(functions)
+        self.should_return: Callable[[], bool] = never  # `wait` never lasts
         self._done: list[tuple[int, list[Score]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

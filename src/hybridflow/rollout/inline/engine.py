@@ -13,7 +13,7 @@ Shapes: R running rows, T tokens of a prefill, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,14 +42,18 @@ WIDTH_STEP = 16  # cache widths are multiples of this
 
 def require_room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int, max_cache_tokens: int) -> None:
     """Raises a UserError if a prompt and its longest answer do not fit the model's context or the engine's cache."""
-    context = context_of(model)
-    room = min(context or max_cache_tokens, max_cache_tokens)
+    room = room_of(model, max_cache_tokens)
     if prompt_tokens + max_tokens > room:
         raise UserError(
             f"a request of {prompt_tokens} prompt tokens and up to {max_tokens} new ones does not fit in {room} tokens",
-            why=f"the model's context is {context}, the cache's bound {max_cache_tokens}",
+            why=f"the model's context is {context_of(model)}, the cache's bound {max_cache_tokens}",
             fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or raise rollout.max_cache_tokens",
         )
+
+
+def room_of(model: PreTrainedModel, max_cache_tokens: int) -> int:
+    """The most tokens of a sequence that fit the model's context and the engine's cache."""
+    return min(context_of(model) or max_cache_tokens, max_cache_tokens)
 
 
 class InlineEngine:
@@ -63,6 +67,7 @@ class InlineEngine:
         dtype: what matrix products are computed in; None is bfloat16 on a GPU, the model's own type elsewhere.
         compile: whether the layers of a covered model go through `torch.compile`.
         quick: whether covered models run without their modules; False is for comparisons.
+        same_memory: whether the model is the one of a trainer in this process.
         count_near_ties: count in `near_ties` the tokens whose two best noisy scores are within 1e-4: the only ones
             that another batching may change.
     """
@@ -76,10 +81,12 @@ class InlineEngine:
         dtype: torch.dtype | None = None,
         compile: bool = False,
         quick: bool = True,
+        same_memory: bool = False,
         count_near_ties: bool = False,
     ) -> None:
-        self.model, self.decode = model, decode
+        self.model, self.decode, self.same_memory = model, decode, same_memory
         self.should_return: Callable[[], bool] = never
+        self.on_restart: Callable[[], object] | None = None
         self.max_cache_tokens = max_cache_tokens
         self.dtype = dtype or (torch.bfloat16 if model.device.type == "cuda" else model.dtype)
         self.packs = packs(model)
@@ -93,6 +100,14 @@ class InlineEngine:
         self._rows = Rows(model.device, count_near_ties)
         self._cache: Cache | None = None
         self._decoder: Decoder | None = None
+
+    replicas = 1
+    cache_block = 0  # prompts that come together share a prefill, which is kept for nobody else
+
+    @property
+    def max_model_len(self) -> int:
+        """See `RolloutEngine.max_model_len`."""
+        return room_of(self.model, self.max_cache_tokens)
 
     @property
     def near_ties(self) -> int:
@@ -128,6 +143,10 @@ class InlineEngine:
                 self._admit()
                 if self._rows.jobs:
                     self._decode()
+        return self.poll()
+
+    def poll(self) -> list[Result]:
+        """See `RolloutEngine.poll`."""
         ready, self._ready = self._ready, []
         return ready
 
@@ -166,6 +185,19 @@ class InlineEngine:
         self._free()
         self.version = version
         return [Receipt(version, received, num_bytes)]
+
+    def receivers(self) -> list[str]:
+        """See `RolloutEngine.receivers`: weights come through `update_weights`."""
+        return []
+
+    def receive_weights(self, address: str, version: int) -> list[Receipt]:
+        """See `receivers`."""
+        raise AssertionError("the inline engine takes streams of its own process")
+
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """See `RolloutEngine.read_back`."""
+        own = self.model.state_dict()
+        return {name: fingerprint(own[name]) for name in names if name in own}
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; with nothing in flight there is no cache, and no copy of weights."""

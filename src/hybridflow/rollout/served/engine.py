@@ -82,7 +82,7 @@ class AsyncEngine(Hooks):
         self.version = 0
         self.paused = False
         self.asleep = False
-        self.on_restart: Callable[[], None] | None = None
+        self.on_restart: Callable[[], object] | None = None
         self.note: Callable[[str, str], None] = lambda kind, text: None
         self.managed, self.answer_timeout, self.restarts = managed, answer_timeout, restarts
         self._transport: Transport = transport
@@ -114,6 +114,8 @@ class AsyncEngine(Hooks):
             raise
 
     # --- requests ---
+
+    same_memory = False
 
     @property
     def replicas(self) -> int:

@@ -21,7 +21,7 @@ import json
 import socket
 import uuid
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -38,6 +38,7 @@ from hybridflow.rollout.served.http import Owner
 from hybridflow.rollout.served.replica import Piece, Replica, ReplicaFailed
 from hybridflow.rollout.sglang.sampler import seed_of
 from hybridflow.rollout.sglang.worker import LOADER, order
+from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
 ANSWER_TIMEOUT = timedelta(seconds=30)  # the answer to an order is there when the call returns
@@ -256,20 +257,14 @@ class SglangTalk(AsyncEngine):
         answers = await self._order(replica, what, version=self._owner.mark(version))
         return [Receipt(a["version"], a["received"], a["num_bytes"]) for a in answers]
 
-    def read_back(self, names: list[str]) -> dict[str, int]:
-        """Fingerprints of weights as they lie in the schedulers' memory now, of those that a process holds whole.
-
-        Where replicas differ, the value is of none of them.
-        """
-        return self._do(self._read_back(names))
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """See `RolloutEngine.read_back`: what a scheduler holds whole."""
+        return self._do(self._read_back(list(names)))
 
     async def _read_back(self, names: list[str]) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for replica in self._live:
-            for answer in await self._order(replica, {"do": "read_back", "names": names}, version=None):
-                for name, value in answer["held"].items():
-                    found[name] = value if found.get(name, value) == value else ~value
-        return found
+        what = {"do": "read_back", "names": names}
+        answers = [a for replica in self._live for a in await self._order(replica, what, version=None)]
+        return together((answer["held"] for answer in answers), "processes of SGLang")
 
     async def _order(self, replica: Replica, what: Mapping[str, Any], *, version: str | None) -> list[dict[str, Any]]:
         """Has every process of a replica do what `sglang/worker.py` understands; their answers, by rank.

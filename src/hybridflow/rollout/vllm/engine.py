@@ -23,7 +23,7 @@ What vLLM does by itself and a trainer must not be exposed to is handled here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -47,6 +47,7 @@ from hybridflow.rollout.vllm.watch import WorkerWatch
 from hybridflow.rollout.vllm.worker import ADAPTER_ID
 from hybridflow.weights.adapters import ADAPTER, is_adapter
 from hybridflow.weights.channel import Channel
+from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
 TEMPERATURES = (0.01, 2.0)  # vLLM silently raises lower ones, and refuses higher ones; 0 is greedy
@@ -118,7 +119,7 @@ class VllmEngine:
         self.paused = self.asleep = False
         self.max_model_len, self.decode = max_model_len, decode
         self.should_return: Callable[[], bool] = never
-        self.on_restart: Callable[[], None] | None = None
+        self.on_restart: Callable[[], object] | None = None
         self.note: Callable[[str, str], None] = lambda kind, text: None
         self._workers, self._sleep_level = mode == "workers", sleep_level
         self._transport, self._folder, self._delta = transport, folder, delta
@@ -161,6 +162,9 @@ class VllmEngine:
         # vLLM reads an adapter from this path only if it has none of this number: the workers always have.
         self._adapter = vllm.lora.request.LoRARequest(ADAPTER, ADAPTER_ID, "unused") if lora is not None else None
         self._begin()
+
+    replicas = 1
+    same_memory = False
 
     @property
     def cache_block(self) -> int:
@@ -236,6 +240,10 @@ class VllmEngine:
         with torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
             while not self._ready and self._jobs and not self.should_return():
                 self._step()
+        return self.poll()
+
+    def poll(self) -> list[Result]:
+        """See `RolloutEngine.poll`."""
         ready, self._ready = self._ready, []
         return ready
 
@@ -327,20 +335,12 @@ class VllmEngine:
         with self._updating(version):
             return [Receipt(**taken) for taken in self._ask("take_weights", address, 0, version, self._lora)]
 
-    def read_back(self, names: Iterable[str]) -> dict[str, int]:
-        """Fingerprints of tensors, by Hugging Face names, as they lie in the engine's memory now.
+    def read_back(self, names: Sequence[str]) -> dict[str, int]:
+        """See `RolloutEngine.read_back`.
 
         Those are left out that it does not hold whole and unpacked: on CPUs most, and with tensor parallelism.
-
-        Raises:
-            WeightSyncError: two workers hold different values of one.
         """
-        found: dict[str, int] = {}
-        for i, told in enumerate(self._ask("read_back", list(names))):
-            for name, value in told["held"].items():
-                if found.setdefault(name, value) != value:
-                    raise WeightSyncError(f"worker {i} of vLLM holds another {name} than worker 0")
-        return found
+        return together((told["held"] for told in self._ask("read_back", list(names))), "workers of vLLM")
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`. On CPUs vLLM accepts this and frees nothing."""

@@ -37,6 +37,7 @@ from hybridflow.rollout.vllm.images import image_token
 from hybridflow.rollout.vllm.start import FIXED, INSTALL, SUPPORTED, engine_arguments, lora_arguments
 from hybridflow.sockets import socket_parent
 from hybridflow.weights.adapters import ADAPTER
+from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
 IMPOSSIBLE = -9999.0  # what the server says for log-probabilities that JSON cannot hold
@@ -140,23 +141,12 @@ class VllmServerEngine(ServerEngine):
         self.open()
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:
-        """Fingerprints of tensors as they lie in the memory of the servers' workers now.
-
-        Args:
-            names: under Hugging Face names.
-
-        Returns:
-            Those that some worker holds whole, unpacked and in the precision they arrived in.
-        """
-        held: dict[str, int] = {}
-        for answers in self._do(self._from_all("read_back", [list(names)])):
-            for answer in answers:
-                if "error" in answer:
-                    raise WeightSyncError(f"a vLLM worker cannot read its weights back: {answer['error']}")
-                for name, value in answer["held"].items():
-                    if held.setdefault(name, value) != value:
-                        raise WeightSyncError(f"processes of the vLLM servers hold different values of {name}")
-        return held
+        """See `RolloutEngine.read_back`: what some worker holds whole, unpacked and in the precision it arrived in."""
+        answers = [a for of_one in self._do(self._from_all("read_back", [list(names)])) for a in of_one]
+        for answer in answers:
+            if "error" in answer:
+                raise WeightSyncError(f"a vLLM worker cannot read its weights back: {answer['error']}")
+        return together((answer["held"] for answer in answers), "processes of the vLLM servers")
 
     # --- starting ---
 

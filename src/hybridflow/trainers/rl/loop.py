@@ -16,7 +16,6 @@ from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.devices import memory_metrics
 from hybridflow.faults import fault_point
-from hybridflow.placing.group_engine import score_later, update_later
 from hybridflow.placing.role import sequences_per_update
 from hybridflow.protocols.groups import Group
 from hybridflow.protocols.training import Loss, Scorer, TrainEngine
@@ -220,7 +219,7 @@ def score_all(run: RlRun, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
     for phase, scorer, outputs, scaled in asked:
         if scorer is not None and outputs:
             with run.clock.phase(phase):
-                pending[phase] = score_later(scorer, batch, outputs, temperature=scaled)
+                pending[phase] = scorer.score_later(batch, outputs, temperature=scaled)
     scores = {}
     for phase, result in pending.items():
         with run.clock.phase(phase):
@@ -230,7 +229,7 @@ def score_all(run: RlRun, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
 
 def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) -> Callable[[], dict[str, float]]:
     """Begins an optimizer step; what it returns waits for its end and gives the metrics."""
-    result = update_later(engine, mini, loss)
+    result = engine.update_later(mini, loss)
 
     def finish() -> dict[str, float]:
         update = result()

@@ -27,7 +27,6 @@ from hybridflow.placing.companions import Critic, make_critic, make_reference, r
 from hybridflow.placing.generation import training_sampling
 from hybridflow.placing.handover import HandOver
 from hybridflow.placing.role import actor_role
-from hybridflow.protocols.generation import Restarting
 from hybridflow.protocols.training import Scorer
 from hybridflow.protocols.waiting import Stopped
 from hybridflow.publishing.publisher import Publisher, publisher_of
@@ -252,7 +251,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
     grader = make_grader(config, places, data_sources(prompts, evaluated), function=reward)
     places.on_close(grader.close)
     trackers = opened.trackers(steps)
-    stops = places.stop_ids(engine, tokenizer)
+    stops = engine.stop_ids(tokenizer)
     journal = Journal(opened.folder.path / "journal")
     source = GroupSource(
         rollout,
@@ -274,8 +273,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
     trained = {".": engine} | ({"critic": critic.engine} if critic and not critic.shared else {})
     models = [engine, *([critic.engine] if critic else []), *([reference] if reference else [])]
     publisher = publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events)
-    if isinstance(rollout, Restarting):  # what it starts again has the weights of its folder
-        rollout.on_restart = lambda: publisher.send(rollout.version)
+    rollout.on_restart = lambda: publisher.send(rollout.version)  # what it starts again has those of its folder
     return RlRun(
         opened=opened,
         config=config,
