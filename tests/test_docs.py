@@ -215,6 +215,10 @@ def test_the_readme_shows_the_recipe_program_as_it_is() -> None:
     assert shown.strip() in program
 
 
+def test_the_architecture_can_be_read_in_a_quarter_of_an_hour() -> None:
+    assert len((ROOT / "docs/architecture.md").read_text().split()) <= 3_000
+
+
 def test_the_architecture_shows_the_loop_as_it_is() -> None:
     source = (ROOT / "src/hybridflow/trainers/rl/loop.py").read_text()
     shown = blocks(ROOT / "docs/architecture.md", "python")[0]
