@@ -19,7 +19,7 @@ from hybridflow.errors import UserError
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeviceKind:
     """A kind of device.
 
     Args:
@@ -35,14 +35,14 @@ class Kind:
     visible: str
 
 
-CUDA = Kind("cuda", "cuda", "cpu:gloo,cuda:nccl", "CUDA_VISIBLE_DEVICES")
-ROCM = Kind("rocm", "cuda", "cpu:gloo,cuda:nccl", "HIP_VISIBLE_DEVICES")  # RCCL answers to the name nccl
-NPU = Kind("npu", "npu", "cpu:gloo,npu:hccl", "ASCEND_RT_VISIBLE_DEVICES")
-CPU = Kind("cpu", "cpu", "gloo", "")
+CUDA = DeviceKind("cuda", "cuda", "cpu:gloo,cuda:nccl", "CUDA_VISIBLE_DEVICES")
+ROCM = DeviceKind("rocm", "cuda", "cpu:gloo,cuda:nccl", "HIP_VISIBLE_DEVICES")  # RCCL answers to the name nccl
+NPU = DeviceKind("npu", "npu", "cpu:gloo,npu:hccl", "ASCEND_RT_VISIBLE_DEVICES")
+CPU = DeviceKind("cpu", "cpu", "gloo", "")
 CGROUP = Path("/sys/fs/cgroup")  # where Linux keeps the limits of a container (version 2)
 
 
-def kind_of(wanted: str = "auto") -> Kind:
+def kind_of(wanted: str = "auto") -> DeviceKind:
     """The kind of device that ``run.device`` means on this host; auto: an accelerator if there is one.
 
     Raises:
@@ -62,7 +62,7 @@ def kind_of(wanted: str = "auto") -> Kind:
     return found
 
 
-def _accelerator() -> Kind | None:
+def _accelerator() -> DeviceKind | None:
     if importlib.util.find_spec("torch_npu") is not None:
         importlib.import_module("torch_npu")  # makes torch know the type "npu"
     if not torch.accelerator.is_available():
@@ -90,7 +90,7 @@ def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.de
     return torch.device(kind.torch_type, local_rank % torch.accelerator.device_count())
 
 
-def count_devices(kind: Kind) -> int:
+def count_devices(kind: DeviceKind) -> int:
     """How many such devices this process sees; of the CPU, the cores that it may use."""
     if kind is not CPU:
         return torch.accelerator.device_count()

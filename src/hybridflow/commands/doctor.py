@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from hybridflow.devices import CPU, Kind, count_devices, kind_of, memory_of, name_of, pick_device, synchronize
+from hybridflow.devices import CPU, DeviceKind, count_devices, kind_of, memory_of, name_of, pick_device, synchronize
 from hybridflow.errors import UserError
 from hybridflow.sockets import try_socket
 
@@ -40,7 +40,7 @@ NVIDIA = Path("/dev/nvidiactl")  # is there where a driver serves this host or c
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """What one check found; `mistake` is None where all is well."""
 
     name: str
@@ -59,7 +59,7 @@ class Finding:
         return f"{self.name:<14} {self.text if self.mistake is None else f'PROBLEM: {self.mistake}'}"
 
 
-def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Finding]:
+def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Diagnosis]:
     """Does all checks, and yields what each found as soon as it is known.
 
     Args:
@@ -80,9 +80,9 @@ def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Finding]:
     }
     for name, check in checks.items():
         try:
-            yield Finding(name, check())
+            yield Diagnosis(name, check())
         except UserError as mistake:
-            yield Finding(name, "", mistake)
+            yield Diagnosis(name, "", mistake)
 
 
 def _version(package: str) -> str:
@@ -130,7 +130,7 @@ def _why_no_gpu() -> str:
     return f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
 
 
-def _try_device(device: torch.device, kind: Kind) -> str:
+def _try_device(device: torch.device, kind: DeviceKind) -> str:
     """Name and memory of a device, after it multiplied two matrices."""
     try:
         ones = torch.ones(64, 64, device=device)

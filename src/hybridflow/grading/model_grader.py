@@ -36,7 +36,7 @@ MOST_WORDS = 200  # of a failure, in characters
 
 
 @dataclass(slots=True)
-class _Reading:
+class _ReadAnswer:
     """An answer as the model reads it.
 
     Args:
@@ -120,7 +120,7 @@ class ModelGrader:
         """See `Grader.close`: the model's processes end with those of the run."""
         self.cancel()
 
-    def _read(self, answers: Answers, response: str) -> _Reading:
+    def _read(self, answers: Answers, response: str) -> _ReadAnswer:
         """An answer's tokens, and where they are read; a failure where it cannot be read."""
         messages = [*answers.prompt, {"role": "assistant", "content": response}]
         try:
@@ -132,7 +132,7 @@ class ModelGrader:
                     f"{len(ids)} tokens, reward.model.max_tokens is {self.section.max_tokens}", response, "refused"
                 )
             if self.section.step_separator is None:
-                return _Reading(ids, [last_read(ids, self.padding)])
+                return _ReadAnswer(ids, [last_read(ids, self.padding)])
             place = self._place(answers.prompt, text, response)
         except TemplateError as error:
             return self._failed(f"its template refuses the conversation: {error}", response, "raised")
@@ -142,13 +142,13 @@ class ModelGrader:
         start, kept = place
         where = [_token_before(encoded.offset_mapping, start + min(end, kept)) for end in ends]
         read = sorted(set(where))
-        return _Reading(ids, read, [(end, read.index(token)) for end, token in zip(ends, where)])
+        return _ReadAnswer(ids, read, [(end, read.index(token)) for end, token in zip(ends, where)])
 
-    def _failed(self, what: str, response: str, kind: str) -> _Reading:
+    def _failed(self, what: str, response: str, kind: str) -> _ReadAnswer:
         text = f"the reward model {self.section.path}: {what}; answer {response!r}"
-        return _Reading(failure=text[:MOST_WORDS], kind=kind)
+        return _ReadAnswer(failure=text[:MOST_WORDS], kind=kind)
 
-    def _score(self, reading: _Reading, values: Sequence[float]) -> Score:
+    def _score(self, reading: _ReadAnswer, values: Sequence[float]) -> Score:
         if not all(map(_finite, values)):
             return Score(0.0, failure=f"the reward model {self.section.path} gave {list(values)}", kind="nonsense")
         if self.section.step_separator is None:

@@ -43,7 +43,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CanaryAnswer:
     """What a replica of an engine answered to a prompt."""
 
     replica: int
@@ -87,7 +87,7 @@ class Canary:
         drawn = uniform(NoiseKey(self.seed, "canary prompt", number), torch.arange(length)) * len(self.tokens)
         return tuple(self.tokens[int(i)] for i in drawn)
 
-    def ask(self, version: int, numbers: Sequence[int] = (0,), *, tokens: int | None = None) -> list[Answer]:
+    def ask(self, version: int, numbers: Sequence[int] = (0,), *, tokens: int | None = None) -> list[CanaryAnswer]:
         """What every replica answers.
 
         Args:
@@ -108,9 +108,9 @@ class Canary:
             assert results, "the engine has forgotten the canary"
             found |= {r.handle: r for r in results if r.handle in asked}
             self.keep([r for r in results if r.handle not in asked])
-        return [Answer(*where, found[handle]) for handle, where in asked.items()]
+        return [CanaryAnswer(*where, found[handle]) for handle, where in asked.items()]
 
-    def gap(self, answers: Sequence[Answer]) -> Gap:
+    def gap(self, answers: Sequence[CanaryAnswer]) -> Gap:
         """Holds the answers' log-probabilities against the trainer's."""
         prompts, results = [list(a.prompt_ids) for a in answers], [a.result for a in answers]
         batch = Batch.from_rows(

@@ -22,7 +22,7 @@ from hybridflow.placing.role import longest_sequence
 from hybridflow.protocols.generation import Result, RolloutEngine
 from hybridflow.protocols.training import TrainEngine
 from hybridflow.protocols.weights import Receipt, WeightStream
-from hybridflow.publishing.canary import Answer, Canary, Gap, computes_exactly, ordinary_tokens
+from hybridflow.publishing.canary import Canary, CanaryAnswer, Gap, computes_exactly, ordinary_tokens
 from hybridflow.weights.stream import WeightSyncError, verify
 
 PROMPTS = 4  # of the drill: so many tokens that rarely used experts are among them
@@ -147,7 +147,7 @@ class Publisher:
 
     # --- what is wrong ---
 
-    def _require(self, gap: Gap, version: int, answers: list[Answer], whose: str) -> None:
+    def _require(self, gap: Gap, version: int, answers: list[CanaryAnswer], whose: str) -> None:
         canary = self.canary
         if canary.near(gap):
             return
@@ -157,7 +157,7 @@ class Publisher:
             f"{'at most' if canary.exact else 'on average'}. {self._blame(version, answers)}"
         )
 
-    def _blame(self, version: int, answers: list[Answer]) -> str:
+    def _blame(self, version: int, answers: list[CanaryAnswer]) -> str:
         """What explains the gap."""
         if self.canary.near(self.canary.gap(self.canary.ask(version, [PROMPTS]))):
             return (
@@ -175,7 +175,7 @@ class Publisher:
             "kernels and not packed again), or not the model that the trainer computes"
         )
 
-    def _unchanged(self, answers: list[Answer]) -> list[str]:
+    def _unchanged(self, answers: list[CanaryAnswer]) -> list[str]:
         """The tensors whose change explains the gap: with them changed back, the trainer computes what the engine did.
 
         One after the other, each time the one that explains most; every candidate is a score of the answers.
@@ -193,7 +193,7 @@ class Publisher:
         finally:
             canary.trainer.perturb(found)
 
-    def _without(self, name: str, answers: list[Answer]) -> Gap:
+    def _without(self, name: str, answers: list[CanaryAnswer]) -> Gap:
         self.canary.trainer.perturb([name])
         try:
             return self.canary.gap(answers)

@@ -48,7 +48,7 @@ def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_st
     return epochs * rows // rows_per_step
 
 
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """What a run draws from."""
 
     @property
@@ -145,7 +145,7 @@ class Session:
     opened: Opened
     tokenizer: PreTrainedTokenizerBase
     engine: TrainEngine
-    data: Rows
+    data: TrainingRows
     trackers: Trackers
     saver: Saver
     total_steps: int

@@ -44,7 +44,7 @@ LOOK = "read some of the best answers of this step (rollouts/, or the report)"
 
 
 @dataclass(slots=True)
-class Level:
+class Trend:
     """A number over the last steps that had it."""
 
     values: deque[float] = field(default_factory=lambda: deque(maxlen=HORIZON))
@@ -81,7 +81,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class HeldOutReward:
     """A held-out reward with its confidence interval, and the training reward's level at that step."""
 
     held: float
@@ -101,10 +101,10 @@ class RewardWatch:
 
     def __init__(self, parts: Mapping[str, float] | None = None) -> None:
         self.parts = dict.fromkeys(CORRECTNESS, 1.0) | dict(parts or {})
-        self.levels = {name: Level() for name in (SCORE, LENGTH, CLIPPED, ENTROPY, REPEATED, TOP, PULL)}
-        self.levels |= {f"reward/{name}/mean": Level() for name in self.parts}
+        self.levels = {name: Trend() for name in (SCORE, LENGTH, CLIPPED, ENTROPY, REPEATED, TOP, PULL)}
+        self.levels |= {f"reward/{name}/mean": Trend() for name in self.parts}
         self.spans: dict[str, tuple[float, float]] = {}
-        self.evaluations: dict[str, list[Evaluation]] = {}
+        self.evaluations: dict[str, list[HeldOutReward]] = {}
         self.lasting: dict[str, int] = {}  # for how long a cause has been there, or with a minus sign gone
         self.told: set[str] = set()
 
@@ -241,7 +241,7 @@ class RewardWatch:
             aside = name.replace("val-core/", "val-aux/", 1)
             held, trained = metrics[name], statistics.median(values[-WINDOW:])
             bounds = metrics.get(f"{aside}/ci_low", held), metrics.get(f"{aside}/ci_high", held)
-            self.evaluations.setdefault(name, []).append(Evaluation(held, *bounds, trained))
+            self.evaluations.setdefault(name, []).append(HeldOutReward(held, *bounds, trained))
         return names
 
     def _held_out(self, name: str) -> str | None:
