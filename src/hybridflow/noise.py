@@ -1,7 +1,8 @@
 """Stateless noise: every random choice is a function of what it is for, never of batch, order or process.
 
 The noise of a sampled token is a hash of (seed, stream, draw of the prompt, sample, position, token id). Two runs, or
-two ways of batching one run, therefore see the same noise bits. Shapes: R rows, V vocabulary.
+two ways of batching one run, therefore see the same noise bits. Shapes: R rows, V vocabulary; B
+sequences, T tokens of all of them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ With d = logp - reference logp of a token that the policy drew (J. Schulman, "Ap
 In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form,
 whose name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
 
-Shapes: M tokens.
+Shapes: M tokens; for means per answer T tokens of all sequences, B sequences.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The paper filters every prompt's answers, which gives the last two; pow is verl'
 draws from the whole batch too: of the answers with its one best score (and its worst, or all others at a quarter of the
 weight), so that some prompts are not trained on at all. And all three go by the process's random state.
 
-Shapes: B answers.
+Shapes: B answers, G groups.
 """
 
 from __future__ import annotations

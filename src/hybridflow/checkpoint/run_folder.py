@@ -69,7 +69,7 @@ class RunFolder:
         write_atomically(self.path / FILES, json.dumps(content_of(flatten(self.config)), indent=1) + "\n")
 
     def exported_step(self) -> int | None:
-        """See `exported_step`."""
+        """The step that the run was done at, if ``model/`` has its weights."""
         return exported_step(self.path)
 
     def note_export(self, step: int) -> None:

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See argparse, which by itself ends a list of overrides where an option comes."""
+        """Reads overrides before and after options; argparse by itself ends their list where an option comes."""
         if self._within:
             return super().parse_known_args(args, namespace)
         self._within, self.words = True, list(args or ())

@@ -76,7 +76,7 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
+        """Gives a module of these packages a loader of its own, and leaves all others to Python."""
         if name.partition(".")[0] not in _FOLDERS:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -89,7 +89,7 @@ class _Loader(SourceFileLoader):
     """Runs a file whose imports are looked up beside it first."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """See `importlib.abc.Loader`."""
+        """Runs the file with an import statement that knows its folder."""
         package = module.__name__.partition(".")[0]
 
         def load(

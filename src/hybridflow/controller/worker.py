@@ -199,7 +199,7 @@ class WorkerHost:
         return standing(self._thread, time.monotonic() - self._last, self.doing | {"process": os.getpid()})
 
     def progress(self, rows: str) -> None:
-        """See `WorkerContext.progress`."""
+        """Notes that the call goes on, and which rows it works on."""
         self._note(**({"rows": rows} if rows else {}))
 
     def beat(self) -> None:
@@ -208,7 +208,7 @@ class WorkerHost:
             self._box.write(**self.doing)
 
     def join_pool(self) -> None:
-        """See `WorkerContext.join_pool`."""
+        """Makes the pool's process group, unless there is one already."""
         if self._joined or dist.is_initialized():
             return
         limit = timedelta(seconds=self.timeout)

@@ -2,6 +2,8 @@
 
 Nothing here divides by a number of micro-batches or ranks: weights were computed for the whole mini-batch, so sums are
 right whatever the cut.
+
+Shapes: M scored tokens of a micro-batch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The answers to one prompt are scored as a batch of their own, so a score never depends on what else is being scored, and
 a run that is gone on with scores as the first one did.
+
+Shapes: T tokens of all conversations of a batch.
 """
 
 from __future__ import annotations

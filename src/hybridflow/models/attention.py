@@ -10,7 +10,8 @@ Sequences that begin alike, the answers to one prompt, can share that beginning:
 once, and every answer's attention reads them.
 
 Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a
-bucket, L longest of a bucket, H query heads, K key-value heads, D head size.
+bucket, L longest of a bucket, H query heads, K key-value heads, D size of a query or key, E size of
+a value, B sequences.
 """
 
 from __future__ import annotations

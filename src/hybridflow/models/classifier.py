@@ -1,6 +1,8 @@
 """Sequence classifiers with one label: reward models. A trunk, and one linear layer that reads a state as a number.
 
 Transformers reads the state of the last token that is not the padding token: see `padding_of`.
+
+Shapes: M tokens whose state is read, D hidden size.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The tests hold the known families to Hugging Face's own forward: scores, gradients, generation. Any other is asked to
 prove itself when it is loaded: its packed scores must be those of its own forward for each sequence alone.
+
+Shapes: M tokens that are scored, L tokens of one sequence, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From ragged tokens to log-probabilities, through the model's own forward.
 
 Shapes: T tokens of all sequences, U that go through the model, M tokens that are scored (masked in), m of them on this
-rank, V vocabulary.
+rank, B sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ With tile logits z, the log-sum-exp l and p = exp(z - l), log p(y) has the gradi
 entropy ``-p_j (log p_j + entropy)``. The backward pass works on the second terms tile by tile; the first touches only
 the rows of the words that occurred.
 
-Shapes: M tokens, m tokens of a tile, D hidden size, V vocabulary, v words of a tile, P (token, word) pairs of a
-support.
+Shapes: T tokens of all sequences, M of them that are scored, m tokens of a tile, D hidden size, V vocabulary, v words
+of a tile, P (token, word) pairs of a support.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _check_within(logit_M: Tensor, support: SupportPairs | None) -> None:
 
 
 class _Tiled(torch.autograd.Function):
-    """See the head of this file; the arguments are those of `token_logps`, with the head taken apart."""
+    """Log-probabilities tile by tile, forward and backward; the arguments are those of `token_logps`."""
 
     @staticmethod
     def forward(

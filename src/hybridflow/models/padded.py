@@ -1,6 +1,6 @@
 """Hidden states of a model that does not take packed sequences: padded on the right, with its own attention.
 
-Shapes: T tokens of all sequences, N sequences of a bucket, L longest of a bucket.
+Shapes: T tokens of all sequences, N sequences of a bucket, L longest of a bucket, D hidden size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A probe: a few sequences on which a model that is written down is held against the one that was trained."""
+"""A probe: a few sequences on which a model that is written down is held against the one that was trained.
+
+Shapes: M tokens that are scored.
+"""
 
 from __future__ import annotations
 

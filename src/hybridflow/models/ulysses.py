@@ -148,7 +148,7 @@ def _exchanged(rows: Tensor, send: list[int], receive: list[int], group: dist.Pr
 
 
 class _Whole(torch.autograd.Function):
-    """See `SequenceParallel.whole`."""
+    """Gathers scores of all ranks' tokens; backward takes this rank's slice of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, score_m: Tensor, own_m: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

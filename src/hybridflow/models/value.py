@@ -1,4 +1,7 @@
-"""The value head: what a state is worth, read from the hidden state that the next token is predicted from."""
+"""The value head: what a state is worth, read from the hidden state that the next token is predicted from.
+
+Shapes: M tokens that are scored, D hidden size.
+"""
 
 from __future__ import annotations
 

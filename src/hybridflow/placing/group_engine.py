@@ -2,6 +2,8 @@
 
 The controller cuts a batch into one part for every data-parallel place, balanced by the work in it, and sends each part
 the columns that are read there. Everything between ranks (gathered parameters, summed gradients) is the workers' own.
+
+Shapes: T tokens of all sequences.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class RolloutWorker:
         """Nothing is kept: the cache goes with the last answer."""
 
     def work(self) -> None:
-        """See `rest`."""
+        """Nothing is to be fetched back."""
 
     def _named(self, results: Sequence[Result]) -> list[Result]:
         for result in results:

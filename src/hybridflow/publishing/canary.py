@@ -3,6 +3,8 @@
 Where both sides compute in float32 their log-probabilities agree to `EXACT`, and a single tensor that stayed behind is
 seen. Where one rounds to bfloat16 they differ by hundredths: the canary then sees a layer that is wrong or a cache that
 is old, and not a change as small as that of one optimizer step.
+
+Shapes: M tokens of the answers.
 """
 
 from __future__ import annotations

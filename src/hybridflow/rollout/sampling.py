@@ -7,7 +7,7 @@ What no row asks for is not computed.
 Log-probabilities are of the distribution really sampled: after temperature, and renormalised over the tokens kept. A
 greedy row takes the likeliest token, whatever its filters; its log-probabilities are at temperature 1.
 
-Shapes: R rows, V vocabulary, P rows that keep a part of the vocabulary.
+Shapes: R rows, V vocabulary, P rows that keep a part of the vocabulary, S likeliest tokens of a row, sorted.
 """
 
 from __future__ import annotations

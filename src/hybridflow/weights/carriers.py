@@ -249,7 +249,7 @@ class BroadcastOut(Outgoing):
 
 
 class BroadcastIn(Incoming):
-    """See `BroadcastOut`."""
+    """The receiver's end of `BroadcastOut`: buckets of its own, filled by the collective."""
 
     def __init__(
         self, store: dist.Store, rank: int, ends: int, size: int, timeout: timedelta, device: torch.device
@@ -337,7 +337,7 @@ class Files(Outgoing):
 
 
 class FilesThere(Incoming):
-    """See `Files`."""
+    """The receiver's end of `Files`: reads each message from its file."""
 
     def __init__(self, opening: dict[str, Any]) -> None:
         self._own = Path(opening["folder"]) / f"{PREFIX}{opening['token']}"
@@ -430,7 +430,7 @@ HANDLE = slice(7, None)  # of what torch reduces a tensor to: all but its type, 
 
 
 class OpenedHandles(Incoming):
-    """See `CudaHandles`."""
+    """The receiver's end of `CudaHandles`: opens the sender's buckets."""
 
     def __init__(self, opening: dict[str, Any], size: int, index: int) -> None:
         from torch.multiprocessing.reductions import rebuild_cuda_tensor

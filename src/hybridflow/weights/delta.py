@@ -7,6 +7,8 @@ At a learning rate of 1e-6 the bytes of bfloat16 shrink to 2 to 4 %, those of fl
 
 A patch is a table of (way, number of values) for every piece and byte, as int32, and behind it, in the same order,
 where the values belong and the values themselves.
+
+Shapes: N words of a tensor, P of a piece of it, W bytes of a word.
 """
 
 from __future__ import annotations

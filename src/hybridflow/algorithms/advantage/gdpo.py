@@ -10,7 +10,7 @@ whatever the number of components; as S has the mean 0 in every group, only its 
 statistics over tokens, so that advantages there depend on lengths and do not vanish in a group of equal rewards.
 
 A trajectory that lacks a component (NaN) gets nothing from it, and its group's mean and std are those of the others.
-Shapes: N trajectories, K components.
+Shapes: N trajectories, G groups, K components.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 
 or without the divisions. A step that nobody else took from its state has ``A^S = 0``. Where the environment has no
 steps, a trajectory is one step from the prompt, so that A is ``(1 + step_weight)`` times GRPO's. The standard deviation
-is the unbiased one. Not in verl 0.9.1. Shapes: T tokens, M tokens with loss, N trajectories, S steps.
+is the unbiased one. Not in verl 0.9.1. Shapes: T tokens, M tokens with loss, N trajectories, G
+groups, S steps.
 """
 
 from __future__ import annotations

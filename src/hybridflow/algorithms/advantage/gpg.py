@@ -5,7 +5,7 @@
 
 Groups of equal rewards have no gradient, but count in the mean over the batch; alpha takes them out of it. verl counts
 trajectories of reward 0 instead: then alpha changes where a constant is added to all rewards, is 1 for groups that are
-right throughout, and above 1 where each group has right and wrong answers. Shapes: N trajectories.
+right throughout, and above 1 where each group has right and wrong answers. Shapes: N trajectories, G groups.
 """
 
 from __future__ import annotations

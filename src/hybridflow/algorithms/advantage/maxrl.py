@@ -4,7 +4,7 @@
 
 For rewards of 0 and 1: the gradient's mean over the right answers alone, an unbiased estimate of that of
 ``-sum_{k=1..n} (1 - p)^k / k``, which becomes log p, the log-likelihood of being right, as the group's size n grows. A
-prompt that is seldom solved weighs about 1 / p. Not in verl 0.9.1. Shapes: N trajectories.
+prompt that is seldom solved weighs about 1 / p. Not in verl 0.9.1. Shapes: N trajectories, G groups.
 """
 
 from __future__ import annotations

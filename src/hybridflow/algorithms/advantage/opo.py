@@ -3,7 +3,7 @@
     A_i = r_i - sum_j l_j r_j / sum_j l_j        over the group, l the length in tokens
 
 The baseline of least variance weighs rewards by the squared norm of the gradient, taken to grow as the length. As in
-verl, but a group of a single trajectory is refused. Shapes: N trajectories.
+verl, but a group of a single trajectory is refused. Shapes: N trajectories, G groups.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 The reward of a token holds the penalty for diverging from the reference (``algorithm.kl_reward_coef``). Time runs as in
 `gae`: G is carried across a tool's output and, unlike in verl, from one sequence of a trajectory to its next. Shapes: T
-tokens.
+tokens, N trajectories.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     A_t = sum_{k >= t} gamma^(k - t) r_k - b        b the reward of the greedy answer to the same prompt
 
-Time runs as in `gae`. As in verl, which does not discount. Shapes: T tokens, N trajectories.
+Time runs as in `gae`. As in verl, which does not discount. Shapes: T tokens, M tokens with loss, N trajectories.
 """
 
 from __future__ import annotations

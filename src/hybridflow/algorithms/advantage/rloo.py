@@ -3,7 +3,7 @@
     A_i = r_i - 1 / (n - 1) sum_{j != i} r_j = n / (n - 1) (r_i - mean of the group)
 
 A group of a single trajectory is refused; of verl's two versions one gives it its plain reward and the other 0. Shapes:
-N trajectories.
+N trajectories, G groups.
 """
 
 from __future__ import annotations

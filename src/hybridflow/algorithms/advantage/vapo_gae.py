@@ -6,7 +6,8 @@
 With lambda 1 the critic learns whole returns, without a bias from its own start. The policy's lambda keeps the sum of
 the weights of one-step differences, about ``1 / (1 - lam)``, in proportion to the length, so that a reward at the end
 reaches the beginning of a long answer. Where ``length_alpha l`` is below 1, lambda is 0. Advantages are whitened as in
-`gae`; verl has neither lambda apart. Shapes: T tokens, N trajectories.
+`gae`; verl has neither lambda apart. Shapes: T tokens, M tokens with loss, N
+trajectories.
 """
 
 from __future__ import annotations

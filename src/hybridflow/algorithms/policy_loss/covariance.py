@@ -5,7 +5,7 @@
 The picks of `clip_cov` and `kl_cov` do not depend on the order of the tokens: what is drawn at random goes by the
 tokens' keys, and so do ties.
 
-Shapes: T tokens of the mini-batch, C candidates.
+Shapes: T tokens of the mini-batch, M of them with loss, C candidates.
 """
 
 from __future__ import annotations

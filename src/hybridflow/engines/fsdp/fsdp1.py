@@ -85,7 +85,7 @@ class Fsdp1:
         return {name.replace(WRAPPED, ""): parameter for name, parameter in named}
 
     def fill(self, source: Mapping[str, Tensor]) -> None:
-        """See `Fsdp2.fill`: a rank holds the parameters of one layer at most."""
+        """See `Sharding.fill`: a rank holds the parameters of one layer at most."""
         for prefix, unit in self._units().items():
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True), torch.no_grad():
                 for name, parameter in _own_parameters(prefix, unit):
@@ -94,15 +94,15 @@ class Fsdp1:
             buffer.copy_(from_first(source.get(name.replace(WRAPPED, "")), buffer, self.device))
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """See `Fsdp2.no_sync`."""
+        """See `Sharding.no_sync`."""
         return self._root.no_sync()
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
-        """See `Fsdp2.clip`; all parameters that have a gradient are among those given."""
+        """See `Sharding.clip`; all parameters that have a gradient are among those given."""
         return float(self._root.clip_grad_norm_(most))
 
     def reshard(self) -> None:
-        """See `Fsdp2.reshard`."""
+        """See `Sharding.reshard`."""
         for unit in self._units().values():
             handle = unit._handle
             if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
@@ -112,7 +112,7 @@ class Fsdp1:
         """Leaves the parameters where they are: `_refuse` has refused to be asked for more."""
 
     def full_tensors(self, *, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """See `Fsdp2.full_tensors`: the parameters of one layer are gathered together.
+        """See `Sharding.full_tensors`: the parameters of one layer are gathered together.
 
         Args:
             gradients: give the gradients instead, of those that have one.

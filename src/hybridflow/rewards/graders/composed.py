@@ -76,7 +76,7 @@ class _Open:
 
 
 class ComposedGrader:
-    """See `protocols.rewards.Grader`.
+    """Scores the answers to each prompt with the functions that its reward is made of.
 
     Args:
         route: the parts of a prompt's reward.

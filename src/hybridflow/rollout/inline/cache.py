@@ -3,7 +3,7 @@
 Layers may have any sizes; those of equal sizes share one tensor, so that moving a row is one operation for all of them.
 
 Shapes: R running rows, H query heads, K key-value heads, G = H / K, D size of a query or key, E size of a value, W
-width in tokens, L longest running sequence.
+width in tokens, L longest running sequence, T tokens of a prefill, C sequences of a prefill, B = R * K.
 """
 
 from __future__ import annotations

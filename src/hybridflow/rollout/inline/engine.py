@@ -7,7 +7,7 @@ Noise is stateless, so a sequence's tokens do not depend on what it was batched 
 Families that `decoder.py` covers run through it, all others (and models with adapters) through their own modules.
 Models that do not take packed sequences have no cache: every token costs a pass over the whole sequence.
 
-Shapes: R running rows, T tokens of a prefill, V vocabulary.
+Shapes: R running rows, T tokens of a prefill, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What becomes of a step's answers between their rewards and the loss: filters, outputs, corrections, statistics.
 
 Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
+
+Shapes: T tokens of all answers and their prompts, M of them with loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The reinforcement-learning loop. Algorithms differ in what `estimate` and `update` are given, not in another loop."""
+"""The reinforcement-learning loop. Algorithms differ in what `estimate` and `update` are given, not in another loop.
+
+Shapes: T tokens of all answers and their prompts, S spans of one version of the weights.
+"""
 
 from __future__ import annotations
 

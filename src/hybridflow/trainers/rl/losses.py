@@ -1,4 +1,7 @@
-"""The losses of a reinforcement-learning step, and the weights of their tokens."""
+"""The losses of a reinforcement-learning step, and the weights of their tokens.
+
+Shapes: B answers, T tokens of all answers and their prompts.
+"""
 
 from __future__ import annotations
 

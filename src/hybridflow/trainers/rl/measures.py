@@ -1,4 +1,7 @@
-"""What is measured of a step: its batch, its penalty, and its rollouts."""
+"""What is measured of a step: its batch, its penalty, and its rollouts.
+
+Shapes: B answers, T tokens of all answers and their prompts, M of them with loss.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ In this order: the reward is cut to its bounds (`reward.clip`); long answers los
 every token counts (`reward.length_coef`); at last it is put on a common scale (`reward.normalize`). Evaluation and the
 metric ``critic/score`` show the reward as it was given.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, N trajectories.
 """
 
 from __future__ import annotations
