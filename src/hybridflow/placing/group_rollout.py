@@ -108,7 +108,7 @@ class GroupRollout:
         return []
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """See `receivers`."""
+        """Is never called: there are no `receivers`."""
         raise AssertionError("replicas take weights through update_weights")
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:

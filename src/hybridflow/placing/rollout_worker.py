@@ -69,7 +69,7 @@ class RolloutWorker:
 
     @remote(ONE_TO_ALL)
     def sizes(self) -> tuple[int, int]:
-        """See `RolloutEngine`: `max_model_len` and `cache_block`."""
+        """`RolloutEngine.max_model_len` and `cache_block` of its engine."""
         return self.engine.max_model_len, self.engine.cache_block
 
     @remote(ONE_TO_ALL)

@@ -191,7 +191,7 @@ class InlineEngine:
         return []
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """See `receivers`."""
+        """Is never called: there are no `receivers`."""
         raise AssertionError("the inline engine takes streams of its own process")
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:
