@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hybridflow.algorithms.losses import LOSSES, columns_of
+from hybridflow.algorithms.losses import LOSSES
 from hybridflow.batch import Batch
 from hybridflow.models.checkpointing import checkpoint_activations
 from hybridflow.models.forward import score_tokens, score_values
@@ -48,9 +48,10 @@ def scores_and_gradients(
     model.zero_grad()
     head.zero_grad()
     scores = score_tokens(model, batch, temperature=0.8, entropy="with gradient", value_head=head, sp=sp)
-    columns = {n: batch[n][scores.index_M] for n in columns_of(loss) if n in batch}
+    spec = LOSSES[loss.name]
+    columns = {n: batch[n][scores.index_M] for n in spec.reads(loss.params).columns if n in batch}
     columns["sequence_T"] = batch.sequence_of()[scores.index_M]
-    loss_M = LOSSES[loss.name](scores.named(), columns, loss.params).loss_M
+    loss_M = spec.function(scores.named(), columns, loss.params).loss_M
     loss_M.sum().backward()
     found = {"loss": loss_M, "index": scores.index_M, **scores.named()}
     parameters = [*model.named_parameters(), *head.named_parameters()]

@@ -19,7 +19,7 @@ from hybridflow.algorithms.mismatch import gap_maxima, gap_sums
 from hybridflow.algorithms.pieces import ABSENT, call, columns_read, piece
 from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
 from hybridflow.algorithms.value_loss import clipped_value_loss
-from hybridflow.protocols.training import Loss
+from hybridflow.config.locate import is_function_reference, load_function
 
 
 @dataclass(slots=True)
@@ -41,17 +41,45 @@ class Terms:
     gap: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a loss is computed from.
+
+    Args:
+        outputs: scores of the tokens, by the names of `Scorer.score`.
+        columns: columns ``x_T`` of the batch; what a batch lacks of them the loss is not given.
+        entropy_gradient: whether the gradient of "entropy" is needed.
+    """
+
+    outputs: tuple[str, ...]
+    columns: tuple[str, ...]
+    entropy_gradient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """A loss, and what an engine must know to compute it.
+
+    Args:
+        function: from scores, columns and parameters to the loss of each token. Its columns are those that it reads,
+            and ``sequence_T``: which sequence of the micro-batch a token belongs to.
+        reads: what it reads under these parameters. Engines compute, and send to other processes, nothing else.
+    """
+
+    function: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Terms]
+    reads: Callable[[Mapping[str, Any]], Reads]
+
+
 def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
     """Policy loss, minus the entropy bonus, plus the divergence from the reference and a shared trunk's value loss.
 
     Params: "policy_loss" (a key of `POLICY_LOSSES`, or ``file.py:function``) and that function's values under
     "values"; "entropy_coef"; "kl_loss_coef" with "kl_loss_estimator" (a key of `KL_ESTIMATORS`); "value_coef" with the
     params of `value`; "measure_gap".
-    Columns: ``advantage_T``, ``policy_weight_T``, ``sequence_T`` (which sequence of the micro-batch a token belongs
-    to), what the policy loss reads, and ``old_logp_T``; without the last, the current policy is the old one (a single
-    on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and ``ref_logp_T``; those
-    of `value`. ``rollout_weight_T`` multiplies the policy loss alone. With "measure_gap" the difference between the
-    two engines is measured (see `mismatch`), from ``rollout_logp_T`` and ``age_T``.
+    Columns: ``policy_weight_T`` and what the policy loss reads. Without ``old_logp_T`` the current policy is the old
+    one (a single on-policy update). Where the coefficient is not 0: ``entropy_weight_T``; ``kl_weight_T`` and
+    ``ref_logp_T``; those of `value`. ``rollout_weight_T`` multiplies the policy loss alone. With "measure_gap" the
+    difference between the two engines is measured (see `mismatch`), from ``rollout_logp_T`` and ``age_T``.
     """
     logp_M = scores["logp"]
 
@@ -123,34 +151,38 @@ def bradley_terry(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], p
     return Terms((raw_M - 0.5 * raw_M.detach()) * columns["pair_weight_T"], {}, {})
 
 
-LOSSES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Terms]] = {
-    "policy": policy,
-    "value": value,
-    "cross_entropy": cross_entropy,
-    "bradley_terry": bradley_terry,
+def _policy_reads(params: Mapping[str, Any]) -> Reads:
+    outputs, columns = ["logp", "entropy"], ["policy_weight_T", "rollout_weight_T"]
+    columns += columns_read(piece(POLICY_LOSSES, params["policy_loss"]))
+    if params.get("entropy_coef", 0.0):
+        columns += ["entropy_weight_T"]
+    if params.get("kl_loss_coef", 0.0):
+        columns += ["kl_weight_T", "ref_logp_T"]
+    if params.get("value_coef", 0.0):
+        outputs += VALUE.outputs
+        columns += VALUE.columns
+    if params.get("measure_gap", True):
+        outputs += ["log_mass"]
+        columns += ["rollout_logp_T", "age_T"]
+    return Reads(tuple(outputs), tuple(columns), entropy_gradient=bool(params.get("entropy_coef")))
+
+
+VALUE = Reads(("value",), ("value_T", "return_T", "value_weight_T"))
+PAIRS = Reads(("value",), ("partner_value_T", "chosen_T", "margin_T", "pair_weight_T"))
+
+LOSSES: dict[str, LossSpec] = {
+    "policy": LossSpec(policy, _policy_reads),
+    "value": LossSpec(value, lambda params: VALUE),
+    "cross_entropy": LossSpec(cross_entropy, lambda params: Reads(("logp",), ("policy_weight_T",))),
+    "bradley_terry": LossSpec(bradley_terry, lambda params: PAIRS),
 }
 
-# Columns that losses read besides the scores and what a policy loss asks for by its signature.
-COLUMNS = (
-    "old_logp_T",
-    "rollout_logp_T",
-    "rollout_weight_T",
-    "age_T",
-    "ref_logp_T",
-    "value_T",
-    "return_T",
-    "policy_weight_T",
-    "entropy_weight_T",
-    "kl_weight_T",
-    "value_weight_T",
-    "partner_value_T",
-    "chosen_T",
-    "margin_T",
-    "pair_weight_T",
-)
 
+def loss_spec(name: str) -> LossSpec:
+    """Finds a loss: a key of `LOSSES`, or what the user's own ``file.py:function`` returns.
 
-def columns_of(loss: Loss) -> list[str]:
-    """The columns of the batch that a loss may read; an engine carries those that the batch has to its device."""
-    own = columns_read(piece(POLICY_LOSSES, loss.params["policy_loss"])) if loss.name == "policy" else []
-    return list(dict.fromkeys([*COLUMNS, *own]))
+    Raises:
+        UserError: no such file or function.
+    """
+    spec: LossSpec = load_function(name)() if is_function_reference(name) else LOSSES[name]
+    return spec

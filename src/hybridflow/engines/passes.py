@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.algorithms.losses import LOSSES, Terms, columns_of
+from hybridflow.algorithms.losses import Terms, loss_spec
 from hybridflow.algorithms.mismatch import gap_metrics
 from hybridflow.balance import balanced_parts, beginning_costs, sequence_costs
 from hybridflow.batch import Batch
@@ -127,20 +127,17 @@ class Passes:
         return result
 
     def _learn(self, part: Batch, loss: Loss, rows: list[int], total: Sums) -> None:
+        spec, temperature = loss_spec(loss.name), loss.params.get("temperature", 1.0)
+        reads = spec.reads(loss.params)
         with telling_memory(part, self.tokens_per_microbatch):
             with self.within():
-                index_M, scores = self._scores(part, loss)
-            columns = {n: part[n][index_M].to(self.device) for n in columns_of(loss) if n in part}
+                index_M, scores = self.root(part, reads.outputs, temperature, reads.entropy_gradient)
+            columns = {n: part[n][index_M].to(self.device) for n in reads.columns if n in part}
             columns["sequence_T"] = part.sequence_of()[index_M].to(self.device)
-            terms = LOSSES[loss.name](scores, columns, loss.params)
+            terms = spec.function(scores, columns, loss.params)
             terms.loss_M.sum().backward()
         _add(total, terms)
         total.bad_rows += _bad_rows(terms.loss_M.detach(), index_M, part, rows)
-
-    def _scores(self, part: Batch, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-        temperature, entropy_gradient = loss.params.get("temperature", 1.0), bool(loss.params.get("entropy_coef"))
-        scores: tuple[Tensor, dict[str, Tensor]] = self.root(part, _outputs(loss), temperature, entropy_gradient)
-        return scores
 
     def _agreed(self, batch: Batch) -> list[list[int]]:
         """Rows of every pass, as many on every rank: one that needs fewer makes smaller ones."""
@@ -218,16 +215,6 @@ def autocast_on(device: torch.device, dtype: Dtype = "auto") -> Callable[[], Abs
     if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _outputs(loss: Loss) -> tuple[str, ...]:
-    """The scores that a loss reads."""
-    if loss.name in ("value", "bradley_terry"):
-        return ("value",)
-    if loss.name != "policy":
-        return ("logp",)
-    own = ("logp", "entropy", "value") if loss.params.get("value_coef") else ("logp", "entropy")
-    return (*own, "log_mass") if loss.params.get("measure_gap", True) else own
 
 
 def _add(total: Sums, terms: Terms) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.algorithms.losses import columns_of
+from hybridflow.algorithms.losses import loss_spec
 from hybridflow.balance import balanced_ranks, beginning_costs, seqlen_metrics, sequence_costs
 from hybridflow.batch import Batch
 from hybridflow.config.sections.placement import PlacementSection
@@ -111,7 +111,7 @@ class GroupEngine(GroupScorer, TrainEngine):
         if not len(batch):
             return lambda: Update({})
         rows = self.rows(batch)
-        read = {*MODEL_COLUMNS, *columns_of(loss)}
+        read = {*MODEL_COLUMNS, *loss_spec(loss.name).reads(loss.params).columns}
         sent = batch.select([name for name in batch if name in read])
         future = self.group.update.later([sent.take(r) for r in rows], loss, [len(r) for r in rows])
         return lambda: self._joined(batch, rows, future.result())

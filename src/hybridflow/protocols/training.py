@@ -17,7 +17,12 @@ from hybridflow.protocols.weights import WeightStream
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss by name and parameters: it travels to worker processes, where the function is looked up."""
+    """A loss by name and parameters: it travels to worker processes, where the function is looked up.
+
+    Args:
+        name: a key of `algorithms.losses.LOSSES`, or the user's own ``file.py:function`` that returns a `LossSpec`.
+        params: what the loss itself takes; "temperature" divides the logits before.
+    """
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
