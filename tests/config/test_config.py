@@ -176,26 +176,6 @@ def test_group_advantages_need_a_group(preset: str) -> None:
         ({"rollout__max_cache_tokens": 299}, ["rollout.max_cache_tokens is 299", "300 tokens"]),
         ({"data__train": None}, ["data.train is missing"]),
         ({"eval__every": 2}, ["eval.every is set, but data.eval"]),
-        ({"rollout__mode": "server"}, ["rollout.mode", "of vllm and sglang", "or set rollout.engine"]),
-        (
-            {"rollout__engine": "vllm", "rollout__tensor_parallel": 2},
-            ["rollout.tensor_parallel 2", "set rollout.mode=workers or server"],
-        ),
-        ({"rollout__engine": "sglang", "rollout__mode": "workers"}, ["mode workers is of vllm", "set in_process"]),
-        ({"rollout__engine": "vllm", "rollout__replicas": 2}, ["rollout.replicas is of rollout.mode server"]),
-        (
-            {"rollout__engine": "vllm", "rollout__mode": "server", "rollout__servers": ["node7:8000"]},
-            ["'node7:8000' is no address of a server, such as http://node7:8000"],
-        ),
-        (
-            {
-                "rollout__engine": "vllm",
-                "rollout__mode": "server",
-                "rollout__servers": ["http://a:1"],
-                "rollout__python": "/usr/bin/python3",
-            },
-            ["rollout.servers names servers that run already", "leave either out"],
-        ),
         ({"placement__transport": "files"}, ["placement.transport is files: name placement.folder"]),
     ],
 )

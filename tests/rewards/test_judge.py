@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from hybridflow.config.sections.rewards import JudgeSection, RewardPoolSection
+from hybridflow.config.sections.rewards import EndpointJudgeSection, RewardPoolSection
 from hybridflow.errors import UserError
 from hybridflow.protocols.rewards import Answers, Grader, Score
 from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
@@ -30,7 +30,7 @@ def answers(*responses: str, ground_truth: Any = "42", row: dict[str, Any] | Non
 
 
 def judging(seed: int = 0, **keys: Any) -> Judging:
-    return Judging(JudgeSection(url="http://127.0.0.1:1/v1", **keys), seed)
+    return Judging(EndpointJudgeSection(url="http://127.0.0.1:1/v1", **keys), seed)
 
 
 def read(text: str, response: str = "42", *, cut: bool = False, **keys: Any) -> float | str:
@@ -263,7 +263,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 def judge(endpoint: Endpoint, *, seed: int = 0, pool: dict[str, Any] | None = None, **keys: Any) -> EndpointJudge:
     return EndpointJudge(
-        JudgeSection(url=endpoint.url, **keys), RewardPoolSection.model_validate(pool or {}), seed=seed
+        EndpointJudgeSection(url=endpoint.url, **keys), RewardPoolSection.model_validate(pool or {}), seed=seed
     )
 
 
@@ -399,7 +399,7 @@ def refusal(grader: EndpointJudge) -> str:
 
 
 def test_a_judge_that_nobody_answers_for_is_found_before_training() -> None:
-    section = JudgeSection(url="http://127.0.0.1:9/v1")
+    section = EndpointJudgeSection(url="http://127.0.0.1:9/v1")
     said = refusal(EndpointJudge(section, RewardPoolSection(retries=0), seed=0))
     assert "the judge cannot be asked: http://127.0.0.1:9/v1/models cannot be reached" in said
 
@@ -413,7 +413,7 @@ def test_a_model_that_the_endpoint_lacks_is_found_before_training(endpoint: Endp
 
 
 def test_a_wrong_address_is_told_with_the_likely_one(endpoint: Endpoint) -> None:
-    wrong = JudgeSection(url=endpoint.url.removesuffix("/v1"))
+    wrong = EndpointJudgeSection(url=endpoint.url.removesuffix("/v1"))
     assert f"reward.judge.url={endpoint.url}" in refusal(EndpointJudge(wrong, RewardPoolSection(), seed=0))
 
 
@@ -434,16 +434,3 @@ def test_the_key_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         grader.close()
     finally:
         server.close()
-
-
-def test_a_judge_is_asked_for_in_one_way() -> None:
-    for keys, said in [
-        ({}, "needs a path .* or a url"),
-        ({"path": "m", "url": "http://h/v1"}, "needs a path .* or a url"),
-        ({"url": "http://h/v1", "engine": "vllm"}, "reward.judge.engine is for a model of this run"),
-        ({"path": "m", "model": "x"}, "reward.judge.model is for an endpoint"),
-        ({"path": "m", "engine_args": {"a": 1}}, "are of vllm and sglang"),
-        ({"path": "m", "samples": 2}, "set a temperature"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            JudgeSection(**keys)  # type: ignore[arg-type]

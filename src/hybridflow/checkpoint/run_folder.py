@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from hybridflow.checkpoint.named_files import PATH_KEYS, content_of, same_files
+from hybridflow.config.sections.base import Section
+from hybridflow.config.sections.choices import settled
 from hybridflow.errors import UserError
 
 FILES = "files.json"  # what is in the files that the configuration names
@@ -33,12 +35,15 @@ class RunFolder:
         config: the resolved configuration, plain values; `keep_config` writes it into config.yaml.
         resume: "auto" goes on in a folder that has a run, "never" refuses it; "moved" goes on with files that are
             elsewhere now.
+        kind: the class of the configuration, where it is a whole one.
 
     Raises:
         UserError: another process has the folder, the folder may not be resumed, or holds a run with other fixed keys.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: str) -> None:
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], *, resume: str, kind: type[Section] | None = None
+    ) -> None:
         self.path, self.config = path, dict(config)
         self.checkpoints = path / "checkpoints"
         make_folder(path)
@@ -49,7 +54,7 @@ class RunFolder:
                     f"{path} already holds a run, and run.resume is never",
                     fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
                 )
-            self.changed = changed_settings(path, config, moved=resume == "moved")
+            self.changed = changed_settings(path, config, moved=resume == "moved", kind=kind)
         except BaseException:
             os.close(self._lock)
             raise
@@ -103,7 +108,9 @@ class RunFolder:
         return lock
 
 
-def changed_settings(path: Path, config: Mapping[str, Any], *, moved: bool = False) -> dict[str, tuple[Any, Any]]:
+def changed_settings(
+    path: Path, config: Mapping[str, Any], *, moved: bool = False, kind: type[Section] | None = None
+) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ from those that the run in a folder had last, with what each was and is.
 
     Files are the same, whatever they are called now, where the same is in them; or where `moved` says so.
@@ -116,8 +123,9 @@ def changed_settings(path: Path, config: Mapping[str, Any], *, moved: bool = Fal
     if not begun or not file.is_file():  # a mistake that ended the first start may be mended
         return {}
     try:
-        before, now = flatten(yaml.safe_load(file.read_text()) or {}), flatten(config)
-    except (yaml.YAMLError, AttributeError) as error:
+        before = yaml.safe_load(file.read_text()) or {}
+        before, now = flatten(settled(kind, before) if kind else before), flatten(config)
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read any more: {error}", fix="restore it, or choose another run.folder"
         ) from error

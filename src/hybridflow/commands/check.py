@@ -10,7 +10,6 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.special_tokens import reader
-from hybridflow.commands.evaluate import require_inline
 from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
 from hybridflow.commands.trial import try_reward
 from hybridflow.commands.verl_defaults import differences_from_verl, is_verl_row
@@ -89,7 +88,6 @@ def check_rl(config: RlConfig) -> Iterator[str]:
 
 def check_eval(config: EvalConfig) -> Iterator[str]:
     """Looks at an evaluation: its model, its rows and its reward."""
-    require_inline(config)
     model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
     assert config.data.eval is not None

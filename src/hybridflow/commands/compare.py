@@ -13,6 +13,8 @@ from typing import Any
 from hybridflow.checkpoint.run_folder import flatten, make_folder, write_atomically
 from hybridflow.commands.evaluate import evaluate_model
 from hybridflow.config.kinds.eval import EvalConfig
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.sections.choices import settled
 from hybridflow.errors import UserError
 from hybridflow.evaluation.statistics import bootstrap, permutation_test, sign_test
 from hybridflow.noise import NoiseKey
@@ -140,7 +142,8 @@ def _differences(a: Path, b: Path) -> dict[str, list[Any]]:
 def _settings(folder: Path) -> dict[str, Any]:
     """How an evaluation was made, as dotted keys; empty where nobody noted it."""
     with suppress(ValueError, AttributeError):
-        found = flatten(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("settings") or {})
+        noted = json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("settings") or {}
+        found = flatten(settled(RlConfig, noted))  # whose sections an evaluation has
         return {
             key: value
             for key, value in found.items()

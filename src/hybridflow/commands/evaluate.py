@@ -20,7 +20,6 @@ from hybridflow.checkpoint.run_folder import make_folder, write_atomically
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.data.prompts import load_prompts
 from hybridflow.devices import pick_device
-from hybridflow.errors import UserError
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.models.load import stop_ids
@@ -45,7 +44,6 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     Raises:
         UserError: the model, the data or the reward is wrong.
     """
-    require_inline(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     assert config.data.eval is not None
@@ -79,12 +77,6 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     write_rollouts(folder / "answers.parquet", done.records, EVALUATION)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-def require_inline(config: EvalConfig) -> None:
-    """Raises a UserError where an evaluation asks for another engine."""
-    if config.rollout.engine != "inline":
-        raise UserError("hybridflow eval answers with the inline engine", fix="set rollout.engine=inline")
 
 
 def _keep_earlier(folder: Path, result: Mapping[str, Any]) -> Path | None:

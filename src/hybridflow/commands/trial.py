@@ -10,6 +10,7 @@ from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.config.sections.rewards import EndpointJudgeSection
 from hybridflow.data.prompts import Prompt, PromptSet, answers_to
 from hybridflow.errors import UserError, nearest
 from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, first_of_each, make_grader, require_score
@@ -38,7 +39,7 @@ def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, ro
     check_rows(config, prompts)
     r, name = config.reward, reward_name(config)
     loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
-    if r.judge is not None and r.judge.url is not None:
+    if isinstance(r.judge, EndpointJudgeSection):
         loaded.remove(JUDGE)
     with closing(make_grader(config, None, data_sources(prompts), scoring=not loaded)) as grader:
         grader.check()

@@ -14,6 +14,7 @@ from hybridflow.config.overrides import annotation_at, apply_override
 from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.paths import home
 from hybridflow.config.sections.base import HERE, Section
+from hybridflow.config.sections.choices import Sections, sections_in
 from hybridflow.config.yaml_file import read_yaml
 from hybridflow.errors import UserError, nearest
 
@@ -79,23 +80,42 @@ def validate(
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> Iterator[str]:
-    where = ".".join(str(part) for part in error["loc"])
+    sections, chosen, written = _sections_at(kind, error["loc"])
+    where = ".".join(written)
+    if error["type"] == "extra_forbidden" and sections is not None and written[-1] in sections.fields:
+        yield _of_another_kind(sections, chosen, written)
+        return
     if error["type"] == "extra_forbidden":
-        hint = _hint(kind, error["loc"], where)
+        hint = _hint(kind, sections, written[-1], where)
         inside = [key for key in _leaves(error["input"], where) if meaning(key) is not None]
-        if hint.startswith("did") and len(error["loc"]) == 1:  # a misspelt section, rather than another program's
+        if hint.startswith("did") and len(written) == 1:  # a misspelt section, rather than another program's
             inside = []
         for key in inside or [where]:
-            yield f"{key}: unknown key; {_hint(kind, error['loc'], key)}"
+            yield f"{key}: unknown key; {_hint(kind, sections, written[-1], key)}"
         return
     if error["type"] == "missing":
-        yield f"{where}: missing"
+        instead = [f"{where.rpartition('.')[0]}.{key}" for key in _by_presence(sections)]
+        yield f"{where}: missing" + f"; or give {' or '.join(instead)} instead" * bool(instead)
         return
     message = str(error["msg"]).removeprefix("Value error, ").replace(HERE, where)
     if not where or error["type"] == "value_error":
         yield f"{where}: {message}" if where else message
         return
     yield f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r}){_instead_of_minus_one(error)}"
+
+
+def _of_another_kind(sections: Sections, chosen: str, written: Sequence[str]) -> str:
+    """What is wrong with a key that other kinds of its section have."""
+    assert sections.one_of is not None
+    section, key = ".".join(written[:-1]), written[-1]
+    told = ", ".join(f"{section}.{other}" for other in sections.one_of.keys)
+    return f"{section}.{key} is for {sections.where(key)}, and this is {chosen} ({told}): change that, or leave it out"
+
+
+def _by_presence(sections: Sections | None) -> list[str]:
+    """The keys that choose another kind of section by being there."""
+    one_of = None if sections is None else sections.one_of
+    return [] if sections is None or one_of is None else [key for key in one_of.keys if not sections.words(key)]
 
 
 def _instead_of_minus_one(error: dict[str, Any]) -> str:
@@ -117,7 +137,7 @@ def _leaves(value: Any, where: str) -> Iterator[str]:
         yield from _leaves(inner, f"{where}.{name}")
 
 
-def _hint(kind: type[BaseModel], location: Sequence[Any], where: str) -> str:
+def _hint(kind: type[BaseModel], sections: Sections | None, last: str, where: str) -> str:
     """What an unknown key is here: a name of another program's, one of ours from another section, or the nearest."""
     every = {key.name: key for key in keys_of(kind)}
     found = meaning(where)
@@ -125,26 +145,26 @@ def _hint(kind: type[BaseModel], location: Sequence[Any], where: str) -> str:
         beside = [f"{where.rpartition('.')[0]}.{key.rpartition('.')[2]}" for key in found.keys]
         own = tuple(key for key in beside if key in every)  # in critic.optim it is the key of this section
         return replace(found, keys=own or found.within(every).keys).line()
-    last, near = str(location[-1]), nearest(str(location[-1]), _fields_at(kind, location[:-1]))
+    near = nearest(last, [] if sections is None else sections.fields)
     elsewhere = sorted(key for key in every if key.rpartition(".")[2] == last and key.count(".") == 1)
     if elsewhere and not near.startswith("did"):
         return f"did you mean {' or '.join(map(repr, elsewhere[:4]))}?"
     return near
 
 
-def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    model: Any = kind
-    for part in location:
-        if isinstance(part, int):
-            continue  # a place in a list, whose entries were found with the list
-        model = _section_in(model.model_fields[part].annotation)
-        if model is None:
-            return []
-    return list(model.model_fields)
+def _sections_at(kind: type[BaseModel], location: Sequence[Any]) -> tuple[Sections | None, str, list[str]]:
+    """The section around a place where something is wrong, the name of its kind, and the place as a user writes it.
 
-
-def _section_in(annotation: Any) -> Any:
-    """The section in an annotation such as ``LoraSection | None`` or ``list[SourceSection]``."""
-    if hasattr(annotation, "model_fields"):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner)) is not None), None)
+    pydantic's location names the kind of a section after the section, and a place in a list.
+    """
+    sections: Sections | None = Sections((kind,))
+    chosen, written, below = "", [], list(location)
+    while below:
+        part = below.pop(0)
+        written.append(str(part))
+        if isinstance(part, int) or sections is None or not below:
+            continue
+        field = sections.fields.get(part)
+        sections = None if field is None else sections_in(field.annotation, field.metadata, lists=True)
+        chosen = below.pop(0) if sections is not None and sections.one_of is not None else ""
+    return sections, chosen, written

@@ -21,8 +21,8 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.engine import EngineSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.placement import PlacementSection
-from hybridflow.config.sections.rewards import JudgeSection
-from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.rewards import EndpointJudgeSection, InlineJudgeSection, ServerJudgeSection
+from hybridflow.config.sections.rollout import OwnEngine, SglangServerSection, VllmServerSection
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.models.load import context_of, load_tokenizer, stop_ids
@@ -36,6 +36,10 @@ from hybridflow.protocols.rewards import Answers, Score
 from hybridflow.protocols.waiting import never, returning_when
 from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
 from hybridflow.rewards.graders.judging import Hearing, Judging, NoVerdict, Verdict, hearing
+
+ModelJudge = InlineJudgeSection | ServerJudgeSection
+TIMES = {"start_timeout", "answer_timeout", "restarts"}
+SERVER_KEYS = {*TIMES, "python", "tensor_parallel", "engine_args"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class EngineJudge:
     """
 
     def __init__(
-        self, section: JudgeSection, start: Callable[[], Started], require: Callable[[], object], *, seed: int
+        self, section: ModelJudge, start: Callable[[], Started], require: Callable[[], object], *, seed: int
     ) -> None:
         self.section, self.judging = section, Judging(section, seed)
         self._start, self._require = start, require
@@ -184,7 +188,7 @@ def make_judge(config: RlConfig | EvalConfig, places: Places | None) -> Endpoint
     """
     section = config.reward.judge
     assert section is not None
-    if section.path is None:
+    if isinstance(section, EndpointJudgeSection):
         return EndpointJudge(section, config.reward.pool, seed=config.run.seed)
     require = functools.partial(_require, config, section)
     if section.engine == "inline":
@@ -192,8 +196,7 @@ def make_judge(config: RlConfig | EvalConfig, places: Places | None) -> Endpoint
     return EngineJudge(section, functools.partial(_server, config, section, places), require, seed=config.run.seed)
 
 
-def _require(config: RlConfig | EvalConfig, section: JudgeSection) -> None:
-    assert section.path is not None
+def _require(config: RlConfig | EvalConfig, section: ModelJudge) -> None:
     _tokenizer(config, section)
     if ".py:" in section.path and section.engine != "inline":
         raise UserError(
@@ -202,18 +205,16 @@ def _require(config: RlConfig | EvalConfig, section: JudgeSection) -> None:
         )
     _load(config, section, outline=True)
     if section.engine != "inline":
-        describe_engine(_rollout(config, section))
+        describe_engine(_generation(config, section))
 
 
-def _inline(config: RlConfig | EvalConfig, section: JudgeSection) -> Started:
-    assert section.path is not None
+def _inline(config: RlConfig | EvalConfig, section: ModelJudge) -> Started:
     model, tokenizer = _load(config, section), _tokenizer(config, section)
     model.to(pick_device(config.run.device)).requires_grad_(False)
     return Started(inline_engine(model, tokenizer), tokenizer, stop_ids(model, tokenizer))
 
 
-def _load(config: RlConfig | EvalConfig, section: JudgeSection, *, outline: bool = False) -> PreTrainedModel:
-    assert section.path is not None
+def _load(config: RlConfig | EvalConfig, section: ModelJudge, *, outline: bool = False) -> PreTrainedModel:
     model, _ = load_trainable(ModelSection(path=section.path), seed=config.run.seed, outline=outline)
     context = context_of(model)
     if context is not None and _longest(section) > context:
@@ -225,8 +226,7 @@ def _load(config: RlConfig | EvalConfig, section: JudgeSection, *, outline: bool
     return model
 
 
-def _server(config: RlConfig | EvalConfig, section: JudgeSection, places: Places | None) -> Started:
-    assert section.path is not None
+def _server(config: RlConfig | EvalConfig, section: ServerJudgeSection, places: Places | None) -> Started:
     tokenizer, folder = _tokenizer(config, section), model_folder(section.path)
     role = Role(
         name="reference",  # it is never trained
@@ -240,30 +240,25 @@ def _server(config: RlConfig | EvalConfig, section: JudgeSection, places: Places
     logs = Path(config.run.folder) / "judge"
     logs.mkdir(parents=True, exist_ok=True)
     note = None if places is None else places.events
-    engine = own_engine(role, _rollout(config, section), PlacementSection(), folder, run_folder=logs, note=note)
+    engine = own_engine(role, _generation(config, section), PlacementSection(), folder, run_folder=logs, note=note)
     named: Any = read_config(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     more = named.get("eos_token_id") or []
     stops = {int(tokenizer.eos_token_id), *(more if isinstance(more, list) else [more])}
     return Started(engine, tokenizer, tuple(sorted(stops)))
 
 
-def _rollout(config: RlConfig | EvalConfig, section: JudgeSection) -> RolloutSection:
-    """How a server with the judge is started; its times and its environment are those of the run's own engine."""
-    r = config.rollout
-    return RolloutSection(
-        engine=section.engine,
-        mode="server",
-        python=section.python or (r.python if r.engine == section.engine else None),
-        tensor_parallel=section.tensor_parallel,
-        engine_args=section.engine_args,
-        start_timeout=r.start_timeout,
-        answer_timeout=r.answer_timeout,
-        restarts=r.restarts,
-    )
+def _generation(config: RlConfig | EvalConfig, section: ServerJudgeSection) -> OwnEngine:
+    """How a server with the judge is started; what it does not say of times and environments, the run's engine does."""
+    r, own = config.rollout, VllmServerSection if section.engine == "vllm" else SglangServerSection
+    given = section.model_dump(include={"engine", *SERVER_KEYS}, exclude_none=True)
+    if r.engine != "inline":
+        given = r.model_dump(include=TIMES) | given
+    if r.engine == section.engine:
+        given = r.model_dump(include={"python"}) | given
+    return own.model_validate(given | {"mode": "server"})
 
 
-def _tokenizer(config: RlConfig | EvalConfig, section: JudgeSection) -> PreTrainedTokenizerBase:
-    assert section.path is not None
+def _tokenizer(config: RlConfig | EvalConfig, section: ModelJudge) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(section.path, seed=config.run.seed)
     if not tokenizer.chat_template:
         raise UserError(
@@ -274,5 +269,5 @@ def _tokenizer(config: RlConfig | EvalConfig, section: JudgeSection) -> PreTrain
     return tokenizer
 
 
-def _longest(section: JudgeSection) -> int:
+def _longest(section: ModelJudge) -> int:
     return section.max_prompt_tokens + section.max_tokens

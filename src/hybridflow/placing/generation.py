@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.special_tokens import stop_decoder
 from hybridflow.config.sections.placement import PlacementSection
-from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.rollout import GenerationSection, InlineSection, OwnEngine
 from hybridflow.placing.build import role_tokenizer
 from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import RolloutEngine, Sampling
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def inline_engine(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    section: RolloutSection | None = None,
+    section: InlineSection | None = None,
     *,
     stop: Sequence[str] = (),
     same_memory: bool = False,
@@ -41,7 +41,7 @@ def inline_engine(
         stop: texts that may end answers, besides those of the section.
         same_memory: see `InlineEngine`.
     """
-    r = section or RolloutSection()
+    r = section or InlineSection()
     return InlineEngine(
         model,
         max_cache_tokens=r.max_cache_tokens,
@@ -54,7 +54,7 @@ def inline_engine(
 
 def own_engine(
     role: Role,
-    section: RolloutSection,
+    section: OwnEngine,
     placement: PlacementSection,
     start: Path | None,
     *,
@@ -78,7 +78,6 @@ def own_engine(
     decode = stop_decoder(role_tokenizer(role), [*section.stop, section.stop_regex])
     ours: dict[str, Any] = {
         "max_model_len": role.longest,
-        "tensor_parallel": section.tensor_parallel,
         "dtype": None if section.dtype == "auto" else section.dtype,
         "decode": decode,
         "seed": role.seed,
@@ -90,45 +89,46 @@ def own_engine(
         "folder": placement.folder,
         "delta": placement.delta,
     }
-    apart: dict[str, Any] = {"python": section.python, "log_folder": run_folder}
-    servers: dict[str, Any] = apart | {
-        "servers": section.servers,
-        "replicas": section.replicas,
-        "owner": str(run_folder or ""),
-    }
-    lora = role.model.lora if role.publish == "adapters" else None
+    if section.engine == "sglang" or section.mode == "server":
+        ours |= {"python": section.python, "log_folder": run_folder}
+    if section.mode == "server":
+        ours |= {"servers": section.servers, "replicas": section.replicas, "owner": str(run_folder or "")}
+    if section.engine == "sglang" or section.mode != "in_process":
+        ours["tensor_parallel"] = section.tensor_parallel
+    if section.engine == "vllm":
+        ours["lora"] = role.model.lora if role.publish == "adapters" else None
     engine: VllmEngine | AsyncEngine
     # vLLM and SGLang take seconds to import, and live in environments of their own.
-    if (section.engine, section.mode) == ("vllm", "server"):
+    if section.engine == "vllm" and section.mode == "server":
         from hybridflow.rollout.vllm.server import VllmServerEngine
 
-        engine = VllmServerEngine(start, lora=lora, **ours, **servers)
+        engine = VllmServerEngine(start, **ours)
     elif section.engine == "vllm":
         from hybridflow.rollout.vllm.engine import VllmEngine
 
-        assert start is not None and section.mode != "server"
-        engine = VllmEngine(start, mode=section.mode, lora=lora, **ours)
+        assert start is not None
+        engine = VllmEngine(start, mode=section.mode, **ours)
     elif section.mode == "server":
         from hybridflow.rollout.sglang.server import SglangServerEngine
 
-        engine = SglangServerEngine(start, **ours, **servers)
+        engine = SglangServerEngine(start, **ours)
     else:
         from hybridflow.rollout.sglang.engine import SglangEngine
 
         assert start is not None
-        engine = SglangEngine(start, **ours, **apart)
+        engine = SglangEngine(start, **ours)
     if note is not None:
         engine.note = note
     return engine
 
 
-def describe_engine(section: RolloutSection) -> str:
+def describe_engine(section: OwnEngine) -> str:
     """One line on the engine that answers, for `check`.
 
     Raises:
         UserError: it is missing, or of another version.
     """
-    if section.servers:
+    if section.mode == "server" and section.servers:
         return f"{section.engine} at {', '.join(section.servers)}: asked when the run starts"
     if section.engine == "sglang":
         from hybridflow.rollout.sglang.start import require_sglang
@@ -143,7 +143,7 @@ def describe_engine(section: RolloutSection) -> str:
     return require_vllm()
 
 
-def training_sampling(section: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
+def training_sampling(section: GenerationSection, stop_token_ids: tuple[int, ...]) -> Sampling:
     """How training samples are drawn.
 
     Args:
@@ -154,9 +154,7 @@ def training_sampling(section: RolloutSection, stop_token_ids: tuple[int, ...]) 
         section.max_response_tokens,
         section.temperature,
         stop_token_ids,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        min_p=section.min_p,
+        **section.cut,
         stop=tuple(section.stop),
         stop_regex=section.stop_regex,
     )

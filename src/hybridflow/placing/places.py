@@ -126,7 +126,7 @@ class Places:
         """
         r = config.rollout
         start = None
-        if r.engine != "inline" and not r.servers:
+        if r.engine != "inline" and not (r.mode == "server" and r.servers):
             # These engines start from a folder; its weights are replaced by the first publication.
             start = folder / "rollout-model"
             export_engine(actor, tokenizer, start)

@@ -36,7 +36,7 @@ class RolloutWorker:
     def __init__(self, context: WorkerContext, role: Role, section: RolloutSection, start: Path | None) -> None:
         self.context = context
         actor = context.siblings.get("actor")
-        if start is not None:
+        if section.engine != "inline":
             self.engine = own_engine(role, section, PlacementSection(), start)
         elif actor is not None and role.engine.strategy == "local":
             self.engine = inline_engine(actor.engine.model, role_tokenizer(role), section, same_memory=True)

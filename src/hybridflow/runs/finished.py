@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridflow.checkpoint.run_folder import changed_settings, exported_step
 from hybridflow.checkpoint.store import saved_steps
-from hybridflow.config.kinds.registry import TrainingConfig
+from hybridflow.config.kinds.registry import TrainingConfig, kind_for
 from hybridflow.config.sections.run import LengthSection
 from hybridflow.errors import UserError
 
@@ -52,7 +52,8 @@ def finished(config: TrainingConfig) -> AlreadyDone | None:
         return None
     if not (folder / "config.yaml").is_file():
         return None  # only loading can tell whether it is this run
-    changed = changed_settings(folder, config.model_dump(mode="json"), moved=config.run.resume == "moved")
+    moved = config.run.resume == "moved"
+    changed = changed_settings(folder, config.model_dump(mode="json"), moved=moved, kind=kind_for(config).config)
     total = config.train.steps
     if any(key in changed for key in _ends(config.train)) and (total is None or total > step):
         return None  # loading the run tells

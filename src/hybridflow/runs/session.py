@@ -113,7 +113,8 @@ def opening(config: TrainingConfig) -> Iterator[Opened]:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     stop = StopRequest(config.run.max_minutes)
-    folder = RunFolder(Path(config.run.folder), config.model_dump(mode="json"), resume=config.run.resume)
+    plain, kind = config.model_dump(mode="json"), kind_for(config).config
+    folder = RunFolder(Path(config.run.folder), plain, resume=config.run.resume, kind=kind)
     try:
         places = Places(config, EventLog(folder.path / "events.jsonl").append)
         try:

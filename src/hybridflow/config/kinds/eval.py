@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Any
+
+from pydantic import field_validator, model_validator
 
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.config.sections.eval import EvalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.rewards import RewardSection
-from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.rollout import InlineSection
 from hybridflow.config.sections.run import RunSection
 
 
@@ -20,8 +22,15 @@ class EvalConfig(Section):
     model: ModelSection
     data: PromptDataSection
     reward: RewardSection
-    rollout: RolloutSection = RolloutSection()
+    rollout: InlineSection = InlineSection()
     eval: EvalSection = EvalSection()
+
+    @field_validator("rollout", mode="before")
+    @classmethod
+    def _check_engine(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("engine", "inline") != "inline":
+            raise ValueError("hybridflow eval answers with the inline engine: leave rollout.engine out")
+        return given
 
     @model_validator(mode="after")
     def _check_data(self) -> EvalConfig:

@@ -18,7 +18,7 @@ from hybridflow.config.sections.model import CriticSection, RlModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
 from hybridflow.config.sections.rewards import RewardSection
-from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.rollout import InlineSection, RolloutSection
 from hybridflow.config.sections.run import CheckpointSection, RunSection, TrackSection
 from hybridflow.config.sections.train import RlTrainSection
 
@@ -30,7 +30,7 @@ class RlConfig(Section):
     model: RlModelSection
     data: PromptDataSection
     reward: RewardSection
-    rollout: RolloutSection = RolloutSection()
+    rollout: RolloutSection = InlineSection()
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
     filter: FilterSection = FilterSection()
     reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
@@ -65,10 +65,10 @@ class RlConfig(Section):
                 f"step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
-        for key, room in [
-            ("train.tokens_per_microbatch", t.tokens_per_microbatch),
-            ("rollout.max_cache_tokens", self.rollout.max_cache_tokens),
-        ]:
+        rooms = {"train.tokens_per_microbatch": t.tokens_per_microbatch}
+        if self.rollout.engine == "inline":
+            rooms["rollout.max_cache_tokens"] = self.rollout.max_cache_tokens
+        for key, room in rooms.items():
             if room < longest:
                 raise ValueError(
                     f"{key} is {room}, but one sequence can have {longest} tokens (data.max_prompt_tokens "

@@ -20,6 +20,7 @@ from hybridflow.config.inherit import INHERITS
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.paths import PATHS
 from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.sections.choices import Sections, sections_in, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,14 @@ class Key:
         type: in words, with its bounds; "section" where other keys are inside.
         default: in words: "*required*", "unset", "by preset", or the value between backticks.
         description: one line.
+        where: the kinds of its section that have it, in words; empty where all have it.
     """
 
     name: str
     type: str
     default: str
     description: str
+    where: str = ""
 
 
 HEAD = """\
@@ -66,6 +69,9 @@ hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
   function in a file.
 - Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`. A default
   "as `optim.lr`" is taken from that key of the same run.
+- Where the keys of a section depend on one of them (`rollout.engine`, for example), a meaning begins with the words
+  that a key is for, in italics; of two words the first is that key's. Under another word the key is refused, unless it
+  has its default there, which says nothing.
 - A run's folder holds its resolved configuration, `config.yaml`. When the run is resumed, these keys must be as they
   were: `run.seed`, `model.path`, `model.reference`, `model.lora`, `critic.path`, `critic.lora`,
   `critic.shared_trunk`, everything in `data`, `train.prompts_per_step` and `train.samples_per_prompt`. Others may
@@ -86,34 +92,52 @@ def describe() -> str:
 
 
 def _sections() -> Iterator[str]:
-    found: dict[tuple[str, type[BaseModel]], tuple[list[str], FieldInfo]] = {}
+    found: dict[tuple[str, Sections], tuple[list[str], FieldInfo]] = {}
     for command, kind in KINDS.items():
         for name, field in kind.config.model_fields.items():
-            model = section_in(field.annotation)
-            assert model is not None, f"{name} is not a section"
-            found.setdefault((name, model), ([], field))[0].append(command)
-    for (name, model), (commands, field) in found.items():
+            sections = sections_in(field.annotation, field.metadata)
+            assert sections is not None, f"{name} is not a section"
+            found.setdefault((name, sections), ([], field))[0].append(command)
+    for (name, sections), (commands, field) in found.items():
         need = "required" if field.is_required() else "optional"
         yield f"## {name} ({', '.join(commands)})\n"
-        yield f"{model.__doc__} The section is {need}.\n"
+        yield f"{sections.what} The section is {need}.\n"
+        if told := _told_by(name, sections):
+            yield f"{told}\n"
         yield "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
-        for key in keys_of(model, f"{name}."):
-            yield f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(key.description)} |"
+        for key in _keys(sections, f"{name}."):
+            meaning = f"*{key.where}*: {key.description}" if key.where else key.description
+            yield f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(meaning)} |"
         yield ""
 
 
+def _told_by(name: str, sections: Sections) -> str:
+    """How the kinds of a section are told apart, in words; empty where there is one."""
+    if sections.one_of is None:
+        return ""
+    return f"Its keys depend on {' and '.join(f'{name}.{key}' for key in sections.one_of.keys)}."
+
+
 @functools.cache
-def keys_of(model: type[BaseModel], prefix: str = "") -> tuple[Key, ...]:
-    """All keys of a section, or of a whole configuration, sections before what is inside them."""
-    return tuple(_keys(model, prefix))
+def keys_of(model: type[BaseModel]) -> tuple[Key, ...]:
+    """All keys of a whole configuration, sections before what is inside them."""
+    return tuple(_keys(Sections((model,)), ""))
 
 
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
-    for name, field in model.model_fields.items():
-        inner = section_in(field.annotation)
-        described = " ".join(str(field.description or (inner and inner.__doc__)).split())
-        kind = "section" if inner is not None else _type(field.annotation, field.metadata)
-        yield Key(f"{prefix}{name}", kind, _default(f"{prefix}{name}", field), described)
+def _keys(sections: Sections, prefix: str) -> Iterator[Key]:
+    for name, field in sections.fields.items():
+        inner = sections_in(field.annotation, field.metadata)
+        described = " ".join(str(field.description or (inner and inner.what)).split())
+        described += f" {_told_by(prefix + name, inner)}" if inner is not None and prefix else ""
+        tells = sections.tells(name)
+        if inner is not None:
+            kind = "section"
+        elif tells and words(field):
+            kind = " or ".join(f"`{word}`" for word in sections.words(name))
+        else:
+            kind = _type(field.annotation, field.metadata)
+        default = "unset" if tells and field.is_required() else _default(f"{prefix}{name}", field)
+        yield Key(f"{prefix}{name}", kind, default, described, "" if tells else sections.where(name))
         if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.")
 
@@ -125,12 +149,6 @@ def _presets() -> Iterator[str]:
     yield f"| Preset | {' | '.join(f'`{key}`' for key in keys)} |\n|{' --- |' * (len(keys) + 1)}"
     for preset, values in PRESETS.items():
         yield f"| `{preset}` | {' | '.join(_value(values[key]) if key in values else '' for key in keys)} |"
-
-
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation such as ``LoraSection | None``."""
-    parts = () if get_origin(annotation) is list else get_args(annotation)
-    return next((p for p in (annotation, *parts) if isinstance(p, type) and issubclass(p, BaseModel)), None)
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -8,15 +8,17 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import meaning
-from hybridflow.config.pages.describe import Key, keys_of, section_in
+from hybridflow.config.pages.describe import Key, keys_of
 from hybridflow.config.pieces.presets import CORRECTIONS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 from hybridflow.config.presets import METHODS
 from hybridflow.config.sections.base import Section
+from hybridflow.config.sections.choices import sections_in
 from hybridflow.config.sections.rewards import REWARDS, SPECIAL
 from hybridflow.errors import UserError, nearest
 
@@ -43,7 +45,8 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
 
     Returns:
         For each key: "key", "type", "default", "meaning", "commands"; with a configuration also "given" (whether it
-        is set there) and "value" (set or not; absent where the configuration has mistakes).
+        is set there) and "value" (set or not; absent where the configuration has mistakes). A key of some kinds
+        of its section alone also has "where".
 
     Raises:
         UserError: there is no such key, or the configuration cannot be read.
@@ -66,6 +69,7 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
             "meaning": known.description,
             "commands": commands,
         }
+        | ({"where": known.where} if known.where else {})
         | ({"choices": CHOICES[known.name]} if known.name in CHOICES else {})
         | ({"asked": f"{key}: {here.line()}"} if here is not None else {})
         for known, commands in found.items()
@@ -113,6 +117,8 @@ def explanation_lines(described: Sequence[dict[str, Any]], path: Path | None) ->
         if one["type"] != "section":
             yield f"  {one['type']}; default: {one['default']}"
         yield f"  {one['meaning']}"
+        if "where" in one:
+            yield f"  it is a key of {one['where']} alone"
         for name, words in one.get("choices", {}).items():
             yield f"    {name:{max(map(len, one['choices']))}}  {words}".rstrip()
         if "given" in one and one["type"] != "section":
@@ -138,7 +144,7 @@ def kind_of(values: Mapping[str, Any]) -> str:
     Raises:
         UserError: it could be for several.
     """
-    misfits = {name: _misfit(values, kind.config) for name, kind in KINDS.items()}
+    misfits = {name: _misfit(values, kind.config.model_fields) for name, kind in KINDS.items()}
     best = [name for name, misfit in misfits.items() if misfit == min(misfits.values())]
     if len(best) > 1 and any(values.values()):
         needs = "; ".join(f"for {name} {_needed(values, KINDS[name].config)}" for name in best)
@@ -149,15 +155,15 @@ def kind_of(values: Mapping[str, Any]) -> str:
     return best[0]
 
 
-def _misfit(values: Mapping[str, Any], kind: type[BaseModel]) -> tuple[int, int]:
+def _misfit(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tuple[int, int]:
     """How many given keys a kind does not know, and how many that it requires are not given."""
-    unknown, missing = len(values.keys() - kind.model_fields.keys()), 0
-    for name, field in kind.model_fields.items():
-        inner, given = section_in(field.annotation), values.get(name)
+    unknown, missing = len(values.keys() - fields.keys()), 0
+    for name, field in fields.items():
+        inner, given = sections_in(field.annotation, field.metadata), values.get(name)
         if name not in values:
             missing += field.is_required()
         elif inner is not None and isinstance(given, Mapping):
-            below = _misfit(given, inner)
+            below = _misfit(given, inner.fields)
             unknown, missing = unknown + below[0], missing + below[1]
     return unknown, missing
 
@@ -166,9 +172,9 @@ def _needed(values: Mapping[str, Any], kind: type[BaseModel]) -> str:
     """What is required and not there, in words."""
     lacking = [name for name, field in kind.model_fields.items() if field.is_required() and name not in values]
     for name, field in kind.model_fields.items():
-        inner = section_in(field.annotation)
+        inner = sections_in(field.annotation, field.metadata)
         if inner is not None and isinstance(given := values.get(name), Mapping):
-            lacking += [f"{name}.{k}" for k, f in inner.model_fields.items() if f.is_required() and k not in given]
+            lacking += [f"{name}.{k}" for k, f in inner.fields.items() if f.is_required() and k not in given]
     return ", ".join(lacking) or "nothing"
 
 

@@ -5,7 +5,7 @@ A test holds the names and the table in `rewards/` together.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
 from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.config.paths import FunctionName, ReadPath, WrittenPath
 from hybridflow.config.sections.base import Section
+from hybridflow.config.sections.choices import OneOf
 from hybridflow.config.sections.engine import EngineSection
 from hybridflow.errors import nearest
 
@@ -146,14 +147,12 @@ class RewardModelSection(Section):
     )
 
 
-class JudgeSection(Section):
-    """A model that reads an answer and writes a verdict."""
+JUDGE_ENGINE = "Which engine answers for a judge of this run; vllm and sglang are servers that the run starts."
 
-    path: ReadPath | None = Field(None, description="A model that a generation engine of this run loads.")
-    engine: Literal["inline", "vllm", "sglang"] = Field("inline", description="Which engine answers for it.")
-    url: str | None = Field(None, description="Instead: an OpenAI-compatible endpoint, such as http://host:8000/v1.")
-    model: str | None = Field(None, description="The model's name at the endpoint; unset: the first that it lists.")
-    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key, if any.")
+
+class VerdictSection(Section):
+    """A model that reads an answer and writes a verdict, wherever it is."""
+
     template: ReadPath | None = Field(
         None,
         description="Jinja file from question, response, ground_truth and row to what the judge is asked; unset: "
@@ -167,35 +166,81 @@ class JudgeSection(Section):
     samples: PositiveInt = Field(1, description="Verdicts for each answer; the reward is their mean.")
     temperature: float = Field(0.0, ge=0, description="Temperature of the judge.")
     max_tokens: PositiveInt = Field(512, description="Longest verdict, in tokens.")
+
+    @property
+    def where(self) -> str:
+        """The model, or where it is."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("reward.judge.samples above 1 are all the same at temperature 0: set a temperature")
+        return self
+
+
+class ModelJudgeSection(VerdictSection):
+    """A judge that a generation engine of this run loads."""
+
+    path: ReadPath = Field(description="A model that a generation engine of this run loads.")
     max_prompt_tokens: PositiveInt = Field(
-        3584,
-        description="Of a model of this run: longest question to it, with the answer; a longer one has no verdict.",
+        3584, description="Longest question to it, with the answer; a longer one has no verdict."
     )
+
+    @property
+    def where(self) -> str:
+        """See `VerdictSection.where`."""
+        return self.path
+
+
+class InlineJudgeSection(ModelJudgeSection):
+    """A judge that the inline engine answers for."""
+
+    engine: Literal["inline"] = Field("inline", description=JUDGE_ENGINE)
+
+
+class ServerJudgeSection(ModelJudgeSection):
+    """A judge behind a server that the run starts."""
+
+    engine: Literal["vllm", "sglang"] = Field(description=JUDGE_ENGINE)
     python: WrittenPath | None = Field(
         None,
-        description="The Python of the environment of vllm or sglang; unset: rollout.python where that is of the same "
-        "engine, else this one's.",
+        description="The Python of the engine's environment; unset: rollout.python where that is of the same engine, "
+        "else this one's.",
     )
-    tensor_parallel: PositiveInt = Field(1, description="Devices that share the judge, of vllm and sglang.")
+    tensor_parallel: PositiveInt = Field(1, description="Devices that share the judge.")
     engine_args: dict[str, int | float | str | bool] = Field(
         default_factory=dict,
         description="Further arguments of vllm or sglang, such as the share of a GPU's memory that the judge may take.",
     )
+    start_timeout: PositiveFloat | None = Field(
+        None, description="As rollout.start_timeout; unset: as there, where the run's own engine has one, else 600."
+    )
+    answer_timeout: PositiveFloat | None = Field(
+        None, description="As rollout.answer_timeout; unset: as there, where the run's own engine has one, else 600."
+    )
+    restarts: int | None = Field(
+        None, ge=0, description="As rollout.restarts; unset: as there, where the run's own engine has one, else 3."
+    )
 
-    @model_validator(mode="after")
-    def _check_one(self) -> JudgeSection:
-        if (self.path is None) == (self.url is None):
-            raise ValueError("reward.judge needs a path (a model of this run) or a url (an endpoint), one of them")
-        own = {"engine", "max_prompt_tokens", "python", "tensor_parallel", "engine_args"}
-        strange = sorted(self.model_fields_set & (own if self.url is not None else {"model", "api_key_env"}))
-        if strange:
-            where = "a model of this run (path)" if self.url is not None else "an endpoint (url)"
-            raise ValueError(f"reward.judge.{strange[0]} is for {where}: leave it out")
-        if self.engine == "inline" and {"python", "tensor_parallel", "engine_args"} & self.model_fields_set:
-            raise ValueError("reward.judge.python, tensor_parallel and engine_args are of vllm and sglang: set engine")
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("reward.judge.samples above 1 are all the same at temperature 0: set a temperature")
-        return self
+
+class EndpointJudgeSection(VerdictSection):
+    """A judge behind an endpoint that is there already."""
+
+    url: str = Field(description="Instead of path: an OpenAI-compatible endpoint, such as http://host:8000/v1.")
+    model: str | None = Field(None, description="The model's name at the endpoint; unset: the first that it lists.")
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key, if any.")
+
+    @property
+    def where(self) -> str:
+        """See `VerdictSection.where`."""
+        return self.url
+
+
+JudgeSection = Annotated[
+    InlineJudgeSection | ServerJudgeSection | EndpointJudgeSection,
+    OneOf("url", "engine", what="A model that reads an answer and writes a verdict."),
+]
 
 
 class RewardSection(Section):

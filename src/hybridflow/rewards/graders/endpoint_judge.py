@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from hybridflow.config.sections.rewards import JudgeSection, RewardPoolSection
+from hybridflow.config.sections.rewards import EndpointJudgeSection, RewardPoolSection
 from hybridflow.errors import UserError, nearest
 from hybridflow.protocols.rewards import Answers, Score
 from hybridflow.protocols.waiting import SECONDS_BETWEEN_LOOKS, never
@@ -38,7 +38,7 @@ class EndpointJudge:
         UserError: see `Judging`; the variable with the key is not set; aiohttp is not installed.
     """
 
-    def __init__(self, section: JudgeSection, pool: RewardPoolSection, *, seed: int) -> None:
+    def __init__(self, section: EndpointJudgeSection, pool: RewardPoolSection, *, seed: int) -> None:
         assert section.url is not None
         self.section, self.url = section, section.url.rstrip("/")
         self.judging = Judging(section, seed)

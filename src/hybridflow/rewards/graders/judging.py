@@ -15,7 +15,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections.rewards import JudgeSection
+from hybridflow.config.sections.rewards import VerdictSection
 from hybridflow.errors import UserError, nearest, raised
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.rewards import Answers, Score
@@ -83,9 +83,9 @@ class Judging:
         UserError: there is no such template or parser, or the template cannot be one.
     """
 
-    def __init__(self, section: JudgeSection, seed: int) -> None:
+    def __init__(self, section: VerdictSection, seed: int) -> None:
         self.section, self.seed = section, seed
-        self.name = f"the judge {section.path or section.url}"
+        self.name = f"the judge {section.where}"
         self._template = _template(section.template)
         self._parser = load_function(section.parser) if section.parser else None
 

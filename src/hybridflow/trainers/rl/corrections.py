@@ -52,8 +52,7 @@ def old_logp_is(config: RlConfig) -> str:
 def policy_outputs(config: RlConfig) -> list[str]:
     """What the policy is asked for before the step's updates; nothing spares the forward pass."""
     wanted = [o for o in needs_of(config.algorithm.advantage, ADVANTAGES).outputs if o != "logp"]
-    r = config.rollout
-    gap = ["log_mass"] if r.top_p < 1 or r.top_k or r.min_p else []
+    gap = ["log_mass"] if config.rollout.cut else []
     return ["logp", *gap, *wanted] if old_logp_is(config) == "recompute" else wanted
 
 
