@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.balance import balanced_ranks, sequence_costs
 from hybridflow.batch import Batch
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import Fsdp2Section, LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
@@ -118,7 +118,7 @@ def batch_of(step: int) -> Batch:
 
 
 def controlled(folder: str, steps: int, processes: int) -> list[float]:
-    engine = EngineSection(strategy="fsdp2" if processes > 1 else "local")
+    engine = Fsdp2Section(strategy="fsdp2") if processes > 1 else LocalSection()
     role = Role(
         name="actor",
         model=ModelSection(path=folder),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import Fsdp2Section
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.fsdp.engine import ShardedEngine
 from hybridflow.models.attention import ATTENTION
@@ -69,7 +69,7 @@ def measure(rank: int, size: int, section: dict[str, Any], folder: str, results:
     engine = ShardedEngine(
         model,
         OptimSection(),
-        section=EngineSection(strategy="fsdp2", **section),
+        section=Fsdp2Section(strategy="fsdp2", **section),
         total_steps=9,
         tokens_per_microbatch=64,
     )

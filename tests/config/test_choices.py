@@ -1,4 +1,4 @@
-"""A section has the keys of what was chosen, and no others: engines, modes, judges."""
+"""A section has the keys of what was chosen, and no others: engines, strategies, judges."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ def configured(section: str, keys: dict[str, Any]) -> RlConfig:
             "rollout.servers names servers that run already",
         ),
         ("rollout", VLLM_SERVER | {"tensor_paralel": 2}, "unknown key; did you mean 'tensor_parallel'?"),
+        ("engine", {"strategy": "fsdp1", "compile": True}, "engine.compile is for fsdp2, and this is fsdp1"),
+        ("engine", {"strategy": "fsdp1", "cpu_offload": True, "sync_every_microbatch": True}, "FSDP1 loses gradients"),
+        ("engine", {"strategy": "ddp"}, "engine.strategy is 'ddp', it should be 'local', 'fsdp2' or 'fsdp1'"),
         ("judge", {}, "reward.judge.path: missing; or give reward.judge.url instead"),
         ("judge", {"path": "m", "url": "http://h/v1"}, "path is for inline or vllm/sglang, and this is url"),
         ("judge", {"url": "http://h/v1", "engine": "vllm"}, "reward.judge.engine is for inline or vllm/sglang"),

@@ -181,7 +181,7 @@ def test_what_is_no_key_is_answered_in_a_few_words(word: str) -> None:
         ("checkpoint.every", "; for never, none or all use 0"),
         ("rollout.top_k", "; for never, none or all use 0"),
         ("eval.max_rows", "; for no limit leave it out, or write null"),
-        ("engine.shard_size", "; for no limit leave it out, or write null"),
+        ("placement.port", "; for no limit leave it out, or write null"),
         ("checkpoint.keep", "(it is -1)"),
     ],
 )

@@ -171,7 +171,7 @@ def test_what_a_section_leaves_out_is_the_other_ones(key: str) -> None:
 @pytest.mark.parametrize(
     ("engine", "own", "result"),
     [
-        ({"strategy": "fsdp2", "shard_size": 2}, {"strategy": "local"}, {"strategy": "local", "shard_size": None}),
+        ({"strategy": "fsdp2", "shard_size": 2}, {"strategy": "local"}, {"strategy": "local", "sequence_parallel": 1}),
         ({"strategy": "fsdp2", "cpu_offload": True}, {"offload": ["parameters"]}, {"cpu_offload": False}),
         (
             {"strategy": "fsdp2", "offload": ["parameters", "optimizer"]},
@@ -200,7 +200,7 @@ def test_a_mistake_in_such_a_section_names_its_own_path(key: str) -> None:
     given = NEEDED[key.partition(".")[0]] | {key: {"offload": ["parameters"]}}
     with pytest.raises(UserError) as caught:
         validate(RlConfig, configured("train", given))
-    assert f"{key}.offload is for sharded models: set {key}.strategy=fsdp2" in caught.value.what
+    assert f"{key}.offload is for fsdp2 or fsdp1, and this is local ({key}.strategy)" in caught.value.what
 
 
 def test_a_file_beside_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

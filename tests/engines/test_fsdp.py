@@ -12,7 +12,7 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.config.locate import load_function
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import Fsdp2Section
 from hybridflow.engines.fsdp.ranks import check_degrees, check_parts
 from hybridflow.engines.reference import LocalReference
 from hybridflow.errors import UserError
@@ -268,8 +268,6 @@ def test_processes_with_different_models_are_told_before_anything_is_cut() -> No
         (FSDP2 | {"shard_size": 3}, "engine.shard_size is 3, but there are 2 processes"),
         (FSDP2 | {"sequence_parallel": 4}, "engine.sequence_parallel is 4, but there are 2 processes"),
         (FSDP1 | {"cpu_offload": True}, "FSDP1 has no engine.cpu_offload here"),
-        (FSDP1 | {"offload": ["parameters"]}, "FSDP1 has no engine.offload of parameters here"),
-        (FSDP1 | {"compile": True}, "FSDP1 has no engine.compile here"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(section: dict[str, Any], words: str) -> None:
@@ -287,9 +285,9 @@ def test_adapters_of_experts_are_refused_where_they_cannot_be_cut() -> None:
 
 def test_degrees_that_do_not_divide_say_which_would() -> None:
     with pytest.raises(UserError) as error:
-        check_degrees(12, EngineSection(strategy="fsdp2", shard_size=8))
+        check_degrees(12, Fsdp2Section(strategy="fsdp2", shard_size=8))
     assert "set it to one of 1, 2, 3, 4, 6, 12" in str(error.value)
-    check_degrees(12, EngineSection(strategy="fsdp2", shard_size=4, sequence_parallel=2))
+    check_degrees(12, Fsdp2Section(strategy="fsdp2", shard_size=4, sequence_parallel=2))
 
 
 # --- references, streams, loading ---

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import EngineSection, ShardedSection
 from hybridflow.config.sections.model import LoraSection, ModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.fsdp import activations
@@ -80,11 +81,16 @@ class Case:
         return ShardedEngine(
             model,
             OptimSection(**self.optim),
-            section=EngineSection(**self.section),
+            section=section_of(self.section),
             total_steps=10,
             tokens_per_microbatch=self.cut,
             value_head=self.value_head(model),
         )
+
+
+def section_of(keys: dict[str, Any]) -> ShardedSection:
+    section: ShardedSection = TypeAdapter(EngineSection).validate_python(keys)
+    return section
 
 
 @dataclass
@@ -144,9 +150,7 @@ def reference_of_adapters(case: Case, parts: Sequence[Batch], loss: Loss) -> lis
 
     found = [reference()]  # before anything was trained
     assert engine.update(part, loss).applied
-    frozen = ShardedReference(
-        Case(case.kind).model(), section=EngineSection(**case.section), tokens_per_microbatch=case.cut
-    )
+    frozen = ShardedReference(Case(case.kind).model(), section=section_of(case.section), tokens_per_microbatch=case.cut)
     found += [reference(), engine.score(part, ["logp"]), frozen.score(part, ["logp"])]
     before = whole_weights(engine)
     assert engine.update(part, loss).applied
@@ -174,9 +178,7 @@ def loaded(section: dict[str, Any], model: dict[str, Any], batch: Batch) -> tupl
     """From a folder: bytes that this rank was given, scores of the whole batch, and ids that end an answer."""
     made, tokenizer = load_sharded(ModelSection(**model), seed=0)
     held = sum(p.nbytes for p in made.parameters() if not p.is_meta)
-    engine = ShardedEngine(
-        made, OptimSection(), section=EngineSection(**section), total_steps=1, tokens_per_microbatch=99
-    )
+    engine = ShardedEngine(made, OptimSection(), section=section_of(section), total_steps=1, tokens_per_microbatch=99)
     return held, engine.score(batch, ["logp"]), stop_ids(made, tokenizer)
 
 

@@ -243,7 +243,7 @@ def test_the_same_placed_run_twice_is_the_same_bit_for_bit_also_when_it_was_stop
         ({"placement": {"pools": {"all": 1}, "roles": {"actor": "train"}}}, "pool 'train', which does not exist"),
         ({"placement": {"pools": {"all": 1, "more": 2}}}, "nothing is placed in ['more']"),
         ({"placement": {"pools": {"all": 1}, "address": "10.0.0.1:6379"}}, "set placement.backend=ray"),
-        ({"engine": {"offload": ["optimizer"]}}, "engine.offload is for sharded models"),
+        ({"engine": {"offload": ["optimizer"]}}, "engine.offload is for fsdp2 or fsdp1, and this is local"),
         (
             {
                 "critic": {"shared_trunk": True},

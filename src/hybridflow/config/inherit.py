@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+from hybridflow.config.sections.choices import words
+from hybridflow.config.sections.engine import EngineSection
 
 # The section, and where it takes what it does not give itself.
 INHERITS = {
@@ -11,6 +14,12 @@ INHERITS = {
     "critic.engine": "engine",
     "model.reference_engine": "engine",
     "reward.model.engine": "engine",
+}
+# The keys of an engine section, by its strategy.
+STRATEGIES = {
+    word: kind.model_fields
+    for kind in get_args(get_args(EngineSection)[0])
+    for word in words(kind.model_fields["strategy"])
 }
 
 
@@ -37,9 +46,8 @@ def _fill(values: Mapping[str, Any], path: Sequence[str], given: Mapping[str, An
 
 def _fitting(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What of a section fits beside the values of another's own: an engine's keys exclude each other in places."""
-    if own.get("strategy") == "local":  # the others are of sharded models
-        return {}
-    fitting = dict(given)
+    known = STRATEGIES.get(own.get("strategy", given.get("strategy")), given)
+    fitting = {key: value for key, value in given.items() if key in known}
     if "parameters" in (own.get("offload") or ()):
         fitting.pop("cpu_offload", None)
     if own.get("cpu_offload") and isinstance(given.get("offload"), list):

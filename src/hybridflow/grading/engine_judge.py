@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hybridflow.chat.template import render_prompt
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.placement import PlacementSection
 from hybridflow.config.sections.rewards import EndpointJudgeSection, InlineJudgeSection, ServerJudgeSection
@@ -231,7 +231,7 @@ def _server(config: RlConfig | EvalConfig, section: ServerJudgeSection, places: 
     role = Role(
         name="reference",  # it is never trained
         model=ModelSection(path=str(folder)),
-        engine=EngineSection(),
+        engine=LocalSection(),
         optim=None,
         tokens_per_microbatch=_longest(section),
         longest=_longest(section),

@@ -6,6 +6,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.config.sections.engine import ShardedSection
 from hybridflow.engines.fsdp.engine import ShardedEngine, ShardedReference
 from hybridflow.engines.fsdp.load import load_sharded
 from hybridflow.engines.local import LocalEngine
@@ -81,17 +82,17 @@ def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine |
     trained = role.optim is not None
     if role.engine.strategy == "local":
         return local_engine(role, device) if trained else local_reference(role, device)
-    return sharded_engine(role, device) if trained else sharded_reference(role, device)
+    return sharded_engine(role, role.engine, device) if trained else sharded_reference(role, role.engine, device)
 
 
-def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:
+def sharded_engine(role: Role, section: ShardedSection, device: torch.device) -> ShardedEngine:
     """This rank's part of a model that is trained."""
     assert role.optim is not None and role.name in ("actor", "critic")
     model = _sharded_model(role)
     return ShardedEngine(
         model,
         role.optim,
-        section=role.engine,
+        section=section,
         total_steps=role.total_steps,
         tokens_per_microbatch=role.tokens_per_microbatch,
         device=device,
@@ -100,10 +101,10 @@ def sharded_engine(role: Role, device: torch.device) -> ShardedEngine:
     )
 
 
-def sharded_reference(role: Role, device: torch.device) -> ShardedReference:
+def sharded_reference(role: Role, section: ShardedSection, device: torch.device) -> ShardedReference:
     """This rank's part of a model that is never trained."""
     model = _sharded_model(role)
-    return ShardedReference(model, section=role.engine, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
+    return ShardedReference(model, section=section, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
 
 
 def _sharded_model(role: Role) -> PreTrainedModel:

@@ -169,7 +169,8 @@ def describe_placement(config: TrainingConfig) -> Iterator[str]:
     for _, role, engine in engines_of(config):
         pool = placement.pool_of(role)
         if pool is not None:
-            check_degrees(placement.pools[pool], engine)
+            if engine.strategy != "local":
+                check_degrees(placement.pools[pool], engine)
             ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
             cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
     if isinstance(config, RlConfig) and in_pool(placement, config.rollout):

@@ -12,7 +12,7 @@ from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.reward_model import RewardModelConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import EngineSection, LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.optim import OptimSection
 
@@ -136,7 +136,7 @@ def reward_role(config: RlConfig | EvalConfig, *, packing: bool) -> Role:
     """
     section = config.reward.model
     assert section is not None
-    engine = section.engine or (config.engine if isinstance(config, RlConfig) else EngineSection())
+    engine = section.engine or (config.engine if isinstance(config, RlConfig) else LocalSection())
     budget = config.train.tokens_per_microbatch if isinstance(config, RlConfig) else 0
     return Role(
         name="reward",

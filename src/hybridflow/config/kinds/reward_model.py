@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from hybridflow.config.checks.placement import check_placement
 from hybridflow.config.sections.base import Section
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import EngineSection, LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
@@ -22,7 +22,7 @@ class RewardModelConfig(Section):
     data: PreferenceDataSection
     train: RewardModelTrainSection
     optim: OptimSection = OptimSection()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = LocalSection()
     placement: PlacementSection = PlacementSection()
     eval: RewardModelEvalSection = RewardModelEvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -12,7 +12,7 @@ from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.config.sections.algorithm import AlgorithmSection, FilterSection, ReweightSection
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import PromptDataSection
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import EngineSection, LocalSection
 from hybridflow.config.sections.eval import EvalSection, _check_best
 from hybridflow.config.sections.model import CriticSection, RlModelSection
 from hybridflow.config.sections.optim import OptimSection
@@ -36,7 +36,7 @@ class RlConfig(Section):
     reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
     train: RlTrainSection
     optim: OptimSection = OptimSection()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = LocalSection()
     placement: PlacementSection = PlacementSection()
     critic: CriticSection | None = Field(None, description="The critic, of advantages that need one (gae).")
     eval: EvalSection = EvalSection()

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from hybridflow.config.checks.placement import check_placement
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import SftDataSection
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import EngineSection, LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
@@ -23,7 +23,7 @@ class SftConfig(Section):
     data: SftDataSection
     train: SftTrainSection
     optim: OptimSection = OptimSection()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = LocalSection()
     placement: PlacementSection = PlacementSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()

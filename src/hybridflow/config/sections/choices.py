@@ -1,6 +1,6 @@
 """A section of which there are several kinds, each with keys of its own: an annotated union of them.
 
-    EngineSection = Annotated[LocalEngineSection | Fsdp2Section | Fsdp1Section, OneOf("strategy", what="How ...")]
+    EngineSection = Annotated[LocalSection | Fsdp2Section | Fsdp1Section, OneOf("strategy", what="How ...")]
 
 The keys that `OneOf` names say which is meant. A key of another kind is refused, unless it has its default there: then
 it says nothing, and is left out. So a file in which every key is written down can be turned to another kind by one key.

@@ -1,21 +1,42 @@
-"""The section that says how a model is cut over its pool."""
+"""The section that says how a model is cut over its pool, of each strategy its own."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from hybridflow.config.sections.base import HERE, Section
+from hybridflow.config.sections.choices import OneOf
+
+STRATEGY = "local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it."
+OFFLOAD = (
+    "What moves to host memory between the phases in which this model works; of fsdp1 the optimizer's state alone."
+)
 
 
-class EngineSection(Section):
-    """How a model is computed by the processes of its pool: what is sharded, and in which precision."""
+class LocalSection(Section):
+    """A model that one process holds."""
 
-    strategy: Literal["local", "fsdp2", "fsdp1"] = Field(
-        "local",
-        description="local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it.",
+    strategy: Literal["local"] = Field("local", description=STRATEGY)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What is multiplied in; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."
     )
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Processes that share the tokens of one micro-batch."""
+        return 1
+
+    @property
+    def offload(self) -> tuple[()]:
+        """What moves to host memory between phases."""
+        return ()
+
+
+class _ShardedSection(Section):
+    """A model of which every process holds a part."""
+
     shard_size: PositiveInt | None = Field(
         None,
         description="Processes that share one copy of the parameters (HSDP); unset: all of the pool. Fewer keep "
@@ -44,21 +65,46 @@ class EngineSection(Section):
     cpu_offload: bool = Field(
         False, description="Keep parameters, gradients and optimizer state in host memory; layers visit the device."
     )
-    offload: list[Literal["parameters", "optimizer"]] = Field(
-        default_factory=list, description="What moves to host memory between the phases in which this model works."
-    )
     activation_offload: bool = Field(
         False, description="Keep saved activations in host memory until the backward pass."
     )
+
+
+class Fsdp2Section(_ShardedSection):
+    """A model that FSDP2 cuts."""
+
+    strategy: Literal["fsdp2"] = Field(description=STRATEGY)
+    offload: list[Literal["parameters", "optimizer"]] = Field(default_factory=list, description=OFFLOAD)
     compile: bool = Field(False, description="torch.compile of every layer: slow to start, and meant for GPUs.")
 
     @model_validator(mode="after")
-    def _check_strategy(self) -> EngineSection:
-        if self.strategy == "local":
-            plain = EngineSection.model_construct()
-            for key in type(self).model_fields:
-                if key != "dtype" and getattr(self, key) != getattr(plain, key):
-                    raise ValueError(f"{HERE}.{key} is for sharded models: set {HERE}.strategy=fsdp2 or leave it out")
+    def _check_offload(self) -> Self:
         if self.cpu_offload and "parameters" in self.offload:
             raise ValueError(f"{HERE}.cpu_offload keeps parameters in host memory already: leave {HERE}.offload out")
         return self
+
+
+class Fsdp1Section(_ShardedSection):
+    """A model that FSDP1 cuts; it does not move its flat tensors, and no layer of it is compiled."""
+
+    strategy: Literal["fsdp1"] = Field(description=STRATEGY)
+    offload: list[Literal["optimizer"]] = Field(default_factory=list, description=OFFLOAD)
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.cpu_offload and self.sync_every_microbatch:
+            raise ValueError(
+                f"{HERE}.sync_every_microbatch: FSDP1 loses gradients when they are summed into host memory twice; set "
+                f"{HERE}.strategy=fsdp2, or leave it or {HERE}.cpu_offload out"
+            )
+        return self
+
+
+ShardedSection = Fsdp2Section | Fsdp1Section
+EngineSection = Annotated[
+    LocalSection | Fsdp2Section | Fsdp1Section,
+    OneOf(
+        "strategy",
+        what="How a model is computed by the processes of its pool: what is sharded, and in which precision.",
+    ),
+]

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import ShardedSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.adam import AdamEngine
 from hybridflow.engines.fsdp.files import ShardedFiles
@@ -54,7 +54,7 @@ class ShardedEngine(AdamEngine, TrainEngine):
         model: PreTrainedModel,
         optim: OptimSection,
         *,
-        section: EngineSection,
+        section: ShardedSection,
         total_steps: int,
         tokens_per_microbatch: int,
         device: torch.device | str = "cpu",
@@ -166,7 +166,7 @@ class ShardedReference(Scorer):
         self,
         model: PreTrainedModel,
         *,
-        section: EngineSection,
+        section: ShardedSection,
         tokens_per_microbatch: int,
         device: torch.device | str = "cpu",
     ) -> None:

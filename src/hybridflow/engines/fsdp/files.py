@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import ShardedSection
 from hybridflow.engines.background import Background, host_copies
 from hybridflow.engines.fsdp.fsdp2 import from_first
 from hybridflow.engines.fsdp.model import ShardedModel
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
     model: PreTrainedModel
     sharded: ShardedModel
-    section: EngineSection
+    section: ShardedSection
     value_head: ValueHead | None
     device: torch.device
     ranks: Ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import Fsdp1Section
 from hybridflow.engines.fsdp.fsdp2 import from_first
 from hybridflow.engines.scoring import TokenScorer
 from hybridflow.errors import UserError
@@ -35,7 +35,7 @@ class Fsdp1:
         layers: Sequence[torch.nn.Module],
         *,
         mesh: DeviceMesh,
-        section: EngineSection,
+        section: Fsdp1Section,
         compute: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -131,20 +131,14 @@ class Fsdp1:
         return {name: m for name, m in named if isinstance(m, FullyShardedDataParallel)}
 
 
-def _refuse(section: EngineSection, device: torch.device, root: torch.nn.Module) -> None:
+def _refuse(section: Fsdp1Section, device: torch.device, root: torch.nn.Module) -> None:
     what = None
     if section.cpu_offload and device.type == "cpu":
         what = "engine.cpu_offload", "it needs memory that an accelerator has pinned"
-    elif section.cpu_offload and section.sync_every_microbatch:
-        what = "engine.sync_every_microbatch", "it loses gradients when they are summed into host memory twice"
-    elif "parameters" in section.offload:
-        what = "engine.offload of parameters", "it does not move its flat tensors"
     elif any(
         type(module).__name__ == "ParamWrapper" for module in root.modules()
     ):  # peft's, of weights without a layer
         what = "adapters of experts", "they are added to weights that it has replaced by views"
-    elif section.compile:
-        what = "engine.compile", "layers are compiled for FSDP2 only"
     if what is not None:
         raise UserError(f"FSDP1 has no {what[0]} here", why=what[1], fix="set engine.strategy=fsdp2, or leave it out")
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import Fsdp2Section
 from hybridflow.engines.scoring import TokenScorer
 
 
@@ -43,7 +43,7 @@ class Fsdp2:
         layers: Sequence[torch.nn.Module],
         *,
         mesh: DeviceMesh,
-        section: EngineSection,
+        section: Fsdp2Section,
         compute: torch.dtype,
         device: torch.device,
     ) -> None:

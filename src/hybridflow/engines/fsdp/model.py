@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from hybridflow.batch import Batch
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import ShardedSection
 from hybridflow.engines.adam import matrices
 from hybridflow.engines.fsdp.activations import kept_on_host
 from hybridflow.engines.fsdp.fsdp1 import Fsdp1
@@ -67,7 +67,7 @@ class ShardedModel:
     Args:
         model: on rank 0 with its weights; on the others its tensors are not read, so they can be on the meta device.
             It is changed in place.
-        section: how it is cut and computed; its strategy is not "local".
+        section: how it is cut and computed.
         tokens_per_microbatch: most tokens in one forward pass; processes of one sequence-parallel group share them.
         device: of this rank.
         value_head: cut with the model.
@@ -80,7 +80,7 @@ class ShardedModel:
         self,
         model: PreTrainedModel,
         *,
-        section: EngineSection,
+        section: ShardedSection,
         tokens_per_microbatch: int,
         device: torch.device | str = "cpu",
         value_head: ValueHead | None = None,
@@ -141,7 +141,7 @@ class ShardedModel:
                 yield name.replace(WRAPPED, ""), buffer
 
 
-def compute_dtype(section: EngineSection, device: torch.device) -> torch.dtype:
+def compute_dtype(section: ShardedSection, device: torch.device) -> torch.dtype:
     """What products are computed in; auto is bfloat16 on an accelerator."""
     low = device.type != "cpu" if section.dtype == "auto" else section.dtype == "bfloat16"
     return torch.bfloat16 if low else torch.float32

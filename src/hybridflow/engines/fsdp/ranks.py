@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import ShardedSection
 from hybridflow.errors import UserError
 from hybridflow.models.ulysses import SequenceParallel
 
@@ -31,7 +31,7 @@ class Ranks:
         UserError: the number of processes is no multiple of a degree.
     """
 
-    def __init__(self, section: EngineSection, device: torch.device) -> None:
+    def __init__(self, section: ShardedSection, device: torch.device) -> None:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         check_degrees(self.size, section)
         self.sp_size = section.sequence_parallel
@@ -64,7 +64,7 @@ class Ranks:
         return max(self.gathered(number))
 
 
-def check_degrees(processes: int, section: EngineSection) -> None:
+def check_degrees(processes: int, section: ShardedSection) -> None:
     """Every copy of the parameters, and every micro-batch, is shared by as many processes as the others.
 
     Raises:
