@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers import (
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
+from hybridflow.config.locate import load_function
 from hybridflow.config.sections.data import SftDataSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.data.sft import load_sft
@@ -209,7 +212,11 @@ def with_policy_columns(batch: Batch, logp_T: Tensor, mode: str = "token-mean", 
 def sft_losses_and_model(steps: int = 60) -> tuple[list[float], PreTrainedModel]:
     """A short supervised warm-up on the carry task: the loss of every step, and the model."""
     model, tokenizer = load_model(f"{CARRY}:tiny_qwen3", seed=0)
-    data = load_sft(SftDataSection(train=f"{CARRY}:demonstrations", max_tokens=64), tokenizer, seed=0)
+    with tempfile.TemporaryDirectory() as folder:  # no more of the recipe's 32,000 rows than are learned from
+        rows = load_function(f"{CARRY}:demonstrations")(seed=0, count=16 * steps)
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        data = load_sft(SftDataSection(train=str(path), max_tokens=64), tokenizer, seed=0)
     optim = OptimSection(lr=5e-3, betas=(0.9, 0.95), schedule="linear", warmup_steps=10)
     engine = LocalEngine(model, optim, total_steps=steps, tokens_per_microbatch=4096)
     losses = []

@@ -31,16 +31,33 @@ FIRST = 4  # its characters begin here, with the newline; the printable ones fol
 
 
 @pytest.fixture(autouse=True, params=["quick", "plain"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test here holds for the decoder of covered families and for the model's own modules."""
     monkeypatch.setitem(InlineEngine.__init__.__kwdefaults__, "quick", request.param == "quick")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def _undisturbed() -> dict[str, tuple[list[Result], int]]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    path: str, trained_model: PreTrainedModel, _undisturbed: dict[str, tuple[list[Result], int]]
+) -> tuple[list[Result], int]:
+    """The answers to `requests()`, asked all at once, and how many of their tokens nearly tied; made once per path."""
+    if path not in _undisturbed:
+        engine = InlineEngine(trained_model, count_near_ties=True)
+        _undisturbed[path] = generate(engine, requests()), engine.near_ties
+    return _undisturbed[path]
 
 
 def prompt(text: str) -> tuple[int, ...]:
     return (USER, *(ord(c) - 32 + FIRST + 1 for c in text), END, ASSISTANT)
 
 
-def requests(count: int = 48, *, temperature: float | None = None, seed: int = 0) -> list[Request]:
+def requests(count: int = 32, *, temperature: float | None = None, seed: int = 0) -> list[Request]:
     """Groups of four answers to a prompt, of all lengths and temperatures, greedy ones included."""
     rng = random.Random(seed)
     made = []
@@ -89,7 +106,7 @@ def drain(engine: InlineEngine) -> list[Result]:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_trainer_and_rollout_agree_on_every_token(trained_model: PreTrainedModel, temperature: float) -> None:
-    asked = requests(temperature=temperature)
+    asked = requests(48, temperature=temperature)
     results = generate(InlineEngine(trained_model), asked)
     batch = Batch.from_rows(
         {
@@ -154,10 +171,10 @@ def differing(a: list[Result], b: list[Result]) -> int:
 
 
 @pytest.mark.parametrize("company", ["small cache", "tiny cache", "reversed", "shuffled", "singly", "split groups"])
-def test_tokens_do_not_depend_on_the_company(trained_model: PreTrainedModel, company: str) -> None:
-    asked = requests()
-    engine = InlineEngine(trained_model, count_near_ties=True)
-    base = generate(engine, asked)
+def test_tokens_do_not_depend_on_the_company(
+    trained_model: PreTrainedModel, company: str, undisturbed: tuple[list[Result], int]
+) -> None:
+    asked, (base, near_ties) = requests(), undisturbed
     order = list(range(len(asked)))
     if company == "reversed":
         order.reverse()
@@ -172,19 +189,21 @@ def test_tokens_do_not_depend_on_the_company(trained_model: PreTrainedModel, com
         found.update(zip(chunk, generate(other, [asked[i] for i in chunk])))
     results = [found[i] for i in range(len(asked))]
     # Only a token whose two best noisy scores tie within rounding may come out differently.
-    assert engine.near_ties <= 3
-    assert differing(base, results) <= engine.near_ties
+    assert near_ties <= 3
+    assert differing(base, results) <= near_ties
     for a, b in zip(base, results):
         if a.token_ids == b.token_ids:
             assert a.finish_reason == b.finish_reason
             assert a.logps == pytest.approx(b.logps, abs=1e-4)
 
 
-def test_requests_that_come_while_others_run_do_not_disturb_them(trained_model: PreTrainedModel) -> None:
+def test_requests_that_come_while_others_run_do_not_disturb_them(
+    trained_model: PreTrainedModel, undisturbed: tuple[list[Result], int]
+) -> None:
     """The cache grows in rows and in width under running rows."""
-    asked = sorted(requests(), key=lambda r: len(r.prompt_ids) + r.sampling.max_tokens)
-    engine = InlineEngine(trained_model, count_near_ties=True)
-    base = generate(engine, asked)
+    asked = requests()
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt_ids) + asked[i].sampling.max_tokens)
+    asked, base, near_ties = [asked[i] for i in order], [undisturbed[0][i] for i in order], undisturbed[1]
     grown = InlineEngine(trained_model)
     handles, done, sizes = [], [], set()
     for request in asked:
@@ -195,8 +214,8 @@ def test_requests_that_come_while_others_run_do_not_disturb_them(trained_model: 
             sizes |= {(rows, width) for _, rows, width in seen}
     results = {r.handle: r for r in done + drain(grown)}
     assert len({rows for rows, _ in sizes}) > 2 and len({width for _, width in sizes}) > 1
-    assert engine.near_ties <= 3
-    assert differing(base, [results[h] for h in handles]) <= engine.near_ties
+    assert near_ties <= 3
+    assert differing(base, [results[h] for h in handles]) <= near_ties
     for a, handle in zip(base, handles):
         if a.token_ids == results[handle].token_ids:
             assert a.logps == pytest.approx(results[handle].logps, abs=1e-4)
@@ -308,7 +327,7 @@ def watched(engine: InlineEngine) -> Iterator[list[tuple[int, int, int]]]:
 @pytest.mark.parametrize("bound", [57, 64, 100, 200, 333, 5000])
 def test_the_cache_never_exceeds_its_bound(trained_model: PreTrainedModel, bound: int) -> None:
     engine = InlineEngine(trained_model, max_cache_tokens=bound)
-    asked = requests()
+    asked = requests(16)
     with watched(engine) as seen:
         results = generate(engine, asked)
     assert all(r.token_ids for r in results)
@@ -337,10 +356,10 @@ def test_waiting_requests_enter_as_others_leave(trained_model: PreTrainedModel) 
 # --- interruptions ---
 
 
-def test_an_aborted_request_goes_on_as_if_nothing_had_been(trained_model: PreTrainedModel) -> None:
-    asked = requests()
-    engine = InlineEngine(trained_model, count_near_ties=True)
-    base = generate(engine, asked)
+def test_an_aborted_request_goes_on_as_if_nothing_had_been(
+    trained_model: PreTrainedModel, undisturbed: tuple[list[Result], int]
+) -> None:
+    asked, (base, near_ties) = requests(), undisturbed
     interrupted = InlineEngine(trained_model, max_cache_tokens=1500)
     handles, done = run_until_short_one_ends(interrupted, asked, steps=7)
     parts = {r.handle: r for r in [*done, *interrupted.abort(handles)]}
@@ -357,18 +376,19 @@ def test_an_aborted_request_goes_on_as_if_nothing_had_been(trained_model: PreTra
         assert len(first.logps) == len(first.token_ids)
         tokens, logps = first.token_ids + second.token_ids, first.logps + second.logps
         joined[i] = replace(base[i], token_ids=tokens, logps=logps, finish_reason=second.finish_reason)
-    assert engine.near_ties <= 3
-    assert differing(base, [joined[i] for i in range(len(base))]) <= engine.near_ties
+    assert near_ties <= 3
+    assert differing(base, [joined[i] for i in range(len(base))]) <= near_ties
     for i in aborted:
         if joined[i].token_ids == base[i].token_ids:
             assert joined[i].finish_reason == base[i].finish_reason
             assert joined[i].logps == pytest.approx(base[i].logps, abs=1e-4)
 
 
-def test_aborting_some_leaves_the_others_alone(trained_model: PreTrainedModel) -> None:
-    asked = requests()
+def test_aborting_some_leaves_the_others_alone(
+    trained_model: PreTrainedModel, undisturbed: tuple[list[Result], int]
+) -> None:
+    asked, (base, _) = requests(), undisturbed
     engine = InlineEngine(trained_model, count_near_ties=True)
-    base = generate(engine, asked)
     handles, done = run_until_short_one_ends(engine, asked, steps=5)
     ties = engine.near_ties
     gone = engine.abort(handles[::2])
