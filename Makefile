@@ -52,8 +52,8 @@ test-vllm: $(VLLM_READY)  ## the tests that need vLLM
 test-sglang: $(SGLANG_READY)  ## the tests that need SGLang
 	$(SINGLE_THREAD) $(SGLANG_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 20 tests/rollout -m sglang
 
-test-oldest: $(OLDEST_READY)  ## models, engines and generation on the oldest supported transformers
-	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations 20 tests/models tests/engines tests/rollout tests/data tests/chat -m "not slow and not vllm and not sglang and not gpu"
+test-oldest: $(OLDEST_READY)  ## what depends on transformers, with the oldest supported one
+	$(SINGLE_THREAD) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations 20 $$($(OLDEST_VENV)/bin/python tests/oldest.py) -m "not slow and not vllm and not sglang and not gpu"
 
 test-gpu: $(DEV_READY)  ## what only a GPU can run; install a CUDA build of torch first (TORCH=..., TORCH_INDEX_URL=...)
 	$(BIN)/python -m pytest tests/gpu -m gpu

@@ -66,6 +66,16 @@ def start(arguments: list[str], folder: Path, **environment: str) -> Command:
     return Command(arguments, folder, environment)
 
 
+def run(arguments: list[str], folder: Path, seconds: float = 250, **environment: str) -> Command:
+    """Runs `hybridflow ARGUMENTS` to its end."""
+    command = start(arguments, folder, **environment)
+    try:
+        command.wait(seconds)
+    finally:
+        command.kill()
+    return command
+
+
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": f"{SRC}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 
 from hybridflow.checkpoint.store import saved_steps
 
+import commands
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 
 Output = pytest.CaptureFixture[str]
@@ -72,12 +70,8 @@ def test_a_run_killed_while_ranks_write_ends_bit_identical(tmp_path: Path, capsy
     configs = [configuration(folder, **sections) for folder in folders]
     arguments = ["checkpoint.every=1", ASYNCHRONOUS]
     succeed(capsys, "train", configs[0], *arguments)
-    killed = subprocess.run(
-        [sys.executable, "-m", "hybridflow", "train", configs[1], *arguments],
-        env=os.environ | {"HYBRIDFLOW_FAULT": "kill@step2:save"},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = commands.run(["train", configs[1], *arguments], folders[1], HYBRIDFLOW_FAULT="kill@step2:save")
+    assert killed.status == -signal.SIGKILL, killed.complained
     assert saved_steps(folders[1] / "run/checkpoints") == [1]
     succeed(capsys, "train", configs[1], *arguments)
     assert_same_tensors(*(f / "run/model/model.safetensors" for f in folders))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from hybridflow.checkpoint.store import read_checkpoint, saved_steps, step_folde
 from hybridflow.cli.main import main
 from hybridflow.tracking.events import read_events
 
+import commands
 from runs import configuration, metrics, mistake, succeed
 
 Output = pytest.CaptureFixture[str]
@@ -82,12 +80,8 @@ def test_a_run_killed_while_a_checkpoint_is_written_ends_bit_identical(
     configs = [configuration(folder, command, train={"steps": 4}) for folder in folders]
     arguments = ["checkpoint.every=1", ASYNCHRONOUS]
     succeed(capsys, command, configs[0], *arguments)
-    killed = subprocess.run(
-        [sys.executable, "-m", "hybridflow", command, configs[1], *arguments],
-        env=os.environ | {"HYBRIDFLOW_FAULT": "kill@step3:save"},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = commands.run([command, configs[1], *arguments], folders[1], HYBRIDFLOW_FAULT="kill@step3:save")
+    assert killed.status == -signal.SIGKILL, killed.complained
     checkpoints = folders[1] / "run/checkpoints"
     assert saved_steps(checkpoints) == [1, 2] and (checkpoints / ".partial-step-000003").is_dir()
     assert metrics(folders[1] / "run")[-1]["step"] >= 3, "the step had gone on while its checkpoint was written"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from hybridflow.config.locate import load_function
 from hybridflow.config.sections.run import CheckpointSection
 from hybridflow.runs.best import best_of, better
 
+import commands
 from runs import assert_same_tensors, configuration, metrics, mistake, succeed
 from tiny import CARRY
 
@@ -131,9 +129,8 @@ def test_a_killed_run_finds_the_same_best(fault: str, tmp_path: Path, capsys: Ou
         (tmp_path / name).mkdir()
     whole, killed = (configuration(tmp_path / name) for name in ("whole", "killed"))
     succeed(capsys, "train", whole, *SETTINGS, "train.steps=5")
-    command = [sys.executable, "-m", "hybridflow", "train", killed, *SETTINGS, "train.steps=5"]
-    faulty = os.environ | {"HYBRIDFLOW_FAULT": f"kill@{fault}"}
-    assert subprocess.run(command, env=faulty, capture_output=True).returncode == -signal.SIGKILL
+    arguments = ["train", killed, *SETTINGS, "train.steps=5"]
+    assert commands.run(arguments, tmp_path, HYBRIDFLOW_FAULT=f"kill@{fault}").status == -signal.SIGKILL
     succeed(capsys, "train", killed, *SETTINGS, "train.steps=5")
     runs = [tmp_path / name / "run" for name in ("whole", "killed")]
     assert named(runs[0])["step"] == 2

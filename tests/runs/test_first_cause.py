@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hybridflow.cli.main import main
+
+import commands
 from runs import assert_same_tensors, configuration
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ PHASES = {
 }
 
 
-def start(folder: Path, fault: str = "", **sections: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hybridflow", "train", configuration(folder, **SECTIONS | sections)]
-    environment = os.environ | {"HYBRIDFLOW_FAULT": fault, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def start(folder: Path, fault: str) -> commands.Command:
+    """A run that ends; every process that it starts has the folder in its environment."""
+    marks = {"HYBRIDFLOW_FAULT": fault, "HYBRIDFLOW_TEST_FOLDER": str(folder)}
+    return commands.run(["train", configuration(folder, **SECTIONS)], folder, 120, **marks)
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -55,20 +55,18 @@ def left_behind(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    done = start(folder)
-    assert done.returncode == 0, done.stderr
+    assert main(["train", configuration(folder, **SECTIONS)]) == 0
     return folder / "run"
 
 
 @pytest.mark.parametrize(("role", "method"), [(role, method) for role in PHASES for method in PHASES[role]])
 def test_a_killed_process_is_named_and_the_run_goes_on(
-    role: str, method: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    role: str, method: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HYBRIDFLOW_TEST_FOLDER", str(tmp_path))  # marks every process of this run
     failed = start(tmp_path, f"kill:{role}.1@step2:{method}")
     assert time.time() - (tmp_path / "run/metrics.jsonl").stat().st_mtime < 60  # since the first step was done
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    report = failed.stderr[failed.stderr.index("error: ") :]
+    assert failed.status == 1 and "Traceback" not in failed.complained
+    report = failed.complained[failed.complained.index("error: ") :]
     for part in (
         f"{role}.1",
         "killed by signal 9",
@@ -82,7 +80,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on(
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert any(e["kind"] == "failure" and "killed by signal 9" in e["text"] for e in events)
     assert left_behind(tmp_path) == []
-    assert start(tmp_path).returncode == 0
+    assert main(["train", configuration(tmp_path, **SECTIONS)]) == 0
     assert_same_tensors(tmp_path / "run/model/model.safetensors", uninterrupted / "model/model.safetensors")
 
 
@@ -95,19 +93,17 @@ def test_a_killed_process_is_named_and_the_run_goes_on(
         ("oom:actor.0@step2:update", ["actor.0", "memory", "tokens_per_microbatch"]),
     ],
 )
-def test_the_first_cause_is_told(fault: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDFLOW_TEST_FOLDER", str(tmp_path))
+def test_the_first_cause_is_told(fault: str, said: list[str], tmp_path: Path) -> None:
     failed = start(tmp_path, fault)
-    report = failed.stderr[failed.stderr.index("error: ") :]
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    report = failed.complained[failed.complained.index("error: ") :]
+    assert failed.status == 1 and "Traceback" not in failed.complained
     for part in said:
         assert part in report, report
     assert left_behind(tmp_path) == []
 
 
-def test_a_killed_controller_leaves_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDFLOW_TEST_FOLDER", str(tmp_path))
-    assert start(tmp_path, "kill@step2:update").returncode == -9
+def test_a_killed_controller_leaves_no_worker(tmp_path: Path) -> None:
+    assert start(tmp_path, "kill@step2:update").status == -9
     until = time.monotonic() + 20
     while left_behind(tmp_path) and time.monotonic() < until:
         time.sleep(0.2)
@@ -117,12 +113,10 @@ def test_a_killed_controller_leaves_no_worker(tmp_path: Path, monkeypatch: pytes
 def test_two_runs_at_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    commands = [
-        [sys.executable, "-m", "hybridflow", "train", configuration(tmp_path / name, **SECTIONS)]
+    both = [
+        commands.start(["train", configuration(tmp_path / name, **SECTIONS)], tmp_path / name)
         for name in ("one", "two")
     ]
-    both = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for command in both:
+        assert command.wait(120) == 0, command.complained
     assert_same_tensors(*(tmp_path / name / "run/model/model.safetensors" for name in ("one", "two")))

@@ -71,14 +71,9 @@ def run(folder: Path, command: str, fault: str | None = None, *, more: str = "")
     (folder / "reward.py").write_text(TASK)
     template = RL_CONFIG if command == "train" else SFT_CONFIG
     (folder / "config.yaml").write_text(template.format(folder=folder, task=CARRY, steps=STEPS) + more)
-    started = commands.start([command, str(folder / "config.yaml")], folder, HYBRIDFLOW_FAULT=fault or "")
-    try:
-        status = started.wait(250)
-    finally:
-        started.kill()
-    if status not in (0, -signal.SIGKILL):
-        pytest.fail(f"exit {status}\n{started.said}\n{started.complained}")
-    return status
+    done = commands.run([command, str(folder / "config.yaml")], folder, HYBRIDFLOW_FAULT=fault or "")
+    assert done.status in (0, -signal.SIGKILL), f"exit {done.status}\n{done.said}\n{done.complained}"
+    return done.status
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
