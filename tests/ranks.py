@@ -119,7 +119,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    # A server of forks that a pool has started first holds this signal back, and the end of the tests would wait for us.
+    # A server of forks that a pool has started holds this signal back, and the end of the tests would wait for us.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), size)
