@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Set
+from collections.abc import Callable, Generator, Iterator, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.special_tokens import reader
 from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
-from hybridflow.commands.trial import try_reward
+from hybridflow.commands.trial import lacking_components, try_reward
 from hybridflow.commands.verl_defaults import differences_from_verl, is_verl_row
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import kind_for
@@ -71,13 +72,14 @@ def check_rl(config: RlConfig) -> Iterator[str]:
     yield from _check_own_functions(config)
     yield from check_companions(config, tokenizer)
     assert config.data.train is not None
-    prompts, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training")
+    lacking = partial(lacking_components, config)
+    prompts, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training", lacking)
     yield from _advise_on_tokens(config, model, tokenizer, prompts)
     if is_verl_row(prompts.data.rows[0]):
         yield from (f"  {line}" for line in differences_from_verl(config))
     prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
     if config.data.eval is not None:
-        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", seen)
+        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", lacking, seen)
         measured = yield from _check_evaluation(config, model, tokenizer)
         best = config.checkpoint.best
         if best is not None and best not in measured:
@@ -158,6 +160,7 @@ def _check_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     purpose: str,
+    lacking: Callable[[set[str]], UserError | None] = lambda components: None,
     trained: Set[int] = frozenset(),
 ) -> Generator[str, None, tuple[PromptSet, set[int]]]:
     """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
@@ -184,7 +187,7 @@ def _check_prompts(
         )
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
     ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
-    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS)
+    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS, lacking)
     return prompts, set(texts)
 
 

@@ -23,7 +23,13 @@ SHOWN = 60  # characters of an answer
 Read = Callable[[str], str]
 
 
-def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, rows: int) -> Iterator[str]:
+def try_reward(
+    config: RlConfig | EvalConfig,
+    prompts: PromptSet,
+    read: Read,
+    rows: int,
+    lacking: Callable[[set[str]], UserError | None] = lambda components: None,
+) -> Iterator[str]:
     """Scores the ground truth of the first row of every data source; where that is worth no more than an empty answer,
     other forms of it too, and says which is worth most.
 
@@ -32,6 +38,7 @@ def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, ro
         prompts: the rows.
         read: what a reward sees of an answer with this text.
         rows: among how many of them the first of each source is looked for.
+        lacking: what to say where the components that the reward returned are not all that the run reads.
 
     Raises:
         UserError: the reward fails on the ground truth, or returns no components that the configuration names.
@@ -60,12 +67,12 @@ def try_reward(config: RlConfig | EvalConfig, prompts: PromptSet, read: Read, ro
                 f"scores {total(score):g}{more}"
             )
             yield from _other_forms(grader, prompt, read, total(score))
-        if isinstance(config, RlConfig) and _lacking(config, components) is not None:
+        if lacking(components) is not None:
             for prompt in first:  # an answer may lack what others have
                 scores = _scores(grader, prompt, [read(text) for text in ["", *_forms(prompt)]])
                 components |= {name for score in scores for name in score.components}
-            if (lacking := _lacking(config, components)) is not None:
-                raise lacking
+            if (mistake := lacking(components)) is not None:
+                raise mistake
 
 
 def reward_name(config: RlConfig | EvalConfig) -> str:
@@ -114,7 +121,7 @@ def _as_answer(ground_truth: object) -> str:
     return ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=str)
 
 
-def _lacking(config: RlConfig, found: set[str]) -> UserError | None:
+def lacking_components(config: RlConfig, found: set[str]) -> UserError | None:
     """What to say where a configuration names a component that the reward never returned."""
     a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
     if needs.needs_components and not found:

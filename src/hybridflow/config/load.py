@@ -25,7 +25,7 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
     """Reads a YAML file, applies overrides such as ``optim.lr=1e-4`` and validates the whole.
 
     Args:
-        kind: RlConfig, SftConfig or EvalConfig.
+        kind: the class of the configuration.
         path: the YAML file.
         overrides: ``dotted.key=value``, see `overrides`; they win over the file.
 

@@ -9,7 +9,7 @@ from typing import Any
 from hybridflow.checkpoint.run_folder import changed_settings, exported_step
 from hybridflow.checkpoint.store import saved_steps
 from hybridflow.config.kinds.registry import TrainingConfig, kind_for
-from hybridflow.config.sections.run import LengthSection
+from hybridflow.config.sections.train import LengthSection
 from hybridflow.errors import UserError
 
 CHANGES = 10  # that are named

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hybridflow.config.sections.engine import EngineSection
     from hybridflow.config.sections.model import ModelSection
     from hybridflow.config.sections.placement import PlacementSection
-    from hybridflow.config.sections.run import CheckpointSection, LengthSection, RunSection, TrackSection
+    from hybridflow.config.sections.run import CheckpointSection, RunSection, TrackSection
+    from hybridflow.config.sections.train import LengthSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from hybridflow.config.paths import FunctionName, ReadPath
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import Sources
-from hybridflow.config.sections.run import LengthSection
+from hybridflow.config.sections.train import LengthSection
 
 
 class PreferenceDataSection(Section):

@@ -1,18 +1,13 @@
-"""The typed sections of a run's configuration. Importable without torch.
-
-Sizes say their unit in their name and are never per device: `prompts_per_step` prompts are drawn for a step,
-each is answered `samples_per_prompt` times, and one optimizer step takes `sequences_per_update` of those answers.
-"""
+"""The sections that say where a run lives, what it keeps, and where its records go."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal
 
 from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    model_validator,
 )
 
 from hybridflow.config.paths import WrittenPath
@@ -38,27 +33,6 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda", "npu"] = Field(
         "auto", description="Where models run; auto takes an accelerator if any. cuda is AMD's ROCm too."
     )
-
-
-class LengthSection(Section):
-    """How long a run is: the section ``train`` of every kind of run that trains goes on from it."""
-
-    ends: ClassVar[tuple[str, ...]] = ("steps", "epochs")  # the keys that decide where the run ends
-
-    steps: PositiveInt | None = Field(None, description="Steps of the run. Give this or train.epochs.")
-    epochs: PositiveInt | None = Field(None, description="Passes over the training rows, instead of train.steps.")
-
-    @property
-    def longer(self) -> str:
-        """What makes the run longer, as an advice."""
-        return "raise train.steps (or train.epochs)"
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            given = "both are" if self.steps else "neither is"
-            raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
-        return self
 
 
 class CheckpointSection(Section):

@@ -1,12 +1,37 @@
-"""The sections that say how much is generated and trained on."""
+"""The sections that say how much is generated and trained on.
+
+Sizes say their unit in their name and are never per device: `prompts_per_step` prompts are drawn for a step, each is
+answered `samples_per_prompt` times, and one optimizer step takes `sequences_per_update` of those answers.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
-from hybridflow.config.sections.run import LengthSection
+from hybridflow.config.sections.base import Section
+
+
+class LengthSection(Section):
+    """How long a run is: the section ``train`` of every kind of run that trains goes on from it."""
+
+    ends: ClassVar[tuple[str, ...]] = ("steps", "epochs")  # the keys that decide where the run ends
+
+    steps: PositiveInt | None = Field(None, description="Steps of the run. Give this or train.epochs.")
+    epochs: PositiveInt | None = Field(None, description="Passes over the training rows, instead of train.steps.")
+
+    @property
+    def longer(self) -> str:
+        """What makes the run longer, as an advice."""
+        return "raise train.steps (or train.epochs)"
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            given = "both are" if self.steps else "neither is"
+            raise ValueError(f"give train.steps or train.epochs, one of them; {given} given")
+        return self
 
 
 class RlTrainSection(LengthSection):
