@@ -21,6 +21,7 @@ from hybridflow.config.paths import home
 from hybridflow.config.sections.placement import resolved_placement
 from hybridflow.controller.backends.forking import start_server
 from hybridflow.errors import UserError, nearest, typed
+from hybridflow.placing.preload import PRELOAD
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Parser]
@@ -259,7 +260,7 @@ def _loads(kind: Kind, given: argparse.Namespace) -> bool:
 def _train(given: argparse.Namespace) -> int:
     config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
     if resolved_placement(config.placement).backend == "processes":
-        start_server()  # it imports torch for all processes while this one does
+        start_server(PRELOAD)  # it imports torch for all processes while this one does
     from hybridflow.commands.train import start
 
     return start(config, again=given.again)

@@ -15,7 +15,6 @@ from hybridflow.config.checks.placement import check_placement, engines_of, in_p
 from hybridflow.config.kinds.registry import TrainingConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.placement import PlacementSection, resolved_placement
-from hybridflow.controller.backends.forking import MODELS
 from hybridflow.controller.backends.torchrun import serve
 from hybridflow.controller.cluster import Cluster
 from hybridflow.controller.group import WorkerGroup
@@ -28,6 +27,7 @@ from hybridflow.placing.build import local_engine, local_reference
 from hybridflow.placing.generation import inline_engine, own_engine
 from hybridflow.placing.group_engine import GroupEngine, GroupScorer
 from hybridflow.placing.group_rollout import GroupRollout
+from hybridflow.placing.preload import PRELOAD
 from hybridflow.placing.role import Role
 from hybridflow.placing.rollout_worker import RolloutWorker
 from hybridflow.placing.train_worker import EngineWorker, ScoringWorker
@@ -60,7 +60,7 @@ class Places:
                 self.placement,
                 device=self.device,
                 threads=config.run.threads,
-                preload=MODELS,
+                preload=PRELOAD,
                 events=events,
             )
 

@@ -13,10 +13,8 @@ from typing import Any
 
 from hybridflow.sockets import socket_parent
 
-MODELS = ("hybridflow.placing.train_worker",)  # what processes with models need
 
-
-def start_server(preload: Sequence[str] = MODELS) -> ForkServerContext:
+def start_server(preload: Sequence[str]) -> ForkServerContext:
     """Starts it, where it does not run yet, and returns at once.
 
     Args:
