@@ -14,9 +14,8 @@ from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import _NAMES, meaning, unknown_name
 from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import explain, explanation_lines, kind_of
-from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.pieces.presets import METHODS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES
-from hybridflow.config.presets import METHODS
 from hybridflow.errors import UserError
 
 from tiny import CARRY

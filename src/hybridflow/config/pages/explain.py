@@ -14,9 +14,8 @@ from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import meaning
 from hybridflow.config.pages.describe import Key, keys_of
-from hybridflow.config.pieces.presets import CORRECTIONS, PRESETS
+from hybridflow.config.pieces.presets import CORRECTIONS, METHODS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
-from hybridflow.config.presets import METHODS
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.choices import sections_in
 from hybridflow.config.sections.rewards import REWARDS, SPECIAL
