@@ -11,9 +11,8 @@ from pathlib import Path
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.checkpoint.artifacts import export_engine
-from hybridflow.config.checks.placement import check_placement, engines_of, in_pool
+from hybridflow.config.checks.placement import check_placement, in_pool
 from hybridflow.config.kinds.registry import TrainingConfig
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.placement import PlacementSection, resolved_placement
 from hybridflow.controller.backends.torchrun import serve
 from hybridflow.controller.cluster import Cluster
@@ -48,10 +47,10 @@ class Places:
 
     def __init__(self, config: TrainingConfig, events: Callable[[str, str], None]) -> None:
         self.placement, self.device = resolved_placement(config.placement), config.run.device
-        self.events = events
+        self.roles, self.events = config.roles(), events
         self._beside = ExitStack()
         try:  # the sections were checked without what the environment decides
-            check_placement(config.model_copy(update={"placement": self.placement}))
+            check_placement(self.placement, self.roles, packing=config.model.packing)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.cluster: Cluster | None = None
@@ -113,18 +112,18 @@ class Places:
         return GroupScorer(self._group(role, ScoringWorker))
 
     def rollout(
-        self, config: RlConfig, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
+        self, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> RolloutEngine:
         """The generation engine of ``rollout.engine``.
 
         Args:
-            config: the configuration.
             role: the actor's.
             actor: whose weights it will sample with.
             tokenizer: reads answers, where they end by their text.
             folder: the run's.
         """
-        r = config.rollout
+        r = self.roles.rollout
+        assert r is not None
         start = None
         if r.engine != "inline" and not (r.mode == "server" and r.servers):
             # These engines start from a folder; its weights are replaced by the first publication.
@@ -141,16 +140,17 @@ class Places:
             return inline_engine(actor.model, tokenizer, r, same_memory=True)
         return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
 
-    def rollout_sleeps(self, config: RlConfig) -> bool:
+    def rollout_sleeps(self) -> bool:
         """Whether the generation engine shares devices with models, and rests while they work: ``rollout.sleep``."""
-        r = config.rollout
+        r = self.roles.rollout
+        assert r is not None
         if r.sleep != "auto":
             return r.sleep == "always"
         if r.engine == "inline" or r.mode == "server" or kind_of(self.device) is CPU:
             return False
         if not in_pool(self.placement, r):
             return True  # beside the controller, on the device that a pool's first process has too
-        return self.placement.pool_of("rollout") in {self.placement.pool_of(role) for _, role, _ in engines_of(config)}
+        return self.placement.pool_of("rollout") in {self.placement.pool_of(m.role) for m in self.roles.models}
 
     def _group(self, role: Role, cls: type) -> WorkerGroup:
         assert self.cluster is not None
@@ -162,19 +162,19 @@ class Places:
 
 def describe_placement(config: TrainingConfig) -> Iterator[str]:
     """Says which model is in which pool, before anything starts."""
-    placement = resolved_placement(config.placement)
+    placement, roles = resolved_placement(config.placement), config.roles()
     if placement.backend == "ray":
         importlib.import_module("hybridflow.controller.backends.ray")  # refused where Ray is not installed
     cut: dict[str, list[str]] = {pool: [] for pool in placement.pools}
-    for _, role, engine in engines_of(config):
-        pool = placement.pool_of(role)
+    for model in roles.models:
+        engine, pool = model.engine, placement.pool_of(model.role)
         if pool is not None:
             if engine.strategy != "local":
                 check_degrees(placement.pools[pool], engine)
             ulysses = f" x Ulysses {engine.sequence_parallel}" if engine.sequence_parallel > 1 else ""
-            cut[pool].append(f"{role} ({engine.strategy}{ulysses})")
-    if isinstance(config, RlConfig) and in_pool(placement, config.rollout):
-        cut[placement.pool_of("rollout") or ""].append(f"rollout ({config.rollout.engine})")
+            cut[pool].append(f"{model.role} ({engine.strategy}{ulysses})")
+    if roles.rollout is not None and in_pool(placement, roles.rollout):
+        cut[placement.pool_of("rollout") or ""].append(f"rollout ({roles.rollout.engine})")
     for pool, models in cut.items():
         size = placement.pools[pool]
         yield f"pool {pool}: {size} process{'es' * (size > 1)} ({placement.backend}): {', '.join(models) or 'nothing'}"

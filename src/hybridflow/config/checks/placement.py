@@ -2,57 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from hybridflow.config.sections.engine import EngineSection
 from hybridflow.config.sections.placement import PlacementSection, started_by_torchrun
-
-if TYPE_CHECKING:  # the sections check themselves with this file
-    from hybridflow.config.kinds.registry import TrainingConfig
-    from hybridflow.config.sections.rewards import RewardModelSection
-    from hybridflow.config.sections.rollout import RolloutSection
+from hybridflow.config.sections.rollout import RolloutSection
 
 
-def check_placement(config: TrainingConfig) -> None:
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model that a run computes.
+
+    Args:
+        role: what it is for.
+        engine: how it is cut.
+        key: of that section.
+    """
+
+    role: str
+    engine: EngineSection
+    key: str = "engine"
+
+
+@dataclass(frozen=True)
+class RolesOfRun:
+    """The models of a run, as its configuration says.
+
+    Args:
+        models: those that are computed.
+        of_actor: roles that the actor's own model has besides, and why they are in its pool.
+        rollout: how answers are generated, where they are.
+    """
+
+    models: tuple[PlacedModel, ...]
+    of_actor: Mapping[str, str] = field(default_factory=dict)
+    rollout: RolloutSection | None = None
+
+
+def check_placement(placement: PlacementSection, roles: RolesOfRun, *, packing: bool) -> None:
     """Holds the pools, and how each model is cut over them, together.
+
+    Args:
+        placement: the pools, and which roles are in which.
+        roles: the models of the run.
+        packing: whether sequences are packed (``model.packing``).
 
     Raises:
         ValueError: a pool has another size than a model needs; all that is wrong is told at once.
     """
-    problems = [p for key, role, engine in engines_of(config) for p in _engine_in_pool(config, key, role, engine)]
-    p, rollout = config.placement, getattr(config, "rollout", None)
-    critic = getattr(config, "critic", None)
-    if critic is not None and critic.shared_trunk and p.pool_of("critic") != p.pool_of("actor"):
-        problems.append(
-            "critic.shared_trunk: the critic is the actor's own model, so placement.roles puts both in one pool"
-        )
-    adapters = config.model.lora is not None and getattr(config.model, "reference", None) is None
-    if adapters and rollout is not None and p.pool_of("reference") != p.pool_of("actor"):
-        problems.append(
-            "model.lora: the reference is the actor with its adapters switched off, so placement.roles puts both in "
-            "one pool; or name model.reference"
-        )
+    problems = [problem for model in roles.models for problem in _engine_in_pool(placement, model)]
+    problems += [why for role, why in roles.of_actor.items() if placement.pool_of(role) != placement.pool_of("actor")]
+    known = {model.role for model in roles.models} | roles.of_actor.keys()
+    if roles.rollout is not None and in_pool(placement, roles.rollout):
+        known.add("rollout")
     problems += [
         f"placement.roles names {role}, and there is none in this run: leave it out"
-        for role in sorted(p.roles.keys() - _roles_of(config))
+        for role in sorted(placement.roles.keys() - known)
     ]
-    problems += _rollout_problems(config)
+    if placement.transport == "files" and placement.folder is None:
+        problems.append("placement.transport is files: name placement.folder, which all processes reach")
+    if roles.rollout is not None:
+        problems += _rollout_problems(placement, roles.rollout, roles.models)
     problems += [
-        f"{key}.sequence_parallel is {engine.sequence_parallel}, but with model.packing=false sequences are padded, "
-        "and padded tokens cannot be shared: leave one of them out"
-        for key, _, engine in engines_of(config)
-        if engine.sequence_parallel > 1 and not config.model.packing
+        f"{model.key}.sequence_parallel is {model.engine.sequence_parallel}, but with model.packing=false sequences "
+        "are padded, and padded tokens cannot be shared: leave one of them out"
+        for model in roles.models
+        if model.engine.sequence_parallel > 1 and not packing
     ]
     if problems:
         raise ValueError("; ".join(problems))
 
 
-def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
-    p, r = config.placement, getattr(config, "rollout", None)
-    if p.transport == "files" and p.folder is None:
-        yield "placement.transport is files: name placement.folder, which all processes reach"
-    if r is None or r.engine == "inline" or "rollout" not in p.roles:
+def _rollout_problems(p: PlacementSection, r: RolloutSection, models: tuple[PlacedModel, ...]) -> Iterator[str]:
+    if r.engine == "inline" or "rollout" not in p.roles:
         return
     pool = p.roles["rollout"]
     if (r.engine, r.mode) != ("vllm", "in_process"):
@@ -60,30 +83,11 @@ def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
             f"placement.roles puts rollout into pool {pool!r}, but rollout.engine {r.engine} in rollout.mode {r.mode} "
             "has processes of its own: leave rollout out of placement.roles"
         )
-    elif any(p.pool_of(role) == pool and engine.strategy != "local" for _, role, engine in engines_of(config)):
+    elif any(p.pool_of(model.role) == pool and model.engine.strategy != "local" for model in models):
         yield (
             f"pool {pool!r} has both vLLM and a sharded model, and either wants torch.distributed for itself: give "
             "rollout a pool of its own, or set rollout.mode=workers and leave rollout out of placement.roles"
         )
-
-
-def _roles_of(config: TrainingConfig) -> set[str]:
-    """The roles that live in pools."""
-    algorithm, rollout = getattr(config, "algorithm", None), getattr(config, "rollout", None)
-    found = {
-        "actor": True,
-        "critic": getattr(config, "critic", None) is not None,
-        "reference": algorithm is not None and algorithm.needs_reference,
-        "reward": reward_model_of(config) is not None,
-        "rollout": rollout is not None and in_pool(config.placement, rollout),
-    }
-    return {role for role, there in found.items() if there}
-
-
-def reward_model_of(config: TrainingConfig) -> RewardModelSection | None:
-    """The section of the reward model, where the run has one."""
-    reward = getattr(config, "reward", None)
-    return None if reward is None else reward.model
 
 
 def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
@@ -97,24 +101,9 @@ def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
     return rollout.engine == "inline" or "rollout" in placement.roles
 
 
-def engines_of(config: TrainingConfig) -> Iterator[tuple[str, str, EngineSection]]:
-    """The models that are computed: the key of each one's section, its role, and the section."""
-    yield "engine", "actor", config.engine
-    critic = getattr(config, "critic", None)
-    if critic is not None and not critic.shared_trunk:
-        yield ("engine" if critic.engine is None else "critic.engine"), "critic", critic.engine or config.engine
-    algorithm = getattr(config, "algorithm", None)
-    adapters_off = config.model.lora is not None and getattr(config.model, "reference", None) is None
-    if algorithm is not None and algorithm.needs_reference and not adapters_off:
-        own = getattr(config.model, "reference_engine", None)
-        yield ("engine" if own is None else "model.reference_engine"), "reference", own or config.engine
-    model = reward_model_of(config)
-    if model is not None:
-        yield ("engine" if model.engine is None else "reward.model.engine"), "reward", model.engine or config.engine
-
-
-def _engine_in_pool(config: TrainingConfig, key: str, role: str, engine: EngineSection) -> Iterator[str]:
-    pool = config.placement.pool_of(role)
+def _engine_in_pool(placement: PlacementSection, model: PlacedModel) -> Iterator[str]:
+    key, role, engine = model.key, model.role, model.engine
+    pool = placement.pool_of(role)
     if pool is None:
         if engine.strategy != "local" and not started_by_torchrun():
             yield (
@@ -122,7 +111,7 @@ def _engine_in_pool(config: TrainingConfig, key: str, role: str, engine: EngineS
                 "as {all: 2}"
             )
         return
-    size = config.placement.pools[pool]
+    size = placement.pools[pool]
     where = f"pool {pool!r} of the {role} has {size} process{'es' * (size > 1)}"
     if engine.strategy == "local":
         if size > 1:

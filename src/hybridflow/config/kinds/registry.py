@@ -7,7 +7,7 @@ are named, not imported: a configuration is read, and its mistakes are told, bef
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ from hybridflow.config.kinds.starters import Starter
 from hybridflow.config.sections.base import Section
 
 if TYPE_CHECKING:
+    from hybridflow.config.checks.placement import RolesOfRun
     from hybridflow.config.sections.engine import EngineSection
     from hybridflow.config.sections.model import ModelSection
     from hybridflow.config.sections.placement import PlacementSection
@@ -99,8 +100,8 @@ class TrainingConfig(Protocol):
     def track(self) -> TrackSection:
         """Where its records go."""
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Any:
-        """A copy with other sections."""
+    def roles(self) -> RolesOfRun:
+        """The models of the run."""
 
     def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
         """Plain values, by section."""

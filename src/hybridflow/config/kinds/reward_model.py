@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from hybridflow.config.checks.placement import check_placement
+from hybridflow.config.checks.placement import PlacedModel, RolesOfRun, check_placement
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.engine import EngineSection, LocalSection
 from hybridflow.config.sections.model import ModelSection
@@ -31,7 +31,7 @@ class RewardModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RewardModelConfig:
         t = self.train
-        check_placement(self)
+        check_placement(self.placement, self.roles(), packing=self.model.packing)
         if self.model.lora is not None:
             raise ValueError("model.lora: a reward model is trained as a whole; leave it out")
         if self.model.liger:
@@ -47,3 +47,7 @@ class RewardModelConfig(Section):
                 f"{self.data.max_tokens + 1} or more, or lower data.max_tokens"
             )
         return self
+
+    def roles(self) -> RolesOfRun:
+        """One model, which is trained."""
+        return RolesOfRun((PlacedModel("actor", self.engine),))

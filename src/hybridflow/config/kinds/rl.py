@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from hybridflow.config.checks.algorithm import check_algorithm
-from hybridflow.config.checks.placement import check_placement
+from hybridflow.config.checks.placement import PlacedModel, RolesOfRun, check_placement
 from hybridflow.config.inherit import inherited
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
@@ -57,7 +57,7 @@ class RlConfig(Section):
                 "compares answers to one prompt: give at least 2"
             )
         check_algorithm(self)
-        check_placement(self)
+        check_placement(self.placement, self.roles(), packing=self.model.packing)
         sequences = t.prompts_per_step * t.samples_per_prompt
         if t.sequences_per_update is not None and sequences % t.sequences_per_update:
             raise ValueError(
@@ -87,3 +87,28 @@ class RlConfig(Section):
         if self.checkpoint.best is not None:
             _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
         return self
+
+    def roles(self) -> RolesOfRun:
+        """The actor, and what stands beside it: critic, reference, reward model, generation."""
+        critic, reward, own = self.critic, self.reward.model, self.model.reference_engine
+        models, of_actor = [PlacedModel("actor", self.engine)], {}
+        if critic is not None and critic.shared_trunk:
+            of_actor["critic"] = (
+                "critic.shared_trunk: the critic is the actor's own model, so placement.roles puts both in one pool"
+            )
+        elif critic is not None:
+            models.append(self._placed("critic", critic.engine, "critic.engine"))
+        if self.algorithm.needs_reference and self.model.lora is not None and self.model.reference is None:
+            of_actor["reference"] = (
+                "model.lora: the reference is the actor with its adapters switched off, so placement.roles puts both "
+                "in one pool; or name model.reference"
+            )
+        elif self.algorithm.needs_reference:
+            models.append(self._placed("reference", own, "model.reference_engine"))
+        if reward is not None:
+            models.append(self._placed("reward", reward.engine, "reward.model.engine"))
+        return RolesOfRun(tuple(models), of_actor, self.rollout)
+
+    def _placed(self, role: str, own: EngineSection | None, key: str) -> PlacedModel:
+        """A model beside the actor, cut as its own section says, or as the actor is."""
+        return PlacedModel(role, self.engine) if own is None else PlacedModel(role, own, key)

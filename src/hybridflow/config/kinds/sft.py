@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from hybridflow.config.checks.placement import check_placement
+from hybridflow.config.checks.placement import PlacedModel, RolesOfRun, check_placement
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import SftDataSection
 from hybridflow.config.sections.engine import EngineSection, LocalSection
@@ -30,7 +30,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SftConfig:
-        check_placement(self)
+        check_placement(self.placement, self.roles(), packing=self.model.packing)
         if self.checkpoint.best is not None:
             raise ValueError(
                 f"checkpoint.best is {self.checkpoint.best}, but supervised fine-tuning measures nothing held out; "
@@ -43,3 +43,7 @@ class SftConfig(Section):
                 "data.max_tokens"
             )
         return self
+
+    def roles(self) -> RolesOfRun:
+        """One model, which is trained."""
+        return RolesOfRun((PlacedModel("actor", self.engine),))

@@ -247,7 +247,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
     )
     role = actor_role(config, steps)
     engine = places.trained(role)
-    rollout = places.rollout(config, role, engine, tokenizer, opened.folder.path)
+    rollout = places.rollout(role, engine, tokenizer, opened.folder.path)
     grader = make_grader(config, places, data_sources(prompts, evaluated), function=reward)
     places.on_close(grader.close)
     trackers = opened.trackers(steps)
@@ -289,7 +289,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
         critic=critic,
         reference=reference,
         publisher=publisher,
-        turn=HandOver(rollout, models, sleeps=places.rollout_sleeps(config)),
+        turn=HandOver(rollout, models, sleeps=places.rollout_sleeps()),
         watches=_watches(config),
         kl=KlController(a.kl_reward_coef, a.kl_target, a.kl_horizon),
     )
