@@ -33,7 +33,7 @@ from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import check_companions
 from hybridflow.placing.generation import describe_engine, training_sampling
 from hybridflow.placing.places import describe_placement
-from hybridflow.placing.role import actor_role, sft_role
+from hybridflow.placing.role import actor_role, longest_sequence, sequences_per_update, sft_role, updates_per_step
 from hybridflow.rollout.inline.engine import require_room
 from hybridflow.rollout.sampling import check_sampling
 from hybridflow.runs.session import total_steps
@@ -137,18 +137,15 @@ def _check_evaluation(
 
 def arithmetic(config: RlConfig, rows: int) -> str:
     """What a step of this run is, in words and numbers, with so many training rows."""
-    t, d, r = config.train, config.data, config.rollout
-    answers = t.prompts_per_step * t.samples_per_prompt
-    size = t.sequences_per_update or answers
-    updates = t.epochs_per_step * (answers // size)
-    longest = d.max_prompt_tokens + r.max_response_tokens
+    t, r = config.train, config.rollout
+    answers, updates = t.prompts_per_step * t.samples_per_prompt, updates_per_step(config)
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
     return (
         f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
         f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
-        f"{size} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the longest possible "
-        f"sequence has {longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
-        f"{steps * answers} answers, {steps * updates} optimizer steps."
+        f"{sequences_per_update(config)} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens "
+        f"(the longest possible sequence has {longest_sequence(config)}). {steps} steps: "
+        f"{steps * t.prompts_per_step} prompts, {steps * answers} answers, {steps * updates} optimizer steps."
         + " Every prompt has a greedy answer besides." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
         + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
     )

@@ -18,6 +18,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.kinds.starters import Starter
 from hybridflow.config.sections.base import Section
+from hybridflow.errors import UserError
 
 if TYPE_CHECKING:
     from hybridflow.config.checks.placement import RolesOfRun
@@ -113,8 +114,19 @@ def _imported(name: str) -> Any:
 
 
 def kind_for(config: Any) -> Kind:
-    """The kind that a configuration is of."""
-    return next(kind for kind in KINDS.values() if kind.config is type(config))
+    """The kind that a configuration is of.
+
+    Raises:
+        UserError: of none.
+    """
+    for kind in KINDS.values():
+        if kind.config is type(config):
+            return kind
+    raise UserError(
+        f"{type(config).__name__} is the configuration of no kind of run",
+        why=f"there are {', '.join(kind.config.__name__ for kind in KINDS.values())}",
+        fix="add a kind to KINDS (hybridflow.config.kinds.registry), or give one of these",
+    )
 
 
 KINDS: dict[str, Kind] = {
