@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridflow.batch import Batch
+from hybridflow.config.sections.algorithm import AlgorithmSection
 
 LENGTHS = [3, 4, 2, 4]
 OLD = [[-1, -0.5, -2], [-0.7, -0.3, -1.2, -0.9], [-0.2, -1.5], [-0.4, -0.8, -0.6, -2.2]]
@@ -11,6 +12,11 @@ VALUE = [[0.1, 0.2, 0.3], [0, 0.1, 0.2, 0.1], [0.4, 0.3], [-0.1, 0, 0.1, 0.2]]
 REF_CHANGE = [[0.02, 0.01, -0.03], [0, 0.05, -0.02, 0.01], [-0.1, 0.1], [0.04, -0.04, 0, 0.2]]
 REWARD = [1.0, 0.0, 0.5, -0.25]
 GROUP = [7, 7, 3, 3]
+
+ALGORITHM = {
+    name: field.get_default(call_default_factory=True) for name, field in AlgorithmSection.model_fields.items()
+}
+"""Every value of every piece of an algorithm, at its default."""
 
 
 def golden_batch() -> Batch:

@@ -24,7 +24,6 @@ from hybridflow.batch import Batch
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.presets import CORRECTIONS
 from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
-from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.trainers.rl.corrections import corrected, old_logp_is, piece_values, rejected, with_current
@@ -32,6 +31,7 @@ from hybridflow.trainers.rl.losses import policy_loss, with_loss, with_weights
 from hybridflow.trainers.rl.shaping import token_rewards
 from linear import WORDS, linear_model
 
+from golden import ALGORITHM
 from on_ranks.engines import Case
 from simulated_ranks import RealRanks, SimulatedRanks
 
@@ -392,7 +392,7 @@ def cut_up(seed: int, *, steps: bool, context: bool) -> Batch:
 
 def assert_same_advantages(name: str, batch: Batch, other: Batch) -> None:
     """The estimator says the same of every token of the batch."""
-    values = AlgorithmSection().model_dump() | {"gamma": 0.9, "lam": 0.8, "lam_critic": 0.7, "length_alpha": 0.5}
+    values = ALGORITHM | {"gamma": 0.9, "lam": 0.8, "lam_critic": 0.7, "length_alpha": 0.5}
     expected = advantage_columns(name, batch, values)
     found = advantage_columns(name, other, values)
     own = other["place_T"] >= 0

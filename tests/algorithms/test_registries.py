@@ -19,7 +19,7 @@ from hybridflow.config.pieces.needs import needs_from
 from hybridflow.config.pieces.presets import PRESETS
 from hybridflow.config.sections.algorithm import AlgorithmSection
 
-from golden import golden_batch
+from golden import ALGORITHM, golden_batch
 
 
 def test_tables_and_registries_have_the_same_keys() -> None:
@@ -92,7 +92,7 @@ def test_the_table_says_what_a_loss_asks_for(name: str) -> None:
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_answers_without_an_advantage_have_no_loss_unless_the_table_says_so(name: str) -> None:
     """Those are left out before the forward pass."""
-    values = AlgorithmSection.model_validate({}).model_dump()
+    values = ALGORITHM
     logp_M = torch.tensor([-1.0, -0.5, -2.0], requires_grad=True)
     columns = {"old_logp_M": logp_M.detach() + torch.tensor([0.3, -0.4, 0.1]), "advantage_M": torch.zeros(3)}
     columns |= {"rollout_logp_M": columns["old_logp_M"] + 0.1, "sequence_M": torch.tensor([0, 0, 1])}
@@ -117,7 +117,7 @@ def test_estimators_that_need_a_critic_give_it_something_to_learn() -> None:
     for name in ("reward_T", "value_T", "old_logp_T", "ref_logp_T", "sum_pi_squared_T"):
         batch[name] = torch.linspace(0, 1, batch.total())
     for name, table in tables.ADVANTAGES.items():
-        columns = advantage_columns(name, batch, AlgorithmSection.model_validate({}).model_dump())
+        columns = advantage_columns(name, batch, ALGORITHM)
         assert ("return_T" in columns) == table.needs_critic
         assert columns["advantage_T"].shape == (batch.total(),)
         assert not columns["advantage_T"][~batch["loss_mask_T"]].any()

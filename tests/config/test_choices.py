@@ -97,3 +97,11 @@ def test_the_page_says_which_choice_has_a_key() -> None:
     assert (keys["rollout.temperature"].where, keys["rollout.engine"].where) == ("", "")
     assert keys["rollout.engine"].type == "`inline` or `vllm` or `sglang`"
     assert keys["reward.judge.url"].default == "unset"
+
+
+def test_a_configuration_is_written_down_with_the_values_of_its_pieces_alone() -> None:
+    given = RL | {"reward": {"function": "gsm8k"}, "algorithm": {"preset": "gspo", "policy_loss": "reinforce"}}
+    config = validate(RlConfig, given)  # the preset's clips are of no use to this loss
+    written = config.model_dump(mode="json")
+    assert written["algorithm"]["normalize_by_std"] is True and not {"clip_low", "gamma"} & written["algorithm"].keys()
+    assert validate(RlConfig, written) == config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridflow.config.sections.engine import EngineSection
+from hybridflow.config.sections.engine import LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
@@ -43,7 +43,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[TrainEngine | RealRanks]:
         yield RealRanks(Case(section=SHARDED), 2)
     else:
         role = Role(
-            name="actor", model=ModelSection(path=f"{CARRY}:tiny_qwen3"), engine=EngineSection(),
+            name="actor", model=ModelSection(path=f"{CARRY}:tiny_qwen3"), engine=LocalSection(),
             optim=OptimSection(lr=1e-3), total_steps=4, tokens_per_microbatch=20, longest=None, seed=0,
         )  # fmt: skip
         cluster = open_cluster(PlacementSection(backend="in_process"), device="cpu")

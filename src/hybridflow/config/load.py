@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from hybridflow.config.names import meaning
 from hybridflow.config.overrides import annotation_at, apply_override
@@ -79,7 +79,7 @@ def validate(
     )
 
 
-def _explain(kind: type[BaseModel], error: dict[str, Any]) -> Iterator[str]:
+def _explain(kind: type[Section], error: dict[str, Any]) -> Iterator[str]:
     sections, chosen, written = _sections_at(kind, error["loc"])
     where = ".".join(written)
     if error["type"] == "extra_forbidden" and sections is not None and written[-1] in sections.fields:
@@ -137,7 +137,7 @@ def _leaves(value: Any, where: str) -> Iterator[str]:
         yield from _leaves(inner, f"{where}.{name}")
 
 
-def _hint(kind: type[BaseModel], sections: Sections | None, last: str, where: str) -> str:
+def _hint(kind: type[Section], sections: Sections | None, last: str, where: str) -> str:
     """What an unknown key is here: a name of another program's, one of ours from another section, or the nearest."""
     every = {key.name: key for key in keys_of(kind)}
     found = meaning(where)
@@ -152,7 +152,7 @@ def _hint(kind: type[BaseModel], sections: Sections | None, last: str, where: st
     return near
 
 
-def _sections_at(kind: type[BaseModel], location: Sequence[Any]) -> tuple[Sections | None, str, list[str]]:
+def _sections_at(kind: type[Section], location: Sequence[Any]) -> tuple[Sections | None, str, list[str]]:
     """The section around a place where something is wrong, the name of its kind, and the place as a user writes it.
 
     pydantic's location names the kind of a section after the section, and a place in a list.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces.needs import needs_of, signature_of
 from hybridflow.config.pieces.presets import PRESETS
-from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, POLICY_LOSSES, STATISTICS
+from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES, USERS, values_taken
+from hybridflow.config.sections.base import either
 
 if TYPE_CHECKING:  # the sections check themselves with this file
     from hybridflow.config.kinds.rl import RlConfig
@@ -58,18 +59,15 @@ def check_algorithm(config: RlConfig) -> None:
 
 def _unread_values(a: AlgorithmSection) -> Iterator[str]:
     """Values that were given and that none of the chosen pieces takes."""
-    read = {*needs_of(a.advantage, ADVANTAGES).values, *needs_of(a.policy_loss, POLICY_LOSSES).values}
-    read |= {*STATISTICS.get(a.policy_loss, ()), *needs_of(a.aggregation, AGGREGATIONS).values}
-    every = {name for table in (ADVANTAGES, POLICY_LOSSES) for needs in table.values() for name in needs.values}
-    every |= {name for values in STATISTICS.values() for name in values}
+    read = values_taken(a.advantage, a.policy_loss, a.aggregation)
     for name in sorted(set(a.values) - read):
         yield f"algorithm.values.{name} is set, but no function of your own takes a keyword-only parameter of that name"
-    for name in sorted(every - read):
+    for name in sorted(USERS.keys() - read):
         value, default = getattr(a, name), type(a).model_fields[name].default
         if value not in (default, PRESETS[a.preset].get(name, default)):
             yield (
                 f"algorithm.{name} is {value}, but neither the {a.advantage} advantage nor the {a.policy_loss} policy "
-                "loss uses it"
+                f"loss uses it (it is for {either(USERS[name])})"
             )
 
 

@@ -20,6 +20,7 @@ from hybridflow.config.inherit import INHERITS
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.paths import PATHS
 from hybridflow.config.pieces.presets import PRESETS
+from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.choices import Sections, sections_in, words
 
 
@@ -69,9 +70,9 @@ hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
   function in a file.
 - Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`. A default
   "as `optim.lr`" is taken from that key of the same run.
-- Where the keys of a section depend on one of them (`rollout.engine`, for example), a meaning begins with the words
-  that a key is for, in italics; of two words the first is that key's. Under another word the key is refused, unless it
-  has its default there, which says nothing.
+- Where keys of a section are of one choice alone (of `rollout.engine`, for example, or of `algorithm.advantage`), their
+  meaning begins with the choices that have them, in italics. Beside another choice such a key is refused, unless it has
+  its default, which says nothing.
 - A run's folder holds its resolved configuration, `config.yaml`. When the run is resumed, these keys must be as they
   were: `run.seed`, `model.path`, `model.reference`, `model.lora`, `critic.path`, `critic.lora`,
   `critic.shared_trunk`, everything in `data`, `train.prompts_per_step` and `train.samples_per_prompt`. Others may
@@ -119,7 +120,7 @@ def _told_by(name: str, sections: Sections) -> str:
 
 
 @functools.cache
-def keys_of(model: type[BaseModel]) -> tuple[Key, ...]:
+def keys_of(model: type[Section]) -> tuple[Key, ...]:
     """All keys of a whole configuration, sections before what is inside them."""
     return tuple(_keys(Sections((model,)), ""))
 

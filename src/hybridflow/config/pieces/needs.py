@@ -7,15 +7,42 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from hybridflow.config.locate import is_function_reference
-from hybridflow.config.pieces.tables import Needs
 from hybridflow.errors import nearest
 
 OUTPUTS = {"old_logp_T": "logp", "sum_pi_squared_T": "sum_pi_squared"}  # columns that the policy has to be asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a piece needs from the run."""
+
+    needs_group: bool = False
+    """several answers to one prompt"""
+    needs_critic: bool = False
+    """values of states, from a critic that it trains"""
+    needs_reference: bool = False
+    """log-probabilities of the reference"""
+    needs_greedy: bool = False
+    """the reward of a greedy answer to every prompt"""
+    needs_components: bool = False
+    """a reward function that returns several numbers by name"""
+    needs_rollout_logp: bool = False
+    """the sampler's log-probabilities beside those of the policy at the start of the step"""
+    outputs: tuple[str, ...] = ()
+    """what the policy is asked for before the step's updates: an extra forward pass"""
+    statistics: bool = False
+    """statistics of the whole mini-batch under the current policy: an extra forward pass per update"""
+    every_answer: bool = False
+    """answers without an advantage have a loss too, so none may be left out"""
+    modes: tuple[str, ...] = ()
+    """the only aggregations that it has a meaning in; empty: any"""
+    values: tuple[str, ...] = ()
+    """the keys of the algorithm section that it takes"""
 
 
 def needs_of(name: str, table: Mapping[str, Needs]) -> Needs:

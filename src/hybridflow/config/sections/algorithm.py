@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.names import unknown_name
 from hybridflow.config.paths import FunctionName
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.presets import CORRECTIONS, PRESETS, REJECTION_LEVELS
-from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
-from hybridflow.config.sections.base import Section
+from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES, USERS, values_taken
+from hybridflow.config.sections.base import Section, either
 from hybridflow.errors import nearest
+
+PIECES = "advantage", "policy_loss", "aggregation"
 
 
 def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, default: str) -> object:
@@ -134,47 +143,47 @@ class AlgorithmSection(Section):
     lam: float = Field(
         1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
     )
-    lam_critic: float = Field(1.0, ge=0, le=1, description="Lambda of the returns that the critic learns (vapo_gae).")
+    lam_critic: float = Field(1.0, ge=0, le=1, description="Lambda of the returns that the critic learns.")
     length_alpha: float | None = Field(
-        None, gt=0, description="Lambda becomes 1 - 1 / (length_alpha x answer length) (vapo_gae); unset: lam."
+        None, gt=0, description="Lambda becomes 1 - 1 / (length_alpha x answer length); unset: lam."
     )
     reward_weights: dict[str, float] | None = Field(
-        None, description="Weight of each reward component, by its name (gdpo); unset: 1 for all."
+        None, description="Weight of each reward component, by its name; unset: 1 for all."
     )
-    step_weight: float = Field(1.0, ge=0, description="Weight of the advantage within steps from one state (gigpo).")
+    step_weight: float = Field(1.0, ge=0, description="Weight of the advantage within steps from one state.")
     policy_loss: FunctionName = Field("ppo_clip", description="Per-token policy loss, or file.py:function.")
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
     clip_dual: float | None = Field(
         None, gt=1, description="Bound c of the dual clip for negative advantages; unset: none."
     )
-    tau_positive: float = Field(1.0, gt=0, description="Temperature of the gate where advantages are positive (sapo).")
-    tau_negative: float = Field(1.05, gt=0, description="Temperature of the gate where they are not (sapo).")
+    tau_positive: float = Field(1.0, gt=0, description="Temperature of the gate where advantages are positive.")
+    tau_negative: float = Field(1.05, gt=0, description="Temperature of the gate where they are not.")
     clip_cov_share: float = Field(
-        2e-4, gt=0, lt=1, description="Share of the tokens that learn nothing, out of the band below (clip_cov)."
+        2e-4, gt=0, lt=1, description="Share of the tokens that learn nothing, out of the band below."
     )
-    cov_low: float = Field(1.0, description="Band of covariances, its lower end (clip_cov).")
-    cov_high: float = Field(5.0, description="Band of covariances, its upper end (clip_cov).")
+    cov_low: float = Field(1.0, description="Band of covariances, its lower end.")
+    cov_high: float = Field(5.0, description="Band of covariances, its upper end.")
     kl_cov_share: float = Field(
-        2e-4, gt=0, lt=1, description="Share of the tokens, of highest covariance, that are penalised (kl_cov)."
+        2e-4, gt=0, lt=1, description="Share of the tokens, of highest covariance, that are penalised."
     )
-    kl_cov_coef: float = Field(1.0, ge=0, description="Weight of their penalty (kl_cov).")
+    kl_cov_coef: float = Field(1.0, ge=0, description="Weight of their penalty.")
     divergence_low: float = Field(
-        0.2, gt=0, lt=1, description="Divergence at which a token that should be less likely learns no more (dppo)."
+        0.2, gt=0, lt=1, description="Divergence at which a token that should be less likely learns no more."
     )
     divergence_high: float = Field(
-        0.2, gt=0, lt=1, description="Divergence at which a token that should be likelier learns no more (dppo)."
+        0.2, gt=0, lt=1, description="Divergence at which a token that should be likelier learns no more."
     )
-    ratio_cap: float = Field(20.0, gt=1, description="Bound on the importance ratio (dppo).")
-    dro_beta: float = Field(0.1, gt=0, description="Weight of the squared log-ratio (dro).")
-    topr_cap: float = Field(1.0, gt=0, description="Bound on the ratio of answers with negative advantages (topr).")
+    ratio_cap: float = Field(20.0, gt=1, description="Bound on the importance ratio.")
+    dro_beta: float = Field(0.1, gt=0, description="Weight of the squared log-ratio.")
+    topr_cap: float = Field(1.0, gt=0, description="Bound on the ratio of answers with negative advantages.")
     behaviour_cap: float | None = Field(
         None,
         gt=1,
-        description="Tokens learn nothing where the ratio of the step's first policy to the sampler is above this "
-        "(decoupled_ppo); unset: no bound.",
+        description="Tokens learn nothing where the ratio of the step's first policy to the sampler is above this"
+        "; unset: no bound.",
     )
-    sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage (sppo).")
+    sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage.")
     aggregation: FunctionName = Field(
         "token-mean", description="How token losses become one number, or file.py:function."
     )
@@ -219,6 +228,26 @@ class AlgorithmSection(Section):
     @classmethod
     def _fill_from_preset(cls, values: object) -> object:
         return filled_from(values, PRESETS, default="grpo")
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return self._read(plain(self), (self.advantage, self.policy_loss, self.aggregation))
+
+    @classmethod
+    def settled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Section.settled`: without what the values' pieces do not take."""
+        pieces = [str(values.get(piece, cls.model_fields[piece].default)) for piece in PIECES]
+        return cls._read(values, pieces)
+
+    @classmethod
+    def taken_by(cls, key: str) -> str:
+        """See `Section.taken_by`."""
+        return either(USERS.get(key, ()))
+
+    @staticmethod
+    def _read(values: Mapping[str, Any], pieces: Sequence[str]) -> dict[str, Any]:
+        taken = values_taken(*pieces)
+        return {name: value for name, value in values.items() if name in taken or name not in USERS}
 
     @model_validator(mode="after")
     def _check_names(self) -> AlgorithmSection:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 HERE = "{here}"  # in the message of a section that stands in several places: the name of its own
@@ -11,3 +14,22 @@ class Section(BaseModel):
     """A section: unknown keys are errors, numbers are finite, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def settled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain values of such a section without those that say nothing beside the others."""
+        return dict(values)
+
+    @classmethod
+    def taken_by(cls, key: str) -> str:
+        """What a key is for, in words, where other keys of the section decide whether it counts; else empty."""
+        return ""
+
+
+def either(words: Sequence[str]) -> str:
+    """Words to choose from, in a sentence; empty for none.
+
+    >>> either(["local", "fsdp2", "fsdp1"])
+    'local, fsdp2 or fsdp1'
+    """
+    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from hybridflow.config.sections.base import HERE
+from hybridflow.config.sections.base import HERE, Section, either
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class OneOf:
         object.__setattr__(self, "what", what)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        kinds: dict[str, type[BaseModel]] = {self.name(kind): kind for kind in get_args(source)}
+        kinds: dict[str, type[Section]] = {self.name(kind): kind for kind in get_args(source)}
 
         def of(values: Any) -> str | None:
-            if isinstance(values, BaseModel):
+            if isinstance(values, Section):
                 return self.name(type(values))
             return self.name(self.pick(list(kinds.values()), values)) if isinstance(values, Mapping) else None
 
@@ -55,19 +55,19 @@ class OneOf:
         )
         return core_schema.no_info_before_validator_function(left_out, schema)
 
-    def name(self, kind: type[BaseModel]) -> str:
+    def name(self, kind: type[Section]) -> str:
         """The words that a kind is chosen by, such as ``vllm server``."""
         said = [(key, words(kind.model_fields[key])) for key in self.keys if key in kind.model_fields]
         return " ".join("/".join(known) or key for key, known in said)
 
-    def having(self, kinds: Sequence[type[BaseModel]], key: str) -> str:
+    def having(self, kinds: Sequence[type[Section]], key: str) -> str:
         """The kinds that have a key, in words; empty where all have it."""
         having = [self.name(kind) for kind in kinds if key in kind.model_fields]
         without = {self.name(kind).split()[0] for kind in kinds if key not in kind.model_fields}
         short = [name if (first := name.split()[0]) in without else first for name in having]
-        return _either(list(dict.fromkeys(short))) if without else ""
+        return either(list(dict.fromkeys(short))) if without else ""
 
-    def pick(self, kinds: Sequence[type[BaseModel]], values: Mapping[str, Any]) -> type[BaseModel]:
+    def pick(self, kinds: Sequence[type[Section]], values: Mapping[str, Any]) -> type[Section]:
         """The kind that these values ask for.
 
         Raises:
@@ -86,10 +86,10 @@ class OneOf:
             word = words(having[0].model_fields[key])[0] if value is None else value
             left = [kind for kind in having if word in words(kind.model_fields[key])]
             if not left:
-                raise ValueError(f"{HERE}.{key} is {value!r}, it should be {_either([*map(repr, known)])}")
+                raise ValueError(f"{HERE}.{key} is {value!r}, it should be {either([*map(repr, known)])}")
         return left[0]
 
-    def without_idle(self, kinds: Sequence[type[BaseModel]], values: Mapping[str, Any]) -> dict[str, Any]:
+    def without_idle(self, kinds: Sequence[type[Section]], values: Mapping[str, Any]) -> dict[str, Any]:
         """The values without keys of other kinds that have their default there.
 
         Raises:
@@ -108,10 +108,6 @@ def _idle(field: FieldInfo, value: Any) -> bool:
     return value is None or (not field.is_required() and value == field.get_default(call_default_factory=True))
 
 
-def _either(known: Sequence[str]) -> str:
-    return " or ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
-
-
 def words(field: FieldInfo) -> tuple[str, ...]:
     """The words that a key can have; none where it has others than words."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -126,7 +122,7 @@ class Sections:
         one_of: how these are told apart; None where there is one.
     """
 
-    kinds: tuple[type[BaseModel], ...]
+    kinds: tuple[type[Section], ...]
     one_of: OneOf | None = None
 
     @property
@@ -150,8 +146,8 @@ class Sections:
         return list(dict.fromkeys(word for field in found for word in words(field)))
 
     def where(self, key: str) -> str:
-        """The kinds that have a key, in words; empty where all have it."""
-        return "" if self.one_of is None else self.one_of.having(self.kinds, key)
+        """The kinds that have a key, or what else it is for, in words; empty where it is for all."""
+        return self.kinds[0].taken_by(key) if self.one_of is None else self.one_of.having(self.kinds, key)
 
     def tells(self, key: str) -> bool:
         """Whether a key says which kind is meant."""
@@ -166,7 +162,7 @@ def sections_in(annotation: Any, metadata: Sequence[Any] = (), *, lists: bool = 
         metadata: what pydantic took off the annotation.
         lists: whether to look into lists too.
     """
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return Sections((annotation,))
     told = next((m for m in metadata if isinstance(m, OneOf)), None)
     if told is not None:
@@ -178,7 +174,7 @@ def sections_in(annotation: Any, metadata: Sequence[Any] = (), *, lists: bool = 
     return next((found for part in parts if (found := sections_in(part, lists=lists)) is not None), None)
 
 
-def settled(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+def settled(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values of a configuration without those that say nothing: of other kinds of its sections, at their
     defaults. Files that were written with every key of every kind are then comparable with others.
 
@@ -193,5 +189,5 @@ def settled(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
         chosen = found.kinds[0]
         if found.one_of is not None:
             inner, chosen = found.one_of.without_idle(found.kinds, inner), found.one_of.pick(found.kinds, inner)
-        result[name] = settled(chosen, inner)
+        result[name] = settled(chosen, chosen.settled(inner))
     return result
