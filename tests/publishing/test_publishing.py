@@ -6,17 +6,14 @@ with a stream, or in the stream.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
@@ -336,19 +333,6 @@ class InBfloat16(Replica):
         self.dtype, self.quick = torch.bfloat16, False
 
 
-def test_when_both_sides_compute_in_float32(tmp_path: Path) -> None:
-    def exact(**sections: object) -> bool:
-        base = {
-            "run": {"folder": str(tmp_path), "device": "cpu"},
-            "model": {"path": "x"},
-            "data": {"train": "y"},
-            "reward": {"function": "gsm8k"},
-            "train": {"steps": 1, "prompts_per_step": 1, "samples_per_prompt": 2},
-        }
-        return computes_exactly(RlConfig.model_validate(json.loads(json.dumps(base | sections))))
-
-    pools = {"pools": {"all": 2}}
-    assert exact() and exact(rollout={"dtype": "float32"})
-    assert exact(engine={"strategy": "fsdp2", "dtype": "float32"}, placement=pools)
-    assert not exact(rollout={"dtype": "bfloat16"})
-    assert not exact(engine={"strategy": "fsdp2", "dtype": "bfloat16"}, placement=pools)
+def test_when_both_sides_compute_in_float32() -> None:
+    assert computes_exactly("cpu", "auto", "auto") and computes_exactly("cpu", "float32", "float32")
+    assert not computes_exactly("cpu", "auto", "bfloat16") and not computes_exactly("cpu", "bfloat16", "auto")

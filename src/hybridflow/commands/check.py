@@ -33,7 +33,7 @@ from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import check_companions
 from hybridflow.placing.generation import describe_engine, training_sampling
 from hybridflow.placing.places import describe_placement
-from hybridflow.placing.role import actor_role, longest_sequence, sequences_per_update, sft_role, updates_per_step
+from hybridflow.placing.role import actor_role, sft_role
 from hybridflow.rollout.inline.engine import require_room
 from hybridflow.rollout.sampling import check_sampling
 from hybridflow.runs.session import total_steps
@@ -138,14 +138,14 @@ def _check_evaluation(
 def arithmetic(config: RlConfig, rows: int) -> str:
     """What a step of this run is, in words and numbers, with so many training rows."""
     t, r = config.train, config.rollout
-    answers, updates = t.prompts_per_step * t.samples_per_prompt, updates_per_step(config)
+    answers, updates = t.answers_per_step, t.updates_per_step
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
     return (
         f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
         f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
-        f"{sequences_per_update(config)} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens "
-        f"(the longest possible sequence has {longest_sequence(config)}). {steps} steps: "
-        f"{steps * t.prompts_per_step} prompts, {steps * answers} answers, {steps * updates} optimizer steps."
+        f"{t.answers_per_update} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the "
+        f"longest possible sequence has {config.longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
+        f"{steps * answers} answers, {steps * updates} optimizer steps."
         + " Every prompt has a greedy answer besides." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
         + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
     )

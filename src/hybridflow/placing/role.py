@@ -57,9 +57,9 @@ def actor_role(config: RlConfig, steps: int) -> Role:
         engine=config.engine,
         optim=config.optim,
         value_head=c is not None and c.shared_trunk,
-        total_steps=(steps - (c.warmup_steps if c else 0)) * updates_per_step(config),
+        total_steps=(steps - (c.warmup_steps if c else 0)) * config.train.updates_per_step,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
-        longest=longest_sequence(config),
+        longest=config.longest,
         seed=config.run.seed,
         publish=config.rollout.lora,
     )
@@ -69,7 +69,6 @@ def critic_role(config: RlConfig, steps: int) -> Role:
     """The critic of a run, where it is a model of its own."""
     c, t = config.critic, config.train
     assert c is not None and not c.shared_trunk
-    epochs = c.epochs_per_step or t.epochs_per_step
     return Role(
         name="critic",
         model=beside(config, c.path).model_copy(
@@ -78,9 +77,9 @@ def critic_role(config: RlConfig, steps: int) -> Role:
         engine=c.engine or config.engine,
         optim=c.optim or config.optim,
         value_head=True,
-        total_steps=steps * epochs * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config)),
+        total_steps=steps * t.updates_in(c.epochs_per_step or t.epochs_per_step),
         tokens_per_microbatch=t.tokens_per_microbatch,
-        longest=longest_sequence(config),
+        longest=config.longest,
         seed=config.run.seed,
     )
 
@@ -93,7 +92,7 @@ def reference_role(config: RlConfig) -> Role:
         engine=config.model.reference_engine or config.engine,
         optim=None,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
-        longest=longest_sequence(config),
+        longest=config.longest,
         seed=config.run.seed,
     )
 
@@ -154,20 +153,3 @@ def beside(config: RlConfig, path: str | None) -> ModelSection:
     """A model beside the actor, loaded as the actor is; None: the actor's own."""
     m = config.model
     return ModelSection(path=path or m.path, packing=m.packing, liger=m.liger, trust_remote_code=m.trust_remote_code)
-
-
-def longest_sequence(config: RlConfig) -> int:
-    """Tokens of the longest sequence that a run can meet."""
-    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
-
-
-def sequences_per_update(config: RlConfig) -> int:
-    """Answers in one optimizer step: as configured, else all of a step's."""
-    t = config.train
-    return t.sequences_per_update or t.prompts_per_step * t.samples_per_prompt
-
-
-def updates_per_step(config: RlConfig) -> int:
-    """Optimizer steps that one step of the run makes."""
-    t = config.train
-    return t.epochs_per_step * (t.prompts_per_step * t.samples_per_prompt // sequences_per_update(config))

@@ -16,7 +16,6 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.devices import kind_of
 from hybridflow.noise import NoiseKey, uniform
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
@@ -149,7 +148,6 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - other)
 
 
-def computes_exactly(config: RlConfig) -> bool:
-    """Whether trainer and generation engine both compute in float32."""
-    low = "bfloat16" in (config.engine.dtype, config.rollout.dtype)
-    return not low and kind_of(config.run.device).torch_type == "cpu"
+def computes_exactly(device: str, *dtypes: str) -> bool:
+    """Whether what has these data types, as configured, computes in float32 there."""
+    return "bfloat16" not in dtypes and kind_of(device).torch_type == "cpu"

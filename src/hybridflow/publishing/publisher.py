@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.config.kinds.rl import RlConfig
-from hybridflow.placing.role import longest_sequence
+from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import Result, RolloutEngine
 from hybridflow.protocols.training import TrainEngine
 from hybridflow.protocols.weights import Receipt, WeightStream
-from hybridflow.publishing.canary import Canary, CanaryAnswer, Gap, computes_exactly, ordinary_tokens
+from hybridflow.publishing.canary import Canary, CanaryAnswer, Gap, ordinary_tokens
 from hybridflow.weights.stream import WeightSyncError, verify
 
 PROMPTS = 4  # of the drill: so many tokens that rarely used experts are among them
@@ -214,40 +213,41 @@ def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[R
 
 
 def publisher_of(
-    config: RlConfig,
+    role: Role,
     trainer: TrainEngine,
     rollout: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    exact: bool,
+    read_back_every: int,
     keep: Callable[[Sequence[Result]], None],
     note: Callable[[str, str], object],
 ) -> Publisher:
     """The publisher of a run.
 
     Args:
-        config: the configuration.
+        role: the actor's.
         trainer: whose weights.
         rollout: the engine.
         tokenizer: of the model.
+        exact: see `Canary`.
+        read_back_every: see `Publisher`.
         keep: see `Canary`.
         note: see `Publisher`.
     """
+    assert role.longest is not None
     canary = Canary(
         trainer=trainer,
         rollout=rollout,
         tokens=ordinary_tokens(tokenizer),
-        room=rollout.max_model_len
-        if rollout.cache_block
-        else longest_sequence(config),  # prompts fill blocks of a cache
-        seed=config.run.seed,
-        exact=computes_exactly(config),
+        room=rollout.max_model_len if rollout.cache_block else role.longest,  # prompts fill blocks of a cache
+        seed=role.seed,
+        exact=exact,
         keep=keep,
     )
-    publishes = config.rollout.lora if config.model.lora is not None else None
-    if rollout.same_memory:
-        publishes = None
+    publishes = role.publish if role.model.lora is not None and not rollout.same_memory else None
 
     def stream(whole: bool) -> WeightStream:
         return trainer.stream_weights(lora=None if whole and publishes == "adapters" else publishes)
 
-    return Publisher(canary, stream, config.rollout.read_back_every, note)
+    return Publisher(canary, stream, read_back_every, note)

@@ -58,22 +58,20 @@ class RlConfig(Section):
             )
         check_algorithm(self)
         check_placement(self.placement, self.roles(), packing=self.model.packing)
-        sequences = t.prompts_per_step * t.samples_per_prompt
-        if t.sequences_per_update is not None and sequences % t.sequences_per_update:
+        if t.answers_per_step % t.answers_per_update:
             raise ValueError(
-                f"train.sequences_per_update {t.sequences_per_update} does not divide the {sequences} answers of a "
-                f"step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
+                f"train.sequences_per_update {t.sequences_per_update} does not divide the {t.answers_per_step} "
+                f"answers of a step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
             )
-        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         rooms = {"train.tokens_per_microbatch": t.tokens_per_microbatch}
         if self.rollout.engine == "inline":
             rooms["rollout.max_cache_tokens"] = self.rollout.max_cache_tokens
         for key, room in rooms.items():
-            if room < longest:
+            if room < self.longest:
                 raise ValueError(
-                    f"{key} is {room}, but one sequence can have {longest} tokens (data.max_prompt_tokens "
+                    f"{key} is {room}, but one sequence can have {self.longest} tokens (data.max_prompt_tokens "
                     f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens}); "
-                    f"set {key}={longest} or more, or lower one of the two limits"
+                    f"set {key}={self.longest} or more, or lower one of the two limits"
                 )
         if self.data.train is None:
             raise ValueError("data.train is missing: reinforcement learning needs prompts")
@@ -87,6 +85,11 @@ class RlConfig(Section):
         if self.checkpoint.best is not None:
             _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
         return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the run can meet."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     def roles(self) -> RolesOfRun:
         """The actor, and what stands beside it: critic, reference, reward model, generation."""

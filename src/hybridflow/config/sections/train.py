@@ -58,6 +58,25 @@ class RlTrainSection(LengthSection):
         "They still count in denominators, so the gradient is the same.",
     )
 
+    @property
+    def answers_per_step(self) -> int:
+        """Answers that one step generates."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def answers_per_update(self) -> int:
+        """Answers in one optimizer step: as configured, else all of a step's."""
+        return self.sequences_per_update or self.answers_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps that one step makes."""
+        return self.updates_in(self.epochs_per_step)
+
+    def updates_in(self, passes: int) -> int:
+        """Optimizer steps in so many passes over a step's answers."""
+        return passes * (self.answers_per_step // self.answers_per_update)
+
 
 class SftTrainSection(LengthSection):
     """How much to train on."""

@@ -26,7 +26,6 @@ from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES
 from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.noise import NoiseKey, token_keys
-from hybridflow.placing.role import updates_per_step
 from hybridflow.protocols.training import TrainEngine
 
 # --- groups ---
@@ -41,7 +40,7 @@ def old_logp_is(config: RlConfig) -> str:
     if a.old_logp == "rollout" or a.correction.mode == "bypass":
         return "rollout"
     needed = (
-        updates_per_step(config) > 1
+        config.train.updates_per_step > 1
         or a.correction.active
         or needs_of(a.policy_loss, POLICY_LOSSES).needs_rollout_logp
         or "logp" in needs_of(a.advantage, ADVANTAGES).outputs

@@ -19,7 +19,6 @@ from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.devices import memory_metrics
 from hybridflow.faults import fault_point
-from hybridflow.placing.role import sequences_per_update
 from hybridflow.protocols.groups import Group
 from hybridflow.protocols.training import Loss, Scorer, TrainEngine
 from hybridflow.tracking.rollouts import write_rollouts
@@ -135,7 +134,7 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(run, batch)]
-    minis = batch.split(part_sizes(len(batch), sequences_per_update(config)))
+    minis = batch.split(part_sizes(len(batch), config.train.answers_per_update))
     of_critic: list[Callable[[], dict[str, float]]] = []
     if run.critic is not None and config.critic is not None and not run.critic.shared:
         with run.clock.phase("update_critic"):

@@ -29,6 +29,7 @@ from hybridflow.placing.handover import HandOver
 from hybridflow.placing.role import actor_role
 from hybridflow.protocols.training import Scorer
 from hybridflow.protocols.waiting import Stopped
+from hybridflow.publishing.canary import computes_exactly
 from hybridflow.publishing.publisher import Publisher, publisher_of
 from hybridflow.runs.best import best_of, better
 from hybridflow.runs.session import Opened, Session, opening, total_steps
@@ -272,7 +273,16 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
     # A critic on the actor's own trunk is in the actor's part of a checkpoint.
     trained = {".": engine} | ({"critic": critic.engine} if critic and not critic.shared else {})
     models = [engine, *([critic.engine] if critic else []), *([reference] if reference else [])]
-    publisher = publisher_of(config, engine, rollout, tokenizer, keep=source.keep, note=places.events)
+    publisher = publisher_of(
+        role,
+        engine,
+        rollout,
+        tokenizer,
+        exact=computes_exactly(config.run.device, config.engine.dtype, config.rollout.dtype),
+        read_back_every=config.rollout.read_back_every,
+        keep=source.keep,
+        note=places.events,
+    )
     rollout.on_restart = lambda: publisher.send(rollout.version)  # what it starts again has those of its folder
     return RlRun(
         opened=opened,
