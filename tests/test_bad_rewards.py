@@ -36,7 +36,7 @@ def write(folder: Path, rows: list[dict[str, Any]], source: str = "", **reward: 
         ({"function": "gsm8kk"}, ["'gsm8kk' is neither file.py:function", "did you mean 'gsm8k'?"]),
         ({"function": "model"}, ["the reward 'model' is named, but there is no section reward.model"]),
         ({"function": "gsm8k", "judge": {"url": "http://localhost:1/v1"}}, ["reward.judge is given, but nothing uses"]),
-        ({"function": "judge", "judge": {}}, ["reward.judge needs a path", "or a url"]),
+        ({"function": "judge", "judge": {}}, ["reward.judge.path: missing; or give reward.judge.url"]),
         ({"function": "gsm8k", "terms": {"a": {"function": "gsm8k"}}}, ["reward.terms stands instead of"]),
         ({"terms": {}}, ["terms is empty"]),
         ({"function": "gsm8k", "failure_value": -1}, ["failure_value is for reward.on_failure=value"]),

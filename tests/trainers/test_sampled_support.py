@@ -49,7 +49,6 @@ def test_asking_with_filters_and_stops(tmp_path: Path, capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"engine": "vllm", "top_p": 0.9}, "rollout.engine vllm does not take top_p, top_k and min_p"),
         ({"stop_regex": "(a"}, "rollout.stop_regex '(a' is not a regular expression"),
         ({"stop": [""]}, "rollout.stop holds an empty text"),
     ],

@@ -117,7 +117,7 @@ def explanation_lines(described: Sequence[dict[str, Any]], path: Path | None) ->
             yield f"  {one['type']}; default: {one['default']}"
         yield f"  {one['meaning']}"
         if "where" in one:
-            yield f"  it is a key of {one['where']} alone"
+            yield f"  it is for {one['where']} alone"
         for name, words in one.get("choices", {}).items():
             yield f"    {name:{max(map(len, one['choices']))}}  {words}".rstrip()
         if "given" in one and one["type"] != "section":

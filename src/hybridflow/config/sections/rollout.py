@@ -73,7 +73,7 @@ class _CutSection(GenerationSection):
         gt=0,
         le=1,
         description="Sample among the fewest tokens whose probabilities add up to this; training computes "
-        "probabilities among the same tokens.",
+        "probabilities among the same tokens, which vllm does not name.",
     )
     top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
     min_p: float = Field(
