@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hybridflow.checkpoint.run_folder import changed_settings
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config, validate
 from hybridflow.config.pages.describe import keys_of
+from hybridflow.config.pages.explain import explain, explanation_lines
 from hybridflow.errors import UserError
 
 BEFORE = Path(__file__).parent / "every_key.yaml"
@@ -91,12 +93,17 @@ def test_what_another_choice_gave_is_refused_by_name_when_the_choice_changes() -
         load_config(RlConfig, BEFORE, ["rollout.engine=vllm", "rollout.mode=workers", "rollout.compile=true"])
 
 
-def test_the_page_says_which_choice_has_a_key() -> None:
+def test_the_page_and_the_help_say_which_choice_has_a_key(tmp_path: Path) -> None:
     keys = {key.name: key for key in keys_of(RlConfig)}
     assert keys["rollout.replicas"].where == "vllm server or sglang server"
     assert (keys["rollout.temperature"].where, keys["rollout.engine"].where) == ("", "")
     assert keys["rollout.engine"].type == "`inline` or `vllm` or `sglang`"
     assert keys["reward.judge.url"].default == "unset"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RL | {"reward": {"function": "gsm8k"}}))
+    for key, where in [("rollout.replicas", "vllm server or sglang server"), ("algorithm.tau_positive", "sapo")]:
+        lines = list(explanation_lines(explain(key, file), file))
+        assert lines[-2:] == [f"  it is for {where} alone", f"  {file} has no use for it"]
 
 
 def test_a_configuration_is_written_down_with_the_values_of_its_pieces_alone() -> None:

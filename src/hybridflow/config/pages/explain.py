@@ -44,8 +44,8 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
 
     Returns:
         For each key: "key", "type", "default", "meaning", "commands"; with a configuration also "given" (whether it
-        is set there) and "value" (set or not; absent where the configuration has mistakes). A key of some kinds
-        of its section alone also has "where".
+        is set there) and "value" (set or not; absent where the configuration has mistakes, or has no use for the
+        key). A key of some kinds of its section alone also has "where".
 
     Raises:
         UserError: there is no such key, or the configuration cannot be read.
@@ -122,7 +122,8 @@ def explanation_lines(described: Sequence[dict[str, Any]], path: Path | None) ->
             yield f"    {name:{max(map(len, one['choices']))}}  {words}".rstrip()
         if "given" in one and one["type"] != "section":
             value = f": {as_yaml(one['value'])}" if "value" in one else ""
-            yield f"  {path} {'sets it' if one['given'] else 'leaves the default'}{value}"
+            default = "leaves the default" if value or "where" not in one else "has no use for it"
+            yield f"  {path} {'sets it' if one['given'] else default}{value}"
 
 
 def as_yaml(value: Any) -> str:
@@ -184,7 +185,9 @@ def _said(key: str, values: dict[str, Any], kind: type[Section], path: Path | No
         resolved = validate(kind, values, base=path and path.parent).model_dump(mode="json")
     except UserError:
         return {"given": given} | ({"value": written} if given else {})
-    return {"given": given, "value": _at(resolved, key)[1]}
+    here, value = _at(resolved, key)
+    elsewhere = not here and isinstance(_at(resolved, key.rpartition(".")[0])[1], dict)  # a key of another choice
+    return {"given": given} | ({} if elsewhere else {"value": value})
 
 
 def _at(values: Any, key: str) -> tuple[bool, Any]:
