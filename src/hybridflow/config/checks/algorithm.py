@@ -3,58 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.pieces.needs import needs_of, signature_of
 from hybridflow.config.pieces.presets import PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES, USERS, values_taken
+from hybridflow.config.sections.algorithm import AlgorithmSection, FilterSection
 from hybridflow.config.sections.base import either
-
-if TYPE_CHECKING:  # the sections check themselves with this file
-    from hybridflow.config.kinds.rl import RlConfig
-    from hybridflow.config.sections.algorithm import AlgorithmSection
-    from hybridflow.config.sections.model import CriticSection
+from hybridflow.config.sections.model import CriticSection
+from hybridflow.config.sections.rewards import RewardSection
+from hybridflow.config.sections.train import RlTrainSection
 
 
-def check_algorithm(config: RlConfig) -> None:
-    """Holds the algorithm, the critic and the reference of a run together.
+def problems_of_algorithm(
+    a: AlgorithmSection,
+    train: RlTrainSection,
+    *,
+    critic: CriticSection | None,
+    reference: str | None,
+    filters: FilterSection,
+) -> Iterator[str]:
+    """What does not fit of the algorithm, the critic and the reference of a run.
 
-    Raises:
-        ValueError: they do not fit; all that is wrong is told at once.
+    Args:
+        a: the algorithm.
+        train: how much is trained.
+        critic: the critic, where there is one.
+        reference: ``model.reference``.
+        filters: which groups are trained on.
     """
-    a = config.algorithm
-    problems = [*_own_functions(a)]
-    if not problems:  # what a function needs is known from its signature
-        problems += [*_unread_values(a), *_critic(a, config.critic), *_divergence(a), *_modes(a), *_correction(a)]
-    critic, steps = config.critic, config.train.steps
-    if critic is not None and steps is not None and critic.warmup_steps >= steps:
-        problems.append(
-            f"critic.warmup_steps is {critic.warmup_steps}, but train.steps is {steps}: no actor is trained"
-        )
-    if config.model.reference is not None and not a.needs_reference:
-        problems.append("model.reference is set, but algorithm.kl_reward_coef and kl_loss_coef are 0: nothing uses it")
-    if a.advantage == "distillation" and config.model.reference is None:
-        problems.append("the distillation advantage holds every token against a teacher: name it in model.reference")
-    if config.filter.active and config.train.epochs is not None:
-        problems.append(
+    wrong = [*_own_functions(a)]
+    yield from wrong
+    if not wrong:  # what a function needs is known from its signature
+        yield from (*_unread_values(a), *_critic(a, critic), *_divergence(a), *_modes(a), *_correction(a))
+    if critic is not None and train.steps is not None and critic.warmup_steps >= train.steps:
+        yield f"critic.warmup_steps is {critic.warmup_steps}, but train.steps is {train.steps}: no actor is trained"
+    if reference is not None and not a.needs_reference:
+        yield "model.reference is set, but algorithm.kl_reward_coef and kl_loss_coef are 0: nothing uses it"
+    if a.advantage == "distillation" and reference is None:
+        yield "the distillation advantage holds every token against a teacher: name it in model.reference"
+    if filters.active and train.epochs is not None:
+        yield (
             "train.epochs says how often the rows are gone through, but a filter draws as many as it needs: give "
             "train.steps"
         )
-    r = config.reward
-    if r.overlong_buffer is not None and r.overlong_buffer > config.rollout.max_response_tokens:
-        problems.append(
-            f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens "
-            f"{config.rollout.max_response_tokens}: every answer would be punished"
+
+
+def problems_of_reward(r: RewardSection, *, advantage: str, longest_answer: int) -> Iterator[str]:
+    """What of a reward does not fit an advantage estimator, or answers of so many tokens at most."""
+    if r.overlong_buffer is not None and r.overlong_buffer > longest_answer:
+        yield (
+            f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens {longest_answer}: "
+            "every answer would be punished"
         )
     normalized = [name for name, term in (r.terms or {}).items() if term.normalize == "group"]
-    if normalized and needs_of(a.advantage, ADVANTAGES).needs_greedy:
-        problems.append(
-            f"reward.terms.{normalized[0]}.normalize is group, but {a.advantage} holds answers against a greedy one, "
+    if normalized and needs_of(advantage, ADVANTAGES).needs_greedy:
+        yield (
+            f"reward.terms.{normalized[0]}.normalize is group, but {advantage} holds answers against a greedy one, "
             "which is scored alone: leave it out"
         )
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def _unread_values(a: AlgorithmSection) -> Iterator[str]:

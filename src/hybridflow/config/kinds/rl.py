@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from hybridflow.config.checks.algorithm import check_algorithm
+from hybridflow.config.checks.algorithm import problems_of_algorithm, problems_of_reward
 from hybridflow.config.checks.placement import PlacedModel, RolesOfRun, check_placement
 from hybridflow.config.inherit import inherited
 from hybridflow.config.pieces.needs import needs_of
@@ -56,7 +56,13 @@ class RlConfig(Section):
                 f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
                 "compares answers to one prompt: give at least 2"
             )
-        check_algorithm(self)
+        algorithm = problems_of_algorithm(
+            self.algorithm, t, critic=self.critic, reference=self.model.reference, filters=self.filter
+        )
+        longest_answer = self.rollout.max_response_tokens
+        reward = problems_of_reward(self.reward, advantage=self.algorithm.advantage, longest_answer=longest_answer)
+        if problems := [*algorithm, *reward]:
+            raise ValueError("; ".join(problems))
         check_placement(self.placement, self.roles(), packing=self.model.packing)
         if t.answers_per_step % t.answers_per_update:
             raise ValueError(
