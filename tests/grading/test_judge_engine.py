@@ -13,9 +13,10 @@ from hybridflow.chat.template import render_prompt
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError
-from hybridflow.grading.engine_judge import as_text, make_judge
+from hybridflow.grading.engine_judge import EngineJudge, as_text, make_judge
 from hybridflow.models.load import load_model
 from hybridflow.protocols.rewards import Answers, Grader, Score
+from hybridflow.rewards.graders.endpoint_judge import EndpointJudge
 from hybridflow.tracking.rollouts import read_rollouts
 
 from runs import configuration, succeed
@@ -56,6 +57,11 @@ def config(folder: Path, *, seed: int = 3, **keys: Any) -> EvalConfig:
     )
 
 
+def judge_of(config: EvalConfig) -> EndpointJudge | EngineJudge:
+    assert config.reward.judge is not None
+    return make_judge(config.reward.judge, config.reward.pool, config.run, config.rollout, None)
+
+
 def all_of(grader: Grader, *groups: Answers) -> list[list[Score]]:
     found: dict[int, list[Score]] = {}
     for key, group in enumerate(groups):
@@ -68,7 +74,7 @@ def all_of(grader: Grader, *groups: Answers) -> list[list[Score]]:
 
 
 def judged(folder: Path, *groups: Answers, seed: int = 3, **keys: Any) -> list[list[Score]]:
-    grader = make_judge(config(folder, seed=seed, **keys), None)
+    grader = judge_of(config(folder, seed=seed, **keys))
     grader.check()
     scores = all_of(grader, *groups)
     grader.close()
@@ -127,7 +133,7 @@ def test_an_answer_cannot_end_the_turn_that_it_is_shown_in(tmp_path: Path) -> No
 
 
 def test_what_was_cancelled_is_forgotten(tmp_path: Path) -> None:
-    grader = make_judge(config(tmp_path), None)
+    grader = judge_of(config(tmp_path))
     grader.submit(0, answers("7", "8"))
     grader.cancel()
     assert grader.wait() == []
@@ -137,7 +143,7 @@ def test_what_was_cancelled_is_forgotten(tmp_path: Path) -> None:
 
 def refusal(folder: Path, **keys: Any) -> str:
     with pytest.raises(UserError) as error:
-        make_judge(config(folder, **keys), None).check()
+        judge_of(config(folder, **keys)).check()
     return str(error.value)
 
 
@@ -151,7 +157,7 @@ def test_a_judge_that_cannot_be_used_is_found_before_training(tmp_path: Path) ->
     assert "a verdict can need 312 tokens, the judge's context is 256" in refusal(
         tmp_path, path=folder, max_prompt_tokens=300
     )
-    make_judge(config(tmp_path, path=folder), None).check()
+    judge_of(config(tmp_path, path=folder)).check()
     tokenizer.chat_template = None
     (tmp_path / "judge/chat_template.jinja").unlink()
     tokenizer.save_pretrained(tmp_path / "judge")

@@ -40,7 +40,9 @@ def judge(folder: Path, engine: str) -> Grader:
         "data": {"eval": f"{CARRY}:held_out_problems"},
         "reward": {"function": "judge", "judge": keys},
     }
-    return make_judge(EvalConfig.model_validate(sections), None)
+    c = EvalConfig.model_validate(sections)
+    assert c.reward.judge is not None
+    return make_judge(c.reward.judge, c.reward.pool, c.run, c.rollout, None)
 
 
 @pytest.mark.vllm

@@ -16,20 +16,24 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.template import render_prompt
-from hybridflow.config.kinds.eval import EvalConfig
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.engine import LocalSection
 from hybridflow.config.sections.model import ModelSection
 from hybridflow.config.sections.placement import PlacementSection
-from hybridflow.config.sections.rewards import EndpointJudgeSection, InlineJudgeSection, ServerJudgeSection
-from hybridflow.config.sections.rollout import OwnEngine, SglangServerSection, VllmServerSection
+from hybridflow.config.sections.rewards import (
+    EndpointJudgeSection,
+    InlineJudgeSection,
+    JudgeSection,
+    RewardPoolSection,
+    ServerJudgeSection,
+)
+from hybridflow.config.sections.rollout import OwnEngine, RolloutSection, SglangServerSection, VllmServerSection
+from hybridflow.config.sections.run import RunSection
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
 from hybridflow.models.load import context_of, load_tokenizer, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.models.source import model_folder, read_config
 from hybridflow.placing.generation import describe_engine, inline_engine, own_engine
-from hybridflow.placing.places import Places
 from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import Request, RolloutEngine, Sampling
 from hybridflow.protocols.rewards import Answers, Score
@@ -176,46 +180,56 @@ def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text
 
 
-def make_judge(config: RlConfig | EvalConfig, places: Places | None) -> EndpointJudge | EngineJudge:
+def make_judge(
+    section: JudgeSection,
+    pool: RewardPoolSection,
+    run: RunSection,
+    rollout: RolloutSection,
+    note: Callable[[str, str], None] | None,
+) -> EndpointJudge | EngineJudge:
     """The judge of ``reward.judge``.
 
     Args:
-        config: the configuration.
-        places: is told what happens to the engine's processes; None: nobody is.
+        section: which judge.
+        pool: how many questions an endpoint is sent at once.
+        run: its seed, its device and its folder.
+        rollout: how the run's own engine is started, for what the judge's section does not say.
+        note: told (kind, text) of what happens to the engine's processes; None: nobody is.
 
     Raises:
         UserError: the template, the parser or the key is missing. What else is wrong is found by `check`.
     """
-    section = config.reward.judge
-    assert section is not None
     if isinstance(section, EndpointJudgeSection):
-        return EndpointJudge(section, config.reward.pool, seed=config.run.seed)
-    require = functools.partial(_require, config, section)
+        return EndpointJudge(section, pool, seed=run.seed)
+    start: Callable[[], Started]
     if section.engine == "inline":
-        return EngineJudge(section, functools.partial(_inline, config, section), require, seed=config.run.seed)
-    return EngineJudge(section, functools.partial(_server, config, section, places), require, seed=config.run.seed)
+        started_by, start = None, functools.partial(_inline, run, section)
+    else:
+        started_by = _generation(section, rollout)
+        start = functools.partial(_server, run, section, started_by, note)
+    return EngineJudge(section, start, functools.partial(_require, run, section, started_by), seed=run.seed)
 
 
-def _require(config: RlConfig | EvalConfig, section: ModelJudge) -> None:
-    _tokenizer(config, section)
+def _require(run: RunSection, section: ModelJudge, started_by: OwnEngine | None) -> None:
+    _tokenizer(run, section)
     if ".py:" in section.path and section.engine != "inline":
         raise UserError(
             f"reward.judge.path is {section.path}, a function, and {section.engine} starts from a folder",
             fix="set reward.judge.engine=inline, or give the folder of a model",
         )
-    _load(config, section, outline=True)
-    if section.engine != "inline":
-        describe_engine(_generation(config, section))
+    _load(run, section, outline=True)
+    if started_by is not None:
+        describe_engine(started_by)
 
 
-def _inline(config: RlConfig | EvalConfig, section: ModelJudge) -> Started:
-    model, tokenizer = _load(config, section), _tokenizer(config, section)
-    model.to(pick_device(config.run.device)).requires_grad_(False)
+def _inline(run: RunSection, section: ModelJudge) -> Started:
+    model, tokenizer = _load(run, section), _tokenizer(run, section)
+    model.to(pick_device(run.device)).requires_grad_(False)
     return Started(inline_engine(model, tokenizer), tokenizer, stop_ids(model, tokenizer))
 
 
-def _load(config: RlConfig | EvalConfig, section: ModelJudge, *, outline: bool = False) -> PreTrainedModel:
-    model, _ = load_trainable(ModelSection(path=section.path), seed=config.run.seed, outline=outline)
+def _load(run: RunSection, section: ModelJudge, *, outline: bool = False) -> PreTrainedModel:
+    model, _ = load_trainable(ModelSection(path=section.path), seed=run.seed, outline=outline)
     context = context_of(model)
     if context is not None and _longest(section) > context:
         raise UserError(
@@ -226,8 +240,13 @@ def _load(config: RlConfig | EvalConfig, section: ModelJudge, *, outline: bool =
     return model
 
 
-def _server(config: RlConfig | EvalConfig, section: ServerJudgeSection, places: Places | None) -> Started:
-    tokenizer, folder = _tokenizer(config, section), model_folder(section.path)
+def _server(
+    run: RunSection,
+    section: ServerJudgeSection,
+    started_by: OwnEngine,
+    note: Callable[[str, str], None] | None,
+) -> Started:
+    tokenizer, folder = _tokenizer(run, section), model_folder(section.path)
     role = Role(
         name="reference",  # it is never trained
         model=ModelSection(path=str(folder)),
@@ -235,21 +254,20 @@ def _server(config: RlConfig | EvalConfig, section: ServerJudgeSection, places: 
         optim=None,
         tokens_per_microbatch=_longest(section),
         longest=_longest(section),
-        seed=config.run.seed,
+        seed=run.seed,
     )
-    logs = Path(config.run.folder) / "judge"
+    logs = Path(run.folder) / "judge"
     logs.mkdir(parents=True, exist_ok=True)
-    note = None if places is None else places.events
-    engine = own_engine(role, _generation(config, section), PlacementSection(), folder, run_folder=logs, note=note)
+    engine = own_engine(role, started_by, PlacementSection(), folder, run_folder=logs, note=note)
     named: Any = read_config(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     more = named.get("eos_token_id") or []
     stops = {int(tokenizer.eos_token_id), *(more if isinstance(more, list) else [more])}
     return Started(engine, tokenizer, tuple(sorted(stops)))
 
 
-def _generation(config: RlConfig | EvalConfig, section: ServerJudgeSection) -> OwnEngine:
+def _generation(section: ServerJudgeSection, r: RolloutSection) -> OwnEngine:
     """How a server with the judge is started; what it does not say of times and environments, the run's engine does."""
-    r, own = config.rollout, VllmServerSection if section.engine == "vllm" else SglangServerSection
+    own = VllmServerSection if section.engine == "vllm" else SglangServerSection
     given = section.model_dump(include={"engine", *SERVER_KEYS}, exclude_none=True)
     if r.engine != "inline":
         given = r.model_dump(include=TIMES) | given
@@ -258,8 +276,8 @@ def _generation(config: RlConfig | EvalConfig, section: ServerJudgeSection) -> O
     return own.model_validate(given | {"mode": "server"})
 
 
-def _tokenizer(config: RlConfig | EvalConfig, section: ModelJudge) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(section.path, seed=config.run.seed)
+def _tokenizer(run: RunSection, section: ModelJudge) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(section.path, seed=run.seed)
     if not tokenizer.chat_template:
         raise UserError(
             f"the judge {section.path} has no chat template",

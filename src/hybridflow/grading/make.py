@@ -105,6 +105,11 @@ class _Parts:
 
         return ComposedGrader(lambda answers: list(parts(answers)), [*([pool] if pool else []), *self.others.values()])
 
+    def _judge(self) -> FunctionGrader:
+        c, note = self.config, None if self.places is None else self.places.events
+        assert c.reward.judge is not None, "the section was checked"
+        return make_judge(c.reward.judge, c.reward.pool, c.run, c.rollout, note)
+
     def _place(self, term: RewardTermSection, source: str | None) -> str:
         """The name of the function, or of the other backend, that scores rows of a source for a term."""
         reference = term.function
@@ -115,8 +120,8 @@ class _Parts:
             return reference
         if reference in (MODEL, JUDGE):
             if reference not in self.others:
-                make = make_reward_model if reference == MODEL else make_judge
-                self.others[reference] = make(self.config, self.places)
+                model = reference == MODEL
+                self.others[reference] = make_reward_model(self.config, self.places) if model else self._judge()
             return reference
         kwargs = dict(term.kwargs)
         if reference == "code":
