@@ -298,7 +298,7 @@ def resident(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 torch.manual_seed(0)
-words, size, tokens = 151_936, 64, 1_024
+words, size, tokens = 151_936, 16, 1_024
 layer = torch.nn.Linear(size, words, bias=False)
 layer.weight.grad = torch.zeros_like(layer.weight)
 hidden = torch.randn(tokens, size, requires_grad=True)
