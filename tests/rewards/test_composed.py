@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.protocols.waiting import never
 from hybridflow.rewards.graders.composed import ComposedGrader, Part, combined
 
@@ -100,7 +100,7 @@ def test_parts_are_normalised_then_cut_then_weighted() -> None:
 
 
 def test_a_part_that_failed_fails_the_answer_and_counts_in_no_mean() -> None:
-    failed = Score(0.0, failure="the reward a raised", kind="raised")
+    failed = Score(0.0, failure=Failure("raised", "the reward a raised"))
     found = combined(parts({"normalize": True}, {}), [[failed, Score(1.0), Score(3.0)], [Score(1.0)] * 3])
     assert found[0] is failed
     assert [s.value for s in found[1:]] == pytest.approx([0.0, 2.0], abs=1e-5)

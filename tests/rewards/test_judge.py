@@ -359,9 +359,9 @@ def test_one_answer_without_a_verdict_is_a_failure_of_its_own(
     failed, good = all_of(grader, answers(answer, "one two"))[0]
     assert good == Score(0.2)
     assert failed.kind == kind and failed.value == 0.0
-    assert failed.failure is not None and said in failed.failure
-    assert failed.failure.startswith(f"the judge {endpoint.url}: ")
-    assert failed.failure.endswith(f"it was grading {answer!r}")
+    assert failed.failure is not None and said in failed.failure.what
+    assert failed.failure.what.startswith(f"the judge {endpoint.url}: ")
+    assert failed.failure.what.endswith(f"it was grading {answer!r}")
     grader.close()
 
 

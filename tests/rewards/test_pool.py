@@ -207,9 +207,8 @@ def test_a_call_that_has_had_its_time_ends_alone(make: Make) -> None:
     assert time.monotonic() - began < 10
     assert [s.kind for s in found[0]] == ["", "timeout", "", "timeout"] and found[1] == [Score(1.0)]
     failure = found[0][1].failure
-    assert failure is not None and failure.endswith(
-        "mine.py:act took longer than 1.2 s (it was scoring 'hang 60' against '4')"
-    )
+    assert failure is not None and failure.what.endswith("mine.py:act took longer than 1.2 s")
+    assert failure.scoring == "'hang 60' against '4'"
 
 
 def test_of_a_function_for_groups_the_group_has_its_time(make: Make) -> None:

@@ -143,7 +143,7 @@ def test_what_is_no_number_is_a_failure_of_that_answer_alone(value: Any) -> None
     score = failed(lambda response: value, "good answer")
     shown = repr(value)[:200]
     assert score.kind == "nonsense" and score.failure is not None
-    assert f"the reward mine returned {shown}"[:180] in score.failure and "scoring 'good answer'" in score.failure
+    assert f"the reward mine returned {shown}"[:180] in score.failure.what and "'good answer'" in score.failure.scoring
     assert "def score(response: str" in FIXES["nonsense"]
     fine, bad = RewardFunction(lambda responses: [1.0, value], "mine").scores(answers("fine", "good answer"))
     assert (fine, bad.kind) == (Score(1.0), "nonsense")
@@ -153,7 +153,7 @@ def test_what_is_no_number_is_a_failure_of_that_answer_alone(value: Any) -> None
 def test_several_numbers_for_one_answer_are_told_how_steps_are_given(value: Any) -> None:
     score = failed(lambda response: value, "x")
     assert score.failure is not None and score.kind == "nonsense"
-    assert "'steps': [(characters" in FIXES["nonsense"] and "not a finite number" in score.failure
+    assert "'steps': [(characters" in FIXES["nonsense"] and "not a finite number" in score.failure.what
 
 
 def test_steps_are_characters_and_rewards() -> None:
@@ -201,9 +201,9 @@ def test_a_reward_that_raises_shows_the_answer() -> None:
         answers("a", "strange " + 5000 * "x")
     )
     assert fine == Score(1.0) and bad.kind == "raised" and bad.failure is not None
-    assert bad.failure.startswith("the reward mine raised KeyError: 'strange xxx")
-    assert "it was scoring 'strange xxx" in bad.failure and bad.failure.endswith("against '2')")
-    assert len(bad.failure) < 800  # three texts of 200 characters, a line of code and names
+    assert bad.failure.what.startswith("the reward mine raised KeyError: 'strange xxx")
+    assert bad.failure.scoring.startswith("'strange xxx") and str(bad.failure).endswith("against '2')")
+    assert len(str(bad.failure)) < 800  # three texts of 200 characters, a line of code and names
 
 
 class Hostile:
@@ -333,10 +333,10 @@ def test_a_reward_that_raises_shows_file_line_and_code(
     file = tmp_path / "mine.py"
     file.write_text(RAISING)
     (score,) = load_reward(f"{file}:{name}").scores(answers("x"))
-    assert score.failure is not None and score.kind == "raised" and "\n" not in score.failure
-    assert f"raised {said}" in score.failure, score.failure
+    assert score.failure is not None and score.kind == "raised" and "\n" not in str(score.failure)
+    assert f"raised {said}" in score.failure.what, score.failure
     place = f"({file}, line {line}, in "
-    assert place in score.failure and (where in score.failure or sys.version_info >= (3, 12)), score.failure
+    assert place in score.failure.what and (where in score.failure.what or sys.version_info >= (3, 12)), score.failure
 
 
 SIZES = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([1e12, 1.01e12, 3e38, 1e300, 1e39, -1e300])

@@ -30,15 +30,16 @@ def config_of(folder: Path, **reward: Any) -> RlConfig:
 def test_rewards_are_cut_then_shortened_then_scaled(tmp_path: Path) -> None:
     config = config_of(tmp_path, clip=[-1, 1], length_coef=-0.8, overlong_buffer=4, overlong_penalty=0.4)
     rewards, lengths = [3.0, -3.0, 0.5, 0.0], [2, 8, 6, 4]
-    found_B = shaped_rewards(batch(rewards, lengths), config, Moments())
+    found_B = shaped_rewards(batch(rewards, lengths), config, Moments()).reward_B
     expected = [1 - 0.2, -1 - 0.8 - 0.4, 0.5 - 0.6 - 0.2, -0.4]
     assert found_B.tolist() == pytest.approx(expected)
     config = config_of(
         tmp_path, clip=[-1, 1], length_coef=-0.8, overlong_buffer=4, overlong_penalty=0.4, normalize="step"
     )
-    scaled_B = shaped_rewards(batch(rewards, lengths), config, Moments())
+    shaped = shaped_rewards(batch(rewards, lengths), config, Moments())
+    assert shaped.moments == Moments(), "they are of steps that count on"
     plain_B = torch.tensor(expected)
-    torch.testing.assert_close(scaled_B, (plain_B - plain_B.mean()) / plain_B.std(correction=0))
+    torch.testing.assert_close(shaped.reward_B, (plain_B - plain_B.mean()) / plain_B.std(correction=0))
 
 
 def test_running_moments_are_those_of_all_rewards_so_far(tmp_path: Path) -> None:
@@ -47,13 +48,16 @@ def test_running_moments_are_those_of_all_rewards_so_far(tmp_path: Path) -> None
     steps = [3 + 2 * torch.randn(n) for n in (1, 5, 40)]
     for i, reward_B in enumerate(steps):
         found = batch(reward_B.tolist(), [2] * len(reward_B), baseline_B=(reward_B + 1).tolist())
-        shaped_B = shaped_rewards(found, config, moments)
+        given_B = found["baseline_B"].clone()
+        shaped = shaped_rewards(found, config, moments)
+        moments, shaped_B = shaped.moments, shaped.reward_B
+        assert torch.equal(found["baseline_B"], given_B) and shaped.baseline_B is not None
         so_far_B = torch.cat(steps[: i + 1]).double()
         if i:  # one reward alone has no deviation
             expected_B = (reward_B - so_far_B.mean()) / so_far_B.std(correction=0)
             torch.testing.assert_close(shaped_B.double(), expected_B.double(), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(
-                found["baseline_B"] - shaped_B, torch.ones(1).expand(len(shaped_B)) / so_far_B.std(correction=0).float()
+                shaped.baseline_B - shaped_B, torch.ones(1).expand(len(shaped_B)) / so_far_B.std(correction=0).float()
             )
     assert moments.count == 46
 

@@ -111,7 +111,8 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
         report, tried = audit(reward, case_set, grader, heavy=options.heavy, seed=options.seed)
     finally:
         grader.close()
-    if "://" not in reward and not any(f.kind == "failure" and f.text.startswith("died") for f in report.findings):
+    died = any(one.score is not None and one.score.kind == "died" for one in tried)
+    if "://" not in reward and not died:
         spec = FunctionSpec(reward, kwargs)
         add_probe(report, tried, spec, seconds=PROBE_SECONDS, calls=options.calls)
     shown = None if built_in else truth_in_prompt(case_set.cases)

@@ -84,7 +84,8 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     """What a right answer may have to look like, where the bare ground truth is worth no more than nothing."""
     [empty] = _scores(grader, prompt, [""])
     if empty.failure is not None:
-        yield f"    advice: the reward fails on an empty answer, and models give some: {empty.failure.splitlines()[0]}"
+        said = str(empty.failure).splitlines()[0]
+        yield f"    advice: the reward fails on an empty answer, and models give some: {said}"
         return
     floor = total(empty)
     if truth > floor:

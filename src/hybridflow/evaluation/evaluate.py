@@ -253,7 +253,7 @@ def _value(score: Score, policy: FailurePolicy, where: str) -> float:
     if score.failure is None:
         return total(score)
     if policy.on_failure == "fail":
-        raise policy.refuse(score, where)
+        raise policy.refuse(score.failure, where)
     return policy.value
 
 

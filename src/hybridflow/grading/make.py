@@ -184,5 +184,5 @@ def require_score(score: Score, section: RewardSection, where: str) -> Score:
         UserError: the reward failed.
     """
     if score.failure is not None:
-        raise failure_policy(section).refuse(score, where)
+        raise failure_policy(section).refuse(score.failure, where)
     return score

@@ -29,7 +29,7 @@ from hybridflow.models.load import context_of
 from hybridflow.placing.build import load_role, local_reference
 from hybridflow.placing.places import Places
 from hybridflow.placing.role import reward_role
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.protocols.training import Pending, Scorer
 from hybridflow.protocols.waiting import never
 
@@ -46,14 +46,12 @@ class _ReadAnswer:
         read: the tokens to read at, ascending, each once.
         steps: of a process reward model: after how many characters each step ends, and which of `read` it is read at.
         failure: why there is no reading.
-        kind: of the failure.
     """
 
     token_ids: list[int] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
-    failure: str | None = None
-    kind: str = ""
+    failure: Failure | None = None
 
 
 class ModelGrader:
@@ -93,7 +91,7 @@ class ModelGrader:
         def scores() -> list[Score]:
             parts = iter(() if values is None else values()["value"][mask_T].split(lengths))
             return [
-                Score(0.0, failure=reading.failure, kind=reading.kind)
+                Score(0.0, failure=reading.failure)
                 if reading.failure is not None
                 else self._score(reading, next(parts).tolist())
                 for reading in found
@@ -148,11 +146,11 @@ class ModelGrader:
 
     def _failed(self, what: str, response: str, kind: str) -> _ReadAnswer:
         text = f"the reward model {self.section.path}: {what}; answer {response!r}"
-        return _ReadAnswer(failure=text[:MOST_WORDS], kind=kind)
+        return _ReadAnswer(failure=Failure(kind, text[:MOST_WORDS]))
 
     def _score(self, reading: _ReadAnswer, values: Sequence[float]) -> Score:
         if not all(map(_finite, values)):
-            return Score(0.0, failure=f"the reward model {self.section.path} gave {list(values)}", kind="nonsense")
+            return Score(0.0, failure=Failure("nonsense", f"the reward model {self.section.path} gave {list(values)}"))
         if self.section.step_separator is None:
             return Score(values[0])
         return Score(0.0, steps=tuple((end, values[place]) for end, place in reading.steps))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridflow.errors import UserError
-from hybridflow.protocols.rewards import Score
+from hybridflow.protocols.rewards import Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,24 +16,24 @@ class FailurePolicy:
     Args:
         on_failure: what happens.
         value: the reward for "value".
-        advice: what the user may change, by `Score.kind`.
+        advice: what the user may change, by `Failure.kind`.
     """
 
     on_failure: Literal["fail", "drop_group", "mask", "value"] = "fail"
     value: float = 0.0
     advice: dict[str, str] = field(default_factory=dict)
 
-    def refuse(self, score: Score, where: str) -> UserError:
+    def refuse(self, failure: Failure, where: str) -> UserError:
         """What ends a run at its first failure.
 
         Args:
-            score: a failed one.
+            failure: the first one.
             where: which row of which data.
         """
-        what, scoring, why = str(score.failure).partition(" (it was scoring ")
         otherwise = OTHERWISE if self.on_failure == "fail" else ""  # else the user has said so already
-        fix = self.advice.get(score.kind, "look at the reward") + otherwise
-        return UserError(f"{where}: {what}", why=f"it was scoring {why.removesuffix(')')}" if scoring else "", fix=fix)
+        fix = self.advice.get(failure.kind, "look at the reward") + otherwise
+        why = f"it was scoring {failure.scoring}" if failure.scoring else ""
+        return UserError(f"{where}: {failure.what}", why=why, fix=fix)
 
 
 OTHERWISE = "; or let reward.on_failure (drop_group, mask, value) say what such answers are worth"

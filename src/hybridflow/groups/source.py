@@ -108,6 +108,9 @@ class GroupSource:
         self._told: set[str] = set()
         self.reward_seconds = 0.0
         self._kept: list[Result] = []
+        self._submitted = 0
+        # What the grader was asked, by its key: the draw, and whether it is the greedy answer to it.
+        self._asked: dict[int, tuple[int, bool]] = {}
 
     def keep(self, results: Sequence[Result]) -> None:
         """Takes results of this source that somebody else got from the engine while it waited for its own."""
@@ -156,6 +159,7 @@ class GroupSource:
             if self.should_stop():
                 self.engine.abort(list(owner))
                 self.grader.cancel()
+                self._asked.clear()
                 raise Stopped
             if owner:
                 arriving, self._kept = self._kept or self.engine.wait(), []
@@ -185,14 +189,16 @@ class GroupSource:
         greedy = results.pop(GREEDY, None)
         group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
 
-        def answers(texts: list[str]) -> Answers:
-            return Answers(texts, question.ground_truth, question.messages, question.row)
+        def ask(texts: list[str], *, baseline: bool) -> None:
+            self._asked[self._submitted] = draw, baseline
+            self.grader.submit(self._submitted, Answers(texts, question.ground_truth, question.messages, question.row))
+            self._submitted += 1
+            group.lacking += 1
 
-        self.grader.submit(2 * draw, answers(group.texts))
+        ask(group.texts, baseline=False)
         if greedy is not None:
             # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
-            self.grader.submit(2 * draw + 1, answers([self.decode(greedy.token_ids)]))
-            group.lacking = 2
+            ask([self.decode(greedy.token_ids)], baseline=True)
         self.reward_seconds += time.perf_counter() - began
         return group
 
@@ -201,29 +207,30 @@ class GroupSource:
         began = time.perf_counter()
         whole = []
         for key, scores in self.grader.wait() if wait and scoring else self.grader.ready():
-            group = scoring[key // 2]
+            draw, baseline = self._asked.pop(key)
+            group = scoring[draw]
             group.lacking -= 1
-            if key % 2:
+            if baseline:
                 (group.baseline,) = scores
             else:
                 group.scores = scores
             if not group.lacking:
-                whole.append(key // 2)
+                whole.append(draw)
         self.reward_seconds += time.perf_counter() - began
         return whole
 
     def _group(self, draw: int, row: int, question: Question, found: _Scoring) -> Group:
         """A group of what was scored, after the policy for what was not."""
         every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
-        failed = [score for score in every if score.failure is not None]
-        group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(score.kind for score in failed)))
+        failed = [score.failure for score in every if score.failure is not None]
+        group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(f.kind for f in failed)))
         policy = self.policy
         if failed and policy.on_failure == "fail":
             raise policy.refuse(failed[0], f"row {row} of the training data")
-        for score in failed:
-            if score.kind not in self._told:
-                self._told.add(score.kind)
-                self.tell(f"row {row} of the training data: {score.failure}; reward.on_failure is {policy.on_failure}")
+        for failure in failed:
+            if failure.kind not in self._told:
+                self._told.add(failure.kind)
+                self.tell(f"row {row} of the training data: {failure}; reward.on_failure is {policy.on_failure}")
         if found.baseline is not None:
             group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
         baseline_failed = found.baseline is not None and found.baseline.failure is not None
@@ -245,7 +252,7 @@ class GroupSource:
                     r.support,
                     components=dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components),
                     step_rewards=self._at_tokens(r.token_ids, text, score),
-                    failure=score.failure if policy.on_failure == "mask" else None,
+                    failure=str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None,
                 )
             )
         return group
@@ -292,4 +299,4 @@ class _Scoring:
     texts: list[str]
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
-    lacking: int = 1  # submissions that have not come back
+    lacking: int = 0  # submissions that have not come back

@@ -48,7 +48,7 @@ class Group:
         prompt_ids: token ids of the prompt.
         trajectories: the answers, in order of `sample`.
         baseline: the reward of a greedy answer to the prompt; None where none was asked for.
-        failures: how many of its answers (a greedy one too) the reward failed on, by what happened: see `Score.kind`.
+        failures: how many of its answers (a greedy one too) the reward failed on, by what happened: see `Failure.kind`.
     """
 
     draw: int

@@ -27,6 +27,24 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an answer has no reward.
+
+    Args:
+        kind: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a server).
+        what: went wrong, in words.
+        scoring: the answer and what it was held against, in words; "" where `what` says it.
+    """
+
+    kind: str
+    what: str
+    scoring: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} (it was scoring {self.scoring})" if self.scoring else self.what
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """What an answer is worth.
 
@@ -34,16 +52,18 @@ class Score:
         value: the reward of the whole answer. Where it failed it is 0 and means nothing.
         components: further numbers, by name.
         steps: rewards of parts of the answer: (how many characters of it the part ends after, reward).
-        failure: what went wrong, in words, where there is no reward.
-        kind: of the failure: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a
-            server); "" where there is none.
+        failure: why there is no reward; None where there is one.
     """
 
     value: float
     components: dict[str, float] = field(default_factory=dict)
     steps: tuple[tuple[int, float], ...] = ()
-    failure: str | None = None
-    kind: str = ""
+    failure: Failure | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of the failure; "" where there is none."""
+        return "" if self.failure is None else self.failure.kind
 
 
 class Grader(Protocol):

@@ -41,7 +41,7 @@ class CallFailed(Exception):
 
     Attributes:
         kind: "timeout", "refused" (4xx, 5xx, no connection) or "nonsense" (an answer that is not JSON): see
-            `protocols.rewards.Score.kind`.
+            `protocols.rewards.Failure.kind`.
         status: of the last answer; None where there was none.
         unreachable: whether nobody listens at the address.
     """

@@ -295,7 +295,7 @@ def _judge_case(case_set: CaseSet, tried: Sequence[Tried], judged: _Judged) -> N
         by_name.setdefault(one.mutation, one)
         assert one.score is not None
         if one.score.failure is not None:
-            judged.add("failure", f"{one.score.kind}: {one.mutation}", one)
+            judged.add("failure", f"{one.score.failure.kind}: {one.mutation}", one)
     right, wrong = (_value(by_name.get(name)) for name in (mutations.RIGHT, mutations.WRONG))
     if right is None or wrong is None:
         return
@@ -351,7 +351,7 @@ def differences(when: str, pairs: Sequence[tuple[Tried, Score]]) -> list[Finding
     if not other:
         return []
     one, score = min(other, key=lambda pair: len(pair[0].response))
-    example = example_of(one) | {"score then": score.failure or score.value}
+    example = example_of(one) | {"score then": score.value if score.failure is None else str(score.failure)}
     return [Finding("unstable", f"another score when {when}", len(other), len(pairs), example)]
 
 
@@ -365,9 +365,7 @@ def example_of(one: Tried) -> dict[str, Any]:
     """An answer, as a report shows it."""
     assert one.score is not None
     shown = {"answer": shortened(one.response), "ground truth": shortened(one.case.ground_truth)}
-    return shown | (
-        {"it": one.score.failure.partition(" (it was scoring")[0]} if one.score.failure else {"score": one.score.value}
-    )
+    return shown | ({"score": one.score.value} if one.score.failure is None else {"it": one.score.failure.what})
 
 
 def shortened(value: Any) -> str:

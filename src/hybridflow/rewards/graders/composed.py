@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hybridflow.config.bounds import LARGEST_REWARD
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.protocols.waiting import never, returning_when
 
 
@@ -166,7 +166,8 @@ def _bounded(score: Score) -> Score:
     said = next((f"{verb} {value:g}" for verb, value in numbers.items() if not abs(value) <= LARGEST_REWARD), None)
     if score.failure is not None or said is None:
         return score
-    return Score(0.0, failure=f"the reward {said}, not a finite number of at most {LARGEST_REWARD:g}", kind="nonsense")
+    what = f"the reward {said}, not a finite number of at most {LARGEST_REWARD:g}"
+    return Score(0.0, failure=Failure("nonsense", what))
 
 
 def _values(part: Part, scores: Sequence[Score]) -> list[float]:

@@ -27,7 +27,7 @@ from typing import Any
 from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError, nearest, raised
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.rewards.verifiable import registry as rewards
 
 ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
@@ -221,7 +221,7 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
 
     Args:
         name: of the reward.
-        kind: see `protocols.rewards.Score.kind`.
+        kind: see `protocols.rewards.Failure.kind`.
         what: it did, such as "took longer than 60 s".
         answers: what it was scoring.
         index: which of them; None: all.
@@ -232,8 +232,8 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
     else:
         many, response, count = "", answers.responses[index], 1
     against = _text(answers.ground_truth, repr)
-    failure = f"the reward {name} {what} (it was scoring {many}{response[:CUT]!r} against {against})"
-    return [Score(0.0, failure=failure, kind=kind)] * count
+    failure = Failure(kind, f"the reward {name} {what}", f"{many}{response[:CUT]!r} against {against}")
+    return [Score(0.0, failure=failure)] * count
 
 
 def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:

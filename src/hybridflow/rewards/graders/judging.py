@@ -18,7 +18,7 @@ from hybridflow.config.locate import load_function
 from hybridflow.config.sections.rewards import VerdictSection
 from hybridflow.errors import UserError, nearest, raised
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 
 GIVEN = ("question", "messages", "response", "ground_truth", "row", "fence")
 BEST = 10.0  # of the grades that the default template asks for
@@ -64,7 +64,7 @@ class NoVerdict(Exception):
     """There is no number in a judge's text, or there is no text; the message says why.
 
     Attributes:
-        kind: see `protocols.rewards.Score.kind`.
+        kind: see `protocols.rewards.Failure.kind`.
     """
 
     def __init__(self, said: str, kind: str = "nonsense") -> None:
@@ -135,7 +135,7 @@ class Judging:
 
     def failed(self, error: NoVerdict, response: str) -> Score:
         """The score of an answer that has no verdict."""
-        return Score(0.0, failure=f"{self.name}: {error}; it was grading {response[:SHOWN]!r}", kind=error.kind)
+        return Score(0.0, failure=Failure(error.kind, f"{self.name}: {error}; it was grading {response[:SHOWN]!r}"))
 
 
 @dataclass(slots=True)

@@ -36,7 +36,7 @@ from hybridflow.protocols.waiting import SECONDS_BETWEEN_LOOKS, never
 from hybridflow.rewards.graders.function import CUT, FunctionSpec, failures
 from hybridflow.rewards.pool.calls import Call, GroupCalls
 from hybridflow.rewards.pool.process import GRACE, START, PoolProcess, start_process
-from hybridflow.rewards.pool.worker import too_long
+from hybridflow.rewards.pool.worker import score_of, too_long
 
 if TYPE_CHECKING:
     from hybridflow.config.sections.rewards import RewardPoolSection
@@ -264,7 +264,7 @@ class ProcessGrader:
                 self._usual += 0.1 * (now - process.since - self._usual)
                 process.since, process.passed_over = now, False
             if call is not None:  # nobody has taken it over
-                self._settle(call, [Score(*plain) for plain in scores])
+                self._settle(call, [score_of(plain) for plain in scores])
 
     def _look_at(self, process: PoolProcess, now: float) -> None:
         """What follows from its not having said anything for so long."""

@@ -28,16 +28,18 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import astuple
 from typing import Any
 
 from hybridflow.config.imports import know
 from hybridflow.errors import UserError, raised
-from hybridflow.protocols.rewards import Answers, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.rewards.graders.function import RewardFunction, check_builtins, failures, load_all
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
 _LENGTH = struct.Struct(">I")
-Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], str | None, str]  # a Score, quicker to pickle
+PlainFailure = tuple[str, str, str]
+Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], PlainFailure | None]  # a Score, quicker to pickle
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
@@ -247,4 +249,10 @@ def too_long(timeout: float) -> str:
 
 
 def _plain(scores: list[Score]) -> list[Plain]:
-    return [(s.value, s.components, s.steps, s.failure, s.kind) for s in scores]
+    return [(s.value, s.components, s.steps, None if s.failure is None else astuple(s.failure)) for s in scores]
+
+
+def score_of(plain: Plain) -> Score:
+    """The score that a worker has sent."""
+    value, components, steps, failure = plain
+    return Score(value, components, steps, None if failure is None else Failure(*failure))

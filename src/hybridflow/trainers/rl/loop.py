@@ -1,6 +1,6 @@
 """The reinforcement-learning loop. Algorithms differ in what `estimate` and `update` are given, not in another loop.
 
-Shapes: T tokens of all answers and their prompts, S spans of one version of the weights.
+Shapes: B answers, T tokens of all answers and their prompts, S spans of one version of the weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hybridflow.trainers.rl.corrections import (
 )
 from hybridflow.trainers.rl.filters import component_names, failure_counts, nothing_passed, passing, trainable
 from hybridflow.trainers.rl.losses import divergence, policy_loss, value_loss, with_loss, with_weights
-from hybridflow.trainers.rl.measures import _records, batch_metrics, kl_metrics
+from hybridflow.trainers.rl.measures import PENALTY, _records, batch_metrics, kl_metrics
 from hybridflow.trainers.rl.run import RlRun, open_run
 from hybridflow.trainers.rl.shaping import shaped_rewards, token_rewards
 
@@ -119,7 +119,11 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
         if a.correction.active and a.correction.mode == "decoupled":
             batch, found = corrected(batch, batch["old_logp_T"], a)
             counts |= found
-        batch["reward_T"] = token_rewards(batch, shaped_rewards(batch, config, run.moments))
+        shaped = shaped_rewards(batch, config, run.moments)
+        run.moments = shaped.moments
+        if shaped.baseline_B is not None:
+            batch["baseline_B"] = shaped.baseline_B
+        batch["reward_T"] = token_rewards(batch, shaped.reward_B)
         if a.kl_reward_coef:
             batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
             batch["reward_T"] -= run.kl.coef * batch["kl_T"]
@@ -133,7 +137,9 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
 
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
-    config, metrics = run.config, [kl_metrics(run, batch)]
+    config, metrics = run.config, [kl_metrics(batch, run.config.algorithm, run.kl.coef)]
+    if PENALTY in metrics[0]:
+        run.kl.observe(metrics[0][PENALTY], len(batch))  # the next step's coefficient
     minis = batch.split(part_sizes(len(batch), config.train.answers_per_update))
     of_critic: list[Callable[[], dict[str, float]]] = []
     if run.critic is not None and config.critic is not None and not run.critic.shared:

@@ -11,21 +11,29 @@ import torch
 
 from hybridflow.algorithms.kl import mean_per_answer
 from hybridflow.batch import Batch
+from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.protocols.groups import Group
 from hybridflow.trainers.rl.diversity import diversity
 from hybridflow.trainers.rl.filters import component_names
 from hybridflow.trainers.rl.run import RlRun
 
+PENALTY = "actor/reward_kl_penalty"
 
-def kl_metrics(run: RlRun, batch: Batch) -> dict[str, float]:
-    """Coefficients of the KL terms and the penalty, under verl's names; the controller takes the penalty in."""
-    a, metrics = run.config.algorithm, {}
+
+def kl_metrics(batch: Batch, a: AlgorithmSection, reward_coef: float) -> dict[str, float]:
+    """Coefficients of the KL terms and the penalty, under verl's names.
+
+    Args:
+        batch: the step's.
+        a: the ``algorithm`` section.
+        reward_coef: the coefficient of the penalty in this step.
+    """
+    metrics = {}
     if a.kl_loss_coef:
         metrics["actor/kl_coef"] = a.kl_loss_coef
     if "kl_T" in batch:
         kl = mean_per_answer(batch["kl_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
-        metrics |= {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": run.kl.coef}
-        run.kl.observe(kl, len(batch))
+        metrics |= {PENALTY: kl, "actor/reward_kl_penalty_coeff": reward_coef}
     return metrics
 
 

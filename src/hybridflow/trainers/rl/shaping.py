@@ -22,7 +22,7 @@ from hybridflow.config.kinds.rl import RlConfig
 LEAST_DEVIATION = 1e-6
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Moments:
     """Count, mean and sum of squared deviations of all rewards so far (Chan, Golub & LeVeque 1979, equation 1.5)."""
 
@@ -30,16 +30,15 @@ class Moments:
     mean: float = 0.0
     squares: float = 0.0
 
-    def add(self, value_B: Tensor) -> None:
-        """Takes more rewards in."""
+    def with_more(self, value_B: Tensor) -> Moments:
+        """Those of all rewards so far and of these."""
         if not len(value_B):
-            return
+            return self
         value_B = value_B.double()
         n, mean = len(value_B), float(value_B.mean())
         apart, total = mean - self.mean, self.count + n
-        self.squares += float(((value_B - mean) ** 2).sum()) + apart**2 * self.count * n / total
-        self.mean += apart * n / total
-        self.count = total
+        squares = self.squares + (float(((value_B - mean) ** 2).sum()) + apart**2 * self.count * n / total)
+        return Moments(total, self.mean + apart * n / total, squares)
 
     def scale(self, value_B: Tensor) -> Tensor:
         """Values less the mean, divided by the deviation ``[B]``."""
@@ -47,21 +46,36 @@ class Moments:
         return (value_B - self.mean) / max(deviation, LEAST_DEVIATION)
 
 
-def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Tensor:
-    """The reward of every answer ``[B]`` that training works with.
-
-    ``baseline_B``, where there is one, is cut and scaled as the rewards are.
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """The rewards that training works with.
 
     Args:
-        batch: ``reward_B``, ``loss_mask_T``.
+        reward_B: of every answer ``[B]``.
+        baseline_B: what each is held against, cut and scaled as the rewards are; None where there is none.
+        moments: of all steps so far, this one among them where ``reward.normalize`` is running.
+    """
+
+    reward_B: Tensor
+    baseline_B: Tensor | None
+    moments: Moments
+
+
+def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Shaped:
+    """The rewards that training works with, of the answers of a batch.
+
+    Args:
+        batch: ``reward_B``, ``loss_mask_T``, and ``baseline_B`` where there is one.
         config: its ``reward`` section.
-        moments: of all steps so far; this one is taken in where ``reward.normalize`` is running.
+        moments: of all steps so far.
     """
     r, reward_B = config.reward, batch["reward_B"]
+    baseline_B: Tensor | None = None
+    if "baseline_B" in batch:
+        baseline_B = batch["baseline_B"]
     if r.clip is not None:
         reward_B = reward_B.clamp(*r.clip)
-        if "baseline_B" in batch:
-            batch["baseline_B"] = batch["baseline_B"].clamp(*r.clip)
+        baseline_B = None if baseline_B is None else baseline_B.clamp(*r.clip)
     if r.overlong_buffer is not None or r.length_coef:
         length_B = torch.zeros_like(reward_B).index_add_(0, batch.sequence_of(), batch["loss_mask_T"].to(reward_B))
         limit = config.rollout.max_response_tokens
@@ -69,12 +83,11 @@ def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Tensor:
             reward_B = reward_B + overlong_penalty_N(length_B, limit, r.overlong_buffer, r.overlong_penalty)
         reward_B = reward_B + r.length_coef * length_B / limit
     if r.normalize != "none":
-        moments = moments if r.normalize == "running" else Moments()
-        moments.add(reward_B)
-        reward_B = moments.scale(reward_B)
-        if "baseline_B" in batch:
-            batch["baseline_B"] = moments.scale(batch["baseline_B"])
-    return reward_B
+        known = (moments if r.normalize == "running" else Moments()).with_more(reward_B)
+        moments = known if r.normalize == "running" else moments
+        reward_B = known.scale(reward_B)
+        baseline_B = None if baseline_B is None else known.scale(baseline_B)
+    return Shaped(reward_B, baseline_B, moments)
 
 
 def token_rewards(batch: Batch, reward_B: Tensor | None = None) -> Tensor:
