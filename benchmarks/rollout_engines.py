@@ -38,6 +38,7 @@ from hybridflow.models.files import export_model
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, RolloutEngine, Sampling, generate
 from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.rollout.vllm.engine import VllmEngine
 
 from measuring import record, run_alone
@@ -106,7 +107,7 @@ def continuous(model: PreTrainedModel, work: Work, turn: int) -> int:
 def sides(model: PreTrainedModel, folder: Path) -> tuple[dict[str, Side], VllmEngine]:
     """What takes turns, and the vLLM engine, which is to be closed."""
     export_model(model, folder, torch.float32)
-    ours = VllmEngine(folder, max_model_len=SERVED_TOKENS, engine_args={"max_num_seqs": 256})  # no batch waits
+    ours = VllmEngine(EngineModel(folder, SERVED_TOKENS, engine_args={"max_num_seqs": 256}))  # no batch waits
     inner = ours._engine  # the bare loop drives the same engine
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")

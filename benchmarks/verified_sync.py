@@ -28,6 +28,7 @@ from hybridflow.models.attention import ATTENTION
 from hybridflow.publishing.canary import Canary
 from hybridflow.publishing.publisher import Publisher, deliver
 from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.weights import stream as streams
 from hybridflow.weights.stream import fingerprint, stream_of
 
@@ -62,7 +63,7 @@ def engine_of(kind: str, folder: str) -> Any:
     from hybridflow.rollout.vllm.engine import VllmEngine
 
     model().save_pretrained(folder)
-    return VllmEngine(folder, max_model_len=CONTEXT)
+    return VllmEngine(EngineModel(folder, CONTEXT))
 
 
 def measured(kind: str) -> dict[str, Any]:

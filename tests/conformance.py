@@ -26,6 +26,7 @@ from hybridflow.models.attention import ATTENTION
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
 from hybridflow.protocols.weights import WeightStream
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.weights.stream import stream_of, verify
 
 CARRY = Path(__file__).resolve().parents[1] / "recipes/carry/task.py"
@@ -113,14 +114,14 @@ def _inline(model: PreTrainedModel, folder: Path) -> RolloutEngine:
     return InlineEngine(replica, decode=decode)
 
 
-def _vllm(**more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
+def _vllm(tensor_parallel: int = 1, **more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
     def begin(model: PreTrainedModel, folder: Path) -> RolloutEngine:
         from hybridflow.rollout.vllm.engine import VllmEngine
 
         # Few tokens per step, so that not all requests fit into one.
-        return VllmEngine(
-            folder, max_model_len=CONTEXT, engine_args={"max_num_batched_tokens": CONTEXT}, decode=decode, **more
-        )
+        few = {"max_num_batched_tokens": CONTEXT}
+        served = EngineModel(folder, CONTEXT, tensor_parallel, engine_args=few)
+        return VllmEngine(served, decode=decode, **more)
 
     return begin
 
@@ -128,19 +129,19 @@ def _vllm(**more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
 def _vllm_server(model: PreTrainedModel, folder: Path) -> RolloutEngine:
     from hybridflow.rollout.vllm.server import VllmServerEngine
 
-    return VllmServerEngine(folder, max_model_len=CONTEXT, decode=decode)
+    return VllmServerEngine(EngineModel(folder, CONTEXT), decode=decode)
 
 
 def _sglang(model: PreTrainedModel, folder: Path) -> RolloutEngine:
     from hybridflow.rollout.sglang.engine import SglangEngine
 
-    return SglangEngine(folder, max_model_len=CONTEXT, decode=decode)
+    return SglangEngine(EngineModel(folder, CONTEXT), decode=decode)
 
 
 def _sglang_server(model: PreTrainedModel, folder: Path) -> RolloutEngine:
     from hybridflow.rollout.sglang.server import SglangServerEngine
 
-    return SglangServerEngine(folder, max_model_len=CONTEXT, decode=decode)
+    return SglangServerEngine(EngineModel(folder, CONTEXT), decode=decode)
 
 
 STARTS: dict[str, Callable[[PreTrainedModel, Path], RolloutEngine]] = {

@@ -20,6 +20,7 @@ from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, Sampling, Span, generate
 from hybridflow.rollout.served.process import free_port
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
 from hybridflow.rollout.vllm.server import VllmServerEngine
 from hybridflow.weights.stream import WeightSyncError
 
@@ -42,8 +43,8 @@ def ours(model: Path) -> Iterator[Engines]:
     def make(replicas: int = 1, *, restarts: int = 3, answer_timeout: float = 60, **behaviour: Any) -> VllmServerEngine:
         python = interpreter(model, **behaviour)
         engine = VllmServerEngine(
-            model, max_model_len=64, replicas=replicas, python=python, log_folder=model, restarts=restarts,
-            answer_timeout=answer_timeout, start_timeout=60,
+            EngineModel(model, 64), replicas=replicas, launch=Launch(python, model),
+            supervision=Supervision(60, answer_timeout, restarts),
         )  # fmt: skip
         made.append(engine)
         return engine
@@ -62,7 +63,9 @@ def theirs() -> Iterator[Engines]:
         ports = [free_port() for _ in behaviours]
         made.extend(start_peer(port, **behaviour) for port, behaviour in zip(ports, behaviours))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
-        engine = VllmServerEngine(None, max_model_len=64, servers=urls, answer_timeout=answer_timeout)
+        engine = VllmServerEngine(
+            EngineModel(None, 64), servers=urls, supervision=Supervision(answer_timeout=answer_timeout)
+        )
         made.append(engine)
         return engine
 
@@ -268,7 +271,7 @@ def test_two_runs_on_one_server_are_refused(theirs: Engines) -> None:
     url = urls(engine)[0]
 
     def second() -> None:
-        VllmServerEngine(None, max_model_len=64, servers=[url], owner="runs/second").close()
+        VllmServerEngine(EngineModel(None, 64), servers=[url], launch=Launch(run_folder="runs/second")).close()
 
     with pytest.raises(UserError, match=f"samples for another run: its weights are '0 of .* {os.getpid()} '") as error:
         second()
@@ -304,18 +307,18 @@ def test_a_server_with_too_short_a_context_is_refused() -> None:
     peer = start_peer(port)
     try:
         with pytest.raises(UserError, match="takes 64 tokens, and this run's sequences have up to 100"):
-            VllmServerEngine(None, max_model_len=100, servers=[f"http://127.0.0.1:{port}"])
+            VllmServerEngine(EngineModel(None, 100), servers=[f"http://127.0.0.1:{port}"])
     finally:
         peer.kill()
     with pytest.raises(UserError, match=r"the server http://127.0.0.1:\d+ does not answer"):
-        VllmServerEngine(None, max_model_len=64, servers=[f"http://127.0.0.1:{port}"])
+        VllmServerEngine(EngineModel(None, 64), servers=[f"http://127.0.0.1:{port}"])
 
 
 def test_an_address_where_nothing_is_said_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match=f"the server {url} did not answer within 0.3 s"):
-            VllmServerEngine(None, max_model_len=64, servers=[url], start_timeout=0.3)
+            VllmServerEngine(EngineModel(None, 64), servers=[url], supervision=Supervision(start_timeout=0.3))
 
 
 def test_a_server_that_does_not_start_says_why(ours: Engines, model: Path) -> None:
@@ -326,15 +329,15 @@ def test_a_server_that_does_not_start_says_why(ours: Engines, model: Path) -> No
     python = interpreter(empty, exit="")
     Path(python).write_text("#!/bin/sh\n")
     with pytest.raises(UserError, match="vLLM is not installed in the environment of"):
-        VllmServerEngine(model, max_model_len=64, python=python)
+        VllmServerEngine(EngineModel(model, 64), launch=Launch(python))
     with pytest.raises(UserError, match="does not run"):
-        VllmServerEngine(model, max_model_len=64, python=str(model / "nothing"))
+        VllmServerEngine(EngineModel(model, 64), launch=Launch(str(model / "nothing")))
 
 
 def test_without_aiohttp_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(UserError, match=r"pip install 'hybridflow\[server\]'"):
-        VllmServerEngine(None, max_model_len=64, servers=["http://127.0.0.1:1"])
+        VllmServerEngine(EngineModel(None, 64), servers=["http://127.0.0.1:1"])
 
 
 def test_no_server_outlives_its_engine_nor_its_process(ours: Engines, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from hybridflow.protocols.generation import generate
 from hybridflow.protocols.weights import WeightStream
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.rollout.vllm.engine import VllmEngine
 from hybridflow.weights.stream import verify
 
@@ -28,7 +29,7 @@ def test_halves_of_fsdp2_reach_two_workers_tensor_by_tensor(tmp_path: Path) -> N
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
     actor = Ranks(2)
-    engine = VllmEngine(tmp_path, max_model_len=CONTEXT, mode="workers", tensor_parallel=2)
+    engine = VllmEngine(EngineModel(tmp_path, CONTEXT, tensor_parallel=2), mode="workers")
     try:
         assert len(engine.receivers()) == 2
         asked = requests(4)

@@ -279,7 +279,6 @@ def test_a_stop_token_as_first_token_ends_at_once(trained_model: PreTrainedModel
         (Request((), Sampling(5), NoiseKey(0, "train")), "0 prompt tokens"),
         (Request((5,), Sampling(0), NoiseKey(0, "train")), "nothing to do"),
         (Request((5,), Sampling(3), NoiseKey(0, "train"), generated_ids=(7, 8, 9)), "nothing to do"),
-        (Request((5,), Sampling(3), NoiseKey(0, "train"), adapter="mine"), "no adapter 'mine'"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(

@@ -40,6 +40,7 @@ from hybridflow.rollout.sglang.engine import SglangEngine
 from hybridflow.rollout.sglang.server import SglangServerEngine
 from hybridflow.rollout.sglang.start import arguments, check_version, environment, flags, require_sglang
 from hybridflow.rollout.sglang.worker import as_stored
+from hybridflow.rollout.startup import EngineModel, Launch
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
 from conformance import expected, gap
@@ -98,7 +99,7 @@ def tied() -> PreTrainedModel:
 def server(folder: Path, logs: Path) -> Iterator[dict[str, Any]]:
     """A server that somebody else started, as docs/generation.md says."""
     port = free_port()
-    named = arguments(folder, max_model_len=CONTEXT, tensor_parallel=1, seed=0, dtype=None, wanted={})
+    named = arguments(EngineModel(folder, CONTEXT))
     command = [sys.executable, "-m", "sglang.launch_server", *flags(named), "--port", str(port)]
     with (logs / "server.log").open("wb") as log:
         process = subprocess.Popen(  # with a guardian, which ends it when this process ends, however
@@ -140,9 +141,8 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             time.sleep(0.2)
         kind = SglangServerEngine if where else SglangEngine
         engine = kind(
-            folder,
-            max_model_len=CONTEXT,
-            log_folder=logs,
+            EngineModel(folder, CONTEXT),
+            launch=Launch(run_folder=logs),
             decode=lambda ids: "".join(map(letter, ids)),
             **where,  # type: ignore[arg-type]
         )
@@ -325,12 +325,12 @@ def test_a_server_samples_for_one_run(setup: Setup):
         pytest.skip("it has no address that another run could name")
     url = setup.engine._live[0].state.url
     with pytest.raises(UserError) as error:
-        SglangServerEngine(None, max_model_len=CONTEXT, servers=[url])
+        SglangServerEngine(EngineModel(None, CONTEXT), servers=[url])
     assert "samples for another run" in str(error.value) and "servers of its own" in error.value.fix
     with pytest.raises(UserError, match="takes sequences of 512 tokens, and this run's have up to 513"):
-        SglangServerEngine(None, max_model_len=CONTEXT + 1, servers=[url])
+        SglangServerEngine(EngineModel(None, CONTEXT + 1), servers=[url])
     with pytest.raises(UserError, match="does not answer"):
-        SglangServerEngine(None, max_model_len=CONTEXT, servers=[f"http://127.0.0.1:{free_port()}"])
+        SglangServerEngine(EngineModel(None, CONTEXT), servers=[f"http://127.0.0.1:{free_port()}"])
     asked = requests(2)
     assert gap(setup.model, asked, generate(setup.engine, asked)) < TOLERANCE
 
@@ -368,22 +368,20 @@ def test_requests_that_can_never_run_are_refused_in_words(setup: Setup):
         setup.engine.submit(replace(fits, sampling=Sampling(CONTEXT - 499)))
     assert str(error.value) == (
         "a request of 500 prompt tokens and up to 13 new ones does not fit in 512 tokens\n"
-        "  why: that is the max_model_len which the SGLang engine was started with\n"
+        "  why: that is the max_model_len which the engine was started with\n"
         "  fix: lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one"
     )
     with pytest.raises(UserError, match="repetition penalty"):
         setup.engine.submit(replace(fits, sampling=Sampling(2, repetition_penalty=1.1)))
-    with pytest.raises(UserError, match="no adapter 'poet'"):
-        setup.engine.submit(replace(fits, adapter="poet"))
     assert setup.engine.wait() == []
 
 
 def test_engines_that_can_never_start_are_refused_in_words(tmp_path: Path):
     with pytest.raises(UserError, match="no model at"):
-        SglangEngine(tmp_path, max_model_len=CONTEXT)
+        SglangEngine(EngineModel(tmp_path, CONTEXT))
     tied().config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not divide the model's heads"):
-        SglangServerEngine(tmp_path, max_model_len=CONTEXT, tensor_parallel=4)
+        SglangServerEngine(EngineModel(tmp_path, CONTEXT, tensor_parallel=4))
     with pytest.raises(UserError, match=r"whose version 0\.5\.12 is not supported"):
         check_version("0.5.12", "the server http://127.0.0.1:1 runs SGLang, whose version")
     for fine in ("0.5.23", "0.5.24.post1"):

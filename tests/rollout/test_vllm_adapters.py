@@ -15,6 +15,7 @@ from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError
 from hybridflow.models.lora import add_lora, merged
 from hybridflow.protocols.generation import Sampling, generate
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.rollout.vllm.engine import VllmEngine
 from hybridflow.rollout.vllm.start import LORA_RANKS
 from hybridflow.weights.stream import fingerprint, stream_of, verify
@@ -29,7 +30,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = tmp_path_factory.mktemp("adapters")
     model = model_of("qwen2_tied")
     model.save_pretrained(folder)
-    engine = VllmEngine(folder, max_model_len=CONTEXT, lora=LORA)
+    engine = VllmEngine(EngineModel(folder, CONTEXT), lora=LORA)
     yield Setup(engine, add_lora(model, LORA, seed=0), "vllm")
     engine.close()
 
@@ -124,11 +125,11 @@ def test_the_ranks_are_those_of_vllm():
 def test_adapters_that_vllm_cannot_take_are_refused(tmp_path: Path):
     model_of("qwen3_moe").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="mixture of experts") as error:
-        VllmEngine(tmp_path, max_model_len=CONTEXT, lora=LORA)
+        VllmEngine(EngineModel(tmp_path, CONTEXT), lora=LORA)
     assert "rollout.lora=merged" in error.value.fix
     model_of("qwen3").save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
-        VllmEngine(tmp_path, max_model_len=CONTEXT, lora=LoraSection(rank=600))
+        VllmEngine(EngineModel(tmp_path, CONTEXT), lora=LoraSection(rank=600))
     assert str(error.value) == (
         "vLLM takes no adapters of rank 600\n"
         "  why: its buffers are made for ranks up to 1, 8, 16, 32, 64, 128, 256, 320, 512\n"

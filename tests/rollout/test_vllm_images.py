@@ -14,6 +14,7 @@ import torch
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, Sampling, generate
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.rollout.vllm.engine import VllmEngine
 from hybridflow.rollout.vllm.images import image_prompt
 from hybridflow.weights.stream import stream_of, verify
@@ -84,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def setup(folder: Path) -> Iterator[tuple[VllmEngine, Any, Any]]:
     model, processor = write(folder)
-    engine = VllmEngine(folder, max_model_len=CONTEXT)
+    engine = VllmEngine(EngineModel(folder, CONTEXT))
     yield engine, model, processor
     engine.close()
 

@@ -17,6 +17,7 @@ import torch
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Sampling, generate
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
 from hybridflow.rollout.vllm.server import VllmServerEngine
 
 from conformance import CONTEXT, FAR, TOLERANCE, Setup, decode, expected, gap, model_of, requests
@@ -55,7 +56,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = model_of("qwen3")
     model.save_pretrained(folder)
     engine = VllmServerEngine(
-        folder, max_model_len=CONTEXT, log_folder=folder, decode=decode, answer_timeout=20, owner="runs/first"
+        EngineModel(folder, CONTEXT),
+        launch=Launch(run_folder=folder),
+        supervision=Supervision(answer_timeout=20),
+        decode=decode,
     )
     setup = Server(engine, model, "vllm_server")
     engine.note = lambda kind, text: setup.said.append((time.monotonic(), text))
@@ -135,12 +139,14 @@ def test_a_server_that_dies_or_hangs_answers_in_the_end_as_if_nothing_had_happen
 
 
 def test_a_running_server_is_taken_by_its_address_and_not_by_two_runs(server: Server) -> None:
-    url = server.engine._live[0].state.url
-    with pytest.raises(UserError, match=f"samples for another run: its weights are '{server.version} of .* runs/first"):
-        VllmServerEngine(None, max_model_len=CONTEXT, servers=[url], owner="runs/second")
+    url, first = server.engine._live[0].state.url, Launch(run_folder=server.engine.log_folder)
+    with pytest.raises(
+        UserError, match=f"samples for another run: its weights are '{server.version} of .* {first.run_folder}"
+    ):
+        VllmServerEngine(EngineModel(None, CONTEXT), servers=[url], launch=Launch(run_folder="runs/second"))
     with pytest.raises(UserError, match=f"takes {CONTEXT} tokens, and this run's sequences have up to"):
-        VllmServerEngine(None, max_model_len=CONTEXT + 1, servers=[url], owner="runs/first")
-    same = VllmServerEngine(None, max_model_len=CONTEXT, servers=[url], owner="runs/first")
+        VllmServerEngine(EngineModel(None, CONTEXT + 1), servers=[url], launch=first)
+    same = VllmServerEngine(EngineModel(None, CONTEXT), servers=[url], launch=first)
     try:
         assert (same.cache_block, same.receivers()) == (32, server.engine.receivers())
         asked = requests(3)
@@ -152,6 +158,6 @@ def test_a_running_server_is_taken_by_its_address_and_not_by_two_runs(server: Se
 def test_the_server_says_why_it_does_not_start(tmp_path: Path, server: Server) -> None:
     server.model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"did not start: it ended by itself with exit status [\s\S]*unrecognized"):
-        VllmServerEngine(tmp_path, max_model_len=CONTEXT, log_folder=tmp_path, engine_args={"no_such_argument": 1})
+        VllmServerEngine(EngineModel(tmp_path, CONTEXT, engine_args={"no_such_argument": 1}))
     with pytest.raises(UserError, match="sets 'logprobs_mode' itself"):
-        VllmServerEngine(tmp_path, max_model_len=CONTEXT, engine_args={"logprobs_mode": "raw_logprobs"})
+        VllmServerEngine(EngineModel(tmp_path, CONTEXT, engine_args={"logprobs_mode": "raw_logprobs"}))

@@ -19,17 +19,18 @@ import torch.distributed as dist
 
 from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Request, Result, Sampling, generate
+from hybridflow.rollout.startup import EngineModel, Supervision
 from hybridflow.rollout.vllm.engine import VllmEngine
-from hybridflow.weights.channel import Channel
+from hybridflow.weights.channel import Channel, WeightRoute
 from hybridflow.weights.stream import WeightSyncError, fingerprint, stream_of, verify
 
 from conformance import CONTEXT, FAR, TOLERANCE, Setup, gap, model_of, requests
 
 
-def begin(folder: Path, **more: float) -> Setup:
+def begin(folder: Path, supervision: Supervision | None = None) -> Setup:
     model = model_of("qwen3")
     model.save_pretrained(folder)
-    engine = VllmEngine(folder, max_model_len=CONTEXT, mode="workers", tensor_parallel=2, **more)
+    engine = VllmEngine(EngineModel(folder, CONTEXT, tensor_parallel=2), mode="workers", supervision=supervision)
     return Setup(engine, model, "vllm_workers")
 
 
@@ -57,7 +58,7 @@ def worker_pids() -> set[int]:
 def fragile(tmp_path: Path) -> Iterator[tuple[Setup, Callable[[], list[int]]]]:
     """An engine to break, beside that of `setup`, and the processes of it alone."""
     others = worker_pids()
-    setup = begin(tmp_path, answer_timeout=10, restarts=2)
+    setup = begin(tmp_path, Supervision(answer_timeout=10, restarts=2))
     yield setup, lambda: sorted(worker_pids() - others)
     setup.engine.close()
     assert worker_pids() <= others
@@ -68,7 +69,7 @@ def test_every_worker_takes_what_is_sent_to_it_and_says_so(setup: Setup):
     """As an actor in another process sends it: its `Channel`, and this engine's receipts."""
     setup.perturb(seed=1)
     stream = stream_of(setup.model)
-    channel = Channel(setup.engine.receivers(), "shared_memory")
+    channel = Channel(setup.engine.receivers(), WeightRoute("shared_memory"))
     receipts = channel.publish(stream, lambda address: setup.engine.receive_weights(address, 7))
     channel.close()
     assert len(receipts) == 2
@@ -160,7 +161,7 @@ def ask_all(engine: VllmEngine, asked: list[Request], pid: int, signal_number: i
 def test_processes_that_do_not_divide_the_heads_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 4}))
     with pytest.raises(UserError) as error:
-        VllmEngine(tmp_path, max_model_len=CONTEXT, mode="workers", tensor_parallel=3)
+        VllmEngine(EngineModel(tmp_path, CONTEXT, tensor_parallel=3), mode="workers")
     assert str(error.value) == (
         "rollout.tensor_parallel 3 does not divide the model's heads\n"
         "  why: it has 12 attention heads and 4 of keys and values, of which every process takes as many\n"

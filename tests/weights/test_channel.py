@@ -17,7 +17,7 @@ from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.rollout.inline.engine import InlineEngine
-from hybridflow.weights.channel import Channel, Inbox
+from hybridflow.weights.channel import Channel, Inbox, WeightRoute
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
 from tiny import packed_model
@@ -46,7 +46,7 @@ class Two:
 
 
 def channel(transport: Transport = "auto", timeout: float = 60, **how: Any) -> Channel:
-    return Channel([socket.gethostname()] * 2, transport, timeout=timeout, **how)
+    return Channel([socket.gethostname()] * 2, WeightRoute(transport, **how), timeout=timeout)
 
 
 def passes(channel: Channel, engine: Two, seed: int) -> None:

@@ -44,7 +44,6 @@ class Sampler:
     ) -> None:
         self._sources = [range(rows)] if isinstance(rows, int) else list(rows)
         assert len(weights) == len(self._sources) and all(self._sources) and min(weights) > 0
-        self.num_rows = sum(map(len, self._sources))
         self.seed, self.order, self.drawn = seed, order, drawn
         ends = [int(end / sum(weights) * 2**64) for end in accumulate(weights)][:-1]
         self._ends = np.array(ends, dtype=np.uint64)  # where each source's share of the interval ends; the last at 2^64

@@ -18,6 +18,8 @@ from hybridflow.placing.build import role_tokenizer
 from hybridflow.placing.role import Role
 from hybridflow.protocols.generation import RolloutEngine, Sampling
 from hybridflow.rollout.inline.engine import InlineEngine
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
+from hybridflow.weights.channel import WeightRoute
 
 if TYPE_CHECKING:
     from hybridflow.rollout.served.engine import AsyncEngine
@@ -68,33 +70,30 @@ def own_engine(
         section: how answers are generated.
         placement: how weights travel to its processes.
         start: the folder of a model to begin with; None where servers run already.
-        run_folder: where servers write what they print.
+        run_folder: see `Launch`.
         note: told (kind, text) of what happens to the engine's processes.
 
     Raises:
         UserError: the engine is missing, of another version, or refuses the configuration; no server answers.
     """
     assert role.longest is not None
-    decode = stop_decoder(role_tokenizer(role), [*section.stop, section.stop_regex])
+    model = EngineModel(
+        start,
+        role.longest,
+        tensor_parallel=section.tensor_parallel if section.engine == "sglang" or section.mode != "in_process" else 1,
+        dtype=None if section.dtype == "auto" else section.dtype,
+        seed=role.seed,
+        engine_args=section.engine_args,
+    )
     ours: dict[str, Any] = {
-        "max_model_len": role.longest,
-        "dtype": None if section.dtype == "auto" else section.dtype,
-        "decode": decode,
-        "seed": role.seed,
-        "engine_args": section.engine_args,
-        "start_timeout": section.start_timeout,
-        "answer_timeout": section.answer_timeout,
-        "restarts": section.restarts,
-        "transport": placement.transport,
-        "folder": placement.folder,
-        "delta": placement.delta,
+        "supervision": Supervision(section.start_timeout, section.answer_timeout, section.restarts),
+        "route": WeightRoute(placement.transport, placement.folder, placement.delta),
+        "decode": stop_decoder(role_tokenizer(role), [*section.stop, section.stop_regex]),
     }
     if section.engine == "sglang" or section.mode == "server":
-        ours |= {"python": section.python, "log_folder": run_folder}
+        ours["launch"] = Launch(section.python, run_folder)
     if section.mode == "server":
-        ours |= {"servers": section.servers, "replicas": section.replicas, "owner": str(run_folder or "")}
-    if section.engine == "sglang" or section.mode != "in_process":
-        ours["tensor_parallel"] = section.tensor_parallel
+        ours |= {"servers": section.servers, "replicas": section.replicas}
     if section.engine == "vllm":
         ours["lora"] = role.model.lora if role.publish == "adapters" else None
     engine: VllmEngine | AsyncEngine
@@ -102,21 +101,19 @@ def own_engine(
     if section.engine == "vllm" and section.mode == "server":
         from hybridflow.rollout.vllm.server import VllmServerEngine
 
-        engine = VllmServerEngine(start, **ours)
+        engine = VllmServerEngine(model, **ours)
     elif section.engine == "vllm":
         from hybridflow.rollout.vllm.engine import VllmEngine
 
-        assert start is not None
-        engine = VllmEngine(start, mode=section.mode, **ours)
+        engine = VllmEngine(model, mode=section.mode, **ours)
     elif section.mode == "server":
         from hybridflow.rollout.sglang.server import SglangServerEngine
 
-        engine = SglangServerEngine(start, **ours)
+        engine = SglangServerEngine(model, **ours)
     else:
         from hybridflow.rollout.sglang.engine import SglangEngine
 
-        assert start is not None
-        engine = SglangEngine(start, **ours)
+        engine = SglangEngine(model, **ours)
     if note is not None:
         engine.note = note
     return engine

@@ -59,7 +59,6 @@ class Request:
         noise: whose noise the tokens take.
         generated_ids: tokens already generated (by an aborted request); generation goes on after them, and noise and
             `max_tokens` count from the first of them. The result holds only what is new.
-        adapter: name of the adapter to generate with; None is the plain model.
         images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.
         replica: which of the engine's replicas must answer; None: any.
     """
@@ -68,7 +67,6 @@ class Request:
     sampling: Sampling
     noise: NoiseKey
     generated_ids: tuple[int, ...] = ()
-    adapter: str | None = None
     images: tuple[Any, ...] = ()
     replica: int | None = None
 

@@ -260,11 +260,6 @@ class LimitedClient:
             await self._session.close()
 
 
-def tokens_of(*texts: str) -> int:
-    """An estimate of how many tokens texts are: a quarter of their characters, one at least."""
-    return max(1, sum(map(len, texts)) // 4)
-
-
 class _MayPass(Exception):
     """An attempt that failed, after which another may not; `wait` seconds, if the server says how long."""
 

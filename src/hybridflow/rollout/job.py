@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, Span, Support
 from hybridflow.rollout.stopping import StopText
@@ -86,6 +87,35 @@ class Job:
         if self.supports and any(map(len, self.supports)):
             support = Support([len(ids) for ids in self.supports], torch.cat(self.supports).tolist())
         return Result(self.handle, self.tokens, self.logps, reason, spans, support)  # type: ignore[arg-type]
+
+
+def check_request(request: Request, *, decodes: bool, max_model_len: int | None = None) -> None:
+    """Refuses a request that can never run, whatever the engine.
+
+    Args:
+        request: the request.
+        decodes: whether the engine can turn tokens to text.
+        max_model_len: most tokens of a sequence that it was started with; None: it says so itself.
+
+    Raises:
+        UserError: nothing is left to generate, it does not fit, or its end needs a text.
+    """
+    sampling, prompt, done = request.sampling, len(request.prompt_ids), len(request.generated_ids)
+    if not prompt or done >= sampling.max_tokens:
+        raise UserError(
+            f"a request with {prompt} prompt tokens, {done} generated ones and max_tokens {sampling.max_tokens} leaves "
+            "nothing to do",
+            fix="give a prompt, and more max_tokens than are generated already",
+        )
+    if max_model_len is not None and prompt + sampling.max_tokens > max_model_len:
+        raise UserError(
+            f"a request of {prompt} prompt tokens and up to {sampling.max_tokens} new ones does not fit in "
+            f"{max_model_len} tokens",
+            why="that is the max_model_len which the engine was started with",
+            fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one",
+        )
+    if not decodes and (sampling.stop or sampling.stop_regex is not None):
+        raise UserError("stop texts need an engine that can decode", fix="give it decode=")
 
 
 def seed_of(request: Request, new: int = 0) -> int:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -22,14 +23,27 @@ from hybridflow.weights.transport import Receiver, open_receiver, open_sender, p
 Take = Callable[[str], Sequence[Receipt]]
 
 
+@dataclass(frozen=True, slots=True)
+class WeightRoute:
+    """How weights travel to an engine's processes: what the section ``placement`` says of it.
+
+    Args:
+        transport: how they are carried.
+        folder: where files of weights go.
+        delta: whether only changes are sent.
+    """
+
+    transport: Transport = "auto"
+    folder: str | None = None
+    delta: bool = False
+
+
 class Channel:
     """Sends streams of this process to the processes of an engine.
 
     Args:
         receivers: the host name of each process that takes weights, in index order.
-        transport: ``placement.transport``.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
+        route: how they travel.
         device: where buckets are that do not lie in host memory.
         timeout: seconds that either end waits for the other.
 
@@ -40,25 +54,24 @@ class Channel:
     def __init__(
         self,
         receivers: Sequence[str],
-        transport: Transport = "auto",
+        route: WeightRoute | None = None,
         *,
-        folder: str | None = None,
-        delta: bool = False,
         device: torch.device | str = "cpu",
         timeout: float = 600,
     ) -> None:
         assert receivers, "a channel to nobody"
         self.receivers, self.timeout = list(receivers), timeout
+        route = route or WeightRoute()
         here = socket.gethostname()
         one_host = {*receivers} == {here}
         self._sender = open_sender(
-            pick_transport(transport, one_host=one_host),
+            pick_transport(route.transport, one_host=one_host),
             len(receivers),
             host="127.0.0.1" if one_host else here,
             timeout=timeout,
             device=device,
-            folder=folder,
-            delta=delta,
+            folder=route.folder,
+            delta=route.delta,
         )
         self.address = self._sender.address
 

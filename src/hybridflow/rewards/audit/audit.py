@@ -273,7 +273,6 @@ class _Judged:
     def __init__(self) -> None:
         self._shown: dict[tuple[Kind, str], list[Tried]] = {}
         self._of: dict[str, int] = {}
-        self._earned: dict[int, float | None] = {}
 
     def count(self, one: Tried) -> None:
         self._of[one.mutation] = self._of.get(one.mutation, 0) + 1

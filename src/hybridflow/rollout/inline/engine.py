@@ -31,7 +31,7 @@ from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.rollout.inline.cache import Cache, CacheLayout, Kept
 from hybridflow.rollout.inline.decoder import Decoder, Steps, is_covered
-from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.job import Decode, Job, check_request
 from hybridflow.rollout.sampling import Rows, check_sampling
 from hybridflow.rollout.stopping import StopText
 from hybridflow.weights.stream import copy_weights, fingerprint
@@ -117,19 +117,11 @@ class InlineEngine:
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
         job, sampling = Job(self._next_handle, request), request.sampling
-        if not request.prompt_ids or len(request.generated_ids) >= request.sampling.max_tokens:
-            raise UserError(
-                f"a request with {len(request.prompt_ids)} prompt tokens, {len(request.generated_ids)} generated ones "
-                f"and max_tokens {request.sampling.max_tokens} leaves nothing to do",
-                fix="give a prompt, and more max_tokens than are generated already",
-            )
+        check_request(request, decodes=self.decode is not None)
         require_room(self.model, len(request.prompt_ids), request.sampling.max_tokens, self.max_cache_tokens)
-        if request.adapter is not None:
-            raise UserError(f"the inline engine has no adapter {request.adapter!r}; it samples from the trained model")
         check_sampling(sampling, output_head(self.model).vocabulary())
         if sampling.stop or sampling.stop_regex is not None:
-            if self.decode is None:
-                raise UserError("stop strings need an engine that can decode", fix="give InlineEngine decode=")
+            assert self.decode is not None
             job.stop_text = StopText(sampling.stop, sampling.stop_regex, self.decode, request.generated_ids)
         self._next_handle += 1
         self._waiting.append(job)

@@ -19,12 +19,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Request, Result
 from hybridflow.protocols.waiting import SECONDS_BETWEEN_LOOKS, never
 from hybridflow.protocols.weights import Receipt, WeightStream
-from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.job import Decode, Job, check_request
 from hybridflow.rollout.served.replica import (
     Flight,
     Hooks,
@@ -35,8 +34,9 @@ from hybridflow.rollout.served.replica import (
     all_of,
     why_lost,
 )
+from hybridflow.rollout.startup import Supervision
 from hybridflow.rollout.stopping import StopText
-from hybridflow.weights.channel import Channel
+from hybridflow.weights.channel import Channel, WeightRoute
 from hybridflow.weights.stream import WeightSyncError
 
 T = TypeVar("T")
@@ -51,12 +51,10 @@ class AsyncEngine(Hooks):
 
     Args:
         names: of the replicas, for messages.
+        max_model_len: most tokens of a sequence, prompt and answer together.
         managed: whether replicas that died may be started again by us.
-        answer_timeout: seconds of silence after which a replica with unanswered requests counts as hung.
-        restarts: how often each replica is started again before the run ends.
-        transport: ``placement.transport``: how `update_weights` sends a stream of this process.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
+        supervision: when a replica counts as hung, and how often each is started again.
+        route: how `update_weights` sends a stream of this process.
         decode: token ids to text; needed by requests that end by their text.
 
     Attributes:
@@ -69,24 +67,20 @@ class AsyncEngine(Hooks):
         self,
         names: list[str],
         *,
+        max_model_len: int,
         managed: bool,
-        answer_timeout: float = 600,
-        restarts: int = 3,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
+        supervision: Supervision | None = None,
+        route: WeightRoute | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self.decode = decode
+        self.max_model_len, self.decode = max_model_len, decode
         self.should_return: Callable[[], bool] = never
         self.version = 0
         self.paused = False
         self.asleep = False
         self.on_restart: Callable[[], object] | None = None
         self.note: Callable[[str, str], None] = lambda kind, text: None
-        self.managed, self.answer_timeout, self.restarts = managed, answer_timeout, restarts
-        self._transport: Transport = transport
-        self._folder, self._delta = folder, delta
+        self.managed, self.supervision, self._route = managed, supervision or Supervision(), route
         self._channel: Channel | None = None
         self._published = False  # whether the weights are others than those that replicas start with
         self._next_handle = 0
@@ -124,17 +118,10 @@ class AsyncEngine(Hooks):
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`. Requests leave for their replicas with `wait` or `poll`: then all are known."""
-        done, wanted = len(request.generated_ids), request.replica
-        if not request.prompt_ids or done >= request.sampling.max_tokens:
-            raise UserError(
-                f"a request with {len(request.prompt_ids)} prompt tokens, {done} generated ones and max_tokens "
-                f"{request.sampling.max_tokens} leaves nothing to do",
-                fix="give a prompt, and more max_tokens than are generated already",
-            )
+        check_request(request, decodes=self.decode is not None, max_model_len=self.max_model_len)
+        wanted = request.replica
         if wanted is not None and not 0 <= wanted < self.replicas:
             raise UserError(f"a request for replica {wanted}, counted from 0, of {self.replicas}")
-        if self.decode is None and (request.sampling.stop or request.sampling.stop_regex is not None):
-            raise UserError("answers that end by their text need an engine that can decode", fix="give it decode=")
         self._check(request)
         job = Job(self._next_handle, request)
         self._next_handle += 1
@@ -232,7 +219,7 @@ class AsyncEngine(Hooks):
         if self._channel is None or self._channel.receivers != self.receivers():
             if self._channel is not None:
                 self._channel.close()
-            self._channel = Channel(self.receivers(), self._transport, folder=self._folder, delta=self._delta)
+            self._channel = Channel(self.receivers(), self._route)
         return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
 
     def sleep(self) -> None:
@@ -307,7 +294,7 @@ class AsyncEngine(Hooks):
         together: dict[tuple[Any, ...], list[Job]] = {}
         for job in queue:
             r = job.request
-            together.setdefault((r.prompt_ids, r.adapter, r.replica), []).append(job)
+            together.setdefault((r.prompt_ids, r.replica), []).append(job)
         loads = {replica: replica.load() for replica in self._live}
         for jobs in sorted(together.values(), key=_cost, reverse=True):
             wanted = jobs[0].request.replica
@@ -394,14 +381,14 @@ class AsyncEngine(Hooks):
         for flight in flights:
             if not flight.out and flight.task is not None:
                 flight.task.cancel()
-        until = self._loop.time() + self.answer_timeout
+        until = self._loop.time() + self.supervision.answer_timeout
         out = {f.task: f for f in flights if f.out and f.task is not None}
         while out and self._loop.time() < until:
             try:
-                async with asyncio.timeout(self.answer_timeout):
+                async with asyncio.timeout(self.supervision.answer_timeout):
                     await self._abort(replica, [flight.job for flight in out.values()])
             except (ReplicaLost, ReplicaFailed, TimeoutError) as error:
-                self._lost(replica, why_lost(error, self.answer_timeout))
+                self._lost(replica, why_lost(error, self.supervision.answer_timeout))
                 break
             done, _ = await asyncio.wait(out, timeout=ABORT_AGAIN)
             out = {task: flight for task, flight in out.items() if task not in done}
@@ -429,7 +416,7 @@ class AsyncEngine(Hooks):
 
     async def _watch(self, replica: Replica) -> None:
         """Asks a replica whose answers stay away for a sign of life: half the time for either."""
-        half = self.answer_timeout / 2
+        half = self.supervision.answer_timeout / 2
         while replica.flights and replica.current.is_set():
             replica.answered.clear()
             try:
@@ -444,7 +431,7 @@ class AsyncEngine(Hooks):
                     await self._ping(replica)
             except (ReplicaLost, ReplicaFailed, TimeoutError) as error:
                 if self._running.is_set():
-                    self._lost(replica, why_lost(error, self.answer_timeout))
+                    self._lost(replica, why_lost(error, self.supervision.answer_timeout))
 
     def _lost(self, replica: Replica, why: str) -> None:
         """Begins to put a replica right, once."""
@@ -469,10 +456,10 @@ class AsyncEngine(Hooks):
                 self._fly(replica, flight)  # waits for the replica
             while True:
                 await self._end(replica)
-                if replica.restarts == self.restarts:
+                if replica.restarts == self.supervision.restarts:
                     raise UserError(
                         f"{replica.name} {why}",
-                        why=f"it was started again {self.restarts} times already (rollout.restarts)",
+                        why=f"it was started again {self.supervision.restarts} times already (rollout.restarts)",
                         fix=self._mend(),
                     )
                 replica.restarts += 1
@@ -528,10 +515,10 @@ class AsyncEngine(Hooks):
                 if self._error is not None:
                     raise self._error
                 try:
-                    async with asyncio.timeout(self.answer_timeout):
+                    async with asyncio.timeout(self.supervision.answer_timeout):
                         return await act(replica)
                 except (ReplicaLost, ReplicaFailed, TimeoutError) as error:
-                    self._lost(replica, why_lost(error, self.answer_timeout))
+                    self._lost(replica, why_lost(error, self.supervision.answer_timeout))
                     await asyncio.sleep(0)  # a replica that is left out is so now
 
         await all_of([one(replica) for replica in list(self._live)])
@@ -575,10 +562,10 @@ class AsyncEngine(Hooks):
 
     async def _receive_on(self, replica: Replica, address: str, first: int, version: int) -> list[Receipt]:
         try:
-            async with asyncio.timeout(self.answer_timeout):
+            async with asyncio.timeout(self.supervision.answer_timeout):
                 return await self._take_weights(replica, address, first, version)
         except (ReplicaLost, ReplicaFailed, TimeoutError) as error:
-            why = why_lost(error, self.answer_timeout)
+            why = why_lost(error, self.supervision.answer_timeout)
             self._lost(replica, why)
             raise WeightSyncError(f"{replica.name} {why}, while it took weights of version {version}") from error
 

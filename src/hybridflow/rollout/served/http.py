@@ -10,6 +10,8 @@ import asyncio
 import json
 import os
 import socket
+import sys
+import tempfile
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,12 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.rollout.job import Decode
 from hybridflow.rollout.served.engine import AsyncEngine
 from hybridflow.rollout.served.process import ServerProcess, free_port, import_path, start_server
 from hybridflow.rollout.served.replica import Replica, ReplicaFailed, ReplicaLost
+from hybridflow.rollout.startup import Launch, Supervision
+from hybridflow.weights.channel import WeightRoute
 
 CONNECTIONS = 400  # requests that are with one server at once: every one holds a file handle at either end
 KEEP_ALIVE = 2.0  # seconds that an idle connection is used again: less than any server keeps it
@@ -111,16 +114,11 @@ class ServerEngine(AsyncEngine):
     Args:
         servers: addresses of servers that run already; empty: `replicas` are started.
         replicas: how many to start.
-        python: the interpreter that servers are started with.
-        log_folder: where servers that are started write what they print.
-        start_timeout: seconds that a server may take until it answers.
-        answer_timeout: see `AsyncEngine`.
-        restarts: see `AsyncEngine`.
-        transport: see `AsyncEngine`; so are `folder` and `delta`.
-        folder: where files of weights go.
-        delta: whether only changes are sent.
-        decode: see `AsyncEngine`.
-        owner: what other runs are told about who has a server: the run's folder.
+        max_model_len: see `AsyncEngine`; so are `supervision`, `route` and `decode`.
+        launch: where they are started. Its folder is what other runs are told about who has a server.
+        supervision: when a server counts as hung, and how often each is started again.
+        route: how weights travel.
+        decode: token ids to text.
     """
 
     def __init__(
@@ -128,30 +126,24 @@ class ServerEngine(AsyncEngine):
         *,
         servers: Sequence[str],
         replicas: int,
-        python: str,
-        log_folder: Path,
-        start_timeout: float,
-        answer_timeout: float,
-        restarts: int,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
-        decode: Decode | None = None,
-        owner: str = "",
+        max_model_len: int,
+        launch: Launch,
+        supervision: Supervision | None,
+        route: WeightRoute | None,
+        decode: Decode | None,
     ) -> None:
         names = [f"the server {url}" for url in servers] or [f"server {i}" for i in range(replicas)]
         super().__init__(
             names,
+            max_model_len=max_model_len,
             managed=not servers,
-            answer_timeout=answer_timeout,
-            restarts=restarts,
-            transport=transport,
-            folder=folder,
-            delta=delta,
+            supervision=supervision,
+            route=route,
             decode=decode,
         )
-        self.python, self.log_folder, self.start_timeout = python, log_folder, start_timeout
-        self._owner = Owner(socket.gethostname(), os.getpid(), owner)
+        self.python = launch.python or sys.executable
+        self.log_folder = Path(launch.run_folder or tempfile.mkdtemp(prefix="hybridflow-"))
+        self._owner = Owner(socket.gethostname(), os.getpid(), str(launch.run_folder or ""))
         for i, replica in enumerate(self._live):
             replica.state = Server(servers[i].rstrip("/") if servers else "")
         self._http = _aiohttp()
@@ -255,10 +247,6 @@ class ServerEngine(AsyncEngine):
 
     # --- start and end ---
 
-    def _open_folder(self) -> dict[str, str]:
-        """The environment in which a server's Python finds this package."""
-        return {"PYTHONPATH": import_path(self.log_folder)}
-
     async def _start(self, replica: Replica) -> None:
         server: Server = replica.state
         server.starting = True
@@ -270,10 +258,12 @@ class ServerEngine(AsyncEngine):
             server.process = await start_server(self._command(port), environment, log)
             await self._until_ready(replica, server.process)
         try:
-            async with asyncio.timeout(self.start_timeout):
+            async with asyncio.timeout(self.supervision.start_timeout):
                 await self._settle(replica)
         except TimeoutError as error:
-            raise ReplicaLost(f"did not answer within {self.start_timeout:g} s (rollout.start_timeout)") from error
+            raise ReplicaLost(
+                f"did not answer within {self.supervision.start_timeout:g} s (rollout.start_timeout)"
+            ) from error
         except ReplicaFailed as error:
             raise ReplicaLost(str(error)) from error
         server.starting = False
@@ -285,15 +275,15 @@ class ServerEngine(AsyncEngine):
             ReplicaLost: it ended, or it took longer than it may.
         """
         ended, ready = asyncio.create_task(process.ended()), asyncio.create_task(self._first_answer(replica))
-        await asyncio.wait([ended, ready], timeout=self.start_timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ended, ready], timeout=self.supervision.start_timeout, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             return await ready
         if ended.done():
             raise ReplicaLost(f"did not start: it {process.death()}")
         ready.cancel()
         raise ReplicaLost(
-            f"did not answer within {self.start_timeout:g} s after it was started (rollout.start_timeout): see "
-            f"{process.log}"
+            f"did not answer within {self.supervision.start_timeout:g} s after it was started "
+            f"(rollout.start_timeout): see {process.log}"
         )
 
     async def _first_answer(self, replica: Replica) -> None:

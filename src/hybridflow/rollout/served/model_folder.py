@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.errors import UserError
+from hybridflow.rollout.startup import EngineModel
 
 
-def check_model(folder: str | Path, tensor_parallel: int) -> dict[str, Any]:
-    """The configuration of the model in a folder, which can be cut over so many processes.
+def check_model(model: EngineModel) -> dict[str, Any]:
+    """The configuration of the model in a folder, which can be cut over as many processes as are asked for.
 
     Raises:
         UserError: there is no model, or its heads cannot be shared out evenly.
     """
+    folder, tensor_parallel = model.folder, model.tensor_parallel
+    assert folder is not None, "an engine that is started needs a model"
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(

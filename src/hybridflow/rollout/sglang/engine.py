@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.rollout.job import Decode
 from hybridflow.rollout.served.http import Owner
@@ -28,7 +27,9 @@ from hybridflow.rollout.served.replica import Replica, ReplicaFailed, ReplicaLos
 from hybridflow.rollout.sglang.host import LINE
 from hybridflow.rollout.sglang.start import arguments, environment, require_sglang
 from hybridflow.rollout.sglang.talk import SglangTalk
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
 from hybridflow.sockets import socket_parent
+from hybridflow.weights.channel import WeightRoute
 
 GONE = 5.0  # seconds until a process whose socket is closed is over
 
@@ -54,22 +55,11 @@ class SglangEngine(SglangTalk):
     """A `RolloutEngine` on an SGLang Engine object in a process of its own.
 
     Args:
-        model_folder: model in Hugging Face format. Its weights are those of version 0.
-        max_model_len: most tokens of a sequence, prompt and answer together.
-        tensor_parallel: processes that share one copy of the model.
-        python: the interpreter of an environment with SGLang; None is this one.
-        log_folder: where it writes what it prints; None: a new folder for temporary files.
-        start_timeout: seconds that it may take to start.
-        answer_timeout: seconds of silence after which an engine with unanswered requests counts as hung.
-        restarts: how often it is started again.
-        transport: ``placement.transport``.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
+        model: what it computes.
+        launch: where its process is started: an environment with SGLang.
+        supervision: when it counts as hung, and how often it is started again.
+        route: how weights travel.
         decode: token ids to text; needed by requests with stop texts only.
-        seed: seed of SGLang's own generators, which requests do not use.
-        engine_args: more of SGLang's server arguments, such as `max_running_requests`, `max_total_tokens`,
-            `mem_fraction_static`, `attention_backend`.
-        dtype: what it computes in; by default "float32" on CPUs, "bfloat16" elsewhere.
 
     Raises:
         UserError: SGLang is missing, of another version, or refuses the configuration; no model in the folder, or one
@@ -78,52 +68,31 @@ class SglangEngine(SglangTalk):
 
     def __init__(
         self,
-        model_folder: str | Path,
+        model: EngineModel,
         *,
-        max_model_len: int,
-        tensor_parallel: int = 1,
-        python: str | None = None,
-        log_folder: str | Path | None = None,
-        start_timeout: float = 600,
-        answer_timeout: float = 600,
-        restarts: int = 3,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
+        launch: Launch | None = None,
+        supervision: Supervision | None = None,
+        route: WeightRoute | None = None,
         decode: Decode | None = None,
-        seed: int = 0,
-        engine_args: Mapping[str, Any] | None = None,
-        dtype: str | None = None,
     ) -> None:
-        check_model(model_folder, tensor_parallel)
-        require_sglang(python)
-        self._arguments = arguments(
-            model_folder,
-            max_model_len=max_model_len,
-            tensor_parallel=tensor_parallel,
-            seed=seed,
-            dtype=dtype,
-            wanted=engine_args or {},
-        )
-        self._python, self._log_folder = (
-            python or sys.executable,
-            Path(log_folder or tempfile.mkdtemp(prefix="hybridflow-")),
-        )
-        self._start_timeout = start_timeout
+        launch = launch or Launch()
+        check_model(model)
+        require_sglang(launch.python)
+        self._arguments = arguments(model)
+        self._python = launch.python or sys.executable
+        self._log_folder = Path(launch.run_folder or tempfile.mkdtemp(prefix="hybridflow-"))
         self._numbers = itertools.count(1)
         super().__init__(
             ["the SGLang engine"],
+            max_model_len=model.max_model_len,
             managed=True,
-            answer_timeout=answer_timeout,
-            restarts=restarts,
-            transport=transport,
-            folder=folder,
-            delta=delta,
+            supervision=supervision,
+            route=route,
             decode=decode,
         )
         for replica in self._live:
             replica.state = _Host()
-        self._set_up(max_model_len, Owner(socket.gethostname(), os.getpid(), ""), one_host=True)
+        self._set_up(Owner(socket.gethostname(), os.getpid(), ""), one_host=True)
         self.open()
 
     async def _start(self, replica: Replica) -> None:
@@ -142,14 +111,16 @@ class SglangEngine(SglangTalk):
             variables = {"PYTHONPATH": import_path(self._log_folder)} | environment(self._arguments["tp_size"])
             host.process = process = await start_server(command, variables, self._log_folder / "sglang-engine.log")
             ended = asyncio.create_task(process.ended())
-            await asyncio.wait({started, ended}, timeout=self._start_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {started, ended}, timeout=self.supervision.start_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
             server.close()
         if ended.done():
             raise ReplicaLost(f"did not start: it {process.death()}")
         ended.cancel()
         if not started.done():
             raise ReplicaLost(
-                f"did not start within {self._start_timeout:g} s (rollout.start_timeout): see {process.log}"
+                f"did not start within {self.supervision.start_timeout:g} s (rollout.start_timeout): see {process.log}"
             )
         await self._look(replica, self._said(replica, "/server_info", *await started))
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.rollout.job import Decode
 from hybridflow.rollout.served.http import FREE, Refused, ServerEngine
@@ -17,6 +13,8 @@ from hybridflow.rollout.served.model_folder import check_model
 from hybridflow.rollout.served.replica import Replica
 from hybridflow.rollout.sglang.start import MARGIN, OURS, arguments, check_version, environment, flags, require_sglang
 from hybridflow.rollout.sglang.talk import SglangTalk
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
+from hybridflow.weights.channel import WeightRoute
 
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 
@@ -25,25 +23,14 @@ class SglangServerEngine(ServerEngine, SglangTalk):
     """A `RolloutEngine` on one or several SGLang servers.
 
     Args:
-        model_folder: model in Hugging Face format that servers are started with; None where they run already.
-        max_model_len: most tokens of a sequence, prompt and answer together.
+        model: what servers compute. Of servers that run already `max_model_len` alone is read.
         servers: addresses of servers that run already, as ``http://host:port``; see docs/rollout.md.
         replicas: how many servers to start, where none is given.
-        tensor_parallel: processes of each of these that share one copy of the model.
-        python: the interpreter of an environment with SGLang; None is this one.
-        log_folder: where servers write what they print; None: a new folder for temporary files.
-        start_timeout: seconds that a server may take until it answers.
-        answer_timeout: seconds of silence after which a server with unanswered requests counts as hung.
-        restarts: how often each server is started again.
-        transport: ``placement.transport``.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
+        launch: where these are started: an environment with SGLang. Its folder is what others are told who want the
+            same server.
+        supervision: when a server counts as hung, and how often each is started again.
+        route: how weights travel.
         decode: token ids to text; needed by requests with stop texts only.
-        seed: seed of SGLang's own generators, which requests do not use.
-        engine_args: more of SGLang's server arguments, for servers that are started, such as `max_running_requests`,
-            `max_total_tokens`, `mem_fraction_static`, `attention_backend`.
-        dtype: what these compute in; by default "float32" on CPUs, "bfloat16" elsewhere.
-        owner: the run's folder: what others are told who want the same server.
 
     Raises:
         UserError: SGLang is missing, of another version, or refuses the configuration; a server does not answer, was
@@ -52,54 +39,30 @@ class SglangServerEngine(ServerEngine, SglangTalk):
 
     def __init__(
         self,
-        model_folder: str | Path | None,
+        model: EngineModel,
         *,
-        max_model_len: int,
         servers: Sequence[str] = (),
         replicas: int = 1,
-        tensor_parallel: int = 1,
-        python: str | None = None,
-        log_folder: str | Path | None = None,
-        start_timeout: float = 600,
-        answer_timeout: float = 600,
-        restarts: int = 3,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
+        launch: Launch | None = None,
+        supervision: Supervision | None = None,
+        route: WeightRoute | None = None,
         decode: Decode | None = None,
-        seed: int = 0,
-        engine_args: Mapping[str, Any] | None = None,
-        dtype: str | None = None,
-        owner: str = "",
     ) -> None:
-        assert servers or model_folder is not None, "servers that are started need a model"
+        launch = launch or Launch()
         if not servers:
-            assert model_folder is not None
-            check_model(model_folder, tensor_parallel)
-            require_sglang(python)
-            self._arguments = arguments(
-                model_folder,
-                max_model_len=max_model_len,
-                tensor_parallel=tensor_parallel,
-                seed=seed,
-                dtype=dtype,
-                wanted=engine_args or {},
-            )
+            check_model(model)
+            require_sglang(launch.python)
+            self._arguments = arguments(model)
         super().__init__(
             servers=servers,
             replicas=replicas,
-            python=python or sys.executable,
-            log_folder=Path(log_folder or tempfile.mkdtemp(prefix="hybridflow-")),
-            start_timeout=start_timeout,
-            answer_timeout=answer_timeout,
-            restarts=restarts,
-            transport=transport,
-            folder=folder,
-            delta=delta,
+            max_model_len=model.max_model_len,
+            launch=launch,
+            supervision=supervision,
+            route=route,
             decode=decode,
-            owner=owner,
         )
-        self._set_up(max_model_len, self._owner, one_host=all(urlsplit(url).hostname in LOCAL for url in servers))
+        self._set_up(self._owner, one_host=all(urlsplit(url).hostname in LOCAL for url in servers))
         self.open()
 
     def _command(self, port: int) -> list[str]:

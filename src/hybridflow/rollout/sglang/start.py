@@ -16,6 +16,7 @@ import torch
 from hybridflow.errors import UserError
 from hybridflow.rollout.sglang.sampler import MOST_KEPT
 from hybridflow.rollout.sglang.worker import LOADER
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.sockets import socket_parent
 
 SUPPORTED = (0, 5, 23), (0, 6)  # from, below; the sampler reaches into what may change
@@ -68,21 +69,13 @@ def check_version(version: str, what: str) -> None:
         )
 
 
-def arguments(
-    folder: str | Path,
-    *,
-    max_model_len: int,
-    tensor_parallel: int,
-    seed: int,
-    dtype: str | None,
-    wanted: Mapping[str, Any],
-) -> dict[str, Any]:
+def arguments(model: EngineModel) -> dict[str, Any]:
     """SGLang's arguments: the usual ones, the user's, and ours, which are not for the user to change.
 
     Raises:
         UserError: an argument that is ours.
     """
-    for name in wanted:
+    for name in model.engine_args:
         if name in SET_BY_US:
             raise UserError(
                 f"the SGLang engine sets {name!r} itself", fix=f"leave {name!r} out of the engine arguments"
@@ -93,23 +86,25 @@ def arguments(
         usual |= {
             "attention_backend": "torch_native",  # the only one without kernels of SGLang's own
             "disable_overlap_schedule": True,
-            "max_total_tokens": max(CPU_CACHE_TOKENS, 2 * max_model_len),
+            "max_total_tokens": max(CPU_CACHE_TOKENS, 2 * model.max_model_len),
             "mem_fraction_static": 0.2,
             "max_running_requests": CPU_REQUESTS,
         }
     else:  # weights and cache are given back while it sleeps, and weights wait in host memory
         usual |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-    has_tokenizer = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    has_tokenizer = any(
+        (Path(str(model.folder)) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
     return {
         **usual,
         "skip_tokenizer_init": not has_tokenizer,
-        **wanted,
+        **model.engine_args,
         **OURS,
-        "model_path": str(folder),
-        "context_length": max_model_len + MARGIN,
-        "random_seed": seed,
-        "tp_size": tensor_parallel,
-        "dtype": dtype or ("float32" if on_cpu else "bfloat16"),
+        "model_path": str(model.folder),
+        "context_length": model.max_model_len + MARGIN,
+        "random_seed": model.seed,
+        "tp_size": model.tensor_parallel,
+        "dtype": model.dtype or ("float32" if on_cpu else "bfloat16"),
         "device": "cpu" if on_cpu else "cuda",
     }
 

@@ -96,15 +96,14 @@ class SglangTalk(AsyncEngine):
     ) -> Any:
         """What SGLang answers at a path of its HTTP interface; see `ServerEngine`."""
 
-    def _set_up(self, max_model_len: int, owner: Owner, *, one_host: bool) -> None:
+    def _set_up(self, owner: Owner, *, one_host: bool) -> None:
         """What is needed to talk.
 
         Args:
-            max_model_len: most tokens of a sequence, prompt and answer together.
             owner: how the run marks weight versions.
             one_host: whether all replicas are on this host.
         """
-        self.max_model_len, self._owner = max_model_len, owner
+        self._owner = owner
         self._lines = {replica.name: Line() for replica in self._live}
         self._store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=ANSWER_TIMEOUT)
         self._reply = f"{'127.0.0.1' if one_host else socket.gethostname()}:{self._store.port}"
@@ -123,13 +122,6 @@ class SglangTalk(AsyncEngine):
 
     def _check(self, request: Request) -> None:
         sampling = request.sampling
-        if len(request.prompt_ids) + sampling.max_tokens > self.max_model_len:
-            raise UserError(
-                f"a request of {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} new ones "
-                f"does not fit in {self.max_model_len} tokens",
-                why="that is the max_model_len which the SGLang engine was started with",
-                fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one",
-            )
         check_sampling(sampling, self.vocabulary)
         if sampling.repetition_penalty != 1:
             raise UserError(
@@ -137,8 +129,6 @@ class SglangTalk(AsyncEngine):
                 why="SGLang penalises tokens of the answer alone, other engines those of the prompt too",
                 fix="leave repetition_penalty at 1, or use the inline engine or vLLM",
             )
-        if request.adapter is not None:
-            raise UserError(f"the SGLang engine has no adapter {request.adapter!r}; it samples from the plain model")
         if request.images:
             raise UserError("the SGLang engine takes no images", fix="use rollout.engine=vllm")
 
@@ -221,7 +211,7 @@ class SglangTalk(AsyncEngine):
         out = [f.task for f in replica.flights if f.out and f.job in jobs and f.task is not None]
         await self._call(replica, "/continue_generation", {"torch_empty_cache": False})
         if out:
-            await asyncio.wait(out, timeout=self.answer_timeout)
+            await asyncio.wait(out, timeout=self.supervision.answer_timeout)
         await self._pause(replica)
 
     async def _pause(self, replica: Replica) -> None:

@@ -23,22 +23,20 @@ What vLLM does by itself and a trainer must not be exposed to is handled here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
 from hybridflow.config.sections.model import LoraSection
-from hybridflow.config.sections.placement import Transport
 from hybridflow.devices import CPU, count_devices
 from hybridflow.errors import UserError
-from hybridflow.noise import NoiseKey
-from hybridflow.protocols.generation import Request, Result
+from hybridflow.protocols.generation import Request, Result, Sampling
 from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
-from hybridflow.rollout.job import Decode, Job
+from hybridflow.rollout.job import Decode, Job, check_request
 from hybridflow.rollout.served.model_folder import check_model
+from hybridflow.rollout.startup import EngineModel, Supervision
 from hybridflow.rollout.stopping import StopText
 from hybridflow.rollout.vllm import start as vllm_start
 from hybridflow.rollout.vllm.images import image_prompt, image_token
@@ -46,7 +44,7 @@ from hybridflow.rollout.vllm.start import process_kept, torch_generators_kept
 from hybridflow.rollout.vllm.watch import WorkerWatch
 from hybridflow.rollout.vllm.worker import ADAPTER_ID
 from hybridflow.weights.adapters import ADAPTER, is_adapter
-from hybridflow.weights.channel import Channel
+from hybridflow.weights.channel import Channel, WeightRoute
 from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
@@ -57,26 +55,16 @@ class VllmEngine:
     """A `RolloutEngine` on vLLM, whose scheduler runs in this process.
 
     Args:
-        model_folder: model in Hugging Face format. Its weights are those of version 0; a tokenizer is needed by models
-            that see images only.
-        max_model_len: most tokens of a sequence, prompt and answer together.
+        model: what it computes. A tokenizer in its folder is needed by models that see images only.
         mode: "in_process": the model computes in this process, which must not run torch.distributed; "workers": in
             processes of its own. Weights then reach them through `weights.channel`, or straight from the processes
             that hold them: see `receivers`.
-        tensor_parallel: worker processes that share one copy of the model.
-        decode: token ids to text; needed by requests with stop texts only.
         lora: the adapter that is trained and published alone: it is swapped in place. None: weights are always whole.
-        transport: ``placement.transport``: how `update_weights` reaches workers.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
-        start_timeout: seconds that workers may take to start.
-        answer_timeout: seconds without an answer after which a worker counts as hung.
-        restarts: how often an engine whose workers ended or hung is started again.
+        supervision: when workers count as hung, and how often an engine whose workers are gone is started again.
+        route: how `update_weights` reaches workers.
+        decode: token ids to text; needed by requests with stop texts only.
         sleep_level: 1: weights wait in host memory while it sleeps; 2: they are dropped, and new ones must be
             published after `wake`. On CPUs vLLM keeps everything.
-        seed: seed of vLLM's own generators, which requests do not use.
-        engine_args: more of vLLM's `EngineArgs`: `max_num_seqs`, `kv_cache_memory_bytes`, `gpu_memory_utilization`, ...
-        dtype: what it computes in; by default "float32" on CPUs, "bfloat16" elsewhere.
 
     Attributes:
         version: version of the weights.
@@ -97,34 +85,24 @@ class VllmEngine:
 
     def __init__(
         self,
-        model_folder: str | Path,
+        model: EngineModel,
         *,
-        max_model_len: int,
         mode: Literal["in_process", "workers"] = "in_process",
-        tensor_parallel: int = 1,
-        decode: Decode | None = None,
         lora: LoraSection | None = None,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
-        start_timeout: float = 600,
-        answer_timeout: float = 600,
-        restarts: int = 3,
+        supervision: Supervision | None = None,
+        route: WeightRoute | None = None,
+        decode: Decode | None = None,
         sleep_level: Literal[1, 2] = 1,
-        seed: int = 0,
-        engine_args: Mapping[str, Any] | None = None,
-        dtype: str | None = None,
     ) -> None:
         self.version = 0
         self.paused = self.asleep = False
-        self.max_model_len, self.decode = max_model_len, decode
+        self.max_model_len, self.decode = model.max_model_len, decode
         self.should_return: Callable[[], bool] = never
         self.on_restart: Callable[[], object] | None = None
         self.note: Callable[[str, str], None] = lambda kind, text: None
         self._workers, self._sleep_level = mode == "workers", sleep_level
-        self._transport, self._folder, self._delta = transport, folder, delta
-        self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
-        self._restarts_left = restarts
+        self._route, self._supervision = route, supervision or Supervision()
+        self._restarts_left = self._supervision.restarts
         self._next_handle = 0
         self._jobs: dict[int, Job] = {}
         self._ready: list[Result] = []
@@ -133,8 +111,8 @@ class VllmEngine:
         self._whole = (
             True  # its weights are usable: not while an update is half done, nor after a sleep that drops them
         )
-        assert self._workers or tensor_parallel == 1, "tensor parallelism needs workers"
-        config = check_model(model_folder, tensor_parallel)
+        assert self._workers or model.tensor_parallel == 1, "tensor parallelism needs workers"
+        config = check_model(model)
         self._image_token = image_token(config)
         self._lora = None if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
         if lora is not None and sleep_level == 2:
@@ -143,19 +121,14 @@ class VllmEngine:
             self._vllm = vllm = vllm_start.import_vllm()
             on_cpu = bool(vllm.platforms.current_platform.is_cpu())
             self._device = "cpu" if on_cpu else "cuda"
-            ours = {
-                "model": str(model_folder),
-                "max_model_len": max_model_len,
-                "seed": seed,
-                "dtype": dtype or ("float32" if on_cpu else "bfloat16"),
-                "tensor_parallel_size": tensor_parallel,
+            ours = vllm_start.model_arguments(model, on_cpu=on_cpu) | {
                 "distributed_executor_backend": "mp" if self._workers else "uni",
                 "skip_tokenizer_init": self._image_token is None,
             }
             if lora is not None:
                 ours |= vllm_start.lora_arguments(lora, config)
             self._arguments = vllm_start.engine_arguments(
-                ours, engine_args or {}, on_cpu=on_cpu, known={f.name for f in fields(vllm.EngineArgs)}
+                ours, model.engine_args, on_cpu=on_cpu, known={f.name for f in fields(vllm.EngineArgs)}
             )
         self._sampling_params = vllm.SamplingParams
         self._deltas = vllm.sampling_params.RequestOutputKind.DELTA
@@ -176,25 +149,8 @@ class VllmEngine:
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
-        sampling = request.sampling
-        if len(request.prompt_ids) + sampling.max_tokens > self.max_model_len:
-            raise UserError(
-                f"a request of {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} new ones "
-                f"does not fit in {self.max_model_len} tokens",
-                why="that is the max_model_len which the vLLM engine was started with",
-                fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one",
-            )
-        if sampling.temperature and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
-            raise UserError(
-                f"vLLM cannot sample at temperature {sampling.temperature}",
-                why=f"it takes 0 (greedy) and {TEMPERATURES[0]} to {TEMPERATURES[1]}",
-                fix="change rollout.temperature, or use the inline engine",
-            )
-        if request.adapter is not None:
-            raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the trained model")
-        if (sampling.stop or sampling.stop_regex is not None) and self.decode is None:
-            raise UserError("stop texts need an engine that can decode", fix="give VllmEngine decode=")
-        assert len(request.generated_ids) < sampling.max_tokens, "a continued request with nothing left to generate"
+        check_request(request, decodes=self.decode is not None, max_model_len=self.max_model_len)
+        check_temperature(request.sampling)
         self._send(self._next_handle, request)
         self._next_handle += 1
         return self._next_handle - 1
@@ -223,7 +179,7 @@ class VllmEngine:
                 logit_bias=dict(sampling.logit_bias) or None,
                 stop_token_ids=list(sampling.stop_token_ids),
                 ignore_eos=True,
-                seed=_seed(request),
+                seed=job.seed(),
                 logprobs=0,  # of the sampled token only
                 detokenize=False,
                 output_kind=self._deltas,
@@ -315,9 +271,7 @@ class VllmEngine:
                 (taken,) = self._engine.collective_rpc("take_stream", args=(stream, version, self._lora))
                 return [Receipt(**taken)]
         if self._channel is None:
-            self._channel = Channel(
-                self.receivers(), self._transport, folder=self._folder, delta=self._delta, device=self._device
-            )
+            self._channel = Channel(self.receivers(), self._route, device=self._device)
         return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
 
     def receivers(self) -> list[str]:
@@ -403,10 +357,12 @@ class VllmEngine:
             threads = max(1, count_devices(CPU) // self._arguments["tensor_parallel_size"])
         with process_kept(threads):
             self._engine = vllm_start.start(
-                self._vllm, self._arguments, workers=self._workers, timeout=self._start_timeout
+                self._vllm, self._arguments, workers=self._workers, timeout=self._supervision.start_timeout
             )
         if self._workers:
-            self._watch = WorkerWatch([w.proc for w in self._engine.model_executor.workers], self._answer_timeout)
+            self._watch = WorkerWatch(
+                [w.proc for w in self._engine.model_executor.workers], self._supervision.answer_timeout
+            )
         if self._lora is not None:
             self._ask("drop_adapter")
 
@@ -465,12 +421,11 @@ def require_vllm() -> str:
     return f"vLLM {vllm.__version__}, on {vllm.platforms.current_platform.get_device_name()}"
 
 
-def _seed(request: Request) -> int:
-    """63 bits of the request's noise; from another place of the trajectory on, other ones.
-
-    torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
-    """
-    key, first = request.noise, len(request.generated_ids)
-    if first:
-        key = NoiseKey(key.bits(), "continued", draw=first)
-    return key.bits() & (2**63 - 1)
+def check_temperature(sampling: Sampling) -> None:
+    """Refuses a temperature that vLLM would raise in silence, or that it refuses."""
+    if sampling.temperature and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
+        raise UserError(
+            f"vLLM cannot sample at temperature {sampling.temperature}",
+            why=f"it takes 0 (greedy) and {TEMPERATURES[0]} to {TEMPERATURES[1]}",
+            fix="change rollout.temperature, or use the inline engine",
+        )

@@ -15,16 +15,13 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridflow.config.sections.model import LoraSection
-from hybridflow.config.sections.placement import Transport
 from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Request
 from hybridflow.protocols.weights import Receipt
@@ -32,11 +29,13 @@ from hybridflow.rollout.job import Decode, Job
 from hybridflow.rollout.served.http import FREE, Refused, ServerEngine
 from hybridflow.rollout.served.model_folder import check_model
 from hybridflow.rollout.served.replica import Piece, Replica
-from hybridflow.rollout.vllm.engine import TEMPERATURES
+from hybridflow.rollout.startup import EngineModel, Launch, Supervision
+from hybridflow.rollout.vllm.engine import check_temperature
 from hybridflow.rollout.vllm.images import image_token
-from hybridflow.rollout.vllm.start import FIXED, INSTALL, SUPPORTED, engine_arguments, lora_arguments
+from hybridflow.rollout.vllm.start import FIXED, INSTALL, SUPPORTED, engine_arguments, lora_arguments, model_arguments
 from hybridflow.sockets import socket_parent
 from hybridflow.weights.adapters import ADAPTER
+from hybridflow.weights.channel import WeightRoute
 from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
@@ -49,25 +48,15 @@ class VllmServerEngine(ServerEngine):
     """A `RolloutEngine` on one or several vLLM servers.
 
     Args:
-        model_folder: model in Hugging Face format that servers are started with; None where they run already.
-        max_model_len: most tokens of a sequence, prompt and answer together.
+        model: what servers compute. Of servers that run already `max_model_len` alone is read.
         servers: addresses of servers that run already, as ``http://host:port``; see docs/rollout.md.
         replicas: how many servers to start, where none is given.
-        tensor_parallel: worker processes of each of these.
-        python: the interpreter of an environment with vLLM; None is this one.
         lora: the adapter that is trained and published alone: it is swapped in place. None: weights are always whole.
-        log_folder: where servers write what they print; None: a temporary folder.
-        start_timeout: seconds that a server may take until it answers.
-        answer_timeout: seconds of silence after which a server with unanswered requests counts as hung.
-        restarts: how often each server is started again.
-        transport: ``placement.transport``.
-        folder: ``placement.folder``.
-        delta: ``placement.delta``.
+        launch: where these are started: an environment with vLLM. Its folder is what others are told who want the same
+            server.
+        supervision: when a server counts as hung, and how often each is started again.
+        route: how weights travel.
         decode: token ids to text; needed by requests with stop texts only.
-        seed: seed of vLLM's own generators, which requests do not use.
-        engine_args: more of vLLM's engine arguments, for servers that are started.
-        dtype: what these compute in; by default "float32" on CPUs, "bfloat16" elsewhere.
-        owner: the run's folder: what others are told who want the same server.
 
     Raises:
         UserError: vLLM is missing, of another version, or refuses the configuration; a server does not answer, was
@@ -76,67 +65,43 @@ class VllmServerEngine(ServerEngine):
 
     def __init__(
         self,
-        model_folder: str | Path | None,
+        model: EngineModel,
         *,
-        max_model_len: int,
         servers: Sequence[str] = (),
         replicas: int = 1,
-        tensor_parallel: int = 1,
-        python: str | None = None,
         lora: LoraSection | None = None,
-        log_folder: str | Path | None = None,
-        start_timeout: float = 600,
-        answer_timeout: float = 600,
-        restarts: int = 3,
-        transport: Transport = "auto",
-        folder: str | None = None,
-        delta: bool = False,
+        launch: Launch | None = None,
+        supervision: Supervision | None = None,
+        route: WeightRoute | None = None,
         decode: Decode | None = None,
-        seed: int = 0,
-        engine_args: Mapping[str, Any] | None = None,
-        dtype: str | None = None,
-        owner: str = "",
     ) -> None:
-        assert servers or model_folder is not None, "servers that are started need a model"
+        launch = launch or Launch()
         on_cpu = not torch.cuda.is_available()
-        self.max_model_len = max_model_len
         self._image_token: int | None = None
         self._lora = None if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
         self._ids: dict[int, str] = {}  # of the requests that are out, by handle
-        python = python or sys.executable
         if not servers:
-            assert model_folder is not None
-            config = check_model(model_folder, tensor_parallel)
+            config = check_model(model)
             self._image_token = image_token(config)
-            require_vllm_at(python)
-            ours = {
+            require_vllm_at(launch.python or sys.executable)
+            ours = model_arguments(model, on_cpu=on_cpu) | {
                 "enable_scale_out": True,
-                "model": str(model_folder),
-                "max_model_len": max_model_len,
-                "seed": seed,
-                "dtype": dtype or ("float32" if on_cpu else "bfloat16"),
-                "tensor_parallel_size": tensor_parallel,
                 "skip_tokenizer_init": self._image_token is None,
             }
             if on_cpu:
-                ours["distributed_executor_backend"] = "uni" if tensor_parallel == 1 else "mp"
+                ours["distributed_executor_backend"] = "uni" if model.tensor_parallel == 1 else "mp"
             if lora is not None:
                 ours |= lora_arguments(lora, config)
-            self._arguments = engine_arguments(ours, engine_args or {}, on_cpu=on_cpu)
+            self._arguments = engine_arguments(ours, model.engine_args, on_cpu=on_cpu)
         self.cache_block = 0 if servers else int(self._arguments.get("block_size", GPU_CACHE_BLOCK))
         super().__init__(
             servers=servers,
             replicas=replicas,
-            python=python,
-            log_folder=Path(log_folder or tempfile.mkdtemp(prefix="hybridflow-")),
-            start_timeout=start_timeout,
-            answer_timeout=answer_timeout,
-            restarts=restarts,
-            transport=transport,
-            folder=folder,
-            delta=delta,
+            max_model_len=model.max_model_len,
+            launch=launch,
+            supervision=supervision,
+            route=route,
             decode=decode,
-            owner=owner,
         )
         self.open()
 
@@ -235,22 +200,7 @@ class VllmServerEngine(ServerEngine):
     # --- requests ---
 
     def _check(self, request: Request) -> None:
-        sampling = request.sampling
-        if len(request.prompt_ids) + sampling.max_tokens > self.max_model_len:
-            raise UserError(
-                f"a request of {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} new ones "
-                f"does not fit in {self.max_model_len} tokens",
-                why="that is the max_model_len which the vLLM engine was started with",
-                fix="lower rollout.max_response_tokens or data.max_prompt_tokens, or start it with a larger one",
-            )
-        if sampling.temperature and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
-            raise UserError(
-                f"vLLM cannot sample at temperature {sampling.temperature}",
-                why=f"it takes 0 (greedy) and {TEMPERATURES[0]} to {TEMPERATURES[1]}",
-                fix="change rollout.temperature, or use the inline engine",
-            )
-        if request.adapter is not None:
-            raise UserError(f"the vLLM engine has no adapter {request.adapter!r}; it samples from the trained model")
+        check_temperature(request.sampling)
 
     async def _generate(self, replica: Replica, job: Job) -> Piece:
         request, stop_text = job.request, self.stop_text(job)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError, nearest
+from hybridflow.rollout.startup import EngineModel
 from hybridflow.rollout.vllm.watch import _kill_children_since
 from hybridflow.rollout.vllm.worker import EXTENSION
 from hybridflow.sockets import socket_parent
@@ -103,6 +104,17 @@ def lora_arguments(lora: LoraSection, config: Mapping[str, Any]) -> dict[str, An
         )
     rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+
+
+def model_arguments(model: EngineModel, *, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's arguments for a model, before the user's own."""
+    return {
+        "model": str(model.folder),
+        "max_model_len": model.max_model_len,
+        "seed": model.seed,
+        "dtype": model.dtype or ("float32" if on_cpu else "bfloat16"),
+        "tensor_parallel_size": model.tensor_parallel,
+    }
 
 
 def engine_arguments(
