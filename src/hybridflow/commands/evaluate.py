@@ -22,6 +22,7 @@ from hybridflow.data.prompts import load_prompts
 from hybridflow.devices import pick_device
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
+from hybridflow.groups.answering import Answering
 from hybridflow.models.load import stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.placing.generation import inline_engine, training_sampling
@@ -57,12 +58,14 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     make_folder(folder)
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(
-            inline_engine(model, tokenizer, config.rollout),
+            Answering(
+                inline_engine(model, tokenizer, config.rollout),
+                grader,
+                answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
+                failure_policy(config.reward),
+            ),
             prompts,
-            grader,
-            failure_policy(config.reward),
             config.eval,
-            decode=answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
             sampling=sampling_for(config.eval, training_sampling(config.rollout, stops)),
             seed=config.run.seed,
             note=note,

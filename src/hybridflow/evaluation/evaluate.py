@@ -15,12 +15,13 @@ from hybridflow.config.sections.eval import EvalSection
 from hybridflow.data.prompts import Prompt, PromptSet, answers_to
 from hybridflow.errors import UserError, raised
 from hybridflow.evaluation.statistics import maj_at_k, mean_interval, pass_at_k
+from hybridflow.groups.answering import Answering
 from hybridflow.groups.failures import FailurePolicy
 from hybridflow.groups.source import require_finite
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
-from hybridflow.protocols.rewards import Grader, Score, score_all, total
-from hybridflow.protocols.waiting import Stopped, never, returning_when
+from hybridflow.protocols.rewards import Score, score_all, total
+from hybridflow.protocols.waiting import Stopped, returning_when
 
 SECONDS_BETWEEN_NOTES = 10.0
 
@@ -92,17 +93,13 @@ def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    answering: Answering,
     prompts: PromptSet,
-    grader: Grader,
-    policy: FailurePolicy,
     section: EvalSection,
     *,
-    decode: Callable[[list[int]], str],
     sampling: Sampling,
     seed: int,
     note: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] = never,
 ) -> Evaluation:
     """Answers every prompt ``eval.samples_per_prompt`` times.
 
@@ -110,22 +107,19 @@ def evaluate(
     training's, and two models that are evaluated with one seed get the same.
 
     Args:
-        engine: holds the weights to evaluate.
+        answering: what answers and scores; its engine holds the weights to evaluate. Unless its policy ends the
+            evaluation where the reward fails, such an answer gets the policy's value, and is counted.
         prompts: the evaluation set.
-        grader: scores the answers.
-        policy: what happens where the reward fails; unless it ends the evaluation, such an answer gets its value, and
-            is counted.
         section: how many rows and answers, and what is measured.
-        decode: token ids to text.
         sampling: what `sampling_for` gave.
         seed: the run's seed.
         note: takes a line about the progress, every 10 seconds.
-        should_stop: asked all the time.
 
     Raises:
-        Stopped: it said yes. What was generated is dropped: an evaluation is whole, or is none.
+        Stopped: `Answering.should_stop` said yes. What was generated is dropped: an evaluation is whole, or is none.
         UserError: the reward or ``eval.answer`` failed on an answer, or the model's numbers are not finite.
     """
+    engine, grader, should_stop = answering.engine, answering.grader, answering.should_stop
     if section.answer is not None:
         load_function(section.answer)  # a mistake in it is told before anything is generated
     count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
@@ -144,13 +138,13 @@ def evaluate(
         answers = _answers(engine, requests, note, should_stop)
     for i in range(count):
         require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
-    texts_of = [[decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
+    texts_of = [[answering.decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
     asked_of = (answers_to(p, texts) for p, texts in zip(asked, texts_of))
     with returning_when(should_stop, engine, grader):
         scores_of = score_all(grader, asked_of, should_stop)
     for i, prompt in enumerate(asked):
         results, texts = answers[i * n : (i + 1) * n], texts_of[i]
-        values = [_value(score, policy, f"row {i} of the evaluation data") for score in scores_of[i]]
+        values = [_value(score, answering.policy, f"row {i} of the evaluation data") for score in scores_of[i]]
         for score in scores_of[i]:
             name = f"val-aux/{prompt.data_source}/reward_failures"
             failures[name] = failures.get(name, 0.0) + (score.failure is not None)

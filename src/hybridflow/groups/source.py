@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
-from hybridflow.groups.failures import FAIL, FailurePolicy
+from hybridflow.groups.answering import Answering
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.generation import Request, Result, Sampling
 from hybridflow.protocols.groups import Group, Trajectory
-from hybridflow.protocols.rewards import Answers, Grader, Score, total
+from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 
 
@@ -66,44 +66,38 @@ class GroupSource:
     """Generates and scores groups of answers.
 
     Args:
-        engine: where answers come from.
+        answering: what answers and scores.
         question: the prompt of a row index.
-        grader: scores the answers of finished groups, while others are generated.
-        decode: token ids to text.
         sampling: how answers are drawn.
         samples: answers per prompt.
         greedy: whether every prompt is answered once more, greedily, for a baseline.
-        policy: what happens where the reward fails.
         seed: the run's seed.
         tell: takes a sentence about the first answer that the reward failed on in each way, where the run goes on.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
             computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
             is missing. Journaled groups are used as they are either way, and never scored twice.
-        should_stop: asked between completions; True ends the step with `Stopped`.
     """
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        answering: Answering,
         question: Callable[[int], Question],
-        grader: Grader,
         *,
-        decode: Callable[[list[int]], str],
         sampling: Sampling,
         samples: int,
         seed: int,
         greedy: bool = False,
-        policy: FailurePolicy = FAIL,
         tell: Callable[[str], None] = lambda text: None,
         journal: GroupStore | None = None,
         whole_step: bool = True,
-        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.engine, self.question, self.grader, self.decode = engine, question, grader, decode
-        self.sampling, self.seed, self.policy = sampling, seed, policy
+        self.answering, self.question = answering, question
+        self.engine, self.grader, self.decode = answering.engine, answering.grader, answering.decode
+        self.policy, self.should_stop = answering.policy, answering.should_stop
+        self.sampling, self.seed = sampling, seed
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
-        self.journal, self.whole_step, self.should_stop = journal, whole_step, should_stop
+        self.journal, self.whole_step = journal, whole_step
         self.tell = tell
         self._told: set[str] = set()
         self.reward_seconds = 0.0

@@ -198,7 +198,7 @@ class ProcessGrader:
 
     def _stop(self) -> None:
         for process in self._processes:
-            process.connection.close()  # all of them exit at once, not one after the other
+            process.wire.connection.close()  # all of them exit at once, not one after the other
         for process in self._processes:
             process.end(0.0 if process.calls or not process.ready else GRACE)
         self._processes.clear()
@@ -217,7 +217,7 @@ class ProcessGrader:
                     self._woken.recv(4096)
                 continue
             if mask & selectors.EVENT_WRITE:
-                process.flush()
+                process.wire.flush()
                 self._watch(process)
             if key.fd == process.exited:
                 exited.add(id(process))
@@ -226,7 +226,7 @@ class ProcessGrader:
             if process not in self._processes:  # all were ended
                 continue
             # What it said before it exited or had its time is read first: it counts.
-            messages, ended = process.receive()
+            messages, ended = process.wire.receive()
             for message in messages:
                 self._hear(process, message, now)
             if self._error is not None:
@@ -322,7 +322,7 @@ class ProcessGrader:
     def _remove(self, process: PoolProcess, grace: float = 0.0) -> str:
         """Ends a process and says how it ended; see `PoolProcess.end`."""
         self._processes.remove(process)
-        self._selector.unregister(process.connection)
+        self._selector.unregister(process.wire.connection)
         if process.exited is not None:
             self._selector.unregister(process.exited)
         return process.end(grace)
@@ -362,7 +362,7 @@ class ProcessGrader:
                     process.calls.clear()
                 else:
                     process.calls = dict(list(process.calls.items())[:1])
-                process.send(("forget", next(iter(process.calls), None)))
+                process.wire.send(("forget", next(iter(process.calls), None)))
                 self._watch(process)
             process.forget = False
         while self._kinds and self._new:
@@ -413,24 +413,24 @@ class ProcessGrader:
                 call.begun = now
                 process.calls[self._tasks, call.index] = call
             group = given[0].group
-            process.send(("score", self._tasks, group.function, group.data, [call.index for call in given]))
+            process.wire.send(("score", self._tasks, group.function, group.data, [call.index for call in given]))
         self._watch(process)
 
     def _start(self, asynchronous: bool | None, checks: bool = False) -> None:
         process = start_process(self._folder, self._path, checks)
         process.asynchronous = asynchronous
         self._processes.append(process)
-        self._selector.register(process.connection, selectors.EVENT_READ, process)
+        self._selector.register(process.wire.connection, selectors.EVENT_READ, process)
         if process.exited is not None:
             self._selector.register(process.exited, selectors.EVENT_READ, process)
-        process.send(("load", self._functions, checks, self._pool.memory_mb, self._pool.timeout, user_folders()))
+        process.wire.send(("load", self._functions, checks, self._pool.memory_mb, self._pool.timeout, user_folders()))
         self._watch(process)
 
     def _watch(self, process: PoolProcess) -> None:
         """Has the thread wake when the process takes more, if there is more for it."""
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.unsent else 0)
-        if self._selector.get_key(process.connection).events != wanted:
-            self._selector.modify(process.connection, wanted, process)
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.wire.unsent else 0)
+        if self._selector.get_key(process.wire.connection).events != wanted:
+            self._selector.modify(process.wire.connection, wanted, process)
 
 
 def _pickled(answers: Answers) -> bytes:

@@ -30,38 +30,18 @@ _PROGRAM = (
 
 
 @dataclass(eq=False, slots=True)
-class PoolProcess:
-    """One process of the pool; `start_process` makes it.
+class Wire:
+    """Messages to and from a process, without ever waiting.
 
     Args:
-        process: the process; it leads a group of its own, so that what it starts can be ended with it.
         connection: our end of its socket.
-        exited: a handle that becomes readable when it exits; None where the system has no such thing.
-        until: the time at which it counts as unable to start, of `time.monotonic`.
         frames: what has arrived.
         unsent: what could not be sent yet.
-        ready: whether it has loaded its functions.
-        checks: whether it was also asked to check them.
-        asynchronous: whether it has ``async def`` functions; None until it is given something.
-        calls: what it was given and has not answered, in that order, by number of the task and index.
-        since: since when it is with the first of them.
-        passed_over: whether it is with one call for so long that others take what waits.
-        forget: whether it is to be told to forget what has not begun.
     """
 
-    process: subprocess.Popen[bytes]
     connection: socket.socket
-    exited: int | None
-    until: float
-    checks: bool
     frames: Frames = field(default_factory=Frames)
     unsent: bytearray = field(default_factory=bytearray)
-    ready: bool = False
-    asynchronous: bool | None = None
-    calls: dict[tuple[int, int | None], Call] = field(default_factory=dict)
-    since: float = 0.0
-    passed_over: bool = False
-    forget: bool = False
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Sends what the socket takes at once, and keeps the rest for `flush`."""
@@ -88,13 +68,44 @@ class PoolProcess:
                 return messages, True
             messages += self.frames.feed(data)
 
+
+@dataclass(eq=False, slots=True)
+class PoolProcess:
+    """One process of the pool; `start_process` makes it.
+
+    Args:
+        process: the process; it leads a group of its own, so that what it starts can be ended with it.
+        wire: what is said to it and by it.
+        exited: a handle that becomes readable when it exits; None where the system has no such thing.
+        until: the time at which it counts as unable to start, of `time.monotonic`.
+        ready: whether it has loaded its functions.
+        checks: whether it was also asked to check them.
+        asynchronous: whether it has ``async def`` functions; None until it is given something.
+        calls: what it was given and has not answered, in that order, by number of the task and index.
+        since: since when it is with the first of them.
+        passed_over: whether it is with one call for so long that others take what waits.
+        forget: whether it is to be told to forget what has not begun.
+    """
+
+    process: subprocess.Popen[bytes]
+    wire: Wire
+    exited: int | None
+    until: float
+    checks: bool
+    ready: bool = False
+    asynchronous: bool | None = None
+    calls: dict[tuple[int, int | None], Call] = field(default_factory=dict)
+    since: float = 0.0
+    passed_over: bool = False
+    forget: bool = False
+
     def end(self, grace: float = 0.0) -> str:
         """Ends it and what it has started, and says how it ended.
 
         Args:
             grace: seconds for it to exit by itself, now that its socket is closed.
         """
-        self.connection.close()
+        self.wire.connection.close()
         if self.exited is not None:
             poll = select.poll()
             poll.register(self.exited)
@@ -128,7 +139,7 @@ def start_process(folder: str, path: Sequence[str], checks: bool) -> PoolProcess
     )
     theirs.close()
     ours.setblocking(False)
-    return PoolProcess(process, ours, _exit_handle(process.pid), time.monotonic() + START, checks)
+    return PoolProcess(process, Wire(ours), _exit_handle(process.pid), time.monotonic() + START, checks)
 
 
 def _exit_handle(pid: int) -> int | None:

@@ -21,6 +21,7 @@ from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
+from hybridflow.groups.answering import Answering
 from hybridflow.groups.source import GroupSource
 from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import Critic, make_critic, make_reference, require_companions
@@ -254,20 +255,17 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
     trackers = opened.trackers(steps)
     stops = engine.stop_ids(tokenizer)
     journal = Journal(opened.folder.path / "journal")
+    decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     source = GroupSource(
-        rollout,
+        Answering(rollout, grader, decode, failure_policy(config.reward), opened.stop.requested),
         prompts.__getitem__,
-        grader,
-        decode=answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
         sampling=training_sampling(config.rollout, stops),
         samples=config.train.samples_per_prompt,
         seed=config.run.seed,
         greedy=needs_of(a.advantage, ADVANTAGES).needs_greedy,
-        policy=failure_policy(config.reward),
         tell=trackers.advise,
         journal=journal,
         whole_step=config.rollout.engine == "inline",
-        should_stop=opened.stop.requested,
     )
     critic, reference = make_critic(config, engine, places, steps=steps), make_reference(config, engine, places)
     # A critic on the actor's own trunk is in the actor's part of a checkpoint.
@@ -323,16 +321,12 @@ def _held_out(
     """Evaluations are answered and scored by what answers and scores for training."""
     return partial(
         evaluate,
-        source.engine,
+        source.answering,
         prompts,
-        source.grader,
-        source.policy,
         config.eval,
-        decode=source.decode,
         sampling=sampling_for(config.eval, source.sampling),
         seed=config.run.seed,
         note=trackers.note if config.track.console else None,
-        should_stop=source.should_stop,
     )
 
 

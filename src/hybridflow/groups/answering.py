@@ -1,0 +1,30 @@
+"""What answers prompts and scores the answers: the same for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybridflow.groups.failures import FAIL, FailurePolicy
+from hybridflow.protocols.generation import RolloutEngine
+from hybridflow.protocols.rewards import Grader
+from hybridflow.protocols.waiting import never
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Who answers, who scores, and when both end.
+
+    Args:
+        engine: where answers come from.
+        grader: scores the answers of finished groups, while others are generated.
+        decode: token ids to text.
+        policy: what happens where the reward fails.
+        should_stop: asked all the time; True ends with `Stopped`.
+    """
+
+    engine: RolloutEngine
+    grader: Grader
+    decode: Callable[[list[int]], str]
+    policy: FailurePolicy = FAIL
+    should_stop: Callable[[], bool] = never
