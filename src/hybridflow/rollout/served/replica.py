@@ -95,7 +95,7 @@ class Replica:
 
 
 class Hooks(ABC):
-    """What talks to an engine, for `asynchronous.AsyncEngine`.
+    """What talks to an engine, for `engine.AsyncEngine`.
 
     All but `_check` and `_hosts` run in the thread of its loop, and must not block it. They raise `ReplicaLost` when
     the replica cannot answer any more, `ReplicaFailed` when it answered that something went wrong inside it (the

@@ -6,7 +6,7 @@ What SGLang does by itself and a trainer must not be exposed to is handled here:
   ignores nothing, and goes on where something else ended it: `Piece` with reason "abort".
 - A request that gets not-a-number ends with a stop token in its place, as if all were well. That is an error here.
 - The id of a request is compared by its beginning when requests are aborted: ids are of one length.
-- Noise is ours (`sglang_sampler.py`), and so are the filters; where they cut, SGLang returns which tokens could have
+- Noise is ours (`sglang/sampler.py`), and so are the filters; where they cut, SGLang returns which tokens could have
   been drawn and log-probabilities among these, otherwise log-probabilities after temperature.
 - Its repetition penalty looks at the answer alone; requests with one are refused.
 - New weights need an open session and an empty cache, which needs all requests back in the queue (mode "retract");

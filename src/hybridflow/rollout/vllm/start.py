@@ -134,7 +134,7 @@ def engine_arguments(
     fixed = dict(FIXED)
     usual: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
     if on_cpu:
-        fixed["enable_chunked_prefill"] = False  # see `vllm.py`
+        fixed["enable_chunked_prefill"] = False  # see `vllm/engine.py`
         usual |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_CACHE_BYTES,
