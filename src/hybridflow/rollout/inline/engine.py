@@ -117,9 +117,9 @@ class InlineEngine:
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
         job, sampling = Job(self._next_handle, request), request.sampling
+        check_sampling(sampling, output_head(self.model).vocabulary())
         check_request(request, decodes=self.decode is not None)
         require_room(self.model, len(request.prompt_ids), request.sampling.max_tokens, self.max_cache_tokens)
-        check_sampling(sampling, output_head(self.model).vocabulary())
         if sampling.stop or sampling.stop_regex is not None:
             assert self.decode is not None
             job.stop_text = StopText(sampling.stop, sampling.stop_regex, self.decode, request.generated_ids)
