@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-hypothesis.settings.register_profile("hybridflow", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("hybridflow", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("hybridflow")
 
 

@@ -32,7 +32,7 @@ class Ranks:
         self.size = size
         self.closed = False
         self._folder = tempfile.TemporaryDirectory()
-        context = _server_of_forks()
+        context = server_of_forks()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -79,7 +79,7 @@ class Ranks:
         return answers
 
 
-def _server_of_forks() -> ForkServerContext:
+def server_of_forks() -> ForkServerContext:
     """Has ranks forked from a process that has imported what they run: each would take seconds for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["on_ranks.engines", "on_ranks.ulysses", "on_ranks.weights"])

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hybridflow.config.locate import load_function
+from hybridflow.rewards import http
 
 from runs import configuration, mistake, succeed
 from tiny import CARRY
@@ -109,18 +110,24 @@ def test_rows_without_ground_truth(tmp_path: Path, capsys: Output) -> None:
 
 
 @pytest.mark.parametrize(
-    "reward",
+    ("reward", "what"),
     [
-        {"function": "http://127.0.0.1:9/score"},
-        {"function": "judge", "judge": {"url": "http://127.0.0.1:9/v1"}},
-        {"function": "code", "sandbox": {"backend": "fusion", "url": "http://127.0.0.1:9"}},
+        ({"function": "http://127.0.0.1:9/score"}, "the reward server cannot be used"),
+        ({"function": "judge", "judge": {"url": "http://127.0.0.1:9/v1"}}, "127.0.0.1:9"),
+        (
+            {"function": "code", "sandbox": {"backend": "fusion", "url": "http://127.0.0.1:9"}},
+            "the Sandbox Fusion server http://127.0.0.1:9 does not run programs",
+        ),
     ],
     ids=["server", "judge", "sandbox"],
 )
-def test_a_server_that_is_not_there(reward: dict[str, Any], tmp_path: Path, capsys: Output) -> None:
+def test_a_server_that_is_not_there(
+    reward: dict[str, Any], what: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BACK_OFF", 0.01)  # before the sandbox server is tried again
     rows = [{**row, "ground_truth": {"inputs": ["1"], "outputs": ["2"]}} for row in ROWS]
     said = mistake(capsys, "train", write(tmp_path, rows, **reward, pool={"retries": 0, "timeout": 5}))
-    assert "127.0.0.1:9" in said and "fix: " in said
+    assert what in said and "127.0.0.1:9" in said and "fix: " in said
     assert not (tmp_path / "run").exists()
 
 

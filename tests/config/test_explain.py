@@ -16,7 +16,7 @@ from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import explain, explanation_lines
 from hybridflow.config.pages.schema import schema
 
-from runs import configuration, mistake, succeed
+from runs import configuration, mistake, succeed, write_rows
 from tiny import CARRY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,9 +96,9 @@ def keys_in(schema: dict[str, Any], node: dict[str, Any], prefix: str = "") -> s
 # --- a configuration to begin with ---
 
 PIECES = {
-    "train": ["--data", f"{CARRY}:problems", "--reward", f"{CARRY}:score"],
-    "sft": ["--data", f"{CARRY}:demonstrations"],
-    "eval": ["--data", f"{CARRY}:held_out_problems", "--reward", f"{CARRY}:score"],
+    "train": ["--data", "problems.jsonl", "--reward", f"{CARRY}:score"],
+    "sft": ["--data", "conversations.jsonl"],
+    "eval": ["--data", "held_out.jsonl", "--reward", f"{CARRY}:score"],
 }
 
 
@@ -107,6 +107,7 @@ def test_what_init_writes_passes_its_checks_and_says_what_its_keys_mean(
     kind: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
     arguments = ["init", "--kind", kind, "--model", f"{CARRY}:tiny_qwen3", *PIECES[kind], "--out", "jobs/mine.yaml"]
     if kind != "sft":  # a function says nothing of its model's context, which is short here
         arguments += ["data.max_prompt_tokens=64", "rollout.max_response_tokens=64"]

@@ -20,6 +20,7 @@ from hybridflow.controller.group import WorkerGroup
 from hybridflow.controller.open import open_cluster
 from hybridflow.errors import UserError
 
+from at_once import at_once
 from children import left_of
 from on_ranks.toy_workers import Toy
 from tiny import ragged_batch
@@ -68,7 +69,7 @@ def update(actor: WorkerGroup) -> object:
 )  # fmt: skip
 def test_a_worker_that_is_struck_is_the_cause(fault: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRIDFLOW_FAULT", f"{fault}:actor.1@step3:update")
-    report = str(failing(update, timeout=3.0 if fault == "sleep" else 30.0))
+    report = str(failing(update, timeout=2.0 if fault == "sleep" else 30.0))
     assert report.startswith(words)
     assert "\n  worker: actor.1, rank 1 of 2 of pool train, process " in report
     assert "\n  phase: update of step 3\n  memory then: " in report and "unknown" not in report
@@ -77,7 +78,7 @@ def test_a_worker_that_is_struck_is_the_cause(fault: str, words: str, monkeypatc
         "kill": "fix: lower train.tokens_per_microbatch",
         "oom": "fix: lower train.tokens_per_microbatch",
         "raise": "fix: mend what raised it; the run goes on from its newest checkpoint",
-        "sleep": "(placement.timeout is 3); 1 other waits for it in a collective; it stands at\n    src/hybridflow/fa",
+        "sleep": "(placement.timeout is 2); 1 other waits for it in a collective; it stands at\n    src/hybridflow/fa",
     }
     assert expected[fault] in report
     if fault == "kill":
@@ -125,7 +126,7 @@ def test_what_is_no_fault_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- first causes ---
 
 
-def test_an_exception_is_told_with_its_own_lines() -> None:
+def an_exception_is_told_with_its_own_lines() -> None:
     report = failing(lambda actor: actor.raise_on([1]))
     assert isinstance(report, WorkerFailure)
     assert str(report).startswith(
@@ -135,31 +136,31 @@ def test_an_exception_is_told_with_its_own_lines() -> None:
     assert "controller/worker.py" not in str(report)  # nobody's mistake is there
 
 
-def test_of_two_that_raise_one_is_the_cause_and_the_other_is_counted() -> None:
+def of_two_that_raise_one_is_the_cause_and_the_other_is_counted() -> None:
     report = str(failing(lambda actor: actor.raise_on([0, 1])))
     assert "raise_on of step 3: ValueError: boom" in report and "\n  after it: 1 other worker failed\n" in report
 
 
-def test_a_users_mistake_arrives_as_it_was_raised() -> None:
+def a_users_mistake_arrives_as_it_was_raised() -> None:
     error = failing(lambda actor: actor.raise_on([1], mistake=True))
     assert type(error) is UserError
     assert (error.what, error.why, error.fix) == ("a bad value", "it is bad", "give a good one")
 
 
-def test_a_users_mistake_in_a_constructor_arrives_too() -> None:
+def a_users_mistake_in_a_constructor_arrives_too() -> None:
     error = failing(lambda actor: actor._cluster.group("b", Toy, "train", wrong=True))
     assert type(error) is UserError
     assert (error.what, error.why, error.fix) == ("toys start at 0", "they are toys", "set start=0")
 
 
-def test_a_process_that_ends_by_itself() -> None:
+def a_process_that_ends_by_itself() -> None:
     report = str(failing(lambda actor: actor.end_process(0, 3)))
     assert report.startswith(
         "worker actor.0 failed in end_process of step 3: its process ended by itself with exit status 3"
     )
 
 
-def test_a_worker_that_dies_between_two_calls_is_found_at_the_next() -> None:
+def a_worker_that_dies_between_two_calls_is_found_at_the_next() -> None:
     def kill_and_call(actor: WorkerGroup) -> object:
         os.kill(actor.about()[1][4], signal.SIGSEGV)
         time.sleep(0.2)
@@ -170,13 +171,13 @@ def test_a_worker_that_dies_between_two_calls_is_found_at_the_next() -> None:
     assert "it crashed in native code" in report
 
 
-def test_ranks_that_make_different_collectives() -> None:
-    report = str(failing(lambda actor: actor.different_collectives(), timeout=3.0))
+def ranks_that_make_different_collectives() -> None:
+    report = str(failing(lambda actor: actor.different_collectives(), timeout=2.0))
     assert "failed in different_collectives of step 3" in report
     assert "fix: every rank must make the same collectives" in report
 
 
-def test_what_was_asked_for_before_a_failure_was_known_is_not_done() -> None:
+def what_was_asked_for_before_a_failure_was_known_is_not_done() -> None:
     def one_and_another(actor: WorkerGroup) -> object:
         actor.raise_on.later([1])  # rank 0 is then in a collective, which rank 1 never joins
         return actor.different_collectives()  # rank 1 would meet it there with another one
@@ -185,9 +186,23 @@ def test_what_was_asked_for_before_a_failure_was_known_is_not_done() -> None:
     assert report.startswith("worker actor.1 failed in raise_on of step 3: ValueError: boom")
 
 
-def test_a_result_that_cannot_be_sent() -> None:
+def a_result_that_cannot_be_sent() -> None:
     report = str(failing(lambda actor: actor.answer_with_a_function()))
     assert report.startswith("worker actor.") and "pickle" in report
+
+
+def test_the_first_cause_is_told() -> None:
+    at_once(
+        an_exception_is_told_with_its_own_lines,
+        of_two_that_raise_one_is_the_cause_and_the_other_is_counted,
+        a_users_mistake_arrives_as_it_was_raised,
+        a_users_mistake_in_a_constructor_arrives_too,
+        a_process_that_ends_by_itself,
+        a_worker_that_dies_between_two_calls_is_found_at_the_next,
+        ranks_that_make_different_collectives,
+        what_was_asked_for_before_a_failure_was_known_is_not_done,
+        a_result_that_cannot_be_sent,
+    )
 
 
 @pytest.mark.slow
@@ -210,8 +225,8 @@ def test_a_process_that_is_stopped_is_the_one_that_does_not_say_where_it_stands(
 def test_a_long_call_that_tells_its_progress_is_not_ended() -> None:
     placement = PlacementSection(pools={"all": 2}, timeout=1.0)
     with open_cluster(placement, device="cpu", events=lambda kind, text: None) as cluster:
-        spans = cluster.group("actor", Toy, "all").work(2.5, pieces=10)
-    assert all(ended - began >= 2.5 for began, ended in spans)
+        spans = cluster.group("actor", Toy, "all").work(1.5, pieces=6)
+    assert all(ended - began >= 1.5 for began, ended in spans)
 
 
 # --- the controller ---

@@ -53,7 +53,10 @@ def placed(*pools: str) -> dict[str, str]:
     return dict(zip(("actor", "critic", "reference", "rollout"), [*pools, *[pools[0]] * 4]))
 
 
-def test_calls_reach_the_workers_of_a_pool_and_come_back(local_ray: None) -> None:
+def test_calls_reach_the_workers_of_a_pool_and_one_that_is_killed_is_named_with_what_it_had_in_hand(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRIDFLOW_FAULT", "kill:toys.1@step2:update")
     with opened({"train": 2, "generate": 1}, roles=placed("train", "generate")) as cluster:
         toys, other = cluster.group("toys", Toy, "train", 10), cluster.group("other", Toy, "generate", 5)
         again = cluster.group("again", Toy, "train", 20)
@@ -72,10 +75,22 @@ def test_calls_reach_the_workers_of_a_pool_and_come_back(local_ray: None) -> Non
         around = cluster.group("around", Surroundings, "train")
         assert around.sum_after_adding_one(large) == [MIB / 4] * 2 and float(large.sum()) == 0
         assert torch.equal(toys.echo(large)[1], large)
-        slow, quick = toys.work.later(1.0), other.work.later(1.0)  # two pools work at the same time
+        slow, quick = toys.work.later(0.5), other.work.later(0.5)  # two pools work at the same time
         assert max(began for began, _ in slow.result() + quick.result()) < min(
             end for _, end in slow.result() + quick.result()
         )
+
+        pids = [pid for group in (toys, other) for *_, pid in group.about()]
+        cluster.step, began = 2, time.monotonic()
+        with pytest.raises(WorkerFailure) as failure:
+            toys.update([batch.take([0]), batch.take([1, 2])])
+    report = str(failure.value)
+    assert report.startswith("worker toys.1 failed in update of step 2: its process was killed")
+    assert "rows in hand: 2 sequences of 7 tokens, the longest 5" in report
+    assert re.search(rf"process {pids[1]}\b", report) and re.search(r"memory then: \d+ MiB", report)
+    assert "tokens_per_microbatch" in report  # what to do about memory
+    assert time.monotonic() - began < 60
+    assert left_of(pids) == set()
 
 
 @pytest.mark.slow
@@ -116,27 +131,6 @@ def test_a_mistake_of_the_users_arrives_as_it_is(local_ray: None) -> None:
     assert not isinstance(error.value, WorkerFailure)
 
 
-def test_a_worker_that_is_killed_is_named_with_what_it_had_in_hand(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HYBRIDFLOW_FAULT", "kill:toys.1@step2:update")
-    batch = ragged_batch((3, 5, 2))
-    began = time.monotonic()
-    with opened({"all": 2}) as cluster:
-        toys = cluster.group("toys", Toy, "all")
-        pids = [pid for *_, pid in toys.about()]
-        cluster.step = 2
-        with pytest.raises(WorkerFailure) as failure:
-            toys.update([batch.take([0]), batch.take([1, 2])])
-    report = str(failure.value)
-    assert report.startswith("worker toys.1 failed in update of step 2: its process was killed")
-    assert "rows in hand: 2 sequences of 7 tokens, the longest 5" in report
-    assert re.search(rf"process {pids[1]}\b", report) and re.search(r"memory then: \d+ MiB", report)
-    assert "tokens_per_microbatch" in report  # what to do about memory
-    assert time.monotonic() - began < 60
-    assert left_of(pids) == set()
-
-
 @pytest.mark.slow
 def test_a_worker_that_does_not_come_to_a_collective_is_found(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRIDFLOW_FAULT", "sleep:toys.0@step0:update")
@@ -173,12 +167,12 @@ def test_an_address_where_nobody_answers_is_told_within_seconds(
     assert "refused" in error.value.why and "ray start --head" in error.value.fix
     with pytest.raises(UserError, match="is of Ray's client"):
         opened({"all": 1}, address="ray://127.0.0.1:10001")
-    monkeypatch.setattr(ray_backend, "PROBE_SECONDS", 4.0)
+    monkeypatch.setattr(ray_backend, "PROBE_SECONDS", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as server:  # something else listens there
         threading.Thread(target=accept_all, args=(server,), daemon=True).start()
         with pytest.raises(UserError, match="no Ray cluster answers") as error:
             opened({"all": 1}, address=f"127.0.0.1:{server.getsockname()[1]}")
-    assert error.value.why == "the port is open, but nothing joined within 4 seconds"
+    assert error.value.why == "the port is open, but nothing joined within 1.5 seconds"
 
 
 def accept_all(server: socket.socket) -> None:

@@ -15,13 +15,20 @@ from children import left_of
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import json, os, sys
+import torch
 sys.path.insert(0, {tests!r})
 from on_ranks.toy_workers import Toy
-from tiny import ragged_batch
+from hybridflow.batch import Batch
 from hybridflow.config.sections.placement import PlacementSection
 from hybridflow.controller.open import open_cluster
 from hybridflow.controller.backends.torchrun import serve
 from hybridflow.errors import UserError
+
+LENGTHS = (7, 3, 12, 5, 9, 4)
+COLUMNS = {{"input_ids_T": [torch.arange(n) for n in LENGTHS], "loss_mask_T": [torch.arange(n) > 0 for n in LENGTHS]}}
+
+def ragged_batch():
+    return Batch.from_rows({{**COLUMNS, "trajectory_B": list(range(len(LENGTHS)))}})
 
 def main():
     if os.environ["RANK"] != "0":

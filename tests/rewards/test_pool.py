@@ -25,6 +25,7 @@ from hybridflow.rewards.graders.in_process import InProcessGrader
 from hybridflow.rewards.pool.grader import ProcessGrader
 from hybridflow.rewards.pool.process import PoolProcess
 
+from at_once import at_once
 from children import children, left_of
 
 FILE = '''
@@ -174,32 +175,31 @@ def test_thousands_of_answers_are_scored_each_once(make: Make) -> None:
     assert grader.wait() == [(7, [])]
 
 
-def test_scores_come_while_others_are_computed(make: Make) -> None:
+def scores_come_while_others_are_computed(make: Make) -> None:
     grader = make(processes=2)
-    grader.submit(0, answers("hang 1.5"))
+    grader.submit(0, answers("hang 3"))
     grader.submit(1, answers("fine"))
     began = time.monotonic()
     assert grader.wait() == [(1, [Score(1.0)])]
-    assert time.monotonic() - began < 1.4
+    assert time.monotonic() - began < 2.5
     assert grader.ready() == []
     assert grader.wait() == [(0, [Score(1.0)])]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_what_hangs_delays_only_its_own_row(make: Make, processes: int) -> None:
-    grader = make(processes=processes, timeout=30)
+def what_hangs_delays_only_its_own_row(make: Make) -> None:
+    grader = make(processes=1, timeout=30)
     for key in range(100):
-        grader.submit(key, answers("fine", "hang 30" if key in (3, 50) else "fine"))
+        grader.submit(key, answers("fine", "hang 30" if key == 50 else "fine"))
     began, found = time.monotonic(), {}
-    while len(found) < 98:
+    while len(found) < 99:
         found.update(grader.wait())
-    assert time.monotonic() - began < 10  # it is 2 or 3: two are passed over after a second each
-    assert set(range(100)) - found.keys() == {3, 50}
+    assert time.monotonic() - began < 10  # it is 1 or 2: one is passed over after a second
+    assert set(range(100)) - found.keys() == {50}
     assert all(scores == [Score(1.0)] * 2 for scores in found.values())
 
 
-def test_a_call_that_has_had_its_time_ends_alone(make: Make) -> None:
-    grader = make(processes=1, timeout=1.2)
+def a_call_that_has_had_its_time_ends_alone(make: Make) -> None:
+    grader = make(processes=1, timeout=0.6)
     grader.submit(0, answers("fine", "hang 60", "fine", "spin 60"))
     grader.submit(1, answers("fine"))
     began = time.monotonic()
@@ -207,12 +207,12 @@ def test_a_call_that_has_had_its_time_ends_alone(make: Make) -> None:
     assert time.monotonic() - began < 10
     assert [s.kind for s in found[0]] == ["", "timeout", "", "timeout"] and found[1] == [Score(1.0)]
     failure = found[0][1].failure
-    assert failure is not None and failure.what.endswith("mine.py:act took longer than 1.2 s")
+    assert failure is not None and failure.what.endswith("mine.py:act took longer than 0.6 s")
     assert failure.scoring == "'hang 60' against '4'"
 
 
-def test_of_a_function_for_groups_the_group_has_its_time(make: Make) -> None:
-    grader = make("group", processes=1, timeout=1)
+def of_a_function_for_groups_the_group_has_its_time(make: Make) -> None:
+    grader = make("group", processes=1, timeout=0.5)
     for key in range(3):
         grader.submit(key, answers("a", "hang" if key == 1 else "b", "c"))
     found = drain(grader)
@@ -328,7 +328,7 @@ from hybridflow.config.sections.rewards import RewardPoolSection
 from hybridflow.protocols.rewards import Answers
 from hybridflow.rewards.graders.function import FunctionSpec
 from hybridflow.rewards.pool.grader import ProcessGrader
-grader = ProcessGrader({{"r": FunctionSpec({f"{tmp_path}/mine.py:score"!r})}}, RewardPoolSection(timeout=1))
+grader = ProcessGrader({{"r": FunctionSpec({f"{tmp_path}/mine.py:score"!r})}}, RewardPoolSection(timeout=0.5))
 grader.submit(0, Answers(["x", ""], "", [], {{}}))
 print([s.kind for s in grader.wait()[0][1]])
 grader.close()
@@ -346,7 +346,7 @@ def test_a_function_that_closes_our_socket_is_the_only_one_lost(make: Make) -> N
     assert [s.kind for s in drain(grader)[0]] == ["", "died", ""]
 
 
-def test_async_calls_overlap_up_to_the_limit(make: Make) -> None:
+def async_calls_overlap_up_to_the_limit(make: Make) -> None:
     grader = make("crowd", processes=2, concurrency=32)
     for key in range(16):
         grader.submit(key, answers(*"abcdefgh"))
@@ -356,7 +356,7 @@ def test_async_calls_overlap_up_to_the_limit(make: Make) -> None:
     assert time.monotonic() - began < 10  # one after the other: 26
 
 
-def test_async_calls_have_their_own_time(make: Make) -> None:
+def async_calls_have_their_own_time(make: Make) -> None:
     grader = make("later", "number", processes=1, timeout=1)
     grader.submit(0, answers("sleep 60", "sleep 0.1", "raise no", "cancelled", "sleep 0"), "later")
     grader.submit(1, answers("2"), "number")  # in another process
@@ -366,13 +366,30 @@ def test_async_calls_have_their_own_time(make: Make) -> None:
     assert [s.kind for s in found[0]] == ["timeout", "", "raised", "raised", ""] and found[1] == [Score(2.0)]
 
 
-@pytest.mark.parametrize(("does", "kind"), [("block 60", "timeout"), ("exit", "died")])
-def test_an_async_call_that_stops_its_loop_or_process_is_the_only_one_lost(make: Make, does: str, kind: str) -> None:
+def an_async_call_that_stops_its_loop_or_process_is_the_only_one_lost(make: Make) -> None:
+    for does, kind in (("block 60", "timeout"), ("exit", "died")):
+        an_async_call_is_the_only_one_lost(make, does, kind)
+
+
+def an_async_call_is_the_only_one_lost(make: Make, does: str, kind: str) -> None:
     grader = make("later", timeout=1, concurrency=8)
     grader.submit(0, answers("sleep 0.1", does, "sleep 0.1", "sleep 0.1"))
     grader.submit(1, answers("sleep 0.1"))
     found = drain(grader)
     assert [s.kind for s in found[0]] == ["", kind, "", ""] and found[1] == [Score(1.0)]
+
+
+def test_every_call_has_its_own_time(make: Make) -> None:
+    at_once(
+        scores_come_while_others_are_computed,
+        what_hangs_delays_only_its_own_row,
+        a_call_that_has_had_its_time_ends_alone,
+        of_a_function_for_groups_the_group_has_its_time,
+        async_calls_have_their_own_time,
+        an_async_call_that_stops_its_loop_or_process_is_the_only_one_lost,
+        async_calls_overlap_up_to_the_limit,
+        make=make,
+    )
 
 
 def test_what_is_cancelled_never_comes(make: Make) -> None:

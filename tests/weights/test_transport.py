@@ -23,7 +23,7 @@ from hybridflow.weights.stream import WeightSyncError, receive, stream_of, verif
 from hybridflow.weights.transport import Receiver, Sender, open_receiver, open_sender, pick_transport
 
 from on_ranks import weights
-from ranks import shared_ranks
+from ranks import server_of_forks, shared_ranks
 from tiny import packed_model
 
 KINDS: list[Kind] = ["shared_memory", "broadcast", "files"]
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
-    started = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=True)
+    started = server_of_forks().Process(target=function, args=args, daemon=True)
     started.start()
     return started
 
@@ -240,8 +240,8 @@ def test_a_receiver_that_was_started_again_in_the_middle_ends_that_stream_and_ta
 def test_nobody_there_is_told() -> None:
     port = free_port()
     with pytest.raises(WeightSyncError, match=f"no sender of weights answers at 127.0.0.1:{port}"):
-        open_receiver(f"127.0.0.1:{port}", 0, timeout=1)
-    sender = open_sender("shared_memory", 2, timeout=0.5, bucket_bytes=2048)
+        open_receiver(f"127.0.0.1:{port}", 0, timeout=0.3)
+    sender = open_sender("shared_memory", 2, timeout=0.2, bucket_bytes=2048)
     with pytest.raises(WeightSyncError, match="did not reach receiver 0, 1 of 2"):
         sender.send(stream_of(packed_model()))
 

@@ -251,7 +251,7 @@ class Fusion(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     Fusion.seen, Fusion.answers = [], []
     running = ThreadingHTTPServer(("127.0.0.1", 0), Fusion)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
     running.server_close()
