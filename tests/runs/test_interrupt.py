@@ -114,19 +114,20 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, capsys: Output) 
 
 def test_two_signals_end_at_once(tmp_path: Path) -> None:
     config, run = slow_configuration(tmp_path, "train", "3 * begun.exists()"), tmp_path / "run"
-    command = commands.start(["train", config], tmp_path)
+    # Its words are read from a pipe, as they come: the second signal must be there before the checkpoint is saved.
+    process = subprocess.Popen([sys.executable, "-m", "hybridflow", "train", config], stderr=subprocess.PIPE, text=True)
     try:
-        while lines(run) < 1 and command.poll() is None:
+        while lines(run) < 1 and process.poll() is None:
             time.sleep(0.02)
-        command.signal(signal.SIGINT)
-        while "once more to end at once" not in command.complained:
-            assert command.poll() is None
-            time.sleep(0.02)
-        command.signal(signal.SIGINT)
-        assert command.wait(30) == 130
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "once more to end at once" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        complained = process.communicate(timeout=30)[1]
     finally:
-        command.kill()
-    complained = command.complained
+        process.kill()
+    assert process.returncode == 130
     assert complained.endswith("interrupted\n") and "Traceback" not in complained
     assert saved_steps(run / "checkpoints") == []
 
