@@ -42,6 +42,7 @@ ONCE = {
     "tests/data/test_prompts_and_rows.py": ROWS,
     "tests/engines/test_critic.py": FAMILIES,
     "tests/engines/test_local.py": FAMILIES,
+    "tests/engines/test_own_loss.py": FAMILIES,
     "tests/engines/test_sharded_files.py": "shards are ours; plain folders are of tests/models/test_families.py",
     "tests/models/test_log_probs.py": "arithmetic on hidden states; tests/models/test_packed_forward.py makes them",
     "tests/rollout/test_inline.py": GENERATION,

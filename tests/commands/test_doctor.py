@@ -27,7 +27,7 @@ def test_it_finds_what_is_here_and_two_processes_that_meet(capsys: pytest.Captur
     assert found["python"].startswith(platform.python_version())
     assert found["torch"].startswith(torch.__version__)
     assert found["collective"].startswith("gloo: 2 processes started, met and summed 16 MiB in ")
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before)  # it leaves no process behind
 
 
 def test_what_is_wrong_is_told_with_the_remedy_and_ends_with_1(tmp_path: Path) -> None:
