@@ -98,14 +98,14 @@ def test_new_weights_reach_what_is_in_flight_and_spans_are_exact(server: Server)
 
 @pytest.mark.parametrize("fault", ["the server is killed", "the engine runs out of memory", "the engine hangs"])
 def test_a_server_that_dies_or_hangs_answers_in_the_end_as_if_nothing_had_happened(server: Server, fault: str) -> None:
-    server.engine.answer_timeout = 4.0 if fault == "the engine hangs" else 20.0
+    server.engine.supervision = Supervision(answer_timeout=4.0 if fault == "the engine hangs" else 20.0)
     asked = [replace(r, sampling=Sampling(120)) for r in requests(8, seed=3)]
     undisturbed = [r.token_ids for r in generate(server.engine, asked)]
     published: list[float] = []
 
     def publish() -> None:
         published.append(time.monotonic())
-        server.engine.answer_timeout = 20.0
+        server.engine.supervision = Supervision(answer_timeout=20.0)
         server.publish()
 
     server.engine.on_restart = publish
