@@ -25,7 +25,7 @@ RL: dict[str, Any] = {
 VLLM_SERVER = {"engine": "vllm", "mode": "server"}
 
 
-def configured(section: str, keys: dict[str, Any]) -> RlConfig:
+def configured(section: str, keys: Any) -> RlConfig:
     reward = {"function": "judge", "judge": keys} if section == "judge" else {"function": "gsm8k"}
     return validate(RlConfig, RL | {"reward": reward} | ({section: keys} if section != "judge" else {}))
 
@@ -33,7 +33,7 @@ def configured(section: str, keys: dict[str, Any]) -> RlConfig:
 @pytest.mark.parametrize(
     ("section", "keys", "told"),
     [
-        ("rollout", {"mode": "server"}, "rollout.mode is for vllm or sglang, and this is inline (rollout.engine, "),
+        ("rollout", {"mode": "server"}, "rollout.mode is for vllm or sglang, and this is inline (rollout.engine): "),
         (
             "rollout",
             {"engine": "vllm", "tensor_parallel": 2},
@@ -41,6 +41,7 @@ def configured(section: str, keys: dict[str, Any]) -> RlConfig:
         ),
         ("rollout", {"engine": "sglang", "mode": "workers"}, "is 'workers', it should be 'in_process' or 'server'"),
         ("rollout", {"engine": "vlm"}, "rollout.engine is 'vlm', it should be 'inline', 'vllm' or 'sglang'"),
+        ("rollout", {"engine": None}, "rollout.engine is None, it should be 'inline', 'vllm' or 'sglang'"),
         ("rollout", {"engine": "vllm", "replicas": 2}, "rollout.replicas is for vllm server or sglang server"),
         ("rollout", {"engine": "vllm", "top_p": 0.9}, "rollout.top_p is for inline or sglang, and this is vllm"),
         ("rollout", VLLM_SERVER | {"servers": ["node7:8000"]}, "no address of a server, such as http://node7:8000"),
@@ -53,6 +54,8 @@ def configured(section: str, keys: dict[str, Any]) -> RlConfig:
         ("engine", {"strategy": "fsdp1", "compile": True}, "engine.compile is for fsdp2, and this is fsdp1"),
         ("engine", {"strategy": "fsdp1", "cpu_offload": True, "sync_every_microbatch": True}, "FSDP1 loses gradients"),
         ("engine", {"strategy": "ddp"}, "engine.strategy is 'ddp', it should be 'local', 'fsdp2' or 'fsdp1'"),
+        ("placement", {"pools": 2}, "placement.pools: it must be a mapping, such as {key: value} (it is 2)"),
+        ("filter", True, "filter: it must be a section, such as {key: value} (it is True)"),
         ("judge", {}, "reward.judge.path: missing; or give reward.judge.url instead"),
         ("judge", {"path": "m", "url": "http://h/v1"}, "path is for inline or vllm/sglang, and this is url"),
         ("judge", {"url": "http://h/v1", "engine": "vllm"}, "reward.judge.engine is for inline or vllm/sglang"),
@@ -61,12 +64,25 @@ def configured(section: str, keys: dict[str, Any]) -> RlConfig:
         ("judge", {"path": "m", "samples": 2}, "set a temperature"),
     ],
 )  # fmt: skip
-def test_a_key_of_another_choice_is_refused_with_the_choice_that_has_it(
-    section: str, keys: dict[str, Any], told: str
-) -> None:
+def test_a_key_of_another_choice_is_refused_with_the_choice_that_has_it(section: str, keys: Any, told: str) -> None:
     with pytest.raises(UserError) as caught:
         configured(section, keys)
     assert told in caught.value.what and "has 1 mistake" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"strategy": ["fsdp2"]}, "critic.engine.strategy is ['fsdp2'], it should be 'local', 'fsdp2' or 'fsdp1'"),
+        ({"strategy": {}}, "critic.engine.strategy is {}, it should be"),
+        ({"offload": 5}, "critic.engine.offload: input should be a valid list (it is 5)"),
+    ],
+)
+def test_what_no_engine_has_is_told_where_the_rest_is_inherited(own: dict[str, Any], told: str) -> None:
+    over = {"engine": {"strategy": "fsdp2"}, "placement": {"pools": {"all": 2}}, "critic": {"engine": own}}
+    with pytest.raises(UserError) as caught:
+        validate(RlConfig, RL | {"reward": {"function": "gsm8k"}, "algorithm": {"preset": "ppo"}} | over)
+    assert told in caught.value.what
 
 
 def test_all_mistakes_of_a_chosen_section_are_told_together() -> None:
@@ -101,6 +117,8 @@ def test_the_page_and_the_help_say_which_choice_has_a_key(tmp_path: Path) -> Non
     assert keys["reward.judge.url"].default == "unset"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(RL | {"reward": {"function": "gsm8k"}}))
+    inherits = list(explanation_lines(explain("critic.engine.compile"), None))
+    assert inherits[1] == "  true or false; default: as engine.compile"
     for key, where in [("rollout.replicas", "vllm server or sglang server"), ("algorithm.tau_positive", "sapo")]:
         lines = list(explanation_lines(explain(key, file), file))
         assert lines[-2:] == [f"  it is for {where} alone", f"  {file} has no use for it"]

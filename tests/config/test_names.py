@@ -92,11 +92,12 @@ def test_a_name_of_another_program_is_told_what_it_is_here(name: str, key: str) 
 
 
 def test_a_name_in_a_section_that_has_its_key_too_is_told_that_one() -> None:
-    critic = {"optim": {"lr_warmup_steps": 1, "learning_rate": 1}}
+    critic = {"optim": {"lr_warmup_steps": 1, "learning_rate": 1}, "strategy": "fsdp2"}
     with pytest.raises(UserError) as caught:
         validate(RlConfig, RL | {"critic": critic, "eval": {"n": 2}})
     assert "critic.optim.lr_warmup_steps: unknown key; here it is critic.optim.warmup_steps" in caught.value.what
     assert "critic.optim.learning_rate: unknown key; here it is critic.optim.lr" in caught.value.what
+    assert "critic.strategy: unknown key; here it is critic.engine.strategy" in caught.value.what
     assert "eval.n: unknown key; here it is eval.samples_per_prompt" in caught.value.what
 
 
@@ -225,6 +226,11 @@ def test_a_file_for_reinforcement_that_lacks_a_section_is_told_that_alone(missin
     with pytest.raises(UserError) as caught:
         validate(RlConfig, values)
     assert caught.value.what.endswith(f"has 1 mistake:\n  {missing}: missing")
+
+
+def test_keys_of_another_program_do_not_make_a_file_one_for_another_command() -> None:
+    foreign = {"rollout": {"name": "vllm", "n": 4}, "engine": {"fsdp_size": 4, "a": 1}, "critic": {"strategy": "fsdp"}}
+    assert kind_of(RL | foreign) == "train"
 
 
 def test_a_file_that_could_be_for_several_says_what_is_missing() -> None:

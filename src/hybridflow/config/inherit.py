@@ -46,9 +46,10 @@ def _fill(values: Mapping[str, Any], path: Sequence[str], given: Mapping[str, An
 
 def _fitting(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What of a section fits beside the values of another's own: an engine's keys exclude each other in places."""
-    known = STRATEGIES.get(own.get("strategy", given.get("strategy")), given)
+    strategy, offload = own.get("strategy", given.get("strategy")), own.get("offload")
+    known = STRATEGIES.get(strategy, given) if isinstance(strategy, str) else given
     fitting = {key: value for key, value in given.items() if key in known}
-    if "parameters" in (own.get("offload") or ()):
+    if isinstance(offload, list) and "parameters" in offload:
         fitting.pop("cpu_offload", None)
     if own.get("cpu_offload") and isinstance(given.get("offload"), list):
         fitting["offload"] = [what for what in given["offload"] if what != "parameters"]

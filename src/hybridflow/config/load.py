@@ -101,6 +101,8 @@ def _explain(kind: type[Section], error: dict[str, Any]) -> Iterator[str]:
     if not where or error["type"] == "value_error":
         yield f"{where}: {message}" if where else message
         return
+    if error["type"] in ("model_type", "dict_type"):
+        message = f"it must be a {'section' if error['type'] == 'model_type' else 'mapping'}, such as {{key: value}}"
     yield f"{where}: {message[0].lower() + message[1:]} (it is {error['input']!r}){_instead_of_minus_one(error)}"
 
 
@@ -108,7 +110,7 @@ def _of_another_kind(sections: Sections, chosen: str, written: Sequence[str]) ->
     """What is wrong with a key that other kinds of its section have."""
     assert sections.one_of is not None
     section, key = ".".join(written[:-1]), written[-1]
-    told = ", ".join(f"{section}.{other}" for other in sections.one_of.keys)
+    told = ", ".join(f"{section}.{other}" for other in sections.one_of.keys if other != key)
     return f"{section}.{key} is for {sections.where(key)}, and this is {chosen} ({told}): change that, or leave it out"
 
 
@@ -142,8 +144,8 @@ def _hint(kind: type[Section], sections: Sections | None, last: str, where: str)
     every = {key.name: key for key in keys_of(kind)}
     found = meaning(where)
     if found is not None:
-        beside = [f"{where.rpartition('.')[0]}.{key.rpartition('.')[2]}" for key in found.keys]
-        own = tuple(key for key in beside if key in every)  # in critic.optim it is the key of this section
+        beside = [f"{where.rpartition('.')[0]}.{name}" for key in found.keys for name in (key.rpartition(".")[2], key)]
+        own = tuple(key for key in beside if key in every)  # this section's, or its engine's
         return replace(found, keys=own or found.within(every).keys).line()
     near = nearest(last, [] if sections is None else sections.fields)
     elsewhere = sorted(key for key in every if key.rpartition(".")[2] == last and key.count(".") == 1)

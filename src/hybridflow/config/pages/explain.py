@@ -64,7 +64,7 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
         {
             "key": known.name,
             "type": known.type.replace("`", ""),
-            "default": known.default.strip("*`"),
+            "default": known.default.replace("`", "").strip("*"),
             "meaning": known.description,
             "commands": commands,
         }
@@ -157,7 +157,8 @@ def kind_of(values: Mapping[str, Any]) -> str:
 
 def _misfit(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tuple[int, int]:
     """How many given keys a kind does not know, and how many that it requires are not given."""
-    unknown, missing = len(values.keys() - fields.keys()), 0
+    strange = [given for name, given in values.items() if name not in fields]
+    unknown, missing = sum(max(1, len(given)) if isinstance(given, Mapping) else 1 for given in strange), 0
     for name, field in fields.items():
         inner, given = sections_in(field.annotation, field.metadata), values.get(name)
         if name not in values:

@@ -79,14 +79,13 @@ class OneOf:
             if not having:
                 continue
             known = list(dict.fromkeys(word for kind in having for word in words(kind.model_fields[key])))
-            value = values.get(key)
             if not known:
-                left = having if value is not None else [kind for kind in left if kind not in having]
+                left = having if values.get(key) is not None else [kind for kind in left if kind not in having]
                 continue
-            word = words(having[0].model_fields[key])[0] if value is None else value
+            word = values.get(key, words(having[0].model_fields[key])[0])
             left = [kind for kind in having if word in words(kind.model_fields[key])]
             if not left:
-                raise ValueError(f"{HERE}.{key} is {value!r}, it should be {either([*map(repr, known)])}")
+                raise ValueError(f"{HERE}.{key} is {word!r}, it should be {either([*map(repr, known)])}")
         return left[0]
 
     def without_idle(self, kinds: Sequence[type[Section]], values: Mapping[str, Any]) -> dict[str, Any]:
