@@ -104,7 +104,7 @@ def hacked(folder: Path, model: PreTrainedModel, seed: int) -> str:
         data={"eval": None},
         reward={"function": f"{reward}:nines", "pool": {"processes": 0}},
         rollout={"max_response_tokens": 32},
-        train={"steps": 28, "prompts_per_step": 8, "samples_per_prompt": 8, "sequences_per_update": 64},
+        train={"steps": 40, "prompts_per_step": 8, "samples_per_prompt": 8, "sequences_per_update": 64},
         algorithm={"preset": "grpo"},
         eval={},
     )

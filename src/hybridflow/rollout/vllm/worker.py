@@ -102,7 +102,9 @@ class WeightTaker:
         def look() -> dict[str, Any]:
             known = self._taken().shapes
             shapes = {n: known[n][0] for n in names if n in known and known[n][1] == self.model_config.dtype}
-            return {"held": read_back(dict(self.model_runner.get_model().named_parameters()), shapes)}
+            packed = {id(p) for module in self._packed_experts() for p in module.parameters()}
+            named = self.model_runner.get_model().named_parameters()
+            return {"held": read_back({name: p for name, p in named if id(p) not in packed}, shapes)}
 
         return _told(look)
 
@@ -144,13 +146,16 @@ class WeightTaker:
                 self._put_adapter(adapter, lora)
         return {"version": version, "received": received, "num_bytes": num_bytes}
 
-    def _pack_experts(self) -> None:
-        """Packs the experts of a mixture for the CPU kernels again: vLLM's reload leaves this out."""
+    def _packed_experts(self) -> list[Any]:
+        """The experts of a mixture where CPU kernels want them in an order of their own, some in the same shape."""
         if self.device.type != "cpu":
-            return
-        for module in self.model_runner.get_model().modules():
-            if type(module).__name__ == "RoutedExperts":
-                module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+            return []
+        return [m for m in self.model_runner.get_model().modules() if type(m).__name__ == "RoutedExperts"]
+
+    def _pack_experts(self) -> None:
+        """Packs them again: vLLM's reload leaves this out."""
+        for module in self._packed_experts():
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
     def _put_adapter(self, tensors: Mapping[str, Tensor], lora: Mapping[str, float]) -> None:
         """Puts an adapter by peft's names into the place of the one before."""
