@@ -36,7 +36,7 @@ install: $(READY)  ## make the virtual environment and install the project into 
 demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on the CPU, in about 3 minutes
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
 
-test: $(DEV_READY)  ## the fast tests (under 5 minutes)
+test: $(DEV_READY)  ## the fast tests (about 5 minutes)
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 -m "not slow and not vllm and not sglang and not gpu"
 
 test-all: test-vllm test-sglang test-oldest test-slow  ## all other tests (under 35 minutes)
