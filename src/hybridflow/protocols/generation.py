@@ -1,7 +1,6 @@
-"""The two engine protocols and the small records they exchange.
+"""The protocol of engines that generate, and the records that go in and come out.
 
-Everything between rooms goes through these: a training engine, a generation engine, and the weights that travel from
-one to the other. Implementations live in `engines/` and `rollout/`; nothing here knows them.
+Implementations live in `rollout/` and `placing/`; nothing here knows them.
 """
 
 from __future__ import annotations
@@ -115,15 +114,6 @@ class Result:
     support: Support | None = None
 
 
-# --- groups ---
-
-
-# --- rewards ---
-
-
-# --- weights ---
-
-
 class RolloutEngine(Protocol):
     """Generates, per request and asynchronously: results come in order of completion.
 
@@ -169,7 +159,7 @@ class RolloutEngine(Protocol):
         """Accepts a request and returns its handle at once.
 
         Raises:
-            UserError: the request can never run (longer than the engine's context, unknown adapter).
+            UserError: the request can never run (longer than the engine's context).
         """
         ...
 
@@ -255,6 +245,3 @@ def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Result]
     while len(done) < len(handles):
         done.update({r.handle: r for r in engine.wait()})
     return [done[h] for h in handles]
-
-
-# --- training ---
