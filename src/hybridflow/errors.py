@@ -25,6 +25,12 @@ class UserError(Exception):
         super().__init__("\n".join(filter(None, [what, why and f"  why: {why}", fix and f"  fix: {fix}"])))
 
 
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one; None where none is much like it."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint that follows an unknown name: the nearest known one, or the list of all (of the first of very many).
 
@@ -32,9 +38,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     "did you mean 'temperature'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
+    meant = near(name, known)
+    if meant is not None:
+        return f"did you mean '{meant}'?"
     more = f", and {len(known) - LISTED} more" if len(known) > LISTED else ""
     return f"known: {', '.join(known[:LISTED])}{more}" if known else "there are none"
 

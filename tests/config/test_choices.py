@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from hybridflow.checkpoint.run_folder import changed_settings
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config, validate
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import explain, explanation_lines
 from hybridflow.errors import UserError
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from hybridflow.cli.main import main
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import load_config
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import explain, explanation_lines
 from hybridflow.config.pages.schema import schema
 

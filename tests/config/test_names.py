@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import _NAMES, meaning, unknown_name
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import explain, explanation_lines, kind_of
 from hybridflow.config.pieces.presets import METHODS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES

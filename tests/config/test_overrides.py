@@ -10,11 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config, read_values
 from hybridflow.config.overrides import annotation_at, apply_override
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.errors import UserError
 
 TEXT_KEYS = ("data.system_prompt", "data.prompt_key", "rollout.stop_regex", "track.project", "reward.judge.model")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from hybridflow.config.inherit import INHERITS
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config, validate
 from hybridflow.config.locate import expanded
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.errors import UserError
 
 RL: dict[str, Any] = {

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from hybridflow.rollout.sglang.worker import as_stored
 from hybridflow.rollout.startup import EngineModel, Launch
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
+import conformance
 from conformance import expected, gap
 
 VOCAB, CONTEXT, LONG = 100, 512, 400
@@ -61,27 +62,15 @@ SIZES = {
 
 
 @dataclass
-class Setup:
-    engine: Any
-    model: PreTrainedModel
-    inline: InlineEngine
-    version: int = 0
+class Setup(conformance.Setup):
+    """And the inline engine, which holds the same weights."""
 
-    def perturb(self, seed: int) -> PreTrainedModel:
-        """Changes every tensor of the model; returns a copy of what it was."""
-        before = deepcopy(self.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                weight += 0.02 * torch.randn(weight.shape, generator=generator)
-        return before
+    inline: InlineEngine = field(kw_only=True)
 
-    def publish(self) -> None:
-        """Gives the engine the model's weights, as a trainer does, and the inline engine beside it."""
-        self.version += 1
-        for engine in (self.engine, self.inline):
-            stream = stream_of(self.model)
-            verify(stream, engine.update_weights(stream, self.version), self.version)
+    def publish(self, stream: WeightStream | None = None) -> None:
+        super().publish(stream)
+        beside = stream_of(self.model)
+        verify(beside, self.inline.update_weights(beside, self.version), self.version)
 
 
 def mixture() -> PreTrainedModel:
@@ -146,7 +135,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             decode=lambda ids: "".join(map(letter, ids)),
             **where,  # type: ignore[arg-type]
         )
-        yield Setup(engine, model, InlineEngine(replica))
+        yield Setup(engine, model, "sglang", inline=InlineEngine(replica))
         engine.close()
 
 

@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +37,12 @@ from hybridflow.rollout.vllm.engine import VllmEngine
 from hybridflow.weights.buckets import pack, unpack
 from hybridflow.weights.stream import WeightSyncError, stream_of, verify
 
-from conformance import expected, gap
+from conformance import Setup, expected, gap
 
 CARRY = Path(__file__).resolve().parents[2] / "recipes/carry/task.py"
 VOCAB, CONTEXT = 100, 256
 TOLERANCE = 1e-4
 FAR = 0.05  # other weights or another temperature are further away than this
-
-
-@dataclass
-class Setup:
-    engine: VllmEngine
-    model: PreTrainedModel
-    version: int = 0
-
-    def perturb(self, seed: int) -> PreTrainedModel:
-        """Changes every tensor of the model; returns a copy of what it was."""
-        before = deepcopy(self.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                weight += 0.02 * torch.randn(weight.shape, generator=generator)
-        return before
-
-    def publish(self) -> None:
-        """Gives the engine the model's weights, as a trainer does."""
-        self.version += 1
-        stream = stream_of(self.model)
-        verify(stream, self.engine.update_weights(stream, self.version), self.version)
 
 
 def dense() -> PreTrainedModel:
@@ -91,7 +69,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model.save_pretrained(folder)
     # Short blocks, so that prompts of a test's length are cached; few tokens per step, so that not all fit into one.
     engine = VllmEngine(EngineModel(folder, CONTEXT, engine_args={"block_size": 32, "max_num_batched_tokens": CONTEXT}))
-    yield Setup(engine, model)
+    yield Setup(engine, model, "vllm")
     engine.close()
     assert not torch.distributed.is_initialized()
 
@@ -128,7 +106,7 @@ def test_bfloat16_answers_have_log_probs_near_the_models(tmp_path: Path):
     model = dense().eval()
     model.save_pretrained(tmp_path)
     engine = VllmEngine(EngineModel(tmp_path, CONTEXT, dtype="bfloat16"))
-    setup = Setup(engine, model)
+    setup = Setup(engine, model, "vllm")
     setup.perturb(seed=20)
     setup.publish()
     asked = requests(12)
@@ -142,7 +120,7 @@ def test_a_sleep_that_drops_weights_ends_with_new_ones(tmp_path: Path):
     model = dense().eval()
     model.save_pretrained(tmp_path)
     engine = VllmEngine(EngineModel(tmp_path, CONTEXT), sleep_level=2)
-    setup, asked = Setup(engine, model), requests(3)
+    setup, asked = Setup(engine, model, "vllm"), requests(3)
     engine.sleep()
     engine.wake()
     for request in asked:

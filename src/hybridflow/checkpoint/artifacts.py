@@ -26,12 +26,13 @@ def export_engine(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, targe
     Raises:
         UserError: the disk is full or not writable; an older export still stands.
     """
-    with whole_folder(target, lambda error: _refused(target, error)) as folder:
+    with whole_folder(target, lambda error: not_written(target, error)) as folder:
         engine.export(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _refused(target: Path, error: Exception) -> UserError:
+def not_written(target: Path, error: Exception) -> UserError:
+    """Says why a model could not be written to a folder, and what helps."""
     return UserError(
         f"the model could not be written to {target}: {error}",
         fix=f"make room on the disk of {target}, or give another folder",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
-from hybridflow.config.pages.describe import keys_of
 
 SHELLS = ("bash", "zsh", "fish")
 

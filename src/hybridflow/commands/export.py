@@ -10,7 +10,7 @@ import yaml
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.checkpoint.artifacts import _refused
+from hybridflow.checkpoint.artifacts import not_written
 from hybridflow.checkpoint.store import read_best, read_checkpoint, saved_steps, step_folder, whole_folder
 from hybridflow.config.sections.model import RlModelSection
 from hybridflow.engines.shards import SHARDS, read_shards, whole_tensors
@@ -81,7 +81,7 @@ def export(
     section = section.model_copy(update={"packing": False})  # nothing is computed here
     if adapter and section.lora is None:
         raise UserError(f"{run} trains all weights: it has no adapter", fix="leave out --adapter")
-    with whole_folder(target, lambda error: _refused(target, error)) as aside:
+    with whole_folder(target, lambda error: not_written(target, error)) as aside:
         precision = getattr(torch, dtype)
         if adapter:
             model, tokenizer = _with_adapters(folder, section, seed)

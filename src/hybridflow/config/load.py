@@ -9,14 +9,14 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.names import meaning
 from hybridflow.config.overrides import annotation_at, apply_override
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.paths import home
 from hybridflow.config.sections.base import HERE, Section
 from hybridflow.config.sections.choices import Sections, sections_in
 from hybridflow.config.yaml_file import read_yaml
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, near, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -86,10 +86,9 @@ def _explain(kind: type[Section], error: dict[str, Any]) -> Iterator[str]:
         yield _of_another_kind(sections, chosen, written)
         return
     if error["type"] == "extra_forbidden":
-        hint = _hint(kind, sections, written[-1], where)
         inside = [key for key in _leaves(error["input"], where) if meaning(key) is not None]
-        if hint.startswith("did") and len(written) == 1:  # a misspelt section, rather than another program's
-            inside = []
+        if len(written) == 1 and meaning(where) is None and _misspelt(kind, sections, where) is not None:
+            inside = []  # it is a section of ours, rather than another program's
         for key in inside or [where]:
             yield f"{key}: unknown key; {_hint(kind, sections, written[-1], key)}"
         return
@@ -147,11 +146,16 @@ def _hint(kind: type[Section], sections: Sections | None, last: str, where: str)
         beside = [f"{where.rpartition('.')[0]}.{name}" for key in found.keys for name in (key.rpartition(".")[2], key)]
         own = tuple(key for key in beside if key in every)  # this section's, or its engine's
         return replace(found, keys=own or found.within(every).keys).line()
-    near = nearest(last, [] if sections is None else sections.fields)
+    return _misspelt(kind, sections, last) or nearest(last, [] if sections is None else sections.fields)
+
+
+def _misspelt(kind: type[Section], sections: Sections | None, last: str) -> str | None:
+    """Which key is meant: one of this section that is much like it, or those of other sections that are called so."""
+    if sections is not None and near(last, sections.fields) is not None:
+        return nearest(last, sections.fields)
+    every = [key.name for key in keys_of(kind)]
     elsewhere = sorted(key for key in every if key.rpartition(".")[2] == last and key.count(".") == 1)
-    if elsewhere and not near.startswith("did"):
-        return f"did you mean {' or '.join(map(repr, elsewhere[:4]))}?"
-    return near
+    return f"did you mean {' or '.join(map(repr, elsewhere[:4]))}?" if elsewhere else None
 
 
 def _sections_at(kind: type[Section], location: Sequence[Any]) -> tuple[Sections | None, str, list[str]]:

@@ -84,6 +84,7 @@ def check_devices(places: Sequence[Place], device: str) -> Iterable[str]:
     )
 
 
-def _to_stderr(kind: str, text: str) -> None:
+def to_stderr(kind: str, text: str) -> None:
+    """Prints an event, where nobody else takes it."""
     if kind != "failure":  # that is raised as well
         print(f"{kind}: {text}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from hybridflow.config.sections.placement import PlacementSection
-from hybridflow.controller.backend import Backend, Events, _to_stderr, places_of
+from hybridflow.controller.backend import Backend, Events, places_of, to_stderr
 from hybridflow.controller.codec import count_bytes
 from hybridflow.controller.dispatch import Call, Mesh
 from hybridflow.controller.failure import Evidence, first_cause
@@ -56,7 +56,7 @@ class Cluster:
     def __init__(self, placement: PlacementSection, backend: Backend, events: Events | None = None) -> None:
         self.step = 0
         self.bytes: Counter[str] = Counter()
-        self._backend, self._events = backend, events or _to_stderr
+        self._backend, self._events = backend, events or to_stderr
         self._timeout = placement.timeout
         self._places = {
             pool: [place for place in places_of(placement.pools) if place.pool == pool] for pool in placement.pools

@@ -13,7 +13,7 @@ import numpy as np
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.data.files import read_file
 from hybridflow.data.hub import is_hub_name, read_hub
-from hybridflow.errors import UserError, nearest, raised
+from hybridflow.errors import UserError, near, nearest, raised
 
 Row: TypeAlias = dict[str, Any]
 # What people call these columns, the most telling first; for the hint that names the setting.
@@ -83,8 +83,8 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
         return ""
     hint = nearest(part, known)
     wanted = setting.removeprefix("data.").strip("-").replace("-", "_").removesuffix("_key")
-    near = hint.split("'")[1] if hint.startswith("did") else None
-    usual = near or next((name for name in _NAMES.get(wanted, ()) if name in known and name != key), None)
+    alike = near(part, known)
+    usual = alike or next((name for name in _NAMES.get(wanted, ()) if name in known and name != key), None)
     if usual is None and wanted == "messages":
         return _instead_of_messages(known) or hint
     if not setting or usual is None:
@@ -93,7 +93,7 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
     if usual == "reward_model":
         inside = place.get(usual) if isinstance(place, dict) else None
         return f"set {setting}={usual}.KEY, KEY being one of {', '.join(inside)}" if isinstance(inside, dict) else hint
-    return f"{hint} set {setting}={path}" if near else f"set {setting}={path}; {hint}"
+    return f"{hint} set {setting}={path}" if alike else f"set {setting}={path}; {hint}"
 
 
 def _instead_of_messages(known: Sequence[str]) -> str:

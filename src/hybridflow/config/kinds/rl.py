@@ -13,7 +13,7 @@ from hybridflow.config.sections.algorithm import AlgorithmSection, FilterSection
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.config.sections.engine import EngineSection, LocalSection
-from hybridflow.config.sections.eval import EvalSection, _check_best
+from hybridflow.config.sections.eval import EvalSection, check_best
 from hybridflow.config.sections.model import CriticSection, RlModelSection
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.config.sections.placement import PlacementSection
@@ -89,7 +89,7 @@ class RlConfig(Section):
         if self.eval.every and self.data.eval is None:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
         if self.checkpoint.best is not None:
-            _check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
+            check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
         return self
 
     @property

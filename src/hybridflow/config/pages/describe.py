@@ -7,41 +7,14 @@ A test holds the file and the sections together.
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hybridflow.config.inherit import INHERITS
+from hybridflow.config.keys import in_words, keys_below, told_by
 from hybridflow.config.kinds.registry import KINDS
-from hybridflow.config.paths import PATHS
 from hybridflow.config.pieces.presets import PRESETS
-from hybridflow.config.sections.base import Section
-from hybridflow.config.sections.choices import Sections, sections_in, words
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What there is to know about a key of the configuration.
-
-    Args:
-        name: with dots: ``optim.lr``.
-        type: in words, with its bounds; "section" where other keys are inside.
-        default: in words: "*required*", "unset", "by preset", or the value between backticks.
-        description: one line.
-        where: the kinds of its section that have it, in words; empty where all have it.
-    """
-
-    name: str
-    type: str
-    default: str
-    description: str
-    where: str = ""
-
+from hybridflow.config.sections.choices import Sections, sections_in
 
 HEAD = """\
 # Configuration
@@ -103,44 +76,13 @@ def _sections() -> Iterator[str]:
         need = "required" if field.is_required() else "optional"
         yield f"## {name} ({', '.join(commands)})\n"
         yield f"{sections.what} The section is {need}.\n"
-        if told := _told_by(name, sections):
+        if told := told_by(name, sections):
             yield f"{told}\n"
         yield "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
-        for key in _keys(sections, f"{name}."):
+        for key in keys_below(sections, f"{name}."):
             meaning = f"*{key.where}*: {key.description}" if key.where else key.description
             yield f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(meaning)} |"
         yield ""
-
-
-def _told_by(name: str, sections: Sections) -> str:
-    """How the kinds of a section are told apart, in words; empty where there is one."""
-    if sections.one_of is None:
-        return ""
-    return f"Its keys depend on {' and '.join(f'{name}.{key}' for key in sections.one_of.keys)}."
-
-
-@functools.cache
-def keys_of(model: type[Section]) -> tuple[Key, ...]:
-    """All keys of a whole configuration, sections before what is inside them."""
-    return tuple(_keys(Sections((model,)), ""))
-
-
-def _keys(sections: Sections, prefix: str) -> Iterator[Key]:
-    for name, field in sections.fields.items():
-        inner = sections_in(field.annotation, field.metadata)
-        described = " ".join(str(field.description or (inner and inner.what)).split())
-        described += f" {_told_by(prefix + name, inner)}" if inner is not None and prefix else ""
-        tells = sections.tells(name)
-        if inner is not None:
-            kind = "section"
-        elif tells and words(field):
-            kind = " or ".join(f"`{word}`" for word in sections.words(name))
-        else:
-            kind = _type(field.annotation, field.metadata)
-        default = "unset" if tells and field.is_required() else _default(f"{prefix}{name}", field)
-        yield Key(f"{prefix}{name}", kind, default, described, "" if tells else sections.where(name))
-        if inner is not None:
-            yield from _keys(inner, f"{prefix}{name}.")
 
 
 def _presets() -> Iterator[str]:
@@ -149,60 +91,7 @@ def _presets() -> Iterator[str]:
     yield "What `algorithm.preset` sets; a key that is given beside it wins.\n"
     yield f"| Preset | {' | '.join(f'`{key}`' for key in keys)} |\n|{' --- |' * (len(keys) + 1)}"
     for preset, values in PRESETS.items():
-        yield f"| `{preset}` | {' | '.join(_value(values[key]) if key in values else '' for key in keys)} |"
-
-
-def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words, with its bounds: ``integer >= 0``."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0], [*_metadata(arguments[1:]), *metadata])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(a, metadata) for a in arguments if a is not type(None))
-    if origin is Literal:
-        return " or ".join(f"`{a}`" for a in arguments)
-    if origin is list:
-        word = _type(arguments[0])
-        return f"path or list of {word}" if word.startswith("{") else f"list of {word}"  # one source is a path
-    if origin is tuple:
-        return f"[{', '.join(_type(a) for a in arguments)}]"
-    if origin is dict:
-        return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "{" + ", ".join(annotation.model_fields) + "}"
-    if any(m in PATHS for m in metadata):
-        return "path"
-    word = {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
-    return " ".join([word, " and ".join(_bounds(metadata))]).strip()
-
-
-def _metadata(parts: Sequence[Any]) -> list[Any]:
-    return [inner for p in parts for inner in (p.metadata if isinstance(p, FieldInfo) else [p])]
-
-
-def _bounds(metadata: Sequence[Any]) -> list[str]:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return [f"{sign} {getattr(m, name):g}" for m in metadata for name, sign in signs.items() if hasattr(m, name)]
-
-
-def _default(key: str, field: FieldInfo) -> str:
-    section, _, name = key.partition(".")
-    inside, _, last = key.rpartition(".")
-    if inside in INHERITS:
-        return f"as `{INHERITS[inside]}.{last}`"
-    if section == "algorithm" and any(name in values for values in PRESETS.values()):
-        return "by preset"
-    if field.is_required():
-        return "*required*"
-    return _value(field.get_default(call_default_factory=True))
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "unset"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
+        yield f"| `{preset}` | {' | '.join(in_words(values[key]) if key in values else '' for key in keys)} |"
 
 
 def _cell(text: str) -> str:

@@ -10,16 +10,16 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hybridflow.config.keys import Key, keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import read_values, validate
 from hybridflow.config.names import meaning
-from hybridflow.config.pages.describe import Key, keys_of
 from hybridflow.config.pieces.presets import CORRECTIONS, METHODS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.choices import sections_in
 from hybridflow.config.sections.rewards import REWARDS, SPECIAL
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, near, nearest
 
 SHOWN = 8  # keys that an error lists
 CHOICES: dict[str, dict[str, str]] = {
@@ -98,7 +98,7 @@ def _like(key: str, kinds: Mapping[str, type[Section]]) -> str:
     same = [name for name in names if name.rpartition(".")[2] == word]
     some = same or [name for name in names if word and word.lower() in name.rpartition(".")[2]]
     if not some:
-        return nearest(key, names) if nearest(key, names).startswith("did") else f"sections: {', '.join(_tops(kinds))}"
+        return nearest(key, names) if near(key, names) else f"sections: {', '.join(_tops(kinds))}"
     more = f" (and {len(some) - SHOWN} more)" if len(some) > SHOWN else ""
     return f"did you mean {' or '.join(map(repr, some[:SHOWN]))}{more}?"
 

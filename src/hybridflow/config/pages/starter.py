@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.load import validate
 from hybridflow.config.overrides import apply_override
-from hybridflow.config.pages.describe import keys_of
 from hybridflow.config.pages.explain import as_yaml
 from hybridflow.config.paths import home
 from hybridflow.errors import UserError, typed

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, WithJso
 
 from hybridflow.config.paths import FunctionName, ReadPath
 from hybridflow.config.sections.base import Section
-from hybridflow.errors import nearest
+from hybridflow.errors import near
 
 
 class SourceSection(Section):
@@ -29,7 +29,7 @@ def _as_sources(value: object) -> object:
     """One source, or a list in which a plain string is a source too."""
     entries = list(value) if isinstance(value, list | tuple) else [value]
     for entry in entries:
-        rows = isinstance(entry, dict) and entry and not any(nearest(k, ONE).startswith("did") for k in map(str, entry))
+        rows = isinstance(entry, dict) and entry and not any(near(k, ONE) for k in map(str, entry))
         if rows or callable(entry) or (hasattr(entry, "__getitem__") and not isinstance(entry, str | dict)):
             raise ValueError(
                 f"a configuration names where rows are, and this is a {type(entry).__name__} in memory: write the rows "

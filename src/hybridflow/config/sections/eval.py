@@ -71,7 +71,8 @@ class EvalSection(Section):
         return self
 
 
-def _check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
+def check_best(name: str, evaluation: EvalSection, *, has_rows: bool) -> None:
+    """Raises a ValueError where ``checkpoint.best`` names a metric that no evaluation of the run measures."""
     if not has_rows:
         raise ValueError(f"checkpoint.best is {name}, which is never measured: data.eval names no evaluation rows")
     known = [f"val-core/SOURCE/reward/{metric}" for metric in evaluation.metric_names()]

@@ -26,7 +26,7 @@ from typing import Any
 
 from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.config.locate import load_function
-from hybridflow.errors import UserError, nearest, raised
+from hybridflow.errors import UserError, near, nearest, raised
 from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.rewards.verifiable import registry as rewards
 
@@ -83,8 +83,7 @@ def _called(name: str, known: Sequence[str]) -> str:
     if name in NAMES:
         ours = NAMES[name]
         return f"here it is {ours!r}; {column}" if ours else f"the model's answer is 'response'; {column}"
-    near = nearest(name, known)
-    return near if near.startswith("did") else column
+    return nearest(name, known) if near(name, known) else column
 
 
 class RewardFunction:

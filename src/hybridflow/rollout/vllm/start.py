@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from hybridflow.config.sections.model import LoraSection
 from hybridflow.errors import UserError, nearest
 from hybridflow.rollout.startup import EngineModel
-from hybridflow.rollout.vllm.watch import _kill_children_since
+from hybridflow.rollout.vllm.watch import kill_children_since
 from hybridflow.rollout.vllm.worker import EXTENSION
 from hybridflow.sockets import socket_parent
 
@@ -186,7 +186,7 @@ def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: fl
 
     def give_up() -> None:
         too_late.append(True)
-        _kill_children_since(before)
+        kill_children_since(before)
 
     late = threading.Timer(timeout, give_up)
     late.daemon = True
@@ -196,7 +196,7 @@ def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: fl
         return vllm.LLMEngine.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
     except Exception as error:
         if workers:
-            _kill_children_since(before)
+            kill_children_since(before)
             if too_late:
                 raise UserError(
                     f"vLLM's workers did not start within {timeout:g} s",

@@ -63,6 +63,7 @@ class WorkerWatch:
                 return
 
 
-def _kill_children_since(before: set[BaseProcess]) -> None:
+def kill_children_since(before: set[BaseProcess]) -> None:
+    """Kills the children of this process that have come since."""
     for process in set(multiprocessing.active_children()) - before:
         process.kill()

@@ -37,7 +37,7 @@ from hybridflow.trainers.rl.corrections import (
 )
 from hybridflow.trainers.rl.filters import component_names, failure_counts, nothing_passed, passing, trainable
 from hybridflow.trainers.rl.losses import divergence, policy_loss, value_loss, with_loss, with_weights
-from hybridflow.trainers.rl.measures import PENALTY, _records, batch_metrics, kl_metrics
+from hybridflow.trainers.rl.measures import PENALTY, batch_metrics, kl_metrics, rollout_records
 from hybridflow.trainers.rl.run import RlRun, open_run
 from hybridflow.trainers.rl.shaping import shaped_rewards, token_rewards
 
@@ -193,7 +193,7 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
         if config.track.rollouts_every and (step % config.track.rollouts_every == 0 or last):
             with run.clock.phase("dump_rollout_generations"):
                 write_rollouts(
-                    run.folder.path / f"rollouts/step-{step:06d}.parquet", _records(run, step, groups, batch)
+                    run.folder.path / f"rollouts/step-{step:06d}.parquet", rollout_records(run, step, groups, batch)
                 )
     times = run.clock.take()
     metrics = memory_metrics() | metrics  # of workers, where there are some, rather than of this process

@@ -78,7 +78,8 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     return metrics
 
 
-def _records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
+def rollout_records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
+    """Lists the answers of a step as rows of ``rollouts/``, in the order of their groups."""
     names = zip(batch["group_B"].tolist(), batch["sample_B"].tolist())
     means = (
         float(a[m].mean()) if m.any() else 0.0 for a, m in zip(batch.rows("advantage_T"), batch.rows("loss_mask_T"))
