@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def completion(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
-    """The text of a script to be sourced.
+    """Returns the text of a script for the shell to source.
 
     Args:
         shell: one of `SHELLS`.

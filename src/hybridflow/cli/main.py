@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: Commands, name: str, run: Handler, text: str, example: str, more: str = ""
 ) -> argparse.ArgumentParser:
-    """A command with its help: what it does, more about it, and an example that can be typed."""
+    """Adds a command with its help: what it does, more about it, and an example that can be typed."""
     said = f"{text[0].upper()}{text[1:]}.\n{more}".strip() + "\n"
     command = commands.add_parser(
         name, help=text, description=said, epilog=f"example:\n  {example}",
@@ -280,7 +280,7 @@ def _eval(given: argparse.Namespace) -> int:
 
 
 def _compares(given: argparse.Namespace) -> bool:
-    """Whether two models or folders are given, instead of a configuration and overrides."""
+    """Returns whether the arguments are two models or folders, instead of a configuration and overrides."""
     if not given.overrides or Path(given.config).is_file():
         return False
     return "=" not in given.overrides[0] or Path(given.overrides[0]).exists()
@@ -328,7 +328,7 @@ def _explain(given: argparse.Namespace) -> int:
 
 
 def _kind_of(path: Path) -> Kind:
-    """Which kind of run a file configures, by the sections it has."""
+    """Returns the kind of run that a file configures, by the sections it has."""
     from hybridflow.config.load import read_values
     from hybridflow.config.pages.explain import kind_of
 

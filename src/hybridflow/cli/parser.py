@@ -16,7 +16,7 @@ from hybridflow.errors import UserError
 
 
 def path(text: str) -> str:
-    """The type of an argument that names a path: ``~`` and variables are filled in."""
+    """Returns a path argument with ``~`` and variables filled in."""
     try:
         return str(home(text)) if text.startswith("~") or "$" in text else text
     except UserError as error:
@@ -65,7 +65,8 @@ def never_fails_to_print() -> None:
 
 
 def reader_is_gone() -> int:
-    """The status of a command whose output nobody reads any more (``| head``): what the signal would have given.
+    """Returns the status of a command whose output nobody reads any more (``| head``): the one that the signal would
+    have given.
 
     What is still to be written goes nowhere, so that the interpreter does not complain at its end.
     """

@@ -35,7 +35,7 @@ class AuditRows:
         count: at most so many of them.
         prompt_key: as ``data.prompt_key``.
         ground_truth_key: as ``data.ground_truth_key``.
-        response_key: column with a right answer; None: it is made of the ground truth.
+        response_key: column with a right response; None: it is made of the ground truth.
         right: how, with {ground_truth} in it; None: in the form that the reward reads.
     """
 
@@ -55,7 +55,7 @@ class AuditOptions:
         kwargs: as ``reward.kwargs``.
         pool: as ``reward.pool``.
         allowed: mutations of which nothing is expected.
-        heavy: with answers of a megabyte.
+        heavy: with responses of a megabyte.
         calls: that measure cost and memory.
         seed: of the order of answers, and of which wrong answer a row gets.
     """
@@ -121,7 +121,7 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
 
 
 def open_grader(reward: str, kwargs: Mapping[str, Any], pool: RewardPoolSection) -> Grader:
-    """What scores with a reward, as training would."""
+    """Opens the grader that scores with a reward, as training would."""
     if "://" in reward:
         return RemoteGrader(reward, pool, kwargs)
     functions = {reward: FunctionSpec(reward, dict(kwargs))}

@@ -136,7 +136,7 @@ def _check_evaluation(
 
 
 def arithmetic(config: RlConfig, rows: int) -> str:
-    """What a step of this run is, in words and numbers, with so many training rows."""
+    """Describes a step of this run in numbers, with so many training rows."""
     t, r = config.train, config.rollout
     answers, updates = t.answers_per_step, t.updates_per_step
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
@@ -227,6 +227,6 @@ def check_sft(config: SftConfig) -> Iterator[str]:
 
 
 def show_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int] | tuple[int, ...], limit: int = 80) -> str:
-    """Token texts, one by one between bars, at most `limit` of them."""
+    """Returns token texts, one by one between bars, at most `limit` of them."""
     shown = "|".join(str(tokenizer.decode([i])).replace("\n", "\\n") for i in token_ids[:limit])
     return f"{shown}| ... {len(token_ids) - limit} more" if len(token_ids) > limit else shown

@@ -21,7 +21,7 @@ from hybridflow.noise import NoiseKey
 from hybridflow.runs.finished import said
 from hybridflow.tracking.rollouts import read_rollouts
 
-DECIDING = ("data.", "eval.", "reward.", "rollout.", "model.")  # settings that decide about answers and rewards, but
+DECIDING = ("data.", "eval.", "reward.", "rollout.", "model.")  # settings that decide about responses and rewards, but
 NOT_DECIDING = ("model.path", "model.packing", "reward.pool.", "rollout.max_cache_tokens", "rollout.compile")
 Question = tuple[str, str, str, int]  # data source, last message of the user, ground truth, which of equal ones
 
@@ -31,7 +31,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compares two evaluations prompt by prompt; models are evaluated first.
 
-    Rewards of 0 and 1 with one answer to each prompt are held together by McNemar's exact test, others by a paired
+    Rewards of 0 and 1 with one response to each prompt are held together by McNemar's exact test, others by a paired
     permutation test on each prompt's mean reward. The interval of the difference is a bootstrap over prompts.
 
     Args:
@@ -75,7 +75,7 @@ def compare(
 
 
 def comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """A comparison in words."""
+    """Yields a comparison as lines for a reader."""
     for name, s in result["sources"].items():
         yield f"{name}: {s['prompts']} prompts"
         yield f"  A {result['a']}: {s['mean_a']:.4f}"
@@ -92,7 +92,7 @@ def comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _paired(source: str, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The comparison on one data source; a and b are the rewards of the same prompts."""
+    """Compares two models on one data source; a and b are the rewards of the same prompts."""
     mean_a, mean_b = ([math.fsum(rewards) / len(rewards) for rewards in side] for side in (a, b))
     differences = [y - x for x, y in zip(mean_a, mean_b)]
     better_a, better_b = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
@@ -116,7 +116,7 @@ def _paired(source: str, a: Sequence[Sequence[float]], b: Sequence[Sequence[floa
 
 
 def _evaluation(path: str, name: str, config: EvalConfig | None, note: Callable[[str], None] | None) -> Path:
-    """The folder of an evaluation: the one given, or that of the model given."""
+    """Returns the folder of an evaluation: the one given, or that of the model given."""
     folder = Path(path)
     if (folder / "evaluation.json").is_file() and (folder / "answers.parquet").is_file():
         return folder
@@ -133,14 +133,14 @@ def _evaluation(path: str, name: str, config: EvalConfig | None, note: Callable[
 
 
 def _differences(a: Path, b: Path) -> dict[str, list[Any]]:
-    """The settings that decide about answers and rewards and were others in one evaluation than in the other."""
+    """Returns the settings that affect responses and rewards and differ between the two evaluations."""
     first, second = (_settings(folder) for folder in (a, b))
     keys = sorted(first.keys() | second.keys()) if first and second else []
     return {key: [first.get(key), second.get(key)] for key in keys if first.get(key) != second.get(key)}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """How an evaluation was made, as dotted keys; empty where nobody noted it."""
+    """Returns how an evaluation was made, as dotted keys; empty where no record exists."""
     with suppress(ValueError, AttributeError):
         noted = json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("settings") or {}
         found = flatten(settled(RlConfig, noted))  # whose sections an evaluation has
@@ -153,7 +153,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _rewards(folder: Path) -> dict[Question, list[float]]:
-    """The rewards of all answers to each prompt. Equal prompts are told apart by their order."""
+    """Reads the rewards of all responses to each prompt. Equal prompts are told apart by their order."""
     answers: dict[tuple[tuple[str, str, str], int], list[float]] = defaultdict(list)
     for row in read_rollouts(folder / "answers.parquet"):
         answers[(row["data_source"], row["question"], row["ground_truth"]), row["draw"]].append(row["reward"])

@@ -48,14 +48,14 @@ class Diagnosis:
     mistake: UserError | None = None
 
     def values(self) -> dict[str, str | bool]:
-        """The finding as JSON holds it."""
+        """Returns the finding as JSON holds it."""
         found: dict[str, str | bool] = {"check": self.name, "ok": self.mistake is None}
         if self.mistake is None:
             return found | {"found": self.text}
         return found | {"what": self.mistake.what, "why": self.mistake.why, "fix": self.mistake.fix}
 
     def line(self) -> str:
-        """The finding as a line for a reader; a mistake has its reason and its remedy below."""
+        """Returns the finding as a line for a reader; a mistake has its reason and its remedy below."""
         return f"{self.name:<14} {self.text if self.mistake is None else f'PROBLEM: {self.mistake}'}"
 
 
@@ -86,7 +86,7 @@ def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Diagnosis]:
 
 
 def _version(package: str) -> str:
-    """The version of a package, held against what hybridflow asks for."""
+    """Returns the version of a package, compared with what hybridflow requires."""
     extra = OPTIONAL.get(package, "")
     try:
         found = importlib.metadata.version(package)
@@ -131,7 +131,7 @@ def _why_no_gpu() -> str:
 
 
 def _try_device(device: torch.device, kind: DeviceKind) -> str:
-    """Name and memory of a device, after it multiplied two matrices."""
+    """Returns name and memory of a device, after it multiplied two matrices."""
     try:
         ones = torch.ones(64, 64, device=device)
         assert float((ones @ ones).sum()) == 64**3
@@ -193,7 +193,7 @@ def _free_port() -> str:
 
 
 def _collective(time_limit: float) -> str:
-    """Two processes meet and sum a tensor: over gloo, and between two devices where there are two."""
+    """Lets two processes meet and sum a tensor: over gloo, and between two devices where there are two."""
     kind = kind_of()
     two = kind is not CPU and count_devices(kind) >= 2
     seconds = _two_processes("cpu", time_limit)
@@ -242,7 +242,7 @@ def _expect_done(answers: Connection, seconds: float, wanted: str, time_limit: f
 
 
 def _sum_with_other(rank: int, port: int, wanted: str, answers: Connection) -> None:
-    """What each of the two processes does; answers None, or what went wrong."""
+    """Runs in each of the two processes; answers None, or what went wrong."""
     try:
         device = pick_device(wanted, local_rank=rank)
         dist.init_process_group(

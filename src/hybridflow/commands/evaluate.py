@@ -30,7 +30,7 @@ from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 
 
 def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Scores a model's answers; writes evaluation.json and answers.parquet into the run's folder.
+    """Scores a model's responses; writes evaluation.json and answers.parquet into the run's folder.
 
     An evaluation of other settings or another result that is there already is kept: it moves to ``before-1/``, or the
     next such folder that is free.
@@ -121,7 +121,7 @@ def _result(config: EvalConfig, done: Evaluation, seconds: float) -> dict[str, A
 
 
 def evaluation_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """An evaluation in words, from what evaluation.json holds."""
+    """Yields an evaluation as lines for a reader, from the content of evaluation.json."""
     for name, m in result["intervals"].items():
         interval = f"95 % interval {m['low']:.4f} to {m['high']:.4f} ({m['method']})"
         yield f"{name} = {m['value']:.4f}, {interval}, {m['prompts']} prompts"

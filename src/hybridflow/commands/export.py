@@ -114,7 +114,7 @@ def _write_model(
 def _with_adapters(
     checkpoint: Path, section: RlModelSection, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a run began with, with a checkpoint's adapters, and its tokenizer."""
+    """Loads the model that a run began with, with a checkpoint's adapters, and its tokenizer."""
     model, tokenizer = load_trainable(section, seed=seed)
     if (checkpoint / SHARDS).is_dir():
         adapters = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}

@@ -19,16 +19,16 @@ from hybridflow.noise import NoiseKey
 from hybridflow.placing.generation import inline_engine
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
 
-DEFAULT_TOKENS = 256  # longest answer of `hybridflow generate`, unless --max-tokens is given
+DEFAULT_TOKENS = 256  # longest response of `hybridflow generate`, unless --max-tokens is given
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer of `hybridflow generate`.
+    """A response of `hybridflow generate`.
 
     Args:
         prompt: what was asked.
-        sample: which of the answers to it.
+        sample: which of the responses to it.
         response: the text, without special tokens.
         finish_reason: "stop", or "length" where it was cut.
         tokens: its length.
@@ -41,7 +41,7 @@ class Answer:
     tokens: int
 
     def line(self) -> str:
-        """The text, with a mark where it was cut."""
+        """Returns the text, with a mark where it was cut."""
         return self.response + ("" if self.finish_reason == "stop" else f"  [cut at {self.tokens} tokens]")
 
 
@@ -56,14 +56,14 @@ def ask(
     packing: bool = True,
     trust_remote_code: bool = False,
 ) -> Iterator[Answer]:
-    """Answers to prompts, in their order.
+    """Yields responses to prompts, in the order of the prompts.
 
     Args:
         model_path: the model, or a run's folder.
         prompts: what to ask.
-        max_tokens: longest answer; None is `DEFAULT_TOKENS`, or less in a short context.
+        max_tokens: longest response; None is `DEFAULT_TOKENS`, or less in a short context.
         sampling: how to draw; its `max_tokens` and stop tokens are filled in.
-        samples: answers to each prompt.
+        samples: responses to each prompt.
         seed: of the noise.
         packing: see ``model.packing``.
         trust_remote_code: see ``model.trust_remote_code``.
@@ -113,7 +113,7 @@ def ask(
 
 
 def _in_order(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Result]:
-    """The results in the order of their requests, each as soon as those before it are there."""
+    """Yields the results in the order of their requests, each as soon as those before it have arrived."""
     done: dict[int, Result] = {}
     for handle in [engine.submit(request) for request in requests]:
         while handle not in done:

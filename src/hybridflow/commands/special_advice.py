@@ -1,7 +1,7 @@
 """Special tokens in answers: what rewards and stops read of them, and what `check` advises about them.
 
 A tokenizer that makes <think> or </answer> one special token leaves it out where it writes text. Rewards then see no
-such tag, unless ``reward.keep_special_tokens`` says so; the tokens that end an answer they never see.
+such tag, unless ``reward.keep_special_tokens`` says so; the tokens that end a response they never see.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ TAGS = ("think", "answer")  # of the reward `format`, where none are given
 def advice_on_tokens(
     config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: Prompt
 ) -> Iterator[str]:
-    """Advice where rewards look for what they do not see, and where answers cannot end or are begun by the template.
+    """Yields advice where rewards look for tokens that they do not see, where responses cannot end, and where the
+    template begins them.
 
     Args:
         config: the configuration.
@@ -76,7 +77,9 @@ def advice_on_tokens(
 
 
 def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, style: Style) -> Iterator[str]:
-    """Advice where the chat template closes an answer with something else than what ends it in generation."""
+    """Yields advice where the chat template closes a response with another token than the one that ends it in
+    generation.
+    """
     whole = _conversation(tokenizer, style)
     if not whole:
         return
@@ -100,7 +103,7 @@ def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
-    """A question and its answer, rendered; "" where there is no template, or one that asks for other messages."""
+    """Renders a question and its response; "" where there is no template, or one that asks for other messages."""
     if style.format == "text":
         return ""
     with suppress(UserError):
@@ -113,7 +116,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
 
 
 def _what_rewards_look_for(r: RewardSection, source: str | None) -> Iterator[str]:
-    """Where a reward's tags would be named: its arguments, and its source."""
+    """Yields the texts that would name a reward's tags: its arguments, and its source."""
     yield str([r.kwargs, *(term.kwargs for term in (r.terms or {}).values())])
     for kwargs in _format_kwargs(r):
         yield " ".join(f"<{tag}> </{tag}>" for tag in kwargs.get("tags", TAGS))

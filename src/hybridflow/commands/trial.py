@@ -1,4 +1,4 @@
-"""The reward is tried before training: on the ground truth, on nothing, and on the forms that answers usually have."""
+"""Tries the reward before training: on the ground truth, on an empty response, and on the usual forms of responses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, firs
 from hybridflow.protocols.rewards import Grader, Score, score_all, total
 from hybridflow.rewards.audit.rows import FORMS, HOLE, answer_in
 
-ANSWERS = ("response", "answer", "solution", "completion", "output")  # columns that may hold a right answer
-SHOWN = 60  # characters of an answer
+ANSWERS = ("response", "answer", "solution", "completion", "output")  # columns that may hold a right response
+SHOWN = 60  # characters of a response
 
 Read = Callable[[str], str]
 
@@ -30,13 +30,13 @@ def try_reward(
     rows: int,
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
 ) -> Iterator[str]:
-    """Scores the ground truth of the first row of every data source; where that is worth no more than an empty answer,
-    other forms of it too, and says which is worth most.
+    """Scores the ground truth of the first row of every data source. Where that is worth no more than an empty
+    response, scores other forms of it too, and yields which is worth most.
 
     Args:
         config: the configuration.
         prompts: the rows.
-        read: what a reward sees of an answer with this text.
+        read: what a reward sees of a response with this text.
         rows: among how many of them the first of each source is looked for.
         lacking: what to say where the components that the reward returned are not all that the run reads.
 
@@ -68,7 +68,7 @@ def try_reward(
             )
             yield from _other_forms(grader, prompt, read, total(score))
         if lacking(components) is not None:
-            for prompt in first:  # an answer may lack what others have
+            for prompt in first:  # a response may lack what others have
                 scores = _scores(grader, prompt, [read(text) for text in ["", *_forms(prompt)]])
                 components |= {name for score in scores for name in score.components}
             if (mistake := lacking(components)) is not None:
@@ -76,12 +76,12 @@ def try_reward(
 
 
 def reward_name(config: RlConfig | EvalConfig) -> str:
-    """How the reward of a configuration is called."""
+    """Returns the name of a configuration's reward for messages."""
     return config.reward.function if config.reward.terms is None else " + ".join(config.reward.terms)
 
 
 def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:
-    """What a right answer may have to look like, where the bare ground truth is worth no more than nothing."""
+    """Says which form a right response may need, where the bare ground truth is worth no more than nothing."""
     [empty] = _scores(grader, prompt, [""])
     if empty.failure is not None:
         said = str(empty.failure).splitlines()[0]
@@ -106,7 +106,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
 
 
 def _forms(prompt: Prompt) -> dict[str, str]:
-    """Answers that may be right besides the bare ground truth, and what each is."""
+    """Returns responses that may be right besides the bare ground truth, each with its description."""
     tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
     answer = answer_in(prompt.ground_truth).strip()
     if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
@@ -123,7 +123,7 @@ def _as_answer(ground_truth: object) -> str:
 
 
 def lacking_components(config: RlConfig, found: set[str]) -> UserError | None:
-    """What to say where a configuration names a component that the reward never returned."""
+    """Returns the error for a configuration that names a component which the reward never returned."""
     a, needs = config.algorithm, needs_of(config.algorithm.advantage, ADVANTAGES)
     if needs.needs_components and not found:
         return UserError(

@@ -10,12 +10,12 @@ from hybridflow.data.rows import Row, has_column
 
 
 def is_verl_row(row: Row) -> bool:
-    """Whether a row has the form that verl's data scripts write."""
+    """Returns whether a row has the form that verl's data scripts write."""
     return "data_source" in row and has_column(row, VERL_TRUTH)
 
 
 def differences_from_verl(config: RlConfig) -> Iterator[str]:
-    """Lines on the values of a configuration that verl has by default another of."""
+    """Yields lines on the values of a configuration that differ from verl's defaults."""
     a, c, o = config.algorithm, config.critic, config.optim
     loss = {
         f"algorithm.aggregation={a.aggregation} (verl: token-mean)": a.aggregation != "token-mean",

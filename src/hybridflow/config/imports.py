@@ -24,7 +24,7 @@ _FOLDERS: dict[str, Path] = {}  # of users' files, by the packages that stand fo
 
 
 def import_file(path: Path, reference: str) -> ModuleType:
-    """The module in a file; it is run once per process.
+    """Returns the module in a file; the file runs once per process.
 
     Args:
         path: absolute.
@@ -50,7 +50,7 @@ def import_file(path: Path, reference: str) -> ModuleType:
 
 
 def user_folders() -> list[Path]:
-    """The folders of users' files that this process has imported from."""
+    """Returns the folders of users' files that this process has imported from."""
     return list(_FOLDERS.values())
 
 
@@ -112,7 +112,7 @@ class _Loader(SourceFileLoader):
 
 
 def _is_beside(name: str, folder: Path, importing: ModuleType) -> bool:
-    """Whether an import of this name in a file of the folder means what is in the folder."""
+    """Returns whether an import of this name in a file of the folder means a file in the folder."""
     if name in sys.stdlib_module_names:
         return False
     for file in (folder / f"{name}.py", folder / name / "__init__.py"):

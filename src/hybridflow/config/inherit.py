@@ -24,7 +24,8 @@ STRATEGIES = {
 
 
 def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a configuration, with what these sections leave out filled in; a section that is not given is not.
+    """Returns the values of a configuration, with keys that these sections leave out filled in; a section that is not
+    given stays out.
 
     >>> inherited({"optim": {"lr": 1e-4}, "critic": {"optim": {"warmup_steps": 5}}})["critic"]
     {'optim': {'lr': 0.0001, 'warmup_steps': 5}}
@@ -45,7 +46,9 @@ def _fill(values: Mapping[str, Any], path: Sequence[str], given: Mapping[str, An
 
 
 def _fitting(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a section fits beside the values of another's own: an engine's keys exclude each other in places."""
+    """Returns the part of a section that fits beside another section's own values: an engine's keys exclude each other
+    in places.
+    """
     strategy, offload = own.get("strategy", given.get("strategy")), own.get("offload")
     known = STRATEGIES.get(strategy, given) if isinstance(strategy, str) else given
     fitting = {key: value for key, value in given.items() if key in known}

@@ -38,7 +38,7 @@ class Key:
 
 
 def told_by(name: str, sections: Sections) -> str:
-    """How the kinds of a section are told apart, in words; empty where there is one."""
+    """Describes how the kinds of a section are told apart; empty where there is one kind."""
     if sections.one_of is None:
         return ""
     return f"Its keys depend on {' and '.join(f'{name}.{key}' for key in sections.one_of.keys)}."
@@ -46,7 +46,7 @@ def told_by(name: str, sections: Sections) -> str:
 
 @functools.cache
 def keys_of(model: type[Section]) -> tuple[Key, ...]:
-    """All keys of a whole configuration, sections before what is inside them."""
+    """Returns all keys of a whole configuration, sections before their contents."""
     return tuple(keys_below(Sections((model,)), ""))
 
 
@@ -70,7 +70,7 @@ def keys_below(sections: Sections, prefix: str) -> Iterator[Key]:
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words, with its bounds: ``integer >= 0``."""
+    """Describes a type with its bounds: ``integer >= 0``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0], [*_metadata(arguments[1:]), *metadata])

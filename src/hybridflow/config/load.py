@@ -36,7 +36,7 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain values of a YAML file and overrides, not validated.
+    """Reads the plain values of a YAML file and overrides, without validation.
 
     Raises:
         UserError: no file, not YAML, a key that stands twice, not sections, or an override that is none.
@@ -106,7 +106,7 @@ def _explain(kind: type[Section], error: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_another_kind(sections: Sections, chosen: str, written: Sequence[str]) -> str:
-    """What is wrong with a key that other kinds of its section have."""
+    """Says what is wrong with a key that belongs to other kinds of its section."""
     assert sections.one_of is not None
     section, key = ".".join(written[:-1]), written[-1]
     told = ", ".join(f"{section}.{other}" for other in sections.one_of.keys if other != key)
@@ -114,13 +114,13 @@ def _of_another_kind(sections: Sections, chosen: str, written: Sequence[str]) ->
 
 
 def _by_presence(sections: Sections | None) -> list[str]:
-    """The keys that choose another kind of section by being there."""
+    """Returns the keys whose presence chooses another kind of section."""
     one_of = None if sections is None else sections.one_of
     return [] if sections is None or one_of is None else [key for key in one_of.keys if not sections.words(key)]
 
 
 def _instead_of_minus_one(error: dict[str, Any]) -> str:
-    """What says "never" or "all" here, for who writes -1 as other programs have it."""
+    """Says which value means "never" or "all" here, to a user who writes -1 as in other programs."""
     if error["input"] not in (-1, "-1"):
         return ""
     if error["type"] == "greater_than_equal":
@@ -130,7 +130,7 @@ def _instead_of_minus_one(error: dict[str, Any]) -> str:
 
 
 def _leaves(value: Any, where: str) -> Iterator[str]:
-    """The dotted keys of all values below a key, or the key itself."""
+    """Yields the dotted keys of all values below a key, or the key itself."""
     if not isinstance(value, dict) or not value:
         yield where
         return
@@ -139,7 +139,9 @@ def _leaves(value: Any, where: str) -> Iterator[str]:
 
 
 def _hint(kind: type[Section], sections: Sections | None, last: str, where: str) -> str:
-    """What an unknown key is here: a name of another program's, one of ours from another section, or the nearest."""
+    """Returns a hint for an unknown key: another program's name for a key, a key from another section, or the nearest
+    name.
+    """
     every = {key.name: key for key in keys_of(kind)}
     found = meaning(where)
     if found is not None:
@@ -150,7 +152,7 @@ def _hint(kind: type[Section], sections: Sections | None, last: str, where: str)
 
 
 def _misspelt(kind: type[Section], sections: Sections | None, last: str) -> str | None:
-    """Which key is meant: one of this section that is much like it, or those of other sections that are called so."""
+    """Returns the key that is meant: a similar one of this section, or those of this name in other sections."""
     if sections is not None and near(last, sections.fields) is not None:
         return nearest(last, sections.fields)
     every = [key.name for key in keys_of(kind)]
@@ -159,7 +161,7 @@ def _misspelt(kind: type[Section], sections: Sections | None, last: str) -> str 
 
 
 def _sections_at(kind: type[Section], location: Sequence[Any]) -> tuple[Sections | None, str, list[str]]:
-    """The section around a place where something is wrong, the name of its kind, and the place as a user writes it.
+    """Returns the section around a wrong value, the name of its kind, and the place as a user writes it.
 
     pydantic's location names the kind of a section after the section, and a place in a list.
     """

@@ -15,7 +15,8 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
 
 def locate(reference: str, base: Path) -> str:
-    """A path or ``file.py:function`` as seen from the current folder; what is not there is looked up in `base`.
+    """Returns a path or ``file.py:function`` as seen from the current folder; a path that does not exist is looked up
+    in `base`.
 
     Names at other places (``modelscope://org/name``) are left as they are.
     """
@@ -29,7 +30,8 @@ def locate(reference: str, base: Path) -> str:
 
 
 def expanded(text: str) -> str:
-    """A path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` filled in; ``scheme://...`` is left as it is.
+    """Returns a path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` filled in; ``scheme://...`` is left as it
+    is.
 
     A file that really has a dollar sign in its name keeps it where the variable is not set.
 
@@ -49,12 +51,12 @@ def expanded(text: str) -> str:
 
 
 def is_function_reference(text: str) -> bool:
-    """Whether this names a function in a file: ``file.py:function``."""
+    """Returns whether a text names a function in a file: ``file.py:function``."""
     return ".py:" in text
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """The function that ``file.py:function`` names. The file is imported once per process: see `imports`.
+    """Loads the function that ``file.py:function`` names. The file is imported once per process: see `imports`.
 
     Raises:
         UserError: no such file, the file raises when imported, or it has no such function.

@@ -26,11 +26,11 @@ class Meaning:
     hint: str
 
     def within(self, known: Container[str]) -> Meaning:
-        """The same for a configuration that has these keys; all keys, where it has none of them."""
+        """Returns the same for a configuration that has these keys; all keys, where it has none of them."""
         return Meaning(tuple(k for k in self.keys if k in known) or self.keys, self.hint)
 
     def line(self) -> str:
-        """In words."""
+        """Describes the meaning in one line."""
         here = f"here it is {' and '.join(self.keys)}" if self.keys else "there is no such key here"
         return f"{here}; {self.hint}" if self.hint else here
 
@@ -385,7 +385,7 @@ _NAMES: dict[str, tuple[str, str]] = {
 
 
 def meaning(name: str) -> Meaning | None:
-    """What a name of another program is here; None where it is of none that is known.
+    """Returns what a name of another program means here; None for a name that is not known.
 
     >>> meaning("--num-generations").line()
     'here it is train.samples_per_prompt; answers to each prompt'
@@ -460,7 +460,8 @@ _METHODS: dict[str, str] = {
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """The hint that follows an unknown preset, estimator or loss: what a method of that name is here, or the nearest.
+    """Returns the hint that follows an unknown preset, estimator or loss: the name here for a method of that name, or
+    the nearest name.
 
     >>> unknown_name("Dr.GRPO", ["grpo", "dr_grpo"])
     "did you mean 'dr_grpo'?"

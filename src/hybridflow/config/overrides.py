@@ -58,12 +58,12 @@ def apply_override(values: dict[str, Any], text: str) -> None:
 
 
 def annotation_at(path: Sequence[str]) -> Any:
-    """The type of a dotted key, in the first kind of configuration that has it; None where none has."""
+    """Returns the type of a dotted key, in the first kind of configuration that has it; None where none has."""
     return next((found for kind in KINDS.values() if (found := _below(kind.config, path)) is not None), None)
 
 
 def read_value(text: str, annotation: Any) -> Any:
-    """The value that a text means to a key of this type.
+    """Returns the value that a text means to a key of this type.
 
     Raises:
         yaml.YAMLError: it begins a list or a section, where the key holds one, and does not end it.
@@ -102,7 +102,7 @@ def _below(annotation: Any, path: Sequence[str]) -> Any:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types that a value may have, without None and without what is annotated."""
+    """Returns the types that a value may have, without None and without annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])
@@ -135,13 +135,13 @@ def _scalar(text: str, members: Sequence[Any]) -> Any:
 
 
 def _text(text: str) -> str | None:
-    """A text as it is typed; ``null`` for none, and without quotes that stand around all of it."""
+    """Returns a text as it is typed; None for ``null``, and the content of quotes that surround all of it."""
     inner = unquoted(text)
     return None if text == "null" else text if inner is None else inner
 
 
 def unquoted(text: str) -> str | None:
-    """What stands in quotes, where all of a text is one quoted text of YAML on one line; else None.
+    """Returns the content of the quotes, where all of a text is one quoted text of YAML on one line; else None.
 
     >>> unquoted("'#'"), unquoted('"a" or "b"')
     ('#', None)
@@ -158,7 +158,7 @@ def unquoted(text: str) -> str | None:
 
 
 def _number(plain: str) -> Any:
-    """A number in Python's notation or YAML's; anything else stays, for the message that refuses it."""
+    """Reads a number in Python's notation or YAML's; returns other text unchanged, for the message that refuses it."""
     plain = unquoted(plain) or plain
     for read in (int, float, lambda text: int(text, 0), lambda text: float(text.replace(".", "", 1))):
         try:
@@ -169,7 +169,7 @@ def _number(plain: str) -> Any:
 
 
 def _open(text: str) -> Any:
-    """The value of a key of any type."""
+    """Returns the value of a key of any type."""
     plain = text.strip()
     if plain[:1] in ("[", "{"):
         try:
@@ -195,7 +195,7 @@ def _open(text: str) -> Any:
 
 
 def _structure(plain: str, annotation: Any) -> Any:
-    """A list or a section in YAML, whose texts are texts."""
+    """Reads a list or a section in YAML whose texts stay texts."""
     node = yaml.compose(plain, Loader)
     refuse_repeated(node, (), f"the value {plain!r}")
     return _converted(node, annotation)

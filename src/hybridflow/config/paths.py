@@ -51,7 +51,7 @@ FunctionName = Annotated[str, BeforeValidator(_text), AfterValidator(_named)]
 
 
 def home(path: str | Path) -> Path:
-    """A path that is given to a command, with ``~`` and variables filled in.
+    """Returns a path that is given to a command, with ``~`` and variables filled in.
 
     Raises:
         UserError: a variable is not set, or there is no such user.

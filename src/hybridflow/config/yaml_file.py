@@ -22,7 +22,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The plain values of a YAML text.
+    """Reads the plain values of a YAML text.
 
     Args:
         text: the YAML.

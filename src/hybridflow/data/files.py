@@ -39,13 +39,13 @@ _LFS = b"version https://git-lfs"  # how the file begins that Git leaves in the 
 
 
 def ending(path: Path) -> str:
-    """What a file's name ends in, in small letters and without .gz."""
+    """Returns the ending of a file's name, in lower case and without .gz."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def read_file(path: Path) -> list[Any]:
-    """All rows of a file; the ending of its name says of what kind it is.
+    """Reads all rows of a file; the ending of its name decides the format.
 
     Raises:
         UserError: there is no such file, or it is something else.
@@ -96,7 +96,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _text(path: Path, content: bytes) -> str:
-    """A file's text: UTF-8, or what the mark at its beginning says.
+    """Returns a file's text: UTF-8, or the encoding that its byte order mark names.
 
     Raises:
         UserError: it is in another encoding.
@@ -128,13 +128,13 @@ def _text(path: Path, content: bytes) -> str:
 
 
 def _wide(content: bytes) -> str:
-    """Which encoding of several bytes for each character a text without a mark seems to have."""
+    """Guesses the encoding of several bytes for each character that a text without a byte order mark has."""
     width = "utf-32" if b"\0\0\0" in content[:8] else "utf-16"
     return width + ("be" if content.startswith(b"\0") else "le")
 
 
 def _read_json(path: Path, text: str) -> list[Any]:
-    """One list of rows, one row over several lines, or one row per line."""
+    """Reads one list of rows, one row over several lines, or one row per line."""
     try:
         whole = json.loads(text)  # of one row per line it reads no more than the first
     except (ValueError, RecursionError) as error:
@@ -194,7 +194,7 @@ def _require_row(path: Path, whole: dict[str, Any]) -> None:
 
 
 def _read_table(path: Path, text: str, separator: str) -> list[dict[str, str]]:
-    """Rows of a text table whose first line names the columns; all values are strings.
+    """Reads the rows of a text table whose first line names the columns; all values are strings.
 
     Raises:
         UserError: a row has other fields than the first line names, or names are missing or doubled.

@@ -13,7 +13,8 @@ _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow"
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether this can be a data set on the hub: ``org/name``, with ``:config``, ``:config/split`` or ``:/split``.
+    """Returns whether a text can name a data set on the hub: ``org/name``, with ``:config``, ``:config/split`` or
+    ``:/split``.
 
     >>> [is_hub_name(s) for s in ("openai/gsm8k", "openai/gsm8k:main/test", "data/rows.jsonl", "rows", "a/b/c")]
     [True, True, False, False, False]
@@ -23,7 +24,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def read_hub(source: str, *, instead: str, split: str | None = None) -> list[dict[str, Any]]:
-    """All rows of a split; images stay what they are stored as, ``{bytes, path}``.
+    """Reads all rows of a split; images stay in the form they are stored in, ``{bytes, path}``.
 
     Args:
         source: see `is_hub_name`.

@@ -1,4 +1,4 @@
-"""Preferences: rows with two answers of which one was preferred, to conversations that a reward model reads.
+"""Preferences: rows with two responses of which one was preferred, to conversations that a reward model reads.
 
 A value is read from the state before the token that is masked in (`models.forward`), so every conversation gets one
 more token, which nothing before it sees, and the token after each one that is read is masked in.
@@ -29,7 +29,8 @@ _CHUNK = 500  # pairs tokenised together
 
 
 def readings(conversations: Sequence[Sequence[int]], read: Sequence[Sequence[int]]) -> Batch:
-    """``input_ids_T`` and ``loss_mask_T``: scoring "value" gives the values of the states after the tokens `read`.
+    """Returns ``input_ids_T`` and ``loss_mask_T``: scoring "value" gives the values of the states after the tokens
+    `read`.
 
     Args:
         conversations: token ids.
@@ -45,7 +46,8 @@ def readings(conversations: Sequence[Sequence[int]], read: Sequence[Sequence[int
 
 
 def last_read(token_ids: Sequence[int], padding: int | None) -> int:
-    """The token that transformers reads a conversation at: the last one that is not the padding token.
+    """Returns the place of the token that transformers reads a conversation at: the last one that is not the padding
+    token.
 
     >>> last_read([5, 6, 7], None), last_read([5, 6, 0], 0)
     (2, 1)
@@ -75,7 +77,7 @@ class PreferenceSet:
         config: which columns, which limit.
         tokenizer: renders and tokenises.
         padding: the padding token in the model's configuration, which transformers does not read at.
-        alike: how many rows were left out because both answers are the same.
+        alike: how many rows were left out because both responses are the same.
         over_long: how many were over the limit and left out.
     """
 
@@ -107,7 +109,8 @@ class PreferenceSet:
         return self.data.sampler(self.config.order, seed=seed)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The conversations of these rows, the preferred one of each first: `readings`, and what their loss reads.
+        """Returns the conversations of these rows, the preferred one of each first: `readings`, and the columns of
+        their loss.
 
         Columns: ``chosen_T`` (bool), ``margin_T``, ``pair_weight_T`` (all pairs count the same and add up to 1), and
         ``trajectory_B``, the row.
@@ -134,7 +137,7 @@ class PreferenceSet:
         return batch
 
     def tokens(self, indices: Sequence[int]) -> list[list[int]]:
-        """Token ids of the conversations of these rows: preferred, other, preferred, other, ...
+        """Returns the token ids of the conversations of these rows: preferred, other, preferred, other, ...
 
         Raises:
             UserError: a row is no pair.
@@ -144,7 +147,7 @@ class PreferenceSet:
         return tokenize(self.tokenizer, texts, CHAT)
 
     def longest(self) -> list[int]:
-        """Tokens of the longer conversation of every row."""
+        """Counts the tokens of the longer conversation of every row."""
         lengths: list[int] = []
         for first in range(0, len(self), _CHUNK):
             ids = self.tokens(range(first, min(first + _CHUNK, len(self))))
@@ -152,7 +155,8 @@ class PreferenceSet:
         return lengths
 
     def fit(self) -> PreferenceSet:
-        """Without pairs of one and the same answer, and without over-long ones where ``data.over_long`` is filter.
+        """Returns the set without pairs of two equal responses, and without over-long ones where ``data.over_long`` is
+        filter.
 
         Raises:
             UserError: nothing is left.
@@ -176,7 +180,7 @@ class PreferenceSet:
         )  # fmt: skip
 
     def notes(self) -> list[str]:
-        """What is to be said of the rows, in words."""
+        """Returns notes on the rows, as sentences."""
         lines = [f"pairs of the same answer twice, left out: {self.alike}"] if self.alike else []
         if self.config.over_long == "filter":
             lines.append(
@@ -192,7 +196,7 @@ class PreferenceSet:
 
         Raises:
             UserError: a column is missing.
-            RowError: what the columns hold is no pair of answers to one prompt.
+            RowError: what the columns hold is no pair of responses to one prompt.
         """
         c, row, (source, number) = self.config, self.data.rows[index], self.data.place(index)
         key, prompt = _prompt_column(row, c), Messages()
@@ -214,7 +218,9 @@ class PreferenceSet:
         return pair[0], pair[1]
 
     def _conversation(self, answer: object, prompt: Messages) -> Messages:
-        """The whole conversation of an answer, which may be a text, a last turn, or all turns with the prompt's."""
+        """Returns the whole conversation of a response, which may be a text, a last turn, or all turns with the
+        prompt's.
+        """
         answer = answer_in(answer)
         if isinstance(answer, str) and prompt:
             return [*prompt, {"role": "assistant", "content": check_text(answer, self.reader.markers)}]
@@ -251,14 +257,14 @@ class PreferenceSet:
 
 
 def _prompt_column(row: Row, config: PreferenceDataSection) -> str | None:
-    """The column of the prompt; None where the answers are whole conversations, as in TRL's rows without one."""
+    """Returns the column of the prompt; None where the responses are whole conversations, as in TRL's implicit rows."""
     key = config.prompt_key
     implicit = key == "prompt" and key not in row and isinstance(row.get(config.chosen_key), list)
     return None if implicit else key
 
 
 def _asked(conversation: Messages) -> tuple[str, str] | None:
-    """The first turn that is not a system message: of a pair it is the same one."""
+    """Returns the first turn that is not a system message; both sides of a pair share it."""
     return next((words(m) for m in conversation if m["role"] not in ("system", "developer")), None)
 
 
@@ -270,7 +276,7 @@ def load_preferences(
     seed: int,
     padding: int | None = None,
 ) -> PreferenceSet:
-    """Reads pairs; those of one answer twice are left out, and over-long ones where ``data.over_long`` says so.
+    """Reads pairs; those of one response twice are left out, and over-long ones where ``data.over_long`` says so.
 
     Args:
         sources: training or held-out rows.

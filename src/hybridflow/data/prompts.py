@@ -27,7 +27,7 @@ class Prompt:
     """A question ready to be answered.
 
     Args:
-        token_ids: the rendered prompt, the template's opening of the answer included.
+        token_ids: the rendered prompt, the template's opening of the response included.
         text: the rendered prompt, as the model sees it.
         messages: the prompt as chat messages.
         ground_truth: what the reward compares with.
@@ -70,7 +70,7 @@ class PromptSet:
         return len(self.data.rows)
 
     def __getitem__(self, index: int) -> Prompt:
-        """The prompt of a row.
+        """Returns the prompt of a row.
 
         Raises:
             UserError: a column is missing, it holds no prompt, or the prompt is over the limit.
@@ -110,7 +110,7 @@ class PromptSet:
         return self.data.sampler(self.config.order, seed=seed)
 
     def measure(self, count: int | None = None) -> Iterator[tuple[str, int]]:
-        """Rendered text and number of tokens of each of the first prompts, before any cut; tokenised in batches.
+        """Yields rendered text and number of tokens of each of the first prompts, before any cut; tokenises in batches.
 
         Raises:
             UserError: see `__getitem__`, without the limit.
@@ -122,13 +122,13 @@ class PromptSet:
             yield from zip(texts, map(len, tokenize(self.tokenizer, texts, self.style)))
 
     def notes(self) -> list[str]:
-        """What was done about over-long prompts, in words."""
+        """Describes what was done about over-long prompts."""
         done = {"filter": "left out", "truncate": "cut at their beginning"}.get(self.config.over_long)
         limit = self.config.max_prompt_tokens
         return [f"prompts of more than {limit} tokens, {done}: {self.over_long}"] if done else []
 
     def values(self, index: int) -> tuple[str | Messages, Any]:
-        """Prompt (a string where the format is text) and ground truth of a row.
+        """Returns prompt (a string where the format is text) and ground truth of a row.
 
         Raises:
             UserError: a column is missing.
@@ -149,7 +149,7 @@ class PromptSet:
 
 
 def truth_key(row: Row, config: PromptDataSection) -> str:
-    """The column of the ground truth: as configured, or where verl's rows have it."""
+    """Returns the column of the ground truth: as configured, or where verl's rows have it."""
     key = config.ground_truth_key
     return VERL_TRUTH if key == "ground_truth" and key not in row and has_column(row, VERL_TRUTH) else key
 
@@ -179,5 +179,5 @@ def load_prompts(
 
 
 def answers_to(prompt: Prompt, texts: list[str]) -> Answers:
-    """Answers to a prompt, as a grader takes them."""
+    """Returns responses to a prompt, as a grader takes them."""
     return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row)

@@ -60,7 +60,7 @@ class ConversationReader:
         return messages
 
     def prompt(self, value: object) -> Messages:
-        """Reads a prompt: messages that end where an answer begins.
+        """Reads a prompt: messages that end where a response begins.
 
         Raises:
             RefusedValue: it is no such thing.
@@ -68,10 +68,10 @@ class ConversationReader:
         return self.whole(self.question(value))
 
     def question(self, value: object) -> Messages:
-        """Reads what comes before an answer, in a prompt or in a longer conversation.
+        """Reads what comes before a response, in a prompt or in a longer conversation.
 
         Raises:
-            RefusedValue: it is no such thing, or ends in an answer already.
+            RefusedValue: it is no such thing, or ends in a response already.
         """
         messages = self.read(value)
         if messages[-1]["role"] == "assistant":
@@ -98,10 +98,10 @@ class ConversationReader:
 
 
 def joined(prompt: Messages, turns: Messages) -> Messages:
-    """The conversation of a prompt and an answer, which may repeat the prompt as whole conversations do.
+    """Returns the conversation of a prompt and a response, which may repeat the prompt as whole conversations do.
 
     Raises:
-        RefusedValue: the answer begins with other turns than the prompt.
+        RefusedValue: the response begins with other turns than the prompt.
     """
     setting, asked = _settled(prompt)
     own, said = _settled(turns)
@@ -120,12 +120,12 @@ def joined(prompt: Messages, turns: Messages) -> Messages:
 
 
 def words(message: dict[str, Any]) -> tuple[str, str]:
-    """What two turns are compared by: files differ in the spaces around them."""
+    """Returns the texts by which two turns are compared: files differ in the spaces around them."""
     return message["role"], message["content"].strip()
 
 
 def _settled(messages: Messages) -> tuple[Messages, Messages]:
-    """The turns that set a conversation up, and those that follow."""
+    """Splits the turns that set a conversation up from those that follow."""
     first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
     return messages[:first], messages[first:]
 
@@ -148,7 +148,7 @@ class RowError(UserError):
 
 @contextmanager
 def reading(data: RowSet, index: int, column: str) -> Iterator[None]:
-    """Names the row and the column of a value that is refused inside."""
+    """Adds the row and the column to the error of a value that the block refuses."""
     try:
         yield
     except RefusedValue as refused:

@@ -30,7 +30,7 @@ _NAMES = {
 
 
 def read_rows(source: str, *, seed: int = 0) -> list[Row]:
-    """All rows of a data source.
+    """Reads all rows of a data source.
 
     Args:
         source: a file (see `data.files`), ``file.py:function`` that returns a list of dicts (it is called with
@@ -55,7 +55,7 @@ def read_rows(source: str, *, seed: int = 0) -> list[Row]:
 
 
 def column(row: Row, key: str, *, source: str, index: int, setting: str = "") -> Any:
-    """The value under a key; dots go inside (``reward_model.ground_truth``).
+    """Returns the value under a key; a dot goes inside (``reward_model.ground_truth``).
 
     Args:
         row: the row.
@@ -77,7 +77,7 @@ def column(row: Row, key: str, *, source: str, index: int, setting: str = "") ->
 
 
 def _other_column(key: str, part: str, place: object, setting: str) -> str:
-    """What to do about a column that is not there: the nearest name, or what people call it."""
+    """Says what to do about a column that does not exist: the nearest name, or a usual one."""
     known = list(map(str, place)) if isinstance(place, dict) else []
     if not known:
         return ""
@@ -97,7 +97,7 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
 
 
 def _instead_of_messages(known: Sequence[str]) -> str:
-    """What to do with rows that have no conversation in one column."""
+    """Says what to do with rows that have no conversation in one column."""
     asked, said = (next((name for name in _NAMES[what] if name in known), None) for what in ("prompt", "response"))
     if asked and said and asked != said:
         return f"set data.prompt_key={asked} data.response_key={said}"
@@ -107,7 +107,7 @@ def _instead_of_messages(known: Sequence[str]) -> str:
 
 
 def has_column(row: Row, key: str) -> bool:
-    """Whether `column` finds something."""
+    """Returns whether `column` finds a value."""
     value: Any = row
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -172,7 +172,7 @@ _KINDS = {
 
 
 def _kind(row: Row, key: str) -> str | None:
-    """What kind of value lies under a key, in words; None where there is none."""
+    """Describes the kind of value under a key; None where there is none."""
     if not has_column(row, key):
         return None
     value = column(row, key, source="", index=0)
@@ -188,7 +188,7 @@ def _call(source: str, function: Callable[..., Any], seed: int) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """A value with numpy's arrays and numbers, which pandas hands out, as Python's lists and numbers."""
+    """Returns a value with numpy's arrays and numbers, which pandas makes, as Python's lists and numbers."""
     if isinstance(value, dict):
         return {key: _plain(inside) for key, inside in value.items()}
     if isinstance(value, np.ndarray):

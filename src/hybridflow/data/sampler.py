@@ -53,7 +53,7 @@ class Sampler:
         self._epochs: dict[int, tuple[int, Sequence[int]]] = {}  # of each source, the epoch under way and its order
 
     def take(self, count: int) -> list[tuple[int, int]]:
-        """The next `count` draws as (draw, row index); the draw number is unique over the run."""
+        """Takes the next `count` draws as (draw, row index); the draw number is unique over the run."""
         self._count_up_to(self.drawn)
         taken = []
         for draw, source in enumerate(self._source_of(self.drawn, self.drawn + count).tolist(), self.drawn):
@@ -76,7 +76,7 @@ class Sampler:
         return self._epochs[source][1]
 
     def _source_of(self, first: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The source of each of these draws."""
+        """Returns the source of each of these draws."""
         draws = np.arange(first, end, dtype=np.uint64)
         points = draws * np.uint64(_STEP) + np.uint64(self._start)  # wraps
         return np.searchsorted(self._ends, points, side="right")

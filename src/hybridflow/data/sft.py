@@ -69,10 +69,10 @@ class SftSet:
         return self.data.sampler(self.config.order, seed=seed)
 
     def batch(self, indices: list[int]) -> Batch:
-        """``input_ids_T``, ``loss_mask_T`` (bool) and ``trajectory_B`` of these rows.
+        """Returns ``input_ids_T``, ``loss_mask_T`` (bool) and ``trajectory_B`` of these rows.
 
         Raises:
-            UserError: a row has no conversation, no answer in it, or is over the limit.
+            UserError: a row has no conversation, no response in it, or is over the limit.
         """
         rendered, limit = self._render(indices), self.config.max_tokens
         if self.config.over_long == "truncate":
@@ -93,7 +93,7 @@ class SftSet:
         )
 
     def lengths(self, count: int | None = None) -> list[int]:
-        """Tokens of each of the first conversations before any cut; tokenised in batches.
+        """Counts the tokens of each of the first conversations before any cut; tokenises in batches.
 
         Raises:
             UserError: see `batch`, without the limit.
@@ -110,7 +110,9 @@ class SftSet:
         return lengths
 
     def fit(self) -> SftSet:
-        """The set as ``data.over_long`` wants it: over-long conversations left out, or counted because they are cut."""
+        """Returns the set as ``data.over_long`` asks: without over-long conversations, or with a count of those that
+        are cut.
+        """
         limit = self.config.max_tokens
         over = {i for i, n in enumerate(self.lengths()) if n > limit}
         if self.config.over_long == "truncate":
@@ -122,7 +124,7 @@ class SftSet:
         return SftSet(kept, self.config, self.tokenizer, over_long=len(over), unlearnable=unlearnable)
 
     def notes(self) -> list[str]:
-        """What was done about over-long conversations, in words."""
+        """Describes what was done about over-long conversations."""
         if self.config.over_long == "refuse":
             return []
         long = f"conversations of more than {self.config.max_tokens} tokens"
@@ -153,7 +155,7 @@ class SftSet:
         return column(self.data.rows[index], key, source=source, index=number, setting=setting)
 
     def _texts(self, index: int) -> tuple[str, str]:
-        """Prompt and text of a row, for format text; the prompt is empty where the whole text is learned."""
+        """Returns prompt and text of a row, for format text; the prompt is empty where the whole text is learned."""
         texts = []
         for key, setting in columns(self.data.rows[index], self.config).items():
             value = self._value(index, key, setting)
@@ -164,7 +166,7 @@ class SftSet:
         return ("", texts[0]) if len(texts) == 1 else (texts[0], texts[1])
 
     def _conversation(self, index: int) -> Messages:
-        """The messages of a row, at least one of them to be learned."""
+        """Returns the messages of a row; at least one of them is to be learned."""
         c, messages = self.config, Messages()
         for key, setting in columns(self.data.rows[index], c).items():
             value = self._value(index, key, setting)
@@ -194,7 +196,7 @@ class SftSet:
 
 
 def columns(row: Row, config: SftDataSection) -> dict[str, str]:
-    """The columns that are read of a row, each with the key that names it."""
+    """Returns the columns that are read of a row, each with the key that names it."""
     if config.prompt_key is not None and config.response_key is not None:
         return {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
     if config.format == "text":

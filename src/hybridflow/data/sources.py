@@ -41,15 +41,15 @@ class RowSet:
         return ", ".join(s.source for s in self.sources)
 
     def place(self, index: int) -> tuple[str, int]:
-        """Source of a row, and its number there."""
+        """Returns the source of a row, and its number there."""
         return self.sources[bisect.bisect_right(self.starts, index) - 1].source, self.numbers[index]
 
     def parts(self) -> list[range]:
-        """The row indices of each source."""
+        """Returns the row indices of each source."""
         return [range(a, b) for a, b in zip(self.starts, (*self.starts[1:], len(self.rows)))]
 
     def keep(self, indices: Sequence[int]) -> RowSet:
-        """Only these rows, given in rising order.
+        """Keeps only these rows, given in rising order.
 
         Raises:
             UserError: a source with a weight has no row left.
@@ -80,7 +80,7 @@ class RowSet:
         return Sampler(parts, weights=weights, seed=seed, order=_users_order(order, self.rows, seed))
 
     def advice(self) -> list[str]:
-        """What is odd about the rows without being a mistake, in words."""
+        """Describes what is unusual about the rows without being a mistake."""
         lines = []
         for part, source in zip(self.parts(), self.sources):
             lacking = uneven_columns([self.rows[i] for i in part])
@@ -91,7 +91,7 @@ class RowSet:
 
 
 def read_sources(sources: Sources, *, seed: int) -> RowSet:
-    """The rows of all sources.
+    """Reads the rows of all sources.
 
     Raises:
         UserError: one of them cannot be read.
@@ -109,7 +109,7 @@ def read_sources(sources: Sources, *, seed: int) -> RowSet:
 
 
 def _users_order(reference: str, rows: Sequence[Row], seed: int) -> Order:
-    """The order that ``file.py:function`` gives; what it returns is checked."""
+    """Loads the order that ``file.py:function`` gives, and checks what it returns."""
     function: Callable[..., Any] = load_function(reference)
     known = ("rows", "seed", "epoch")
     parameters = inspect.signature(function).parameters

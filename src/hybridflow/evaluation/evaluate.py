@@ -1,4 +1,6 @@
-"""Held-out evaluation: answers to fixed prompts, scored by the run's reward, and how sure one can be of the result."""
+"""Held-out evaluation: generates responses to fixed prompts, scores them by the run's reward, and measures the
+uncertainty of the result.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ class Evaluation:
 
     Args:
         measures: all of one data source, then those of the next.
-        others: ``response_length`` metrics of each source, and how many of its answers the reward failed on.
-        records: a row for each answer, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
+        others: ``response_length`` metrics of each source, and how many of its responses the reward failed on.
+        records: a row for each response, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
         prompts: how many prompts were answered.
     """
 
@@ -71,7 +73,9 @@ class Evaluation:
     prompts: int
 
     def metrics(self) -> dict[str, float]:
-        """All numbers by name: ``val-core/...`` for the values, ``val-aux/.../ci_low`` and ``ci_high`` besides."""
+        """Returns all numbers by name: ``val-core/...`` for the values; ``val-aux/.../ci_low`` and ``ci_high`` beside
+        them.
+        """
         found = {m.key: m.value for m in self.measures}
         for m in self.measures:
             aside = m.key.replace("val-core/", "val-aux/", 1)
@@ -80,7 +84,7 @@ class Evaluation:
 
 
 def sampling_for(section: EvalSection, training: Sampling) -> Sampling:
-    """How evaluation draws tokens: by its own section; where answers end is as in training."""
+    """Returns how evaluation draws tokens: by its own section; where responses end is as in training."""
     return replace(
         training,
         temperature=section.temperature,
@@ -101,23 +105,23 @@ def evaluate(
     seed: int,
     note: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Answers every prompt ``eval.samples_per_prompt`` times.
+    """Generates and scores ``eval.samples_per_prompt`` responses to every prompt.
 
-    Greedy answers take no noise; sampled ones take that of the stream "eval", by row and sample. Neither is ever the
+    Greedy responses take no noise; sampled ones take that of the stream "eval", by row and sample. Neither is ever the
     training's, and two models that are evaluated with one seed get the same.
 
     Args:
         answering: what answers and scores; its engine holds the weights to evaluate. Unless its policy ends the
-            evaluation where the reward fails, such an answer gets the policy's value, and is counted.
+            evaluation where the reward fails, such a response gets the failure policy's value, and is counted.
         prompts: the evaluation set.
-        section: how many rows and answers, and what is measured.
+        section: how many rows and responses, and what is measured.
         sampling: what `sampling_for` gave.
         seed: the run's seed.
         note: takes a line about the progress, every 10 seconds.
 
     Raises:
         Stopped: `Answering.should_stop` said yes. What was generated is dropped: an evaluation is whole, or is none.
-        UserError: the reward or ``eval.answer`` failed on an answer, or the model's numbers are not finite.
+        UserError: the reward or ``eval.answer`` failed on a response, or the model's numbers are not finite.
     """
     engine, grader, should_stop = answering.engine, answering.grader, answering.should_stop
     if section.answer is not None:
@@ -161,11 +165,11 @@ def evaluate(
 def measure(
     source: str, rewards: Sequence[Sequence[float]], votes: Sequence[Sequence[str]], section: EvalSection, seed: int
 ) -> Iterator[Measure]:
-    """The numbers of one data source.
+    """Yields the numbers of one data source.
 
     Args:
         source: its name.
-        rewards: for every prompt, what its answers are worth.
+        rewards: for every prompt, what its responses are worth.
         votes: for every prompt, the answers as `maj_at_k` counts them.
         section: what is measured.
         seed: of the intervals' resamples.
@@ -185,7 +189,7 @@ def measure(
 
 
 def vote_in(response: str, reference: str | None) -> str:
-    """The answer in a response that counts as a vote: what ``eval.answer`` finds in it, else all of it.
+    """Returns the answer in a response that counts as a vote: what ``eval.answer`` finds in it, else all of it.
 
     Raises:
         UserError: no such function, or it raised.
@@ -204,7 +208,7 @@ def vote_in(response: str, reference: str | None) -> str:
 
 
 def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | None:
-    """Advice where not one of several answers ended by itself; None where one did."""
+    """Returns advice where no response of several ended before the limit; None where one did."""
     count = len(finish_reasons)
     if count < 2 or any(reason != "length" for reason in finish_reasons):
         return None
@@ -221,7 +225,7 @@ def _answers(
     note: Callable[[str], None] | None,
     should_stop: Callable[[], bool],
 ) -> list[Result]:
-    """The results, in the order of their requests."""
+    """Returns the results, in the order of their requests."""
     handles = [engine.submit(request) for request in requests]
     done: dict[int, Result] = {}
     began = told = time.monotonic()

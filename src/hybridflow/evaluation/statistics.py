@@ -1,7 +1,8 @@
 """What evaluations are judged by: pass@k, maj@k, confidence intervals, and paired tests. Numbers in, numbers out.
 
-A prompt has n answers, of which c succeed. An interval is over prompts: they are what was drawn from a population, and
-answers to one prompt are alike. All randomness is a function of a `NoiseKey`. Shapes: P prompts, R resamples.
+A prompt has n responses, of which c succeed. An interval is over prompts: prompts are the sample from a population, and
+responses to one prompt are not independent. All randomness is a function of a `NoiseKey`. Shapes: P prompts, R
+resamples.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Interval = tuple[float, float]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k answers drawn without replacement hold a success: 1 - C(n - c, k) / C(n, k).
+    """Computes the chance that k responses drawn without replacement hold a success: 1 - C(n - c, k) / C(n, k).
 
     It is the unbiased estimate of pass@k (Chen et al., arXiv 2107.03374, equation 1), computed on exact integers.
 
@@ -41,7 +42,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def maj_at_k(votes: Sequence[Hashable], rewards: Sequence[float], k: int) -> float:
-    """The expected reward of the most frequent answer among k drawn without replacement; ties are drawn by lot.
+    """Computes the expected reward of the most frequent answer among k drawn without replacement; ties are drawn by
+    lot.
 
     Self-consistency (Wang et al., arXiv 2203.11171), exact over all C(n, k) subsets. Only the counts of the others
     matter for whether an answer with j votes wins, so subsets are counted, not listed: each other answer with m votes
@@ -92,7 +94,7 @@ def _wins(m: int, j: int, k: int, sizes: Counter[int]) -> float:
 
 
 def mean_interval(values: Sequence[float], key: NoiseKey) -> tuple[Interval, str]:
-    """A 95 % confidence interval of the mean over prompts, and what it is called.
+    """Computes a 95 % confidence interval of the mean over prompts, and names its method.
 
     "wilson" where every value is 0 or 1 (E. B. Wilson, JASA 22, 1927; it keeps its coverage with few prompts and at
     shares near 0 and 1: Brown, Cai and DasGupta, Statistical Science 16, 2001). Otherwise "bootstrap": percentiles of
@@ -108,7 +110,7 @@ def mean_interval(values: Sequence[float], key: NoiseKey) -> tuple[Interval, str
 
 
 def wilson(successes: float, count: int) -> Interval:
-    """Wilson's 95 % interval of a share: all p with ``|successes / count - p| <= z sqrt(p (1 - p) / count)``."""
+    """Computes Wilson's 95 % interval of a share: all p with ``|successes/count - p| <= z sqrt(p (1 - p) / count)``."""
     p, z = successes / count, CONFIDENCE_Z
     center = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -116,7 +118,7 @@ def wilson(successes: float, count: int) -> Interval:
 
 
 def bootstrap(values: Sequence[float], key: NoiseKey) -> Interval:
-    """The 2.5th and 97.5th percentile of the means of `RESAMPLES` resamples with replacement."""
+    """Computes the 2.5th and 97.5th percentile of the means of `RESAMPLES` resamples with replacement."""
     value_P = torch.tensor(values, dtype=torch.float64)
     rng = _generator(key)
     means_R: list[Tensor] = []
@@ -130,7 +132,8 @@ def bootstrap(values: Sequence[float], key: NoiseKey) -> Interval:
 
 
 def sign_test(first: int, second: int) -> float:
-    """The two-sided exact p-value of McNemar's test: prompts on which only the first, and only the second succeeds.
+    """Computes the two-sided exact p-value of McNemar's test: prompts on which only the first, and only the second
+    succeeds.
 
     Were both equally good, either would be a fair coin's work (binomial; Q. McNemar, Psychometrika 12, 1947).
 
@@ -142,7 +145,7 @@ def sign_test(first: int, second: int) -> float:
 
 
 def permutation_test(differences: Sequence[float], key: NoiseKey) -> tuple[float, str]:
-    """The two-sided p-value of a mean difference under flips of the signs, and what it is called.
+    """Computes the two-sided p-value of a mean difference under flips of the signs, and names its method.
 
     "exact" tries all signs where at most 14 differences are not zero (R. A. Fisher, The Design of Experiments, 1935).
     Otherwise "sampled" draws 10,000 of them and counts the one observed, so that p is never 0 (Phipson and Smyth,
@@ -170,5 +173,5 @@ def permutation_test(differences: Sequence[float], key: NoiseKey) -> tuple[float
 
 
 def _generator(key: NoiseKey) -> torch.Generator:
-    """A generator of its own, begun from the key: nobody else's draws change it, nor does it change theirs."""
+    """Returns a generator of its own, begun from the key: no other draws change it, nor does it change theirs."""
     return torch.Generator().manual_seed(key.bits())

@@ -1,7 +1,7 @@
 """A judge that a generation engine of this project answers for: inline, in this process, or vLLM and SGLang servers.
 
 It has a tokenizer and a chat template of its own. What the judged model wrote is put into the judge's conversation as
-text: the texts of its special tokens are broken up first, so that an answer cannot end the judge's turn.
+text: the texts of its special tokens are broken up first, so that a response cannot end the judge's turn.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Started:
 class EngineJudge:
     """A `protocols.rewards.Grader` whose judge is a model that an engine of this run holds.
 
-    Requests go to the engine when answers are submitted. The inline engine computes inside `wait` alone.
+    Requests go to the engine when responses are submitted. The inline engine computes inside `wait` alone.
 
     Args:
         section: ``reward.judge``.
@@ -126,7 +126,7 @@ class EngineJudge:
         self._open.clear()
 
     def check(self) -> None:
-        """See `protocols.rewards.Grader.check`. The engine is started with the first answer.
+        """See `protocols.rewards.Grader.check`. The engine is started with the first response.
 
         Raises:
             UserError: the model or the engine cannot be used.
@@ -172,7 +172,7 @@ class EngineJudge:
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text with the names of special tokens broken up: the tokenizer would read them as these tokens."""
+    """Returns the text with the names of special tokens broken up: the tokenizer would read them as these tokens."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
     for name in sorted((name for name in special if len(name) > 1), key=len, reverse=True):
@@ -187,7 +187,7 @@ def make_judge(
     rollout: RolloutSection,
     note: Callable[[str, str], None] | None,
 ) -> EndpointJudge | EngineJudge:
-    """The judge of ``reward.judge``.
+    """Makes the judge of ``reward.judge``.
 
     Args:
         section: which judge.
@@ -266,7 +266,9 @@ def _server(
 
 
 def _generation(section: ServerJudgeSection, r: RolloutSection) -> OwnEngine:
-    """How a server with the judge is started; what it does not say of times and environments, the run's engine does."""
+    """Returns the settings that start a server with the judge; the run's engine gives the times and environments that
+    the judge's section leaves out.
+    """
     own = VllmServerSection if section.engine == "vllm" else SglangServerSection
     given = section.model_dump(include={"engine", *SERVER_KEYS}, exclude_none=True)
     if r.engine != "inline":

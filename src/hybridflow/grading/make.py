@@ -28,12 +28,12 @@ BY_SOURCE, MODEL, JUDGE = "by_source", "model", "judge"
 
 
 def data_sources(*sets: PromptSet | None) -> set[str | None]:
-    """The ``data_source`` of all rows; None stands for rows without one."""
+    """Returns the ``data_source`` of all rows; None stands for rows without one."""
     return {row.get("data_source") for found in sets if found is not None for row in found.data.rows}
 
 
 def failure_policy(section: RewardSection) -> FailurePolicy:
-    """What happens to answers that the reward fails on."""
+    """Returns what happens to responses that the reward fails on."""
     return FailurePolicy(section.on_failure, section.failure_value, FIXES)
 
 
@@ -45,7 +45,7 @@ def make_grader(
     function: Callable[..., Any] | None = None,
     scoring: bool = True,
 ) -> Grader:
-    """What scores answers, by the configuration.
+    """Makes the grader that scores responses, by the configuration.
 
     Args:
         config: its ``reward`` section, and what models and judges need.
@@ -78,7 +78,7 @@ class _Parts:
     def grader(
         self, terms: Mapping[None, RewardTermSection] | Mapping[str, RewardTermSection], sources: Collection[str | None]
     ) -> Grader:
-        """The grader of these terms."""
+        """Makes the grader of these terms."""
         places = {
             (name, source): self._place(term, source)
             for name, term in terms.items()
@@ -111,7 +111,7 @@ class _Parts:
         return make_judge(c.reward.judge, c.reward.pool, c.run, c.rollout, note)
 
     def _place(self, term: RewardTermSection, source: str | None) -> str:
-        """The name of the function, or of the other backend, that scores rows of a source for a term."""
+        """Returns the name of the function, or of the other backend, that scores rows of a source for a term."""
         reference = term.function
         if reference == BY_SOURCE:
             reference = route(source, self.config.reward.sources)
@@ -136,7 +136,7 @@ class _Parts:
 def check_rows(
     config: RlConfig | EvalConfig, *sets: PromptSet | None, function: Callable[..., Any] | None = None
 ) -> None:
-    """Makes sure that the built-in rewards can judge answers to every row.
+    """Makes sure that the built-in rewards can judge responses to every row.
 
     Args:
         config: its ``reward`` section.
@@ -168,7 +168,7 @@ def check_rows(
 
 
 def first_of_each(prompts: PromptSet, count: int) -> Iterable[Prompt]:
-    """The first prompt of every data source, among the first `count` rows."""
+    """Yields the first prompt of every data source, among the first `count` rows."""
     seen = set()
     for i in range(min(count, len(prompts))):
         source = prompts.data.rows[i].get("data_source")
@@ -178,7 +178,7 @@ def first_of_each(prompts: PromptSet, count: int) -> Iterable[Prompt]:
 
 
 def require_score(score: Score, section: RewardSection, where: str) -> Score:
-    """A score that is one.
+    """Returns a score that is not a failure.
 
     Raises:
         UserError: the reward failed.

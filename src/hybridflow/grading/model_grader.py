@@ -1,7 +1,7 @@
 """A reward model at run time: a `Grader` whose scores a sequence classifier reads from conversations.
 
-The answers to one prompt are scored as a batch of their own, so a score never depends on what else is being scored, and
-a run that is gone on with scores as the first one did.
+The responses to one prompt are scored as a batch of their own, so a score never depends on what else is being scored,
+and a run that is gone on with scores as the first one did.
 
 Shapes: T tokens of all conversations of a batch.
 """
@@ -33,13 +33,13 @@ from hybridflow.protocols.rewards import Answers, Failure, Score
 from hybridflow.protocols.training import Pending, Scorer
 from hybridflow.protocols.waiting import never
 
-MARK = "\x02answer\x03"  # rendered in an answer's place, to find that place
+MARK = "\x02answer\x03"  # rendered in a response's place, to find that place
 MOST_WORDS = 200  # of a failure, in characters
 
 
 @dataclass(slots=True)
 class _ReadAnswer:
-    """An answer as the model reads it.
+    """A response as the model reads it.
 
     Args:
         token_ids: of the conversation; empty where there is none.
@@ -121,7 +121,7 @@ class ModelGrader:
         self.cancel()
 
     def _read(self, answers: Answers, response: str) -> _ReadAnswer:
-        """An answer's tokens, and where they are read; a failure where it cannot be read."""
+        """Returns a response's tokens, and the places at which they are read; a failure where it cannot be read."""
         messages = [*answers.prompt, {"role": "assistant", "content": response}]
         try:
             text = _render(self.tokenizer, messages)
@@ -156,7 +156,8 @@ class ModelGrader:
         return Score(0.0, steps=tuple((end, values[place]) for end, place in reading.steps))
 
     def _place(self, prompt: Messages, text: str, response: str) -> tuple[int, int] | None:
-        """Where the answer begins in the rendered conversation, and how many characters of it are there.
+        """Returns the place where the response begins in the rendered conversation, and how many of its characters are
+        there.
 
         Templates may cut white space off at either end. None where anything else was changed.
         """
@@ -172,9 +173,10 @@ class ModelGrader:
 
 
 def step_ends(response: str, separator: str) -> list[int]:
-    r"""After how many characters each step of an answer ends: with the separator, or at the end of the answer.
+    r"""Returns the number of characters after which each step of a response ends: with the separator, or at the end of
+    the response.
 
-    White space alone is no step; an answer without any step has one, which ends with it.
+    White space alone is no step; a response without any step has one, which ends with it.
 
     >>> step_ends("a\n\nbc\n\nd", "\n\n"), step_ends("a\n\n", "\n"), step_ends("", "\n")
     ([3, 7, 8], [2], [0])
@@ -185,7 +187,7 @@ def step_ends(response: str, separator: str) -> list[int]:
 
 
 def _token_before(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """The token with the last character before this one; the first token where there is none."""
+    """Returns the token with the last character before this one; the first token where there is none."""
     return next((i for i in reversed(range(len(offsets))) if offsets[i][0] < min(character, offsets[-1][1])), 0)
 
 
@@ -194,7 +196,7 @@ def _finite(value: float) -> bool:
 
 
 def make_reward_model(config: RlConfig | EvalConfig, places: Places | None) -> ModelGrader:
-    """The reward model of a configuration: in the pool of the role "reward", or in this process.
+    """Makes the reward model of a configuration: in the pool of the role "reward", or in this process.
 
     Args:
         config: its ``reward.model``.

@@ -1,1 +1,1 @@
-"""Groups of answers, generated and scored."""
+"""Groups of responses, generated and scored."""

@@ -16,8 +16,8 @@ class Answering:
     """Who answers, who scores, and when both end.
 
     Args:
-        engine: where answers come from.
-        grader: scores the answers of finished groups, while others are generated.
+        engine: where responses come from.
+        grader: scores the responses of finished groups, while others are generated.
         decode: token ids to text.
         policy: what happens where the reward fails.
         should_stop: asked all the time; True ends with `Stopped`.

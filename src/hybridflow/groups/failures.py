@@ -1,4 +1,4 @@
-"""What becomes of answers that the reward failed on: ``reward.on_failure``."""
+"""What becomes of responses that the reward failed on: ``reward.on_failure``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridflow.protocols.rewards import Failure
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What happens to answers that the reward failed on; see ``reward.on_failure``.
+    """What happens to responses that the reward failed on; see ``reward.on_failure``.
 
     Args:
         on_failure: what happens.
@@ -24,7 +24,7 @@ class FailurePolicy:
     advice: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, failure: Failure, where: str) -> UserError:
-        """What ends a run at its first failure.
+        """Returns the error that ends a run at its first failure.
 
         Args:
             failure: the first one.

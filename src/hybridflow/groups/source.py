@@ -51,7 +51,7 @@ class GroupStore(Protocol):
         ...
 
     def read(self, step: int) -> dict[int, Group]:
-        """The groups kept for a step, by draw."""
+        """Returns the groups kept for a step, by draw."""
         ...
 
     def mend(self, step: int) -> None:
@@ -59,20 +59,20 @@ class GroupStore(Protocol):
         ...
 
 
-GREEDY = -1  # stands for the number of the greedy answer among the samples
+GREEDY = -1  # stands for the number of the greedy response among the samples
 
 
 class GroupSource:
-    """Generates and scores groups of answers.
+    """Generates and scores groups of responses.
 
     Args:
         answering: what answers and scores.
         question: the prompt of a row index.
-        sampling: how answers are drawn.
-        samples: answers per prompt.
+        sampling: how responses are drawn.
+        samples: responses per prompt.
         greedy: whether every prompt is answered once more, greedily, for a baseline.
         seed: the run's seed.
-        tell: takes a sentence about the first answer that the reward failed on in each way, where the run goes on.
+        tell: takes a sentence about the first response that the reward failed on in each way, where the run goes on.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
             computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
@@ -103,7 +103,7 @@ class GroupSource:
         self.reward_seconds = 0.0
         self._kept: list[Result] = []
         self._submitted = 0
-        # What the grader was asked, by its key: the draw, and whether it is the greedy answer to it.
+        # What the grader was asked, by its key: the draw, and whether it is the greedy response to it.
         self._asked: dict[int, tuple[int, bool]] = {}
 
     def keep(self, results: Sequence[Result]) -> None:
@@ -111,7 +111,7 @@ class GroupSource:
         self._kept += results
 
     def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
-        """The groups of these (draw, row) pairs, in their order; one that the policy drops has no trajectories.
+        """Returns the groups of these (draw, row) pairs, in their order; one that the policy drops has no trajectories.
 
         Args:
             step: the step they are for.
@@ -119,7 +119,7 @@ class GroupSource:
 
         Raises:
             Stopped: the run was asked to stop.
-            UserError: the reward failed, log-probabilities are not finite, or the journal holds answers to other
+            UserError: the reward failed, log-probabilities are not finite, or the journal holds responses to other
                 prompts.
         """
         with returning_when(self.should_stop, self.engine, self.grader):
@@ -191,13 +191,13 @@ class GroupSource:
 
         ask(group.texts, baseline=False)
         if greedy is not None:
-            # Scored apart: a reward that looks at the whole group must not see the answer that it is held against.
+            # Scored apart: a reward that looks at the whole group must not see the response that it is held against.
             ask([self.decode(greedy.token_ids)], baseline=True)
         self.reward_seconds += time.perf_counter() - began
         return group
 
     def _scored(self, scoring: dict[int, _Scoring], *, wait: bool) -> list[int]:
-        """The draws whose scores are all there; waits for one if there is nothing else to do."""
+        """Returns the draws whose scores are complete; waits for one if there is nothing else to do."""
         began = time.perf_counter()
         whole = []
         for key, scores in self.grader.wait() if wait and scoring else self.grader.ready():
@@ -214,7 +214,7 @@ class GroupSource:
         return whole
 
     def _group(self, draw: int, row: int, question: Question, found: _Scoring) -> Group:
-        """A group of what was scored, after the policy for what was not."""
+        """Makes a group of the scored responses, after the failure policy was applied to those that failed."""
         every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
         failed = [score.failure for score in every if score.failure is not None]
         group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(f.kind for f in failed)))
@@ -229,7 +229,7 @@ class GroupSource:
             group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
         baseline_failed = found.baseline is not None and found.baseline.failure is not None
         if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
-            return group  # without its baseline an answer has nothing to be held against
+            return group  # without its baseline a response has nothing to be held against
         names = {name for score in found.scores for name in score.components}
         for i, (text, score) in enumerate(zip(found.texts, found.scores)):
             r = found.results[i]
@@ -252,7 +252,9 @@ class GroupSource:
         return group
 
     def _at_tokens(self, token_ids: list[int], text: str, score: Score) -> list[tuple[int, float]]:
-        """The rewards of an answer's parts, each on the first token with which the text is as long as the part ends."""
+        """Returns the rewards of a response's parts, each on the first token with which the text is as long as the part
+        ends.
+        """
         found = []
         for characters, reward in score.steps:
             low, high = 1, len(token_ids)  # the length of the text grows with the tokens: a binary search
@@ -267,7 +269,7 @@ class GroupSource:
 
 
 def require_finite(results: Iterable[Result], to: str, temperature: str) -> None:
-    """Makes sure that a model gave answers their probabilities.
+    """Makes sure that a model gave responses their probabilities.
 
     Args:
         results: of the model.

@@ -66,7 +66,7 @@ class Pace:
         self.free = 0.0
 
     def take(self, now: float, cost: float) -> None:
-        """Work of this cost begins; `free` is when the next may, in seconds of the same clock as `now`."""
+        """Begins work of this cost; `free` is when the next may begin, in seconds of the same clock as `now`."""
         # A timer that fires a little late must not slow the pace down: up to a tenth of a second is caught up with.
         self.free = max(self.free, now - SLACK) + cost * self.seconds_each
 
@@ -122,7 +122,7 @@ class LimitedClient:
 
     @classmethod
     def of(cls, pool: RewardPoolSection) -> LimitedClient:
-        """A client with the limits of ``reward.pool``."""
+        """Makes a client with the limits of ``reward.pool``."""
         return cls(
             concurrency=pool.concurrency,
             timeout=pool.timeout,
@@ -167,7 +167,7 @@ class LimitedClient:
         timeout: float | None = None,
         retries: int | None = None,
     ) -> Future[Any]:
-        """The same, of a GET without a body."""
+        """Sends a GET without a body, with the same limits."""
         return self._begin("GET", url, None, headers or {}, 0, timeout, retries)
 
     def close(self) -> None:
@@ -285,7 +285,8 @@ def _read(url: str, status: int, text: str, retry_after: str | None) -> Any:
 
 
 def seconds_asked(retry_after: str | None, now: Callable[[], float] = time.time) -> float:
-    """What a header ``Retry-After`` means in seconds: RFC 9110, 10.2.3. 0 without one, or with one that is malformed.
+    """Returns the seconds that a header ``Retry-After`` means (RFC 9110, 10.2.3); 0 without one, or with one that is
+    malformed.
 
     >>> seconds_asked("2"), seconds_asked(None), seconds_asked("soon")
     (2.0, 0.0, 0.0)

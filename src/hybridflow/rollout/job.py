@@ -50,23 +50,23 @@ class Job:
         return s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0)
 
     def context(self) -> tuple[int, ...]:
-        """All tokens so far, the prompt included."""
+        """Returns all tokens so far, the prompt included."""
         return self.request.prompt_ids + self.request.generated_ids + tuple(self.tokens)
 
     def length(self) -> int:
-        """How many tokens there are so far, the prompt included."""
+        """Returns the number of tokens so far, the prompt included."""
         return len(self.request.prompt_ids) + len(self.request.generated_ids) + len(self.tokens)
 
     def left(self) -> int:
-        """How many tokens it can still generate."""
+        """Returns how many tokens the job can still generate."""
         return self.room - len(self.tokens)
 
     def seed(self) -> int:
-        """63 bits of the request's noise, for engines with a generator per request; see `seed_of`."""
+        """Returns 63 bits of the request's noise, for engines with a generator per request; see `seed_of`."""
         return seed_of(self.request, len(self.tokens))
 
     def limit(self) -> int:
-        """Tokens that the whole sequence can have in the end."""
+        """Returns the largest number of tokens that the whole sequence can reach."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
 
     def take(self, token: int, logp: float) -> str | None:
@@ -80,7 +80,7 @@ class Job:
         return "length" if len(self.tokens) >= self.room else None
 
     def result(self, reason: str) -> Result:
-        """The result as it stands; versions under which no token was sampled have no span."""
+        """Returns the result as it stands; versions under which no token was sampled have no span."""
         starts = [start for _, start in self.versions] + [len(self.tokens)]
         spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
         support = None
@@ -119,7 +119,7 @@ def check_request(request: Request, *, decodes: bool, max_model_len: int | None 
 
 
 def seed_of(request: Request, new: int = 0) -> int:
-    """63 bits of a request's noise; from another place of the trajectory on, other ones.
+    """Returns 63 bits of a request's noise; at a later place of the trajectory they differ.
 
     torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
 

@@ -42,7 +42,7 @@ class BatchNeeds:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> BatchNeeds:
-        """What these rows need."""
+        """Returns what these rows need."""
         s = [job.request.sampling for job in jobs]
         temperatures = {x.temperature for x in s}
         return cls(
@@ -97,7 +97,7 @@ class Rows:
                 job.supports = []
 
     def keep(self, order: list[int]) -> None:
-        """These rows stay, in this order."""
+        """Keeps only these rows, in this order."""
         self.jobs = [self.jobs[r] for r in order]
         self._needs = None
         index = torch.tensor(order, dtype=torch.int64, device=self.numbers_4R.device)
@@ -141,7 +141,7 @@ class Rows:
         return [(first + row, reason) for row, reason in enumerate(reasons) if reason is not None]
 
     def _cut(self, score_RV: Tensor, rows: list[int], jobs: list[Job]) -> Tensor:
-        """Scores with -inf for what filters leave out; notes in the jobs what is kept."""
+        """Returns scores with -inf for what filters leave out; records in the jobs what is kept."""
         everyone = len(rows) == len(jobs)
         part_PV = score_RV if everyone else score_RV[rows]
         kept_PV = kept(part_PV, [jobs[r].request.sampling for r in rows])
@@ -156,14 +156,16 @@ class Rows:
 
 
 def biased(score_RV: Tensor, bias: Sequence[Sequence[tuple[int, float]]]) -> Tensor:
-    """Scores with each row's (token id, value) pairs added."""
+    """Returns scores with each row's (token id, value) pairs added."""
     entries = [(row, token, value) for row, pairs in enumerate(bias) for token, value in pairs]
     rows, tokens, values = (torch.tensor(x, device=score_RV.device) for x in zip(*entries))
     return score_RV.index_put((rows, tokens), values.float(), accumulate=True)
 
 
 def penalised(score_RV: Tensor, penalty: Sequence[float], context: Sequence[Sequence[int]]) -> Tensor:
-    """Scores of tokens in a row's context divided by its penalty where positive, else multiplied (arXiv 1909.05858)."""
+    """Returns scores in which those of tokens in a row's context are divided by its penalty where positive, else
+    multiplied (arXiv 1909.05858).
+    """
     entries = [(row, token) for row, tokens in enumerate(context) if penalty[row] != 1 for token in set(tokens)]
     rows, tokens = (torch.tensor(x, device=score_RV.device) for x in zip(*entries))
     found, by = score_RV[rows, tokens], torch.tensor(penalty, device=score_RV.device)[rows]
@@ -171,7 +173,9 @@ def penalised(score_RV: Tensor, penalty: Sequence[float], context: Sequence[Sequ
 
 
 def kept(score_PV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """What min-p, then top-k, then top-p leave of each row's tokens (bool ``[P, V]``); at least the likeliest one."""
+    """Returns the tokens that min-p, then top-k, then top-p keep of each row (bool ``[P, V]``); at least the likeliest
+    one.
+    """
     vocab, device = score_PV.shape[1], score_PV.device
     kept_PV = torch.ones_like(score_PV, dtype=torch.bool)
     if any(s.min_p > 0 for s in samplings):
@@ -190,7 +194,7 @@ def kept(score_PV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _likeliest(score_PV: Tensor, top_k_P: Tensor, top_p_P: Tensor) -> Tensor:
-    """The top_k likeliest tokens, and of these the fewest that make up top_p of their probability."""
+    """Returns the top_k likeliest tokens, and of these the fewest that make up top_p of their probability."""
     vocab = score_PV.shape[1]
     count_P = torch.minimum(top_k_P, (score_PV > -torch.inf).sum(-1))
     all_P = score_PV.double().logsumexp(-1)

@@ -14,7 +14,7 @@ class EngineModel:
 
     Args:
         folder: the model in Hugging Face format: its weights are those of version 0; None where servers run already.
-        max_model_len: most tokens of a sequence, prompt and answer together.
+        max_model_len: most tokens of a sequence, prompt and response together.
         tensor_parallel: processes that share one copy of the model.
         dtype: what it computes in; by default "float32" on CPUs, "bfloat16" elsewhere.
         seed: seed of the engine's own generators, which requests do not use.

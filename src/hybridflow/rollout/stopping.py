@@ -1,4 +1,4 @@
-"""Ends of answers that are told by their text: stop strings and regular expressions."""
+"""Ends of responses that are told by their text: stop strings and regular expressions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ CUT = "\ufffd"  # what decoders write for bytes of a character that is not compl
 
 
 class StopText:
-    """Reads an answer as it grows and finds the first token whose text completes a stop.
+    """Reads a response as it grows and finds the first token whose text completes a stop.
 
     Only the newest tokens are decoded each time, after a few old ones: some decoders write a token differently at the
     beginning of a text. A stop may span any number of tokens, and tokens may end within a character.
 
     Args:
-        stop: texts that end the answer.
-        regex: a regular expression that ends the answer where it matches, searched in all of the text; None for none.
+        stop: texts that end the response.
+        regex: a regular expression that ends the response where it matches, searched in all of the text; None for none.
         decode: token ids to text.
-        token_ids: tokens of the answer that are there already.
+        token_ids: tokens of the response that are there already.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ from hybridflow.errors import UserError, nearest
 
 
 def better(section: CheckpointSection, metrics: Mapping[str, float], step: int, best: Best | None) -> Best | None:
-    """The step as the new best, if its metrics are better than the best so far; of equal steps the earlier one stays.
+    """Returns the step as the new best, if its metrics are better than the best so far; of equal steps the earlier one
+    stays.
 
     The model that a run begins with (step 0) is none of its checkpoints, and never the best.
 
@@ -40,7 +41,8 @@ def better(section: CheckpointSection, metrics: Mapping[str, float], step: int, 
 
 
 def best_of(section: CheckpointSection, lines: Iterable[Mapping[str, float]], saved: Collection[int]) -> Best | None:
-    """The best of the steps that are saved, from the lines of metrics.jsonl: what a process that goes on begins with.
+    """Returns the best of the steps that are saved, from the lines of metrics.jsonl: the state with which a resumed
+    process begins.
 
     Args:
         section: see `better`.

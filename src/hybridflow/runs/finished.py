@@ -37,12 +37,12 @@ class AlreadyDone(UserError):
         super().__init__(what, why=why, fix=f"{length.longer} to train longer, or choose another run.folder")
 
     def line(self) -> str:
-        """All of it in one line."""
+        """Returns all of it in one line."""
         return "; ".join(filter(None, [self.what, self.why, self.fix]))
 
 
 def finished(config: TrainingConfig) -> AlreadyDone | None:
-    """What to say where a run's folder shows, without anything being loaded, that it is done as it is configured.
+    """Returns a message where a run's folder shows, without loading anything, that the run is done as it is configured.
 
     Raises:
         UserError: the folder is of another run.
@@ -65,7 +65,7 @@ def _ends(length: LengthSection) -> set[str]:
 
 
 def said_changes(changed: Changes) -> str:
-    """Settings with what they were and are.
+    """Describes settings with their old and new values.
 
     >>> said_changes({"optim.lr": (0.1, 0.2), "data.eval": (None, "rows.jsonl")})
     'optim.lr was 0.1, is 0.2; data.eval was unset, is rows.jsonl'
@@ -76,5 +76,5 @@ def said_changes(changed: Changes) -> str:
 
 
 def said(value: Any) -> str:
-    """A setting's value in words."""
+    """Describes a setting's value."""
     return "unset" if value is None else str(value)

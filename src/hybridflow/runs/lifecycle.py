@@ -37,7 +37,7 @@ class StopRequest:
         return self.signal
 
     def requested(self) -> bool:
-        """Whether the run should stop."""
+        """Returns whether the run should stop."""
         return self.reason is not None
 
     def __enter__(self) -> StopRequest:
@@ -78,7 +78,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last call, with the whole step's time; starts the next step."""
+        """Returns the metrics since the last call, with the whole step's time; starts the next step."""
         now = time.perf_counter()
         metrics = {f"timing_s/{name}": value for name, value in self.seconds.items()}
         metrics["timing_s/step"] = now - self._began

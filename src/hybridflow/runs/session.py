@@ -32,7 +32,7 @@ from hybridflow.tracking.trackers import Trackers
 
 
 def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_step: int) -> int:
-    """Steps of a run: as many as are given, or as find their rows in so many epochs.
+    """Returns the steps of a run: as many as are given, or as many as find their rows in so many epochs.
 
     Raises:
         UserError: not even one step does.
@@ -80,7 +80,7 @@ class Opened:
     places: Places
 
     def trackers(self, total_steps: int) -> Trackers:
-        """The records of a run of so many steps."""
+        """Opens the records of a run of so many steps."""
         return Trackers(
             self.folder.path,
             self.config.track,
@@ -95,13 +95,13 @@ class Opened:
         engines: Mapping[str, TrainEngine],
         forget: Callable[[], None] = lambda: None,
     ) -> Saver:
-        """What saves these engines; see `Saver`."""
+        """Makes what saves these engines; see `Saver`."""
         return Saver(self.folder.checkpoints, self.config.checkpoint, tokenizer, engines, forget)
 
 
 @contextmanager
 def opening(config: TrainingConfig) -> Iterator[Opened]:
-    """The run's folder, its stop request and its processes.
+    """Opens the run's folder, its stop request and its processes for the block.
 
     On an error the processes end and the folder is let go of. In a process that torchrun started as a worker this
     serves the controller, and does not come back.
@@ -184,18 +184,18 @@ class Session:
         return isinstance(error, Stopped)
 
     def _save_what_can_be(self) -> None:
-        """After an error: the checkpoint that is on its way is of a step that was done before."""
+        """Completes, after an error, the checkpoint that is being written: its step was done before the error."""
         try:
             self.saver.settle()
         except Exception as error:  # the first error is the one that is raised
             self.trackers.events.append("failed", f"the checkpoint on its way was lost: {str(error).splitlines()[:1]}")
 
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Returns whether nothing is left to do."""
         return self.step >= self.total_steps
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; each counts as done once the loop asks for the next."""
+        """Yields the steps still to do; each counts as done once the loop asks for the next."""
         while not self.done() and not self.stop.requested():
             self._drawn_before = self.sampler.drawn
             self.places.begin_step(self.step + 1)
@@ -227,7 +227,7 @@ class Session:
         self.nonfinite.note(update, data_rows, self.step + 1)
 
     def extra_state(self) -> dict[str, Any]:
-        """Plain values that a kind of run keeps in its checkpoints besides the common ones."""
+        """Returns plain values that a kind of run keeps in its checkpoints besides the common ones."""
         return {}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ NUMBERS = (
     ("length", ("response_length/mean",), "{:.0f}"),
     ("tokens/s", ("perf/throughput",), "{:,.0f}"),
 )
-# On answers of the current weights a policy loss is 0 whatever is learned: its gradient is not. It then says nothing.
+# On responses of the current weights a policy loss is 0 whatever is learned: its gradient is not. It then says nothing.
 NOTHING = {"loss": ("0.0000", "-0.0000")}
 LINES = 500  # where there is no terminal; a step that takes longer than a second always has one
 SECONDS_BETWEEN_LINES = 1.0
@@ -133,7 +133,7 @@ class ProgressConsole:
         return Group(bar, numbers)
 
     def _seconds_left(self) -> float | None:
-        """From the pace of the last steps; None while there is none."""
+        """Estimates the remaining seconds from the pace of the last steps; None while there is none."""
         (began, first), (ended, last) = self._pace[0], self._pace[-1]
         if last <= first:
             return None
@@ -141,7 +141,7 @@ class ProgressConsole:
 
 
 def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The mean held-out reward of each data source in a step's metrics; empty if the step has no evaluation."""
+    """Returns the mean held-out reward of each data source in a step's metrics; empty if the step has no evaluation."""
     found = {match["source"]: metrics[name] for name in metrics if (match := _HELD_OUT.fullmatch(name))}
     return {source: value for source, value in found.items() if math.isfinite(value)}
 

@@ -40,7 +40,7 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, str]]:
-    """The events in the order written; lines that a kill cut short are left out."""
+    """Reads the events in the order written; lines that a kill cut short are left out."""
     events: list[dict[str, str]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

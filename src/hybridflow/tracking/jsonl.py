@@ -43,7 +43,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The steps of a run in the order written; a last line that a kill cut short is left out.
+    """Reads the steps of a run in the order written; a last line that a kill cut short is left out.
 
     Raises:
         UserError: the file is damaged before its last line.
@@ -55,7 +55,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _number(value: Any) -> float:
-    """What `_plain` wrote; NaN for anything else that a line may hold."""
+    """Reads what `_plain` wrote; NaN for anything else that a line may hold."""
     if isinstance(value, int | float):
         with suppress(OverflowError):
             return value if math.isfinite(value) else math.nan
@@ -63,7 +63,7 @@ def _number(value: Any) -> float:
 
 
 def _plain(value: SupportsFloat) -> int | float | None:
-    """A number as JSON has it: an int or a finite float; None for NaN and the infinities."""
+    """Returns a number as JSON has it: an int or a finite float; None for NaN and the infinities."""
     try:
         number = float(value)
     except OverflowError:  # an int beyond all floats

@@ -39,14 +39,14 @@ class Level:
     last: list[float] = field(default_factory=list)
 
     def take(self, value: float) -> None:
-        """The next step's."""
+        """Adds the next step's value."""
         if len(self.early) < EARLY:
             self.early.append(value)
         else:
             self.last = [*self.last, value][-STAYS:]
 
     def growth(self) -> float:
-        """By how much it is above its early level."""
+        """Returns by how much the value is above its early level."""
         return statistics.median(self.last) - statistics.median(self.early) if self.last else 0.0
 
 
@@ -65,7 +65,7 @@ class MismatchWatch:
         self.grown: set[str] = set()
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """What is to be said after the step with these metrics, if anything."""
+        """Returns advice after the step with these metrics, if there is any."""
         for name in self.levels.keys() & metrics.keys():
             self.levels[name].take(metrics[name])
         for name, floor in FLOORS.items():

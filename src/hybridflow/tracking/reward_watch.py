@@ -6,14 +6,14 @@ seen, and by three times of what it moves from step to step. What may then disag
 
 - held-out reward: it fell beyond both confidence intervals, or stayed where it was while the training reward left it
   behind;
-- length: answers are `LONGER` times as long or as short as they were, and among the answers to one prompt it is length
-  that is paid (a correlation of `PAID`); or the limit cuts `CUT` more of them;
+- length: responses are `LONGER` times as long or as short as they were, and among the responses to one prompt it is
+  length that is paid (a correlation of `PAID`); or the limit cuts `CUT` more of them;
 - entropy: `COLLAPSED` of what it was, with `MISSING` of the span still to be had, and no more coming;
 - repetition within answers: the share of new pairs of tokens is `NEW` of what it was;
 - one final answer: its share of the prompts for which it is not right grew by `SAME`;
 - parts of the reward: one fell while the sum rose.
 
-None of it is proof, and rising together with the reward is none either: an honest run shortens answers, loses entropy
+None of it is proof, and rising together with the reward is none either: an honest run shortens responses, loses entropy
 and answers more alike. So each bound is far from what honest runs do, a cause must last `STAYS` steps (held-out reward:
 evaluations), and it is told once, and again only after it was gone for `RESTS`.
 """
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 WINDOW, HORIZON, STAYS, RESTS = 5, 100, 3, 20
 RISE, LONGER, PAID, CUT, SAME = 0.1, 2.0, 0.8, 0.3, 0.3
 COLLAPSED, MISSING = 0.1, 0.5  # of the entropy, and of the span: an honest run may stop short of the best, too
-NEW = 0.6  # of the pairs of tokens that are new in their answer
+NEW = 0.6  # of the pairs of tokens that are new in their response
 LEFT_BEHIND = 0.25  # of the span: how far the held-out reward must be behind to count as left behind
 SCORE, LENGTH, CLIPPED, ENTROPY = (
     "critic/score/mean",
@@ -76,7 +76,7 @@ class Trend:
         return statistics.median(abs(b - a) for a, b in itertools.pairwise(values)) if len(values) > 1 else 0.0
 
     def said(self) -> str:
-        """Both levels, for a sentence."""
+        """Returns both levels, for a sentence."""
         return f"{self.then:.3g} -> {self.now:.3g}"
 
 
@@ -109,7 +109,7 @@ class RewardWatch:
         self.told: set[str] = set()
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """What is to be said after the step with these metrics, if anything."""
+        """Returns advice after the step with these metrics, if there is any."""
         known = {name: float(value) for name, value in metrics.items() if _is_finite(value)}
         for name in self.levels.keys() & known.keys():
             self.levels[name].values.append(known[name])
@@ -167,7 +167,7 @@ class RewardWatch:
                 f"answers grow ({LENGTH} {length.said()}), and {paid}: the reward may pay for length itself; {LOOK}, "
                 "and take it off with reward.length_coef"
             )
-        # Answers that the limit cut before, and that learn to end, become shorter and better.
+        # Responses that the limit cut before, and that learn to end, become shorter and better.
         if ratio <= 1 / LONGER and pull.now <= -PAID and self.levels[CLIPPED].then < CUT:
             return (
                 f"answers shrink ({LENGTH} {length.said()}), and {paid}: the reward may pay for ending early; {LOOK}, "
@@ -224,7 +224,7 @@ class RewardWatch:
         )
 
     def _risen(self, name: str, sign: float = 1.0) -> bool:
-        """Whether a reward, or a part of it, is clearly above its old level; with sign -1, below."""
+        """Returns whether a reward, or a part of it, is clearly above its old level; with sign -1, below."""
         level = self.levels[name]
         least, most = self.spans.get(name.removesuffix("/mean"), (0.0, math.inf))
         return level.known and sign * level.change > max(RISE * (most - least), 3 * level.unrest)

@@ -1,4 +1,4 @@
-"""rollouts/*.parquet and evaluations/*.parquet: answers with tokens, log-probabilities, reward, advantage."""
+"""rollouts/*.parquet and evaluations/*.parquet: responses with tokens, log-probabilities, reward, advantage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVALUATION = SCHEMA.append(pa.field("question", pa.string())).append(pa.field("v
 
 
 def write_rollouts(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = SCHEMA) -> None:
-    """Writes answers, one row each, as a parquet file that is there whole or not at all.
+    """Writes responses, one row each, as a parquet file that is there whole or not at all.
 
     Args:
         path: the file; its folder is made if absent.
@@ -50,13 +50,15 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The answers in a file of `write_rollouts`, as they were given."""
+    """Reads the responses in a file of `write_rollouts`, as they were given."""
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
 
 
 def _clean(value: Any) -> Any:
-    """Lone surrogates (JSON data can hold them) have no UTF-8: a question mark, rather than the end of the run."""
+    """Replaces lone surrogates (JSON data can hold them), which have no UTF-8, by a question mark: they must not end
+    the run.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     return value

@@ -1,9 +1,9 @@
 """An eye on whether rewards tell answers apart at all: where they never do, a run ends as done and has learned nothing.
 
-A step teaches if some answer is worth more or less than those it is held against: those to the same prompt where the
-advantage compares answers to one prompt, else all of the step (`teaches`). The advice comes after `ALIKE` steps in a
-row that do not, if every answer of them was worth the same, and after `GROUPS_ALIKE` if that holds within prompts only.
-It comes once, and again only where the run has learned in between.
+A step teaches if some response is worth more or less than those it is held against: those to the same prompt where the
+advantage compares responses to one prompt, else all of the step (`teaches`). The advice comes after `ALIKE` steps in a
+row that do not, if every response of them was worth the same, and after `GROUPS_ALIKE` if that holds within prompts
+only. It comes once, and again only where the run has learned in between.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ LEAST, MOST, CUT = "critic/score/min", "critic/score/max", "response_length/clip
 
 
 def teaches(groups: Sequence[Group], advantage: str, clip: tuple[float, float] | None = None) -> bool | None:
-    """Whether some answer of a step is worth another than those it is held against; None where rewards are not read.
+    """Returns whether a response of a step has another reward than those it is compared with; None where rewards are
+    not read.
 
     Bounds on the reward (``reward.clip``) count. What else shapes it (penalties on length or divergence) does not: a
     run on these alone is one whose reward says nothing.
@@ -57,7 +58,7 @@ class SignalWatch:
         self.learned = False  # in some step
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """What is to be said after the step with these metrics, if anything."""
+        """Returns advice after the step with these metrics, if there is any."""
         if TEACHES not in metrics or LEAST not in metrics:
             return None
         if metrics[TEACHES]:
@@ -71,7 +72,7 @@ class SignalWatch:
         return self.told
 
     def summary(self) -> str | None:
-        """What is to be said when a run ends: what still holds, also of one that was too short to be told before."""
+        """Returns advice at the end of a run, if there is any; also for a run that was too short for earlier advice."""
         if self.told or self.learned or not self.streak:
             return self.told
         return _sentence(len(self.streak), {end for step in self.streak for end in step}, 0.0)

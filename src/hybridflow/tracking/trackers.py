@@ -121,11 +121,11 @@ class Trackers:
         self._active = {}
 
     def advise(self, text: str) -> None:
-        """Something that may be wrong, for whoever watches and for events.jsonl; the run goes on."""
+        """Prints and records advice on something that may be wrong; the run continues."""
         self.tell("advice", f"advice: {text}", text)
 
     def tell(self, kind: str, said: str, text: str | None = None) -> None:
-        """What happened, for whoever watches and for events.jsonl.
+        """Prints an event and records it in events.jsonl.
 
         Args:
             kind: of the event.
@@ -137,7 +137,7 @@ class Trackers:
             self.note(said)
 
     def note(self, text: str) -> None:
-        """A line for whoever watches: above the progress bar, or on stderr if there is none."""
+        """Prints a line above the progress bar, or on stderr if there is none."""
         with suppress(OSError, ValueError):  # nobody is there to read it; events.jsonl has it
             console = self._active.get("console")
             if isinstance(console, ProgressConsole):

@@ -61,13 +61,13 @@ def train_reward_model(config: RewardModelConfig) -> Path:
 
 
 def next_batch(run: RewardModelRun) -> Batch:
-    """The step's pairs, tokenised, with what their loss reads."""
+    """Returns the step's pairs, tokenised, with the columns of their loss."""
     with run.clock.phase("data"):
         return run.data.batch([row for _, row in run.sampler.take(run.config.train.pairs_per_update)])
 
 
 def update(run: RewardModelRun, batch: Batch, step: int) -> dict[str, float]:
-    """One optimizer step, and what the model made of its pairs before.
+    """Takes one optimizer step; returns its metrics, with how the model judged the pairs before the step.
 
     Raises:
         UserError: the loss was not finite three times in a row; the rows are named.
@@ -86,7 +86,7 @@ def update(run: RewardModelRun, batch: Batch, step: int) -> dict[str, float]:
 
 
 def evaluate(run: RewardModelRun) -> dict[str, float]:
-    """Loss, accuracy and margin on the held-out pairs."""
+    """Computes loss, accuracy and margin on the held-out pairs."""
     assert run.held_out is not None
     count, size = len(run.held_out), run.config.train.pairs_per_update
     rows = range(count if run.config.eval.max_rows is None else min(count, run.config.eval.max_rows))
@@ -112,7 +112,7 @@ def record(run: RewardModelRun, step: int, batch: Batch, metrics: dict[str, floa
 
 
 def values_of(run: RewardModelRun, batch: Batch) -> Tensor:
-    """``[N, 2]`` rewards of the preferred conversation of each pair and of the other, without gradients."""
+    """Computes ``[N, 2]`` rewards of the preferred conversation of each pair and of the other, without gradients."""
     return run.engine.score(batch, ["value"])["value"][batch["loss_mask_T"]].view(-1, 2)
 
 
@@ -157,7 +157,7 @@ def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
 
 
 def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, PreferenceSet, PreferenceSet | None]:
-    """The tokenizer with its template, the training pairs, and the held-out ones.
+    """Loads the tokenizer with its template, the training pairs, and the held-out ones.
 
     Raises:
         UserError: one of them is not as it should be.

@@ -33,13 +33,13 @@ class SftRun(Session):
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
     def done(self) -> bool:
-        """Whether all steps are made, or the loss is as low as was asked for."""
+        """Returns whether all steps are done, or the loss is as low as the configuration asks."""
         bound = self.config.train.stop_below_loss
         low = bound is not None and len(self.recent) == LOSS_WINDOW and sum(self.recent) / LOSS_WINDOW < bound
         return low or self.step >= self.total_steps
 
     def extra_state(self) -> dict[str, Any]:
-        """The losses that decide about an early end."""
+        """Returns the losses that decide about an early end."""
         return {"recent": list(self.recent)}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
@@ -66,7 +66,9 @@ def train_sft(config: SftConfig) -> Path:
 
 
 def next_batch(run: SftRun) -> Batch:
-    """The step's conversations, tokenised, with their loss weights: every answer token of the batch counts the same."""
+    """Returns the step's conversations, tokenised, with their loss weights: every response token of the batch counts
+    the same.
+    """
     with run.clock.phase("data"):
         batch = run.data.batch([row for _, row in run.sampler.take(run.config.train.sequences_per_update)])
         require_rows_in_context(batch, run.data, run.context)
@@ -88,7 +90,7 @@ def require_rows_in_context(batch: Batch, data: SftSet, context: int | None) -> 
 
 
 def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
-    """One optimizer step.
+    """Takes one optimizer step.
 
     Raises:
         UserError: the loss was not finite three times in a row; the rows are named.

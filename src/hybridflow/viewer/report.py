@@ -73,7 +73,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def gather(run_folder: Path) -> dict[str, Any]:
-    """Everything that the page shows, as plain JSON values."""
+    """Gathers everything that the page shows, as plain JSON values."""
     config_file = run_folder / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else ""
     config = _settings(config_text)
@@ -103,7 +103,9 @@ def gather(run_folder: Path) -> dict[str, Any]:
 
 
 def _settings(text: str) -> Mapping[str, Any]:
-    """What config.yaml holds; nothing where it was damaged: the page shows its text, and the records as they are."""
+    """Returns the content of config.yaml; nothing where it was damaged: the page then shows its text, and the records
+    as they are.
+    """
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -128,7 +130,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 
 def _status(events: Sequence[Mapping[str, str]], last_step: int, total_steps: int) -> dict[str, str]:
-    """How the run ended, from its last event that says so; else how far it is."""
+    """Describes how the run ended, from the last event that reports an end; else how far it is."""
     progress = f"step {last_step} of {total_steps}"
     for event in reversed(events):
         if event["kind"] == "done":
@@ -156,7 +158,7 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> dict[str, Curve]:
 def _tiles(
     metrics: Sequence[Mapping[str, float]], last_step: int, total_steps: int, *, accuracy: bool
 ) -> list[dict[str, str]]:
-    """The numbers at the top of the page; held-out rewards of 0 and 1 alone have an accuracy as their mean."""
+    """Returns the numbers at the top of the page; the mean of held-out rewards of only 0 and 1 is an accuracy."""
     tiles = []
     evaluated = [(int(m["step"]), sum(found.values()) / len(found)) for m in metrics if (found := held_out(m))]
     if evaluated:
@@ -190,7 +192,7 @@ def _tiles(
 
 
 def _charts(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-    """The charts that the run has numbers for, big ones first. Training and held-out reward are on one."""
+    """Returns the charts that the run has numbers for, large ones first. Training and held-out reward share one."""
     charts = []
     reward = {TRAINING_REWARD: "in training"} if TRAINING_REWARD in curves else {}
     reward |= {name: f"held out, {source}" for name in sorted(curves) for source in held_out({name: 0.0})}
@@ -207,7 +209,7 @@ def _charts(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
 
 
 def _thin(curve: Curve) -> Curve:
-    """At most `POINTS_PER_CURVE` points, evenly taken, the last one always."""
+    """Returns at most `POINTS_PER_CURVE` points, evenly taken, the last one always."""
     stride = _stride(len(curve), POINTS_PER_CURVE)
     return curve if stride == 1 else [*curve[:-1:stride], curve[-1]]
 

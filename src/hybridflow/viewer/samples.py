@@ -1,4 +1,4 @@
-"""Picks the answers that a report shows, and says in words why each got its advantage."""
+"""Picks the responses that a report shows, and says in words why each got its advantage."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ KINDS = (
 
 
 def step_files(folder: Path, last_step: int) -> dict[int, Path]:
-    """The ``step-*.parquet`` files in a folder by step; files of later steps are what a killed process left."""
+    """Returns the ``step-*.parquet`` files in a folder by step, without files of later steps, which a killed process
+    left.
+    """
     found = {int(path.stem.removeprefix("step-")): path for path in folder.glob("step-*.parquet")}
     return {step: found[step] for step in sorted(found) if step <= last_step}
 
 
 def evaluations(folder: Path, last_step: int) -> dict[str, Any] | None:
-    """The same evaluation prompts at the first and the last evaluation; None if there is no evaluation."""
+    """Returns the same evaluation prompts at the first and the last evaluation; None if there is no evaluation."""
     files = step_files(folder, last_step)
     if not files:
         return None
@@ -60,7 +62,7 @@ def evaluations(folder: Path, last_step: int) -> dict[str, Any] | None:
 
 
 def rollouts(folder: Path, last_step: int, algorithm: Mapping[str, Any]) -> dict[str, Any]:
-    """Groups of the first, a middle and the last step that has its rollouts on disk."""
+    """Returns groups of the first, a middle and the last step whose rollouts are on disk."""
     files = step_files(folder, last_step)
     steps = list(files)
     shown = sorted(
@@ -75,7 +77,7 @@ def rollouts(folder: Path, last_step: int, algorithm: Mapping[str, Any]) -> dict
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """The answers in a file; numbers that are not finite, which a page has no form for, are None as if absent."""
+    """Reads the responses in a file; numbers that are not finite, which JSON cannot hold, become None."""
     rows = read_rollouts(file)
     for row in rows:
         for name in ("reward", "advantage"):
@@ -91,11 +93,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 def explain(
     reward: float | None, rewards: Sequence[float], advantage: float | None, algorithm: Mapping[str, Any]
 ) -> str:
-    """Why an answer got its advantage.
+    """Explains why a response got its advantage.
 
     Args:
-        reward: what the answer was worth; None where it has no reward (`reward.on_failure` is mask).
-        rewards: of all answers of its group that have one, this one included.
+        reward: what the response was worth; None where it has no reward (`reward.on_failure` is mask).
+        rewards: of all responses of its group that have one, this one included.
         advantage: as it was trained on.
         algorithm: the configuration's ``algorithm`` section.
 
@@ -125,7 +127,7 @@ def explain(
 
 
 def shorten(text: str) -> str:
-    """A long text with its middle left out; short ones as they are."""
+    """Returns a long text with its middle left out, a short one unchanged."""
     if len(text) <= CHARACTERS:
         return text
     half = CHARACTERS // 2
@@ -171,12 +173,12 @@ def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -
 
 
 def _rewards(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The rewards of the answers that have one."""
+    """Returns the rewards of the responses that have one."""
     return [row["reward"] for row in rows if row["reward"] is not None]
 
 
 def _part(what: str, count: int, most: int) -> str:
-    """How many groups of a kind there are, and how many of them are shown.
+    """Says how many groups of a kind there are, and how many of them are shown.
 
     >>> _part("with advantages", 3, 2)
     '3 groups with advantages (the first 2 are shown)'

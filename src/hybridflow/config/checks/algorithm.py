@@ -23,7 +23,7 @@ def problems_of_algorithm(
     reference: str | None,
     filters: FilterSection,
 ) -> Iterator[str]:
-    """What does not fit of the algorithm, the critic and the reference of a run.
+    """Yields what does not fit in the algorithm, the critic and the reference of a run.
 
     Args:
         a: the algorithm.
@@ -50,7 +50,7 @@ def problems_of_algorithm(
 
 
 def problems_of_reward(r: RewardSection, *, advantage: str, longest_answer: int) -> Iterator[str]:
-    """What of a reward does not fit an advantage estimator, or answers of so many tokens at most."""
+    """Yields what in a reward does not fit an advantage estimator, or responses of at most so many tokens."""
     if r.overlong_buffer is not None and r.overlong_buffer > longest_answer:
         yield (
             f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens {longest_answer}: "
@@ -160,7 +160,7 @@ PLAIN = {"advantage": ("offsets",), "policy_loss": (), "aggregation": ("norm",)}
 
 
 def _own_functions(a: AlgorithmSection) -> Iterator[str]:
-    """What is wrong with functions of the user's own, as far as their signature says."""
+    """Yields what is wrong with the user's own functions, as far as their signatures show."""
     for what, endings in ENDINGS.items():
         name = getattr(a, what)
         if not is_function_reference(name):

@@ -32,7 +32,7 @@ class RolesOfRun:
     Args:
         models: those that are computed.
         of_actor: roles that the actor's own model has besides, and why they are in its pool.
-        rollout: how answers are generated, where they are.
+        rollout: how responses are generated, where they are.
     """
 
     models: tuple[PlacedModel, ...]
@@ -91,7 +91,7 @@ def _rollout_problems(p: PlacementSection, r: RolloutSection, models: tuple[Plac
 
 
 def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
-    """Whether answers are generated in the processes of a pool, rather than beside the controller.
+    """Returns whether responses are generated in the processes of a pool, rather than beside the controller.
 
     The inline engine always is, where there are pools. vLLM is where ``placement.roles`` says so; with workers of its
     own, or behind servers, an engine has its processes already.

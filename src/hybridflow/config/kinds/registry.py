@@ -102,10 +102,10 @@ class TrainingConfig(Protocol):
         """Where its records go."""
 
     def roles(self) -> RolesOfRun:
-        """The models of the run."""
+        """Returns the models of the run."""
 
     def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
-        """Plain values, by section."""
+        """Returns plain values, by section."""
 
 
 def _imported(name: str) -> Any:
@@ -114,7 +114,7 @@ def _imported(name: str) -> Any:
 
 
 def kind_for(config: Any) -> Kind:
-    """The kind that a configuration is of.
+    """Returns the kind of run that a configuration describes.
 
     Raises:
         UserError: of none.

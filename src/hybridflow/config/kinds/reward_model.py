@@ -1,4 +1,4 @@
-"""The configuration of `hybridflow reward-model`: training a model that scores answers. Importable without torch."""
+"""The configuration of `hybridflow reward-model`: training a model that scores responses. Importable without torch."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ class RewardModelConfig(Section):
         return self
 
     def roles(self) -> RolesOfRun:
-        """One model, which is trained."""
+        """Returns one model, which is trained."""
         return RolesOfRun((PlacedModel("actor", self.engine),))

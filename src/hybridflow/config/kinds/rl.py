@@ -98,7 +98,7 @@ class RlConfig(Section):
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     def roles(self) -> RolesOfRun:
-        """The actor, and what stands beside it: critic, reference, reward model, generation."""
+        """Returns the actor, and the models beside it: critic, reference, reward model, generation."""
         critic, reward, own = self.critic, self.reward.model, self.model.reference_engine
         models, of_actor = [PlacedModel("actor", self.engine)], {}
         if critic is not None and critic.shared_trunk:
@@ -119,5 +119,5 @@ class RlConfig(Section):
         return RolesOfRun(tuple(models), of_actor, self.rollout)
 
     def _placed(self, role: str, own: EngineSection | None, key: str) -> PlacedModel:
-        """A model beside the actor, cut as its own section says, or as the actor is."""
+        """Returns a model beside the actor, sharded as its own section says, or as the actor is."""
         return PlacedModel(role, self.engine) if own is None else PlacedModel(role, own, key)

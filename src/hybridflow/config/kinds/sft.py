@@ -45,5 +45,5 @@ class SftConfig(Section):
         return self
 
     def roles(self) -> RolesOfRun:
-        """One model, which is trained."""
+        """Returns one model, which is trained."""
         return RolesOfRun((PlacedModel("actor", self.engine),))

@@ -61,7 +61,7 @@ hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
 
 
 def describe() -> str:
-    """The whole page, in Markdown."""
+    """Returns the whole page, in Markdown."""
     return HEAD + "\n".join([*_sections(), *_presets()]) + "\n"
 
 

@@ -35,7 +35,7 @@ CHOICES: dict[str, dict[str, str]] = {
 
 
 def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What there is to know about a key, once for each command in which it differs.
+    """Explains a key, once for each command in which it differs.
 
     Args:
         key: with dots: ``optim.lr``; a section gives all its keys.
@@ -80,7 +80,7 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def _found(key: str, kinds: Mapping[str, type[Section]], *, inside: bool = True) -> dict[Key, list[str]]:
-    """The keys of that name, and those inside of it, with the commands that have them."""
+    """Returns the keys of that name, and those inside of it, with the commands that have them."""
     found: dict[Key, list[str]] = {}
     for command, kind in kinds.items():
         for known in keys_of(kind):
@@ -90,7 +90,7 @@ def _found(key: str, kinds: Mapping[str, type[Section]], *, inside: bool = True)
 
 
 def _like(key: str, kinds: Mapping[str, type[Section]]) -> str:
-    """Which keys are meant, in a few words: those that end so, those with the word in them, or the nearest."""
+    """Names the keys that may be meant: those that end so, those with the word in them, or the nearest."""
     if (here := meaning(key)) is not None:
         return here.line()
     names = sorted({known.name for kind in kinds.values() for known in keys_of(kind)})
@@ -108,7 +108,7 @@ def _tops(kinds: Mapping[str, type[Section]]) -> list[str]:
 
 
 def explanation_lines(described: Sequence[dict[str, Any]], path: Path | None) -> Iterator[str]:
-    """The same in words."""
+    """Yields an explanation as lines for a reader."""
     if described and "asked" in described[0]:
         yield str(described[0]["asked"])
     for one in described:
@@ -127,7 +127,7 @@ def explanation_lines(described: Sequence[dict[str, Any]], path: Path | None) ->
 
 
 def as_yaml(value: Any) -> str:
-    """A value on one line, as a YAML file has it; "unset" for none.
+    """Returns a value on one line, as a YAML file has it; "unset" for none.
 
     >>> as_yaml({"rank": 8}), as_yaml(None), as_yaml(1e-6)
     ('{rank: 8}', 'unset', '1e-06')
@@ -139,7 +139,8 @@ def as_yaml(value: Any) -> str:
 
 
 def kind_of(values: Mapping[str, Any]) -> str:
-    """Which command a configuration is for: the one that knows most of its keys, and of those the one that lacks least.
+    """Returns the command that a configuration is for: the one that knows most of its keys, and of those the one that
+    lacks least.
 
     Raises:
         UserError: it could be for several.
@@ -156,7 +157,7 @@ def kind_of(values: Mapping[str, Any]) -> str:
 
 
 def _misfit(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tuple[int, int]:
-    """How many given keys a kind does not know, and how many that it requires are not given."""
+    """Counts the given keys that a kind does not know, and the keys that it requires and that are not given."""
     strange = [given for name, given in values.items() if name not in fields]
     unknown, missing = sum(max(1, len(given)) if isinstance(given, Mapping) else 1 for given in strange), 0
     for name, field in fields.items():
@@ -170,7 +171,7 @@ def _misfit(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tuple
 
 
 def _needed(values: Mapping[str, Any], kind: type[BaseModel]) -> str:
-    """What is required and not there, in words."""
+    """Describes the required keys that are not given."""
     lacking = [name for name, field in kind.model_fields.items() if field.is_required() and name not in values]
     for name, field in kind.model_fields.items():
         inner = sections_in(field.annotation, field.metadata)
@@ -180,7 +181,9 @@ def _needed(values: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _said(key: str, values: dict[str, Any], kind: type[Section], path: Path | None) -> dict[str, Any]:
-    """What a configuration has at a key: as it is validated, or as it is written where it has mistakes."""
+    """Returns the value that a configuration has at a key: as it is validated, or as it is written where it has
+    mistakes.
+    """
     given, written = _at(values, key)
     try:
         resolved = validate(kind, values, base=path and path.parent).model_dump(mode="json")
@@ -192,7 +195,7 @@ def _said(key: str, values: dict[str, Any], kind: type[Section], path: Path | No
 
 
 def _at(values: Any, key: str) -> tuple[bool, Any]:
-    """Whether there is a value under a dotted key, and the value."""
+    """Returns whether there is a value under a dotted key, and the value."""
     for part in key.split("."):
         if not isinstance(values, dict) or part not in values:
             return False, None

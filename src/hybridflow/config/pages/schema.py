@@ -8,7 +8,7 @@ from hybridflow.config.kinds.registry import KINDS
 
 
 def schema(command: str) -> str:
-    """The schema (JSON Schema 2020-12) of a configuration, as text.
+    """Returns the schema (JSON Schema 2020-12) of a configuration, as text.
 
     Args:
         command: one of `KINDS`.

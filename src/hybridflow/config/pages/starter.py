@@ -20,7 +20,7 @@ WIDTH = 100
 
 
 def _limits(model: str, begin: Mapping[str, Any]) -> dict[str, Any]:
-    """Lengths that fit a model whose folder tells its context: a prompt and its answer get half of it each."""
+    """Lengths that fit a model whose folder tells its context: a prompt and its response get half of it each."""
     for folder in (home(model), home(model) / "model"):
         with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` says what is wrong with it
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def _limits(model: str, begin: Mapping[str, Any]) -> dict[str, Any]:
 def starter(
     kind: str, *, file: str, folder: str, model: str, data: str, reward: str | None, overrides: Sequence[str] = ()
 ) -> str:
-    """The text of a YAML file; it is a valid configuration.
+    """Returns the text of a YAML file; it is a valid configuration.
 
     Args:
         kind: one of `KINDS`.

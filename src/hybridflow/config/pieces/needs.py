@@ -46,7 +46,7 @@ class Needs:
 
 
 def needs_of(name: str, table: Mapping[str, Needs]) -> Needs:
-    """The needs of a piece, from the table or from its own file.
+    """Returns the needs of a piece, from the table or from its own file.
 
     Raises:
         ValueError: no such file, or no such function in it.
@@ -58,7 +58,8 @@ def needs_of(name: str, table: Mapping[str, Needs]) -> Needs:
 
 
 def signature_of(name: str) -> tuple[list[str], dict[str, bool]]:
-    """The positional parameters of ``file.py:function``, and its keyword-only ones with whether they have a default.
+    """Returns the positional parameters of ``file.py:function``, and its keyword-only ones with whether they have a
+    default.
 
     Raises:
         ValueError: no such file, or no such function in it.
@@ -70,7 +71,7 @@ def signature_of(name: str) -> tuple[list[str], dict[str, bool]]:
 
 
 def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
-    """What the names of a function's parameters ask for."""
+    """Returns the needs that the names of a function's parameters express."""
     names = {p[:-1] + "T" if p.endswith("_M") else p for p in parameters}
     found = Needs(
         needs_group="group_N" in names,

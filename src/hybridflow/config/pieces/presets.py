@@ -6,12 +6,12 @@ from typing import Any
 
 # Where paper and verl differ, the preset follows the paper; the comment says what verl does.
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300 averages tokens within an answer, then answers; verl's default is token-mean.
+    # arXiv 2402.03300 averages tokens within a response, then responses; verl's default is token-mean.
     "grpo": {"advantage": "grpo", "normalize_by_std": True, "aggregation": "seq-mean-token-mean"},
-    # arXiv 2503.20783: no division by the standard deviation nor by the answer's length, a constant instead.
+    # arXiv 2503.20783: no division by the standard deviation nor by the response's length, a constant instead.
     "dr_grpo": {"advantage": "grpo", "normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"},
     # arXiv 1707.06347, table 3: clip 0.2, lam 0.95. Its gamma 0.99 is for control; language models take 1 (arXiv
-    # 1909.08593 and since), because an answer of hundreds of tokens has its reward at the end. verl: lam 1, and a dual
+    # 1909.08593 and since), because a response of hundreds of tokens has its reward at the end. verl: lam 1, and a dual
     # clip of 3.
     "ppo": {
         "advantage": "gae",
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aggregation": "token-mean",
     },
     # arXiv 2504.05118: values from whole returns, advantages with lambda 1 - 1 / (0.05 length), clip-higher. Its group
-    # sampling and its imitation term on right answers are choices of the run. verl has neither lambda apart.
+    # sampling and its imitation term on right responses are choices of the run. verl has neither lambda apart.
     "vapo": {
         "advantage": "vapo_gae",
         "lam_critic": 1.0,
@@ -32,9 +32,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # arXiv 2503.14476; its filter and its length penalty are in the filter and reward sections.
     "dapo": {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token-mean"},
-    # arXiv 2402.14740 takes an answer as one action, so its loss is summed over tokens.
+    # arXiv 2402.14740 takes a response as one action, so its loss is summed over tokens.
     "rloo": {"advantage": "rloo", "policy_loss": "reinforce", "aggregation": "seq-mean-token-sum"},
-    # arXiv 2310.10505, the same with a greedy answer as the baseline.
+    # arXiv 2310.10505, the same with a greedy response as the baseline.
     "remax": {"advantage": "remax", "policy_loss": "reinforce", "aggregation": "seq-mean-token-sum"},
     # arXiv 2501.03262: the penalty in the reward is k1 there, advantages are whitened over the batch.
     "reinforce_plus_plus": {"advantage": "reinforce_plus_plus", "aggregation": "token-mean"},
@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "topr": {"advantage": "grpo", "policy_loss": "topr", "aggregation": "seq-mean-token-sum"},
     # arXiv 2505.24298
     "decoupled_ppo": {"advantage": "grpo", "policy_loss": "decoupled_ppo", "aggregation": "token-mean"},
-    # arXiv 2405.00675: a reward in [0, 1] is the share of answers that this one beats.
+    # arXiv 2405.00675: a reward in [0, 1] is the share of responses that this one beats.
     "sppo": {
         "advantage": "grpo",
         "normalize_by_std": False,

@@ -16,7 +16,7 @@ ALGORITHMS = ROOT / "hybridflow/algorithms"
 
 
 def _registry(file: Path, name: str) -> dict[str, str]:
-    """The functions of a registry, as ``file.py:function``."""
+    """Returns the functions of a registry, as ``file.py:function``."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     files = {
         alias.name: ROOT / f"{(node.module or '').replace('.', '/')}.py"
@@ -43,7 +43,7 @@ KL_ESTIMATORS = tuple(_registry(ALGORITHMS / "kl.py", "KL_ESTIMATORS"))
 # The values of the functions that make a loss's columns from the whole mini-batch; they count as the loss's own.
 STATISTICS = {name: needs.values for name, needs in _needs("policy_loss/registry.py", "STATISTICS").items()}
 
-# What no signature says: losses of answers without an advantage, which may not be left out, and the only aggregations
+# What no signature says: losses of responses without an advantage, which may not be left out, and the only aggregations
 # that a loss has a meaning in.
 EVERY_ANSWER = ("kl_cov", "dro", "sppo")
 MODES = {"sppo": ("seq-mean-token-mean",)}
@@ -66,7 +66,7 @@ USERS = _users()  # of each value, the pieces that take it
 
 
 def values_taken(advantage: str, policy_loss: str, aggregation: str) -> set[str]:
-    """The values that these pieces take: keys of the algorithm section, or of its ``values``.
+    """Returns the values that these pieces take: keys of the algorithm section, or of its ``values``.
 
     Raises:
         ValueError: see `needs_of`.

@@ -1,4 +1,4 @@
-"""The sections that say how a step's answers become a loss: the algorithm, its correction, its filters."""
+"""The sections that say how a step's responses become a loss: the algorithm, its correction, its filters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIECES = "advantage", "policy_loss", "aggregation"
 
 
 def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, default: str) -> object:
-    """The values of a section, with those of its preset where nothing is given.
+    """Returns the values of a section, with those of its preset where nothing is given.
 
     Raises:
         ValueError: there is no such preset.
@@ -122,7 +122,7 @@ class FilterSection(Section):
 
 
 class ReweightSection(Section):
-    """Training on some answers of a step more than on others (PF-PPO, arXiv 2409.06957)."""
+    """Training on some responses of a step more than on others (PF-PPO, arXiv 2409.06957)."""
 
     method: Literal["pow", "max_min", "max_random"] = Field(
         description="pow: answers are drawn again in proportion to the size of their score to the power; max_min: of "

@@ -17,17 +17,17 @@ class Section(BaseModel):
 
     @classmethod
     def settled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain values of such a section without those that say nothing beside the others."""
+        """Returns the plain values of such a section without those that have no effect beside the others."""
         return dict(values)
 
     @classmethod
     def taken_by(cls, key: str) -> str:
-        """What a key is for, in words, where other keys of the section decide whether it counts; else empty."""
+        """Describes what a key is for, where other keys of the section decide whether it has an effect; else empty."""
         return ""
 
 
 def either(words: Sequence[str]) -> str:
-    """Words to choose from, in a sentence; empty for none.
+    """Joins words to choose from for a sentence; empty for none.
 
     >>> either(["local", "fsdp2", "fsdp1"])
     'local, fsdp2 or fsdp1'

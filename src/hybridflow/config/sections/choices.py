@@ -56,19 +56,19 @@ class OneOf:
         return core_schema.no_info_before_validator_function(left_out, schema)
 
     def name(self, kind: type[Section]) -> str:
-        """The words that a kind is chosen by, such as ``vllm server``."""
+        """Returns the words that choose a kind, such as ``vllm server``."""
         said = [(key, words(kind.model_fields[key])) for key in self.keys if key in kind.model_fields]
         return " ".join("/".join(known) or key for key, known in said)
 
     def having(self, kinds: Sequence[type[Section]], key: str) -> str:
-        """The kinds that have a key, in words; empty where all have it."""
+        """Describes the kinds that have a key; empty where all have it."""
         having = [self.name(kind) for kind in kinds if key in kind.model_fields]
         without = {self.name(kind).split()[0] for kind in kinds if key not in kind.model_fields}
         short = [name if (first := name.split()[0]) in without else first for name in having]
         return either(list(dict.fromkeys(short))) if without else ""
 
     def pick(self, kinds: Sequence[type[Section]], values: Mapping[str, Any]) -> type[Section]:
-        """The kind that these values ask for.
+        """Returns the kind that these values ask for.
 
         Raises:
             ValueError: a word that no kind has.
@@ -89,7 +89,7 @@ class OneOf:
         return left[0]
 
     def without_idle(self, kinds: Sequence[type[Section]], values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values without keys of other kinds that have their default there.
+        """Returns the values without keys of other kinds that have their default there.
 
         Raises:
             ValueError: a word that no kind has.
@@ -108,7 +108,7 @@ def _idle(field: FieldInfo, value: Any) -> bool:
 
 
 def words(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a key can have; none where it has others than words."""
+    """Returns the words that a key can have; none where it can have other values."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
@@ -140,21 +140,21 @@ class Sections:
         return str(self.kinds[0].__doc__) if self.one_of is None else self.one_of.what
 
     def words(self, key: str) -> list[str]:
-        """The words that a key can have in any kind."""
+        """Returns the words that a key can have in any kind."""
         found = [kind.model_fields[key] for kind in self.kinds if key in kind.model_fields]
         return list(dict.fromkeys(word for field in found for word in words(field)))
 
     def where(self, key: str) -> str:
-        """The kinds that have a key, or what else it is for, in words; empty where it is for all."""
+        """Describes the kinds that have a key, or what else it is for; empty where it is for all."""
         return self.kinds[0].taken_by(key) if self.one_of is None else self.one_of.having(self.kinds, key)
 
     def tells(self, key: str) -> bool:
-        """Whether a key says which kind is meant."""
+        """Returns whether a key decides which kind is meant."""
         return self.one_of is not None and key in self.one_of.keys
 
 
 def sections_in(annotation: Any, metadata: Sequence[Any] = (), *, lists: bool = False) -> Sections | None:
-    """The section in an annotation such as ``LoraSection | None``, or the kinds in a union of several.
+    """Returns the section in an annotation such as ``LoraSection | None``, or the kinds in a union of several.
 
     Args:
         annotation: of a key.
@@ -174,8 +174,8 @@ def sections_in(annotation: Any, metadata: Sequence[Any] = (), *, lists: bool = 
 
 
 def settled(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a configuration without those that say nothing: of other kinds of its sections, at their
-    defaults. Files that were written with every key of every kind are then comparable with others.
+    """Returns the plain values of a configuration without those that have no effect: keys of other kinds of its
+    sections, at their defaults. Files that were written with every key of every kind are then comparable with others.
 
     Raises:
         ValueError: a word that no kind of a section has.

@@ -26,7 +26,7 @@ ONE = ("source", "weight")
 
 
 def _as_sources(value: object) -> object:
-    """One source, or a list in which a plain string is a source too."""
+    """Returns one source, or a list in which a plain string is a source too."""
     entries = list(value) if isinstance(value, list | tuple) else [value]
     for entry in entries:
         rows = isinstance(entry, dict) and entry and not any(near(k, ONE) for k in map(str, entry))
@@ -41,7 +41,7 @@ def _as_sources(value: object) -> object:
 
 
 def _sources_schema() -> dict[str, Any]:
-    """What `_as_sources` takes, for editors."""
+    """Returns the schema of what `_as_sources` takes, for editors."""
     one = [{"type": "string"}, SourceSection.model_json_schema()]
     return {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1}]}
 

@@ -43,14 +43,16 @@ class EvalSection(Section):
     )
 
     def ks(self) -> list[int]:
-        """The k of pass@k and maj@k, ascending; empty if every prompt has one answer and nothing was asked for."""
+        """Returns the k of pass@k and maj@k, ascending; empty if every prompt has one response and the configuration
+        asks for none.
+        """
         n = self.samples_per_prompt
         if self.k is not None:
             return sorted(set(self.k))
         return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)}) if n > 1 else []
 
     def metric_names(self) -> list[str]:
-        """What is measured of each data source, without its name: ``mean@4``, ``pass@2``, ``maj@4/mean``."""
+        """Returns the names of a data source's metrics, without the source: ``mean@4``, ``pass@2``, ``maj@4/mean``."""
         passed = [f"pass@{k}" for k in self.ks()]
         return [f"mean@{self.samples_per_prompt}", *passed, *(f"maj@{k}/mean" for k in self.ks() if k > 1)]
 

@@ -81,19 +81,21 @@ class PlacementSection(Section):
         return self
 
     def pool_of(self, role: str) -> str | None:
-        """The pool of a role; None where there are no pools and everything is in this process."""
+        """Returns the pool of a role; None where there are no pools and everything is in this process."""
         if not self.pools:
             return None
         return self.roles.get(role, next(iter(self.pools)))
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun started."""
+    """Returns whether this process is one of several that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def resolved_placement(placement: PlacementSection) -> PlacementSection:
-    """The section with what was left to us: the back end, and under torchrun one pool of all its processes."""
+    """Returns the section with its open values filled in: the back end, and under torchrun one pool of all its
+    processes.
+    """
     backend, pools = placement.backend, placement.pools
     if backend == "auto":
         several = len(pools) > 1 or any(size > 1 for size in pools.values())

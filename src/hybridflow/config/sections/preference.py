@@ -13,7 +13,7 @@ from hybridflow.config.sections.train import LengthSection
 
 
 class PreferenceDataSection(Section):
-    """Pairs of answers of which one was preferred."""
+    """Pairs of responses of which one was preferred."""
 
     train: Sources = Field(
         description="Training pairs: a file (.jsonl, .csv, .parquet, ...), file.py:function returning dicts, or a name "

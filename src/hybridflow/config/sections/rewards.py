@@ -1,4 +1,4 @@
-"""The section that says what an answer is worth, and the names of the built-in rewards. Importable without torch.
+"""The section that says what a response is worth, and the names of the built-in rewards. Importable without torch.
 
 A test holds the names and the table in `rewards/` together.
 """
@@ -151,7 +151,7 @@ JUDGE_ENGINE = "Which engine answers for a judge of this run; vllm and sglang ar
 
 
 class VerdictSection(Section):
-    """A model that reads an answer and writes a verdict, wherever it is."""
+    """A model that reads a response and writes a verdict, wherever it is."""
 
     template: ReadPath | None = Field(
         None,
@@ -244,7 +244,7 @@ JudgeSection = Annotated[
 
 
 class RewardSection(Section):
-    """What an answer is worth."""
+    """What a response is worth."""
 
     function: RewardName = Field(
         "by_source",
@@ -294,7 +294,7 @@ class RewardSection(Section):
     )
 
     def functions(self) -> list[str]:
-        """Every reward that is named, with those of by_source that were given."""
+        """Returns every reward that is named, with those of by_source that were given."""
         named = [self.function] if self.terms is None else [term.function for term in self.terms.values()]
         return [*named, *(self.sources.values() if "by_source" in named else ())]
 

@@ -1,4 +1,4 @@
-"""How answers are generated: the `rollout` section, of each engine and mode its own. Importable without torch."""
+"""How responses are generated: the `rollout` section, of each engine and mode its own. Importable without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODE = (
 
 
 class GenerationSection(Section):
-    """How answers are generated, whatever generates them."""
+    """How responses are generated, whatever generates them."""
 
     temperature: float = Field(1.0, gt=0, description="Divides the logits when training samples are drawn.")
     stop: list[str] = Field(default_factory=list, description="Texts that end an answer; what completes one is kept.")
@@ -61,7 +61,7 @@ class GenerationSection(Section):
 
     @property
     def cut(self) -> dict[str, Any]:
-        """The part of the vocabulary that answers are drawn from, as `Sampling` has it; empty: all of it."""
+        """The part of the vocabulary that responses are drawn from, as `Sampling` has it; empty: all of it."""
         return {}
 
 

@@ -60,12 +60,12 @@ class RlTrainSection(LengthSection):
 
     @property
     def answers_per_step(self) -> int:
-        """Answers that one step generates."""
+        """Responses that one step generates."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def answers_per_update(self) -> int:
-        """Answers in one optimizer step: as configured, else all of a step's."""
+        """Responses in one optimizer step: as configured, else all of a step's."""
         return self.sequences_per_update or self.answers_per_step
 
     @property
@@ -74,7 +74,7 @@ class RlTrainSection(LengthSection):
         return self.updates_in(self.epochs_per_step)
 
     def updates_in(self, passes: int) -> int:
-        """Optimizer steps in so many passes over a step's answers."""
+        """Counts the optimizer steps in so many passes over a step's responses."""
         return passes * (self.answers_per_step // self.answers_per_update)
 
 

@@ -8,7 +8,7 @@ from hybridflow.data.rows import Row
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The answer is the ground truth, without leading zeros."""
+    """Makes the answer the ground truth, without leading zeros."""
     return prepared_row(
         "HuggingFaceH4/aime_2024",
         f"{row['problem']} {INSTRUCTION}",

@@ -11,12 +11,12 @@ HELD_OUT = 5  # one pair in so many is kept for evaluation
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether this pair belongs to the evaluation set; training never sees it."""
+    """Returns whether this pair belongs to the evaluation set; training never sees it."""
     return random.Random(f"{a}+{b}").randrange(HELD_OUT) == 0
 
 
 def pairs(seed: str, held_out: bool, count: int) -> list[tuple[int, int]]:
-    """Distinct pairs of 100..999 from one side of the split, in random order."""
+    """Returns distinct pairs of 100..999 from one side of the split, in random order."""
     rng = random.Random(seed)
     found: dict[tuple[int, int], None] = {}
     while len(found) < count:
@@ -27,7 +27,7 @@ def pairs(seed: str, held_out: bool, count: int) -> list[tuple[int, int]]:
 
 
 def make(split: Split, count: int, seed: int) -> list[Row]:
-    """So many problems; the test problems are the same for every seed."""
+    """Makes so many problems; the test problems are the same for every seed."""
     drawn = pairs(f"rl-{seed}" if split == "train" else "evaluation", held_out=split == "test", count=count)
     return [
         prepared_row("carry", f"{a}+{b}=", ability="math", ground_truth=str(a + b), split=split, index=i)

@@ -1,6 +1,6 @@
-"""Helpful and harmless dialogues with a preferred and a rejected answer. Bai et al. 2022, arXiv 2204.05862.
+"""Helpful and harmless dialogues with a preferred and a rejected response. Bai et al. 2022, arXiv 2204.05862.
 
-The ground truth is the preferred answer; no rule can say what another answer is worth, so ``style`` is "model".
+The ground truth is the preferred response; no rule can say what another response is worth, so ``style`` is "model".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def dialogue(text: str) -> list[dict[str, str]]:
-    r"""A transcript as chat messages; the opening of the answer that is asked for is dropped.
+    r"""Returns a transcript as chat messages, without the opening of the response that it asks for.
 
     >>> dialogue("\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Bye.\n\nAssistant:")[1:]
     [{'role': 'assistant', 'content': 'Hello.'}, {'role': 'user', 'content': 'Bye.'}]
@@ -29,7 +29,7 @@ def dialogue(text: str) -> list[dict[str, str]]:
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The transcript becomes the prompt; both answers are kept."""
+    """Makes the transcript the prompt, and keeps both responses."""
     messages = dialogue(row["prompt"])
     if not messages:
         raise UserError("no 'Human:' in the prompt")

@@ -11,7 +11,7 @@ from hybridflow.data.rows import Row
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The answer is the ground truth."""
+    """Makes the answer the ground truth."""
     made = prepared_row(
         "hiyouga/geometry3k",
         f"{row['problem']} {INSTRUCTION}",

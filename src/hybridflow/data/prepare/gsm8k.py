@@ -9,7 +9,7 @@ INSTRUCTION = 'Think step by step, and give the final number after "####".'
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The number after ``####``, without thousands separators, is the ground truth."""
+    """Makes the number after ``####`` the ground truth, without thousands separators."""
     return prepared_row(
         "openai/gsm8k",
         f"{row['question']} {INSTRUCTION}",

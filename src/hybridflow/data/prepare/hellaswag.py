@@ -14,7 +14,7 @@ LETTERS = "ABCD"
 
 
 def convert(row: Row, split: Split, index: int) -> Row | None:
-    """The letter of the right ending is the ground truth; a row without label is left out."""
+    """Makes the letter of the right ending the ground truth; a row without a label is left out."""
     if str(row["label"]) == "":
         return None
     context = f"{_clean(row['activity_label'])}: {_clean(row['ctx'])}"
@@ -31,7 +31,7 @@ def convert(row: Row, split: Split, index: int) -> Row | None:
 
 
 def _clean(text: str) -> str:
-    """Without the marks that the WikiHow half has left of its headings.
+    """Removes the marks that the WikiHow half has left of its headings.
 
     >>> _clean("[header] How to wait [title] Sit.  [step] Look.")
     'How to wait. Sit. Look.'

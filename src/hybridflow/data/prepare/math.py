@@ -10,7 +10,8 @@ INSTRUCTION = r"Think step by step, and put the final answer into \boxed{}."
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}`` (or ``\fbox{...}``, or after ``\boxed`` and a space); None without one.
+    r"""Returns the content of the last ``\boxed{...}`` (or ``\fbox{...}``, or after ``\boxed`` and a space); None
+    without one.
 
     >>> last_boxed(r"so $x = \boxed{\frac{1}{2}}$."), last_boxed(r"it is $\boxed 7$"), last_boxed("7")
     ('\\frac{1}{2}', '7', None)
@@ -30,7 +31,7 @@ def last_boxed(solution: str) -> str | None:
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The boxed answer is the ground truth."""
+    """Makes the boxed answer the ground truth."""
     truth = last_boxed(row["solution"])
     if truth is None:
         raise UserError("the solution has no \\boxed answer")

@@ -97,7 +97,7 @@ def _convert(known: Published, split: Split, rows: Sequence[Row], chosen: Iterab
 
 
 def _read(name: str, known: Published, source: str | None, split: str) -> list[Row]:
-    """The rows of a split; none if a folder has no file of it."""
+    """Reads the rows of a split; none if a folder has no file of it."""
     instead = f"give the folder of its files: hybridflow prepare {name} --from FOLDER"
     if source is None or is_hub_name(source):
         if source is not None and "/" in source.partition(":")[2]:
@@ -114,7 +114,7 @@ def _read(name: str, known: Published, source: str | None, split: str) -> list[R
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name begins with.
+    """Returns the split that a file's name begins with.
 
     >>> [_split_of(Path(p)) for p in ("test.jsonl", "train-00000-of-00002.parquet", "val_1.json", "notes.json")]
     ['test', 'train', 'validation', 'notes']

@@ -53,7 +53,7 @@ def prepared_row(
     style: Literal["rule", "model"] = "rule",
     **extra: Any,
 ) -> Row:
-    """A row of the schema.
+    """Returns a row of the schema.
 
     Args:
         data_source: name of the data set; metrics are told apart by it.
@@ -62,7 +62,7 @@ def prepared_row(
         ground_truth: what a reward compares with.
         split: "train" or "test".
         index: number of the row in its source.
-        style: whether a rule or a reward model can tell what an answer is worth.
+        style: whether a rule or a reward model can tell what a response is worth.
         **extra: kept under ``extra_info``.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -76,7 +76,7 @@ def prepared_row(
 
 
 def text_after(text: str, mark: str) -> str:
-    """What follows the last occurrence of a mark.
+    """Returns the text after the last occurrence of a mark.
 
     Raises:
         UserError: it does not occur.

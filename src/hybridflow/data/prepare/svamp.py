@@ -8,7 +8,7 @@ from hybridflow.data.rows import Row
 
 
 def convert(row: Row, split: Split, index: int) -> Row:
-    """The answer, a number, is the ground truth; 145.0 is written 145."""
+    """Makes the answer, a number, the ground truth; 145.0 is written 145."""
     body, number = row["Body"].strip(), float(row["Answer"])
     body += "" if body.endswith((".", "?", "!")) else ","  # "If he has 14 tickets left", the question follows
     return prepared_row(

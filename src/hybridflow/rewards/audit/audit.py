@@ -1,6 +1,6 @@
 """The audit of a reward: changed right and wrong answers are scored, and what the reward says is held to what is known.
 
-Every answer is scored alone and again, in another order, in company with others; a process of its own measures what
+Every response is scored alone and again, in another order, in company with others; a process of its own measures what
 else the reward does (`probe`). All of it goes through the graders that training uses, so that a reward which
 hangs, dies or raises is found and not suffered. docs/audit.md says how to read the result.
 """
@@ -21,10 +21,10 @@ from hybridflow.rewards.graders.function import FunctionSpec
 Kind = Literal["false accept", "false reject", "failure", "unstable", "leak", "range", "note"]
 FAULTS = ("false accept", "failure", "unstable", "leak", "range")  # the others are warnings
 MOST_TIMEOUTS = 5  # then the audit stops: a reward that always hangs would keep it for hours
-IN_FLIGHT = 64  # groups of answers
-COMPANY = 8  # answers scored together, the second time
-LONG = 100_000  # characters: longer answers are scored once
-SHOWN = 160  # characters of an answer in the report
+IN_FLIGHT = 64  # groups of responses
+COMPANY = 8  # responses scored together, the second time
+LONG = 100_000  # characters: longer responses are scored once
+SHOWN = 160  # characters of a response in the report
 OF_TIME = ("timeouts", "undecided")  # components by which rewards say that something took too long
 LEAK_MB = 50  # growth of the process over the calls of the probe that is told
 
@@ -67,7 +67,7 @@ class Finding:
     Args:
         kind: of what; `FAULTS` are those that a reward must not be used with.
         text: what it is.
-        count: how many answers show it.
+        count: how many responses show it.
         of: among how many.
         example: the shortest of them.
     """
@@ -84,7 +84,7 @@ class Finding:
         return self.kind in FAULTS
 
     def lines(self) -> list[str]:
-        """For a reader."""
+        """Returns the finding as lines for a reader."""
         told = f" ({self.count} of {self.of})" if self.of > 1 else ""
         said = [f"{self.kind.upper() if self.fault else self.kind}: {self.text}{told}"]
         for name, value in (self.example or {}).items():
@@ -122,7 +122,7 @@ class Report:
         return not any(finding.fault for finding in self.findings)
 
     def count(self, kind: Kind) -> int:
-        """How many findings there are of a kind."""
+        """Counts the findings of a kind."""
         return sum(finding.kind == kind for finding in self.findings)
 
     @property
@@ -136,12 +136,12 @@ class Report:
         return "clean"
 
     def values(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the values as JSON holds them."""
         findings = [asdict(finding) | {"fault": finding.fault} for finding in self.findings]
         return {**asdict(self), "findings": findings, "ok": self.ok, "verdict": self.verdict}
 
     def lines(self) -> Iterator[str]:
-        """For a reader."""
+        """Yields the report as lines for a reader."""
         yield f"{self.reward}: {self.answers} answers to {self.cases} questions"
         for finding in self.findings:
             yield from finding.lines()
@@ -155,17 +155,17 @@ class Report:
 def audit(
     reward: str, case_set: CaseSet, grader: Grader, *, heavy: bool = True, seed: int = 0
 ) -> tuple[Report, list[Tried]]:
-    """Scores all answers twice, and compares.
+    """Scores all responses twice, and compares the scores.
 
     Args:
         reward: its name.
         case_set: what it is audited with.
         grader: scores; it is closed by the caller.
-        heavy: with answers of a megabyte.
+        heavy: with responses of a megabyte.
         seed: of the second order.
 
     Returns:
-        What was found, and the answers with their scores, for `probe`.
+        What was found, and the responses with their scores, for `probe`.
     """
     cases = case_set.cases
     plan = [
@@ -173,7 +173,7 @@ def audit(
         for index, case in enumerate(cases)
         for made in responses(cases, index, case_set.groups, heavy=heavy and index == 0)
     ]
-    plan.sort(key=lambda one: len(one[3]) >= LONG)  # long answers last: where they hang, the others are known
+    plan.sort(key=lambda one: len(one[3]) >= LONG)  # long responses last: where they hang, the others are known
     alone = score_all(grader, [answers_of(case, [response]) for case, _, _, response in plan])
     tried = [Tried(*one, None if scores is None else scores[0]) for one, scores in zip(plan, alone)]
     found = [*judge(case_set, tried), *_company(grader, tried, seed)]
@@ -189,7 +189,7 @@ def add_probe(report: Report, tried: Sequence[Tried], function: FunctionSpec, *,
 
     Args:
         report: of `audit`.
-        tried: the answers and their scores.
+        tried: the responses and their scores.
         function: the reward.
         seconds: that the process may take.
         calls: see `probe.probe`.
@@ -231,7 +231,9 @@ def answers_of(case: KnownCase, texts: Sequence[str]) -> Answers:
 
 
 def score_all(grader: Grader, asked: Sequence[Answers]) -> list[list[Score] | None]:
-    """Scores in the order of the answers; None for what was not scored, because too many calls had timed out."""
+    """Returns the scores in the order of the responses; None for a response that was not scored, because too many calls
+    had timed out.
+    """
     found: list[list[Score] | None] = [None] * len(asked)
     submitted, done, timeouts = 0, 0, 0
     while done < len(asked):
@@ -249,7 +251,7 @@ def score_all(grader: Grader, asked: Sequence[Answers]) -> list[list[Score] | No
 
 
 def judge(case_set: CaseSet, tried: Sequence[Tried]) -> list[Finding]:
-    """What the scores of all answers say about a reward."""
+    """Derives findings on a reward from the scores of all responses."""
     judged = _Judged()
     for case in case_set.cases:
         mine = [one for one in tried if one.case is case and one.score is not None]
@@ -268,7 +270,7 @@ def judge(case_set: CaseSet, tried: Sequence[Tried]) -> list[Finding]:
 
 
 class _Judged:
-    """Answers that show something, by what they show."""
+    """Responses that show something, by what they show."""
 
     def __init__(self) -> None:
         self._shown: dict[tuple[Kind, str], list[Tried]] = {}
@@ -328,7 +330,7 @@ def _value(one: Tried | None) -> float | None:
 
 
 def _company(grader: Grader, tried: Sequence[Tried], seed: int) -> list[Finding]:
-    """Scores all again, in another order and several at once; what is not as before."""
+    """Scores all responses again, in another order and several at once, and returns what differs."""
     again = [one for one in tried if _value(one) is not None and len(one.response) < LONG]
     random.Random(seed).shuffle(again)
     by_case: dict[int, list[Tried]] = {}
@@ -345,7 +347,7 @@ def _company(grader: Grader, tried: Sequence[Tried], seed: int) -> list[Finding]
 
 
 def differences(when: str, pairs: Sequence[tuple[Tried, Score]]) -> list[Finding]:
-    """At most one finding: answers whose second score is not the first."""
+    """Returns at most one finding: the responses whose second score differs from the first."""
     other = [(one, score) for one, score in pairs if one.score is not None and not _same(one.score, score)]
     if not other:
         return []
@@ -355,19 +357,21 @@ def differences(when: str, pairs: Sequence[tuple[Tried, Score]]) -> list[Finding
 
 
 def _same(a: Score, b: Score) -> bool:
-    """Whether two scores of an answer agree; what is told of time limits depends on the machine, and need not."""
+    """Returns whether two scores of a response agree; what they say of time limits depends on the machine, and need not
+    agree.
+    """
     parts = [{name: value for name, value in s.components.items() if name not in OF_TIME} for s in (a, b)]
     return (a.value, a.kind) == (b.value, b.kind) and parts[0] == parts[1]
 
 
 def example_of(one: Tried) -> dict[str, Any]:
-    """An answer, as a report shows it."""
+    """Returns a response in the form that a report shows."""
     assert one.score is not None
     shown = {"answer": shortened(one.response), "ground truth": shortened(one.case.ground_truth)}
     return shown | ({"score": one.score.value} if one.score.failure is None else {"it": one.score.failure.what})
 
 
 def shortened(value: Any) -> str:
-    """Any value as one line of text."""
+    """Returns any value as one line of text."""
     text = ascii(value)  # look-alike characters must be told from what they look like
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -28,7 +28,7 @@ _SUMS = (
 
 
 def _sums(form: str) -> tuple[KnownCase, ...]:
-    """Word problems, whose answers end as `form` says."""
+    """Returns word problems whose responses end as `form` says."""
     return tuple(
         KnownCase(question, truth, f"{reasoning}\n{form.replace('@', truth)}", truth, wrong)
         for question, truth, reasoning, wrong in _SUMS

@@ -80,7 +80,7 @@ class KnownCase:
     row: dict[str, Any] = field(default_factory=dict)
 
     def say(self, answer: str) -> str:
-        """The response with another answer in the place of its own."""
+        """Returns the response with another answer in the place of its own."""
         before, found, after = self.response.rpartition(self.answer)
         assert found, f"{self.response!r} does not say {self.answer!r}"
         return before + answer + after
@@ -128,7 +128,7 @@ class Mutation:
 
 
 def _whole(*forms: str) -> Make:
-    """Whole responses: {right} stands for the right response, {wrong} for the wrong one."""
+    """Returns a maker of whole responses: {right} stands for the right response, {wrong} for the wrong one."""
 
     def make(case: KnownCase) -> Iterable[str]:
         return (f.replace("{right}", case.response).replace("{wrong}", case.wrong_response) for f in forms)
@@ -137,12 +137,14 @@ def _whole(*forms: str) -> Make:
 
 
 def _said(*forms: str) -> Make:
-    """The response with another answer: {right} stands for the right answer, {wrong} for the wrong one."""
+    """Returns a maker of the response with another answer: {right} stands for the right answer, {wrong} for the wrong
+    one.
+    """
     return lambda case: (case.say(f.replace("{right}", case.answer).replace("{wrong}", case.wrong)) for f in forms)
 
 
 def _number(change: Callable[[Decimal, str], Iterable[str]]) -> Make:
-    """Answers made of the number that the answer is, and of how it is written."""
+    """Returns a maker of answers from the number that the answer is, and from how it is written."""
 
     def make(case: KnownCase) -> Iterable[str]:
         value = case.number
@@ -152,7 +154,7 @@ def _number(change: Callable[[Decimal, str], Iterable[str]]) -> Make:
 
 
 def _latex(*changes: tuple[str, str]) -> Make:
-    """The answer with something of it replaced."""
+    """Returns a maker of the answer with a part of it replaced."""
     return lambda case: (case.say(case.answer.replace(old, new)) for old, new in changes)
 
 
@@ -161,7 +163,7 @@ def _parentheses(case: KnownCase) -> list[str]:
 
 
 def _other_numbers(value: Decimal, text: str) -> set[str]:
-    """Numbers near a number, or written like it, that are others."""
+    """Returns numbers that are near a number, or written like it, but differ from it."""
     digits = f"{abs(value):f}"
     made = {f"{n:f}" for n in (value + 1, value - 1, -value, value * 10, value / 10, value + Decimal("0.5"))}
     made |= {f"0.{digits}", digits + digits, digits[::-1], digits[:-1], f"{text}.{digits}"}
@@ -179,7 +181,7 @@ def _number_of(text: str) -> Decimal | None:
 
 
 def _separated(value: Decimal, text: str) -> list[str]:
-    """The digits of a number, parted as no number is."""
+    """Returns the digits of a number with separators where no number has them."""
     digits = f"{abs(value):f}"
     if not digits.isdigit() or len(digits) < 2:
         return []
@@ -190,13 +192,13 @@ def _separated(value: Decimal, text: str) -> list[str]:
 
 
 def _bases(value: Decimal, text: str) -> list[str]:
-    """A number in a base in which it is another."""
+    """Returns a number in a base in which it is another number."""
     digits = f"{value:f}"
     return [f"{digits}_7", f"{digits}_{{7}}", f"({digits})_{{16}}"] if abs(value) > 16 else []
 
 
 def _matrices(change: Callable[[list[list[str]]], list[list[list[str]]]]) -> Make:
-    """Answers made of the matrix that the answer is: its entries in other places."""
+    """Returns a maker of answers from the matrix that the answer is: its entries in other places."""
 
     def make(case: KnownCase) -> Iterable[str]:
         found = _MATRIX.fullmatch(case.answer)
@@ -230,7 +232,7 @@ def _reshaped(rows: list[list[str]]) -> list[list[list[str]]]:
 
 
 def _other_order(case: KnownCase) -> list[str]:
-    """A tuple or an interval in another order, between other brackets, or without any."""
+    """Returns a tuple or an interval in another order, between other brackets, or without any."""
     found = _TUPLE.fullmatch(case.answer)
     if found is None:
         return []
@@ -242,7 +244,7 @@ def _other_order(case: KnownCase) -> list[str]:
 
 
 def _other_number_of_items(case: KnownCase) -> list[str]:
-    """A list of which an item is there more often, or less often."""
+    """Returns a list in which an item occurs more often, or less often."""
     items = case.answer.split(", ")
     if len(items) < 2 or not all(_number_of(item) is not None for item in items):
         return []
@@ -405,7 +407,8 @@ OTHERS = "another row's right answer"  # needs the other cases: see `responses`
 def responses(
     cases: Sequence[KnownCase], index: int, groups: Iterable[str], *, heavy: bool = True
 ) -> list[tuple[str, Expected, str]]:
-    """All responses to one of several cases: (name of the mutation, what is expected, response), without repetitions.
+    """Returns all responses to one of several cases: (name of the mutation, what is expected, response), without
+    repetitions.
 
     The first two are the right answer and the wrong one.
 

@@ -26,7 +26,7 @@ WARM_UP = 200  # calls before memory is read the first time
 SLOW, USUAL = (
     1.0,
     20_000,
-)  # seconds, characters: of calls that are slower, or answers that are longer, is no cost measured
+)  # seconds, characters: of calls that are slower, or responses that are longer, is no cost measured
 MEGABYTE = 2**20
 
 
@@ -35,11 +35,11 @@ class Probed:
     """What the process saw.
 
     Args:
-        scores: of every answer, in order.
+        scores: of every response, in order.
         again: of the same, scored once more directly afterwards.
         in_thread: of the same, in a thread that is not the main one.
         seconds: wall-clock time of the first call of each.
-        changed: index of the first answer whose row, prompt or ground truth the reward changed.
+        changed: index of the first response whose row, prompt or ground truth the reward changed.
         calls: of the part that measures cost.
         cpu_seconds: that they took, children's included.
         growth_mb: of the process's memory over them, after a warm-up.
@@ -87,9 +87,9 @@ def probe(function: FunctionSpec, answers: Sequence[Answers], *, seconds: float,
 
 
 def measure(reward: RewardFunction, asked: Sequence[Answers], *, seconds: float, calls: int) -> Probed:
-    """All measurements, in this process.
+    """Takes all measurements, in this process.
 
-    The first answers take at most a fifth of the time; those that were not reached by then are not measured.
+    The first responses take at most a fifth of the time; those that were not reached by then are not measured.
     """
     found = Probed([], [], [], [])
     answers = copy.deepcopy(list(asked))  # each its own row: what the reward does to one must not reach another
@@ -135,7 +135,7 @@ def _cpu_seconds() -> float:
 
 
 def _memory_mb() -> float:
-    """Resident memory now; where the system does not say, the most so far."""
+    """Returns the resident memory now; where the system does not report it, the peak so far."""
     pages = Path("/proc/self/statm")
     if pages.is_file():
         return int(pages.read_text().split()[1]) * resource.getpagesize() / MEGABYTE
@@ -143,7 +143,7 @@ def _memory_mb() -> float:
 
 
 def main(asked: str, told: str) -> None:
-    """What the process does: reads the task from one file, writes `Probed` into another."""
+    """Runs the process: reads the task from one file, writes `Probed` into another."""
     with open(asked, "rb") as file:
         function, answers, seconds, calls, path = pickle.load(file)
     sys.path[:] = path

@@ -76,7 +76,7 @@ def _program(question: str, truth: Any, program: str, *wrong: str) -> KnownCase:
 
 
 def fenced(text: str, language: str = "python") -> str:
-    """A program as an answer has it."""
+    """Returns a program in a fenced block, as a response has it."""
     return f"Here it is:\n\n```{language}\n{text}\n```\n"
 
 

@@ -29,14 +29,14 @@ OPEN: Mapping[str, tuple[Expected, str]] = dict.fromkeys([name for both in BOTH_
 
 
 def case_of(question: str, truth: Any, row: Mapping[str, Any], form: str | None, response: str | None) -> KnownCase:
-    """A case without a wrong answer yet.
+    """Returns a case that has no wrong answer yet.
 
     Args:
         question: the prompt as text.
         truth: the ground truth.
         row: the whole row.
-        form: of a right answer, with a hole for the ground truth.
-        response: instead: a right answer.
+        form: of a right response, with a hole for the ground truth.
+        response: a right response, in the place of `form`.
     """
     answer = answer_in(truth)
     if response is None:
@@ -46,7 +46,9 @@ def case_of(question: str, truth: Any, row: Mapping[str, Any], form: str | None,
 
 
 def answer_in(truth: Any) -> str:
-    """The answer as text that a ground truth stands for: itself, its ``target``, the first of several; else ""."""
+    """Returns the answer as text that a ground truth stands for: the ground truth itself, its ``target``, or the first
+    of several; else "".
+    """
     if isinstance(truth, Mapping):
         return answer_in(truth["target"]) if "target" in truth else ""
     if isinstance(truth, list | tuple):
@@ -79,14 +81,15 @@ def with_wrong_answers(cases: Sequence[KnownCase], seed: int) -> list[KnownCase]
 
 
 def find_form(rows: Sequence[tuple[str, Any, Mapping[str, Any]]], grader: Grader) -> str:
-    """The form of a right answer that a reward reads: of `FORMS` the one whose answers earn most beside wrong ones.
+    """Returns the form of a right response that a reward reads: of `FORMS`, the one whose right responses score
+    furthest above wrong ones.
 
     Args:
         rows: question, ground truth and row.
         grader: scores.
 
     Raises:
-        UserError: none earns more than a wrong answer.
+        UserError: none earns more than a wrong response.
     """
     best, gain = None, 0.0
     for form in FORMS:
@@ -108,7 +111,7 @@ def find_form(rows: Sequence[tuple[str, Any, Mapping[str, Any]]], grader: Grader
 
 
 def case_set_of(cases: Sequence[KnownCase], kwargs: Mapping[str, Any]) -> CaseSet:
-    """A set of cases of a user's rows: of numbers, if all answers are, and of LaTeX, if they stand in boxes.
+    """Returns a set of cases from a user's rows: of numbers, if all answers are, and of LaTeX, if they stand in boxes.
 
     Args:
         cases: with wrong answers.

@@ -1,6 +1,6 @@
 """Several rewards as one: the parts of a weighted sum, and rows of several data sources.
 
-A part's value is first held against those of the other answers to its prompt (``normalize: group``), then cut to its
+A part's value is first held against those of the other responses to its prompt (``normalize: group``), then cut to its
 bounds, then multiplied with its weight. Its raw value is a component under the part's name; what it says besides its
 score is one under ``part/name``.
 """
@@ -56,7 +56,7 @@ class Part:
         backend: who scores it.
         function: which of the backend's functions.
         weight: what it is multiplied with.
-        normalize: whether it is held against the other answers to the prompt.
+        normalize: whether it is held against the other responses to the prompt.
         clip: least and greatest value, before the weight.
     """
 
@@ -76,7 +76,7 @@ class _Open:
 
 
 class ComposedGrader:
-    """Scores the answers to each prompt with the functions that its reward is made of.
+    """Scores the responses to each prompt with the functions that its reward is made of.
 
     Args:
         route: the parts of a prompt's reward.
@@ -147,7 +147,8 @@ class ComposedGrader:
 
 
 def combined(parts: Sequence[Part], scores: Sequence[Sequence[Score]]) -> list[Score]:
-    """The scores of answers to one prompt, from those of each part (part by part). A failed part fails the answer.
+    """Returns the scores of responses to one prompt, from those of each part (part by part); a failed part fails the
+    response.
 
     So does a sum that is larger than a reward may be (`config.bounds.LARGEST_REWARD`).
     """
@@ -171,7 +172,7 @@ def _bounded(score: Score) -> Score:
 
 
 def _values(part: Part, scores: Sequence[Score]) -> list[float]:
-    """Each answer's value of a part, without the weight; that of a failed answer means nothing."""
+    """Returns each response's value of a part, without the weight; the value of a failed response means nothing."""
     values = [score.value for score in scores]
     given = [score.value for score in scores if score.failure is None]
     if part.normalize and given:

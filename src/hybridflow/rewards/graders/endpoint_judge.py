@@ -1,12 +1,12 @@
-"""A model that reads an answer and writes a verdict: what it is asked, how its text is read, and asking an endpoint.
+"""A model that reads a response and writes a verdict: what it is asked, how its text is read, and asking an endpoint.
 
 The default question fences whatever the judged model, or the data, has written with a mark that is a hash of it: no
-text can contain its own hash, so an answer cannot close the fence and go on as if it were the instructions. A verdict
+text can contain its own hash, so a response cannot close the fence and go on as if it were the instructions. A verdict
 is the number in the last ``[[...]]`` of the judge's own text; where there is none, or one that may be a quotation of
-the answer, there is no reward (a failure of the kind "nonsense"), never a silent zero.
+the response, there is no reward (a failure of the kind "nonsense"), never a silent zero.
 
-Draws depend on the seed, on what was asked and on which of the samples it is, and on nothing else: the same answer gets
-the same verdict, whatever is judged beside it. Equal answers to a prompt are judged once.
+Draws depend on the seed, on what was asked and on which of the samples it is, and on nothing else: the same response
+gets the same verdict, whatever is judged beside it. Equal responses to a prompt are judged once.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class EndpointJudge:
         self._client.close()
 
     def _names(self) -> list[str]:
-        """The models that the endpoint lists; none if it does not, which it must where no model is named."""
+        """Returns the models that the endpoint lists; none if it does not list any, which it must where the
+        configuration names no model.
+        """
         try:
             listed = self._client.get(f"{self.url}/models", self._headers).result()
         except CallFailed as error:
@@ -177,7 +179,7 @@ class EndpointJudge:
 
 
 def _said(answer: Any, *, empty: bool = False) -> Verdict:
-    """The text in an endpoint's answer."""
+    """Returns the text in an endpoint's reply."""
     try:
         choice = answer["choices"][0]
         text, reason = choice["message"]["content"], choice.get("finish_reason")

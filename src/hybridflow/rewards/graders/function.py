@@ -1,6 +1,6 @@
 """A user's reward function, called safely: what it returns is checked before anything is trained on it.
 
-The names of its arguments decide what it is given. Of one answer:
+The names of its arguments decide what it is given. Of one response:
 
     response, solution_str      its text
     ground_truth                the row's
@@ -8,9 +8,9 @@ The names of its arguments decide what it is given. Of one answer:
     row                         the whole row
     data_source, extra_info     of the row: None and {} where it has none
 
-or of all answers to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
-``ground_truths`` and ``extra_infos``, lists with one entry per answer. So a ``compute_score`` that was written for verl
-works as it is, of one answer and of a batch. All of these may be ``async def``.
+or of all responses to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
+``ground_truths`` and ``extra_infos``, lists with one entry per response. So a ``compute_score`` that was written for
+verl works as it is, of one response and of a batch. All of these may be ``async def``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class FunctionSpec:
 
 
 def _called(name: str, known: Sequence[str]) -> str:
-    """What an argument that nothing gives is called here."""
+    """Returns a hint on an argument that nothing provides: its name here, the nearest name, or the column."""
     column = f"a column of the data is row[{name!r}]"
     if name in NAMES:
         ours = NAMES[name]
@@ -87,7 +87,7 @@ def _called(name: str, known: Sequence[str]) -> str:
 
 
 class RewardFunction:
-    """Scores the answers to one prompt, and never raises because of what the function did.
+    """Scores the responses to one prompt, and never raises because of what the function did.
 
     Args:
         function: the user's function.
@@ -95,7 +95,7 @@ class RewardFunction:
         kwargs: further arguments that it is given.
 
     Attributes:
-        whole_group: whether one call scores all answers to a prompt.
+        whole_group: whether one call scores all responses to a prompt.
         is_async: whether it is an ``async def``.
 
     Raises:
@@ -153,22 +153,22 @@ class RewardFunction:
             raise UserError(f"the reward {self.name} {' and '.join(filter(None, wrong))}", fix=f"write {_FORMS}")
 
     def calls(self, answers: Answers) -> list[int | None]:
-        """What a call of it scores: None for all answers at once, else one call for each index of them."""
+        """Returns what each call scores: None for all responses at once, else the index of one response."""
         return [None] if self.whole_group else list(range(len(answers.responses)))
 
     def scores(self, answers: Answers) -> list[Score]:
-        """A score for every response; calls are one after the other, of an ``async def`` at once."""
+        """Returns a score for every response; calls follow each other, those of an ``async def`` run at once."""
         if self.is_async:
             return asyncio.run(self.scores_async(answers))
         return [s for index in self.calls(answers) for s in self.score(answers, index)]
 
     async def scores_async(self, answers: Answers) -> list[Score]:
-        """The same, of an ``async def``."""
+        """Returns the same as `scores`, for an ``async def``."""
         found = await asyncio.gather(*(self.score_async(answers, index) for index in self.calls(answers)))
         return [s for scores in found for s in scores]
 
     def score(self, answers: Answers, index: int | None) -> list[Score]:
-        """What one call says; see `calls`."""
+        """Returns the scores that one call gives; see `calls`."""
         try:
             return self._read(self.function(**self._given(answers, index)), answers, index)
         except KeyboardInterrupt:
@@ -177,7 +177,7 @@ class RewardFunction:
             return self._raised(error, answers, index)
 
     async def score_async(self, answers: Answers, index: int | None) -> list[Score]:
-        """The same, of an ``async def``."""
+        """Returns the same as `score`, for an ``async def``."""
         try:
             begun: Awaitable[Any] = self.function(**self._given(answers, index))
             return self._read(await begun, answers, index)
@@ -209,14 +209,14 @@ class RewardFunction:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What a function is called in messages; a partial as what it calls, an object as its class."""
+    """Returns the name of a function in messages: for a partial the function that it calls, for an object its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def failures(name: str, kind: str, what: str, answers: Answers, index: int | None) -> list[Score]:
-    """Scores that say why a call has none.
+    """Returns scores that state why a call has none.
 
     Args:
         name: of the reward.
@@ -236,7 +236,7 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
 
 
 def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
-    """What a reward returned for all answers to a prompt: see `read_score`."""
+    """Reads what a reward returned for all responses to a prompt: see `read_score`."""
     size = len(answers.responses)
     if not isinstance(values, Sequence) and callable(getattr(values, "tolist", None)):
         values = values.tolist()  # of numpy and torch
@@ -247,7 +247,8 @@ def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
 
 
 def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
-    """What a reward returned for one answer: a number of at most `LARGEST_REWARD`, or a dict with such as "score".
+    """Reads what a reward returned for one response: a number of at most `LARGEST_REWARD`, or a dict with a key such as
+    "score".
 
     Further numbers of a dict are components; what else stands in it, such as text, is left out. "steps" are rewards of
     parts of the answer: pairs of how many characters of it the part ends after, and the reward.
@@ -285,7 +286,7 @@ def _number(value: Any, where: str = "") -> float:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a real number of Python, or an array or tensor without dimensions or with one element."""
+    """Returns whether a value is a real number of Python, or an array or tensor that holds exactly one element."""
     if isinstance(value, numbers.Real):
         return True
     if not callable(getattr(value, "item", None)) or math.prod(getattr(value, "shape", (2,))) != 1:
@@ -313,7 +314,7 @@ def _steps(steps: Any, characters: int) -> tuple[tuple[int, float], ...]:
 
 
 def _text(value: Any, form: Callable[[Any], str]) -> str:
-    """As text of at most `CUT` characters, whatever its own methods do."""
+    """Returns a value as text of at most `CUT` characters, whatever its own methods do."""
     try:
         return form(value)[:CUT]
     except Exception:  # a broken __repr__ must not hide what happened
@@ -321,7 +322,7 @@ def _text(value: Any, form: Callable[[Any], str]) -> str:
 
 
 def load_reward(reference: str, kwargs: Mapping[str, Any] | None = None) -> RewardFunction:
-    """The reward that ``file.py:function`` or the name of a built-in one means.
+    """Loads the reward that ``file.py:function`` or the name of a built-in one means.
 
     Raises:
         UserError: no such function, or one with arguments that do not exist.
@@ -331,7 +332,7 @@ def load_reward(reference: str, kwargs: Mapping[str, Any] | None = None) -> Rewa
 
 
 def load_all(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> dict[str, RewardFunction]:
-    """Every function by its name here.
+    """Loads every function by its name here.
 
     Raises:
         UserError: see `load_reward`.

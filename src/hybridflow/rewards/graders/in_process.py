@@ -15,7 +15,7 @@ from hybridflow.rewards.graders.function import FunctionSpec, check_builtins, lo
 class InProcessGrader:
     """A `protocols.rewards.Grader` that scores when it is given something, and returns then. There are no limits.
 
-    Functions that are ``async def`` run in the loop of one further thread, all answers to a prompt at once.
+    Functions that are ``async def`` run in the loop of one further thread, all responses to a prompt at once.
 
     Args:
         functions: by the names that `submit` is given; functions themselves, or by reference.
@@ -72,7 +72,9 @@ class InProcessGrader:
             self._loop = self._thread = None
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """One for all calls, for what a function keeps (connections) belongs to its loop; a notebook has its own."""
+        """Returns one loop for all calls, because what a function keeps (connections) belongs to its loop; a notebook
+        runs its own.
+        """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="hybridflow-rewards", daemon=True)

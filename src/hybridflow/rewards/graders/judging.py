@@ -90,7 +90,7 @@ class Judging:
         self._parser = load_function(section.parser) if section.parser else None
 
     def ask(self, answers: Answers, response: str) -> str:
-        """What is asked about one answer.
+        """Returns the question about one response.
 
         Raises:
             NoVerdict: the template cannot be filled in with this row.
@@ -111,12 +111,12 @@ class Judging:
             raise NoVerdict(f"its template raised {type(error).__name__}: {error}", "raised") from error
 
     def key(self, asked: str, sample: int) -> NoiseKey:
-        """The noise of a verdict: it depends on what is asked, not on when."""
+        """Returns the noise key of a verdict: it depends on the question, not on the time."""
         digest = hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=7).digest()
         return NoiseKey(self.seed, "judge", int.from_bytes(digest, "little"), sample)
 
     def read(self, verdict: Verdict, response: str) -> float:
-        """The number in a verdict on this answer.
+        """Returns the number in a verdict on this response.
 
         Raises:
             NoVerdict: there is none.
@@ -134,18 +134,18 @@ class Judging:
         raise NoVerdict(f"{self.section.parser} returned {value!r}, reading {_tail(verdict.text)}")
 
     def failed(self, error: NoVerdict, response: str) -> Score:
-        """The score of an answer that has no verdict."""
+        """Returns the score of a response that has no verdict."""
         return Score(0.0, failure=Failure(error.kind, f"{self.name}: {error}; it was grading {response[:SHOWN]!r}"))
 
 
 @dataclass(slots=True)
 class Hearing:
-    """The answers to one prompt while verdicts on them arrive.
+    """The responses to one prompt while verdicts on them arrive.
 
     Args:
         judging: see `Judging`.
         answers: what is judged.
-        asked: for each answer what the judge is asked, or why it cannot be; `hearing` fills it in.
+        asked: for each response what the judge is asked, or why it cannot be; `hearing` fills it in.
         missing: verdicts that have not arrived, by what was asked and which sample.
     """
 
@@ -156,12 +156,12 @@ class Hearing:
     _found: dict[tuple[str, int], Verdict | NoVerdict] = field(default_factory=dict)
 
     def tell(self, asked: str, sample: int, verdict: Verdict | NoVerdict) -> None:
-        """A verdict has arrived, or will never."""
+        """Records that a verdict has arrived, or never will."""
         self._found[asked, sample] = verdict
         self.missing.discard((asked, sample))
 
     def scores(self) -> list[Score]:
-        """The mean of every answer's verdicts; all must be there, and an answer one of whose is not has no score."""
+        """Returns the mean of each response's verdicts. All must be there; a response that lacks one has no score."""
         assert not self.missing
         return [self._score(asked, response) for asked, response in zip(self.asked, self.answers.responses)]
 
@@ -181,7 +181,7 @@ class Hearing:
 
 
 def hearing(judging: Judging, answers: Answers) -> Hearing:
-    """Puts what is to be asked about answers to one prompt: equal ones are asked about once."""
+    """Puts what is to be asked about responses to one prompt: equal ones are asked about once."""
     asked: list[str | NoVerdict] = []
     for response in answers.responses:
         try:
@@ -193,7 +193,7 @@ def hearing(judging: Judging, answers: Answers) -> Hearing:
 
 
 def _template(file: str | None) -> jinja2.Template:
-    """The template in a file, or the built-in one."""
+    """Loads the template in a file, or the built-in one."""
     source = TEMPLATE
     if file is not None:
         path = Path(file)
@@ -215,7 +215,7 @@ def _template(file: str | None) -> jinja2.Template:
 
 
 def _grade(verdict: Verdict, *, quotable: bool) -> float:
-    """The number in the last ``[[...]]``, 0 to 10."""
+    """Returns the number in the last ``[[...]]``, 0 to 10."""
     if verdict.cut:
         raise NoVerdict(
             f"reward.judge.max_tokens ended its text before a grade, or in a quotation of one: {_tail(verdict.text)}"
@@ -233,7 +233,7 @@ def _grade(verdict: Verdict, *, quotable: bool) -> float:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, whose content may be a list of parts."""
+    """Returns the text of a message, whose content may be a list of parts."""
     if isinstance(content, list | tuple):
         return "".join(part.get("text", "") if isinstance(part, Mapping) else str(part) for part in content)
     return "" if content is None else str(content)

@@ -1,6 +1,6 @@
 """Rewards from a server of one's own: ``reward.function=http://host:port/path``.
 
-One request for all answers to a prompt, with `reward.kwargs` beside them:
+One request for all responses to a prompt, with `reward.kwargs` beside them:
 
     POST {"responses": ["...", ...], "ground_truth": ..., "prompt": [{"role": ..., "content": ...}], "row": {...}}
     200  {"scores": [1.0, {"score": 0.5, "format": 1.0}, ...]}
@@ -139,7 +139,7 @@ class RemoteGrader:
 
 
 def _unserialisable(body: Mapping[str, Any]) -> str:
-    """Which part of a request JSON has no form for."""
+    """Names the part of a request that JSON has no form for."""
     for name, value in body.items():
         for place, part in value.items() if name == "row" else [("", value)]:
             try:

@@ -51,7 +51,7 @@ PREFIXES: dict[str, str] = {"aime": "math_dapo"}
 
 
 def route(data_source: str | None, extra: Mapping[str, str]) -> str:
-    """The name of the reward for rows of a source; names in `extra` (``reward.sources``) go first.
+    """Returns the name of the reward for rows of a source; names in `extra` (``reward.sources``) take precedence.
 
     >>> route("openai/gsm8k", {}), route("aime2025", {}), route("mine", {"mine": "score.py:score"})
     ('gsm8k', 'math_dapo', 'score.py:score')

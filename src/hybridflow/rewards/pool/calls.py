@@ -1,4 +1,4 @@
-"""Calls of reward functions on their way to a process, and the answers that they belong to."""
+"""Calls of reward functions on their way to a process, and the responses that they belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hybridflow.protocols.rewards import Answers, Score
 
 @dataclass(eq=False, slots=True)
 class GroupCalls:
-    """Answers to one prompt, on their way; `scores` by index, None where there is none yet."""
+    """Responses to one prompt, on their way; `scores` by index, None where there is none yet."""
 
     key: int
     function: str
@@ -26,7 +26,7 @@ class Call:
 
     Args:
         group: what it scores.
-        index: which answer of it; see `RewardFunction.calls`.
+        index: which response of it; see `RewardFunction.calls`.
         deaths: of processes that were with it.
         begun: when it was last given to a process.
     """

@@ -9,7 +9,7 @@ call has had its time. What it promises:
 - A process that dies loses nothing. The call that it was with is made again in another one; if that dies too, the call
   has no score. Of several ``async def`` calls in one process nobody can say which one ended it, or keeps its loop from
   going on: each is made again alone.
-- No answer is handed out twice, and processes end with this one, however it ends.
+- No response is handed out twice, and processes end with this one, however it ends.
 
 Functions that are ``async def`` share one process, with up to ``reward.pool.concurrency`` calls in flight.
 """
@@ -237,7 +237,7 @@ class ProcessGrader:
                 self._look_at(process, now)
 
     def _deadlines(self, process: PoolProcess) -> Iterator[float]:
-        """The times at which a process must be looked at, if it has not said anything."""
+        """Yields the times at which a process must be checked, if it has sent nothing."""
         if not process.ready:
             yield process.until
         elif process.calls and process.asynchronous:
@@ -267,7 +267,7 @@ class ProcessGrader:
                 self._settle(call, [score_of(plain) for plain in scores])
 
     def _look_at(self, process: PoolProcess, now: float) -> None:
-        """What follows from its not having said anything for so long."""
+        """Acts on a process that has sent nothing for so long."""
         if not process.ready:
             if now >= process.until:
                 self._give_up(
@@ -434,7 +434,7 @@ class ProcessGrader:
 
 
 def _pickled(answers: Answers) -> bytes:
-    """As they are sent to a process.
+    """Pickles responses as they are sent to a process.
 
     Raises:
         UserError: something in them has no form that another process can read: a function of a function, an open file.

@@ -55,7 +55,7 @@ class Wire:
                 del self.unsent[: self.connection.send(self.unsent)]
 
     def receive(self) -> tuple[list[Any], bool]:
-        """All messages that have arrived, and whether these were the last."""
+        """Returns all messages that have arrived, and whether these were the last."""
         messages: list[Any] = []
         while True:
             try:

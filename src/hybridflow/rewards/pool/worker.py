@@ -43,7 +43,7 @@ Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], PlainFailu
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
-    """A message as it is sent."""
+    """Returns a message as it is sent."""
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(data)) + data
 
@@ -55,7 +55,7 @@ class Frames:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """The messages that are complete with this."""
+        """Yields the messages that these bytes complete."""
         self._data += data
         begin = 0
         while len(self._data) >= begin + _LENGTH.size:
@@ -146,7 +146,7 @@ def _load(channel: WorkerSocket) -> tuple[dict[str, RewardFunction], float, list
 
 
 def _answers(channel: WorkerSocket, data: bytes) -> Answers:
-    """What was pickled.
+    """Unpickles the responses.
 
     Raises:
         EOFError: it cannot be read here; the parent has been told why.
@@ -244,7 +244,7 @@ async def _score_async(
 
 
 def too_long(timeout: float) -> str:
-    """What a call did that had its time."""
+    """Describes what a call did that ran out of time."""
     return f"took longer than {timeout:g} s"
 
 
@@ -253,6 +253,6 @@ def _plain(scores: list[Score]) -> list[Plain]:
 
 
 def score_of(plain: Plain) -> Score:
-    """The score that a worker has sent."""
+    """Returns the score that a worker has sent."""
     value, components, steps, failure = plain
     return Score(value, components, steps, None if failure is None else Failure(*failure))

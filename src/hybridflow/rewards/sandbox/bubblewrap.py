@@ -8,12 +8,13 @@ from typing import Any
 
 
 def installed() -> str | None:
-    """Where bwrap is, if it is."""
+    """Returns the path of bwrap, if it is installed."""
     return shutil.which("bwrap")
 
 
 def command(bwrap: str, view: dict[str, Any], interpreter: str, privileged: bool) -> list[str]:
-    """What to put before a Python command, so that it runs inside: the same view as `jail.build_root` makes.
+    """Returns what precedes a Python command, so that it runs inside the sandbox: with the same view as
+    `jail.build_root` makes.
 
     As root it keeps the powers to become nobody, which `jail.confine` then does, and to end what did. Else bwrap maps
     the user to nobody.

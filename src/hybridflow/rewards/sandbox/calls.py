@@ -51,7 +51,7 @@ SPECIAL = [f"__{name}__" for name in (*SYMBOLS, *_ASKED, *_OTHERS.split())]
 
 
 def run(program: str) -> None:
-    """The program as `python program.py` would run it."""
+    """Runs the program as `python program.py` would."""
     exec(compile(program, "program.py", "exec"), _module("__main__"))
 
 
@@ -100,7 +100,7 @@ def answer(program: str, request: str) -> str:
 
 
 def function_call(name: str, arguments: list[Any]) -> dict[str, Any]:
-    """The request that a function be called as judges do it."""
+    """Returns the request to call a function in the way that judges do."""
     wire = ValueCodec(shared=False)
     kwargs: dict[str, Any] = {}
     return {"op": "function", "name": name, "args": wire.encode(arguments), "kwargs": wire.encode(kwargs)}
@@ -117,7 +117,7 @@ def _load(program: str, judge: bool) -> dict[str, Any]:
 
 
 def imported(code: Any, modules: list[str]) -> dict[str, Any]:
-    """Those of these modules, and of their names in `_IMPORTED`, that a code names."""
+    """Returns those of these modules, and of their names in `_IMPORTED`, that the code names."""
     codes, names = [code], set()
     while codes:
         code = codes.pop()
@@ -152,20 +152,20 @@ class _Printed:
         self.left = 1 << 20
 
     def write(self, text: str) -> int:
-        """As a file has it."""
+        """Writes text, as a file does."""
         self.parts.append(text[: self.left])
         self.left -= len(self.parts[-1])
         return len(text)
 
     def flush(self) -> None:
-        """As a file has it."""
+        """Flushes, as a file does."""
 
     def isatty(self) -> bool:
-        """As a file has it."""
+        """Returns whether it is a terminal, as a file does."""
         return False
 
     def take(self) -> str:
-        """What was printed since the last time."""
+        """Returns the text printed since the last call."""
         text, self.parts, self.left = "".join(self.parts), [], 1 << 20
         return text
 
@@ -213,7 +213,7 @@ class Served:
             printed.take()
 
     def answer(self, request: Any) -> Any:
-        """The reply to a request."""
+        """Returns the reply to a request."""
         wire = ValueCodec(self._refer, self._resolve, shared=request["op"] != "function")
         try:
             args, kwargs = wire.decode(request["args"]), wire.decode(request["kwargs"])
@@ -302,7 +302,7 @@ class Served:
         return self._tell_class(kind) if known is None else {"known": known}
 
     def _tell_class(self, kind: type) -> dict[str, Any]:
-        """What the test's side needs to know of a class, the first time; then its number."""
+        """Returns what the test's side needs to know of a class, the first time; then its number."""
         known = known_name(kind)
         wire: dict[str, Any] = {"class": self._number(kind)}
         if wire["class"] not in self._told:
@@ -327,7 +327,7 @@ class Served:
 
 
 def _function(space: dict[str, Any], name: str) -> Any:
-    """The function that a judge calls: of the program, or of its class ``Solution``."""
+    """Returns the function that a judge calls: of the program, or of its class ``Solution``."""
     if name not in space and "Solution" in space:
         return getattr(space["Solution"](), name)
     return space[name]

@@ -60,7 +60,7 @@ class FusionSandbox:
         )
 
     def check(self, program: str, test: str) -> Outcome:
-        """Refused.
+        """Refuses tests that are assert statements.
 
         Raises:
             SandboxError: always.

@@ -89,7 +89,7 @@ def main(request: dict[str, Any]) -> None:
 
 
 def run_driver(request: dict[str, Any]) -> None:
-    """The last step in the child: the code that calls the program."""
+    """Runs the last step in the child: the code that calls the program."""
     space: dict[str, Any] = {"__name__": "driver"}
     for code in request["driver"]:
         exec(code, space)
@@ -133,7 +133,7 @@ def end_group(leader: int) -> None:
 
 
 def enter_namespaces(privileged: bool) -> None:
-    """Own mounts, processes, network, message queues, host name and control groups.
+    """Enters its own namespaces for mounts, processes, network, message queues, host name and control groups.
 
     An ordinary user gets them through a user namespace, in which it is mapped to nobody. Root needs none here: the
     namespaces then belong to root, and the program, which is not, has no power over them whatever it becomes later.
@@ -155,7 +155,7 @@ def enter_namespaces(privileged: bool) -> None:
 
 
 def build_root(view: dict[str, Any]) -> None:
-    """A root directory with `read` bound read-only, `hide` covered, and an empty /tmp that can be written."""
+    """Builds a root directory with `read` bound read-only, `hide` covered, and an empty, writable /tmp."""
     os.umask(0o022)
     call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     root = "/proc"  # a folder that every Linux has, and that nothing else is bound from
@@ -186,7 +186,7 @@ def build_root(view: dict[str, Any]) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str | None) -> None:
-    """mount(2)."""
+    """Calls mount(2)."""
     call(
         "mount",
         os.fsencode(source),
@@ -199,7 +199,9 @@ def mount(source: str, target: str, kind: str, flags: int, options: str | None) 
 
 
 def set_attributes(path: str, attributes: int, below: bool) -> None:
-    """mount_setattr(2): unlike a remount it keeps what the mount had, which an ordinary user may not take off."""
+    """Calls mount_setattr(2): unlike a remount, it keeps the flags that the mount had, which an ordinary user may not
+    remove.
+    """
     wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
     flags = AT_RECURSIVE if below else 0
     call(
@@ -248,7 +250,9 @@ def confine(request: dict[str, Any], setup: int) -> None:
 
 
 def drop_privileges(request: dict[str, Any]) -> None:
-    """From root to nobody, in a user namespace in which nobody has no name; no capability, and none to come."""
+    """Changes from root to nobody, in a user namespace in which nobody has no name. The process has no capability and
+    can gain none.
+    """
     if request["privileged"]:
         # Threads are counted in each user namespace and in those around it; what holds around is what holds now.
         most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -264,7 +268,7 @@ def drop_privileges(request: dict[str, Any]) -> None:
 
 
 def become_nobody() -> None:
-    """No group, and a user that owns nothing."""
+    """Becomes a user that has no group and owns nothing."""
     try:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -283,7 +287,7 @@ def set_limits(limits: dict[str, Any]) -> None:
 
 
 def landlock(read: list[str]) -> None:
-    """Nothing but reading `read` and using /tmp; no TCP, no abstract sockets, no signals to who is outside."""
+    """Allows only reading `read` and using /tmp: no TCP, no abstract sockets, no signals to processes outside."""
     version = libc.syscall(ctypes.c_long(LANDLOCK_CREATE), None, ctypes.c_size_t(0), 1)
     if version < 1:
         raise WallError("this kernel has no Landlock, or it is switched off (it stands in the boot option lsm=)")
@@ -313,14 +317,14 @@ def landlock(read: list[str]) -> None:
 
 
 def install_filter(instructions: bytes) -> None:
-    """The seccomp filter, for this process and whatever thread it starts."""
+    """Installs the seccomp filter for this process and every thread that it starts."""
     held = ctypes.create_string_buffer(instructions, len(instructions))
     program = struct.pack("HxxxxxxP", len(instructions) // 8, ctypes.addressof(held))
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0, label="seccomp")
 
 
 def call(name: str, *arguments: object, label: str = "") -> int:
-    """A function of the C library, or a WallError that says which one failed and why."""
+    """Calls a function of the C library; raises a WallError that names the function and the reason if it fails."""
     result = getattr(libc, name)(*arguments)
     if result == -1:
         raise WallError(f"{label or name}: {os.strerror(ctypes.get_errno())}")

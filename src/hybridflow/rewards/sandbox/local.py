@@ -126,13 +126,13 @@ class _Descriptors:
         self.close(*self._open)
 
     def pipe(self) -> tuple[int, int]:
-        """What is read from, and what is written to."""
+        """Returns a pipe: its end to read from and its end to write to."""
         ends = os.pipe()
         self._open.update(ends)
         return ends
 
     def sealed(self, content: str | bytes) -> int:
-        """A file in memory that holds this, and that nobody can change or grow."""
+        """Returns a file in memory that holds these bytes and that nobody can change or grow."""
         fd = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._open.add(fd)
         with open(fd, "wb", closefd=False) as file:
@@ -298,7 +298,7 @@ def _code(name: str) -> CodeType:
 
 
 def _settings(walls: Walls, limits: Limits) -> dict[str, Any]:
-    """The part of a request that is the same for every program."""
+    """Returns the part of a request that is the same for every program."""
     bounds = {
         "AS": limits.memory_mb << 20,
         "CPU": math.ceil(limits.seconds),

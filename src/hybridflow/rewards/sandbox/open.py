@@ -16,7 +16,7 @@ _PROBE = "print(6 * 7)"
 
 
 def open_sandbox(settings: Mapping[str, Any] | None = None) -> Sandbox:
-    """The sandbox that the section `reward.sandbox` describes, after it has run a tiny program.
+    """Opens the sandbox that the section `reward.sandbox` describes, after it has run a tiny program.
 
     It is opened, and tried, once per process and settings.
 

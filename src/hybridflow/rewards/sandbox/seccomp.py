@@ -122,7 +122,8 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_
 
 
 def build(machine: str) -> bytes | None:
-    """The filter for a processor as `os.uname().machine` names it, 8 bytes per instruction; None where there is none.
+    """Builds the filter for a processor as `os.uname().machine` names it, 8 bytes per instruction; None where there is
+    none.
 
     >>> len(build("x86_64")) % 8, build("riscv64")
     (0, None)

@@ -65,7 +65,7 @@ class StandInClass(type):
     """The type of the classes that stand for the program's."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """An object of it: made by the program, except for what a test has made from an exception of the program's."""
+        """Makes an object of the class: in the program, unless a test makes it from an exception of the program."""
         if issubclass(cls, BaseException) and id(cls) not in _HELD:
             return super().__call__(*args, **kwargs)
         return _ask(cls, "call", "", *args, **kwargs)
@@ -135,7 +135,7 @@ def _contains(self: Any, value: Any) -> bool:
 
 
 def _namespace(special: list[str]) -> dict[str, Any]:
-    """The special methods of a class of stand-ins."""
+    """Returns the special methods of a class of stand-ins."""
     made = {"__slots__": (), "__doc__": property(lambda self: _ask(self, "get", "__doc__"))}
     for name in special:
         plain = name.strip("_")
@@ -172,7 +172,7 @@ class Link:
         self.strange = False  # whether something could not be compared, or not be sent
 
     def ask(self, op: str, name: str, number: int | None = None, args: Any = (), kwargs: Any = None) -> Any:
-        """What the program replies.
+        """Returns the program's reply.
 
         Raises:
             Exception: of the kind that the program raised; or TypeError: an argument cannot be sent.
@@ -198,7 +198,7 @@ class Link:
         raise error
 
     def base(self, number: int) -> Any:
-        """What an object is as plain data, or `_MISSING`."""
+        """Returns an object as plain data, or `_MISSING`."""
         if number in self._bases:
             return self._bases[number]
         base = self.ask("base", "", number)
@@ -276,7 +276,7 @@ class Link:
         return self._class(wire)
 
     def _class(self, wire: Any) -> Any:
-        """The class that stands for one of the program's; told once, then known by its number."""
+        """Returns the class that stands for one of the program's; it is described once, then known by its number."""
         if "class" not in wire:
             return known_value(wire["known"])
         number = int(wire["class"])
@@ -350,12 +350,12 @@ class Names(dict):  # type: ignore[type-arg]  # Any is not there in the jail
         raise KeyError(name)
 
     def shadowed(self) -> bool:
-        """Whether built-ins of the program's own were used, and names besides."""
+        """Returns whether the test found names of the program that hide built-ins, among others that do not."""
         return bool(self.found & builtins.__dict__.keys()) and not self.found <= builtins.__dict__.keys()
 
 
 def _is_trap(value: Any) -> bool:
-    """Whether catching this would catch the failure of a test: what the program calls so is not there."""
+    """Returns whether catching this catches the failure of a test: the stand-in of a name that the program lacks."""
     return any(value is trap for trap in _TRAPS) or (isinstance(value, tuple) and any(map(_is_trap, value)))
 
 

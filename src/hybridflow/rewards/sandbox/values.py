@@ -67,7 +67,7 @@ class ValueCodec:
         self._numbers: dict[int, int] = {}
 
     def encode(self, value: Any, depth: int = 0) -> Any:
-        """A value as what JSON can hold.
+        """Returns a value in a form that JSON can hold.
 
         Raises:
             TypeError: it is not plain data, and nothing refers to it.
@@ -99,7 +99,7 @@ class ValueCodec:
         return self.content(value, tag, depth)
 
     def content(self, value: Any, tag: str, depth: int = 0) -> Any:
-        """What is in a value of that kind, whether or not it has a number."""
+        """Returns the content of a value of that kind, whether or not it has a number."""
 
         def each(items: Any) -> list[Any]:
             return [self.encode(item, depth + 1) for item in items]
@@ -125,7 +125,7 @@ class ValueCodec:
         return {tag: each(value)}
 
     def decode(self, wire: Any, *, new: bool = True) -> Any:
-        """The value that was encoded.
+        """Returns the value that was encoded.
 
         Args:
             wire: what `encode` wrote.
@@ -199,11 +199,11 @@ class ValueCodec:
         return container
 
     def contents(self) -> list[Any]:
-        """What is in every container that has a number now."""
+        """Returns the content of every container that has a number now."""
         return [self.content(held, str(_tag(type(held)))) for held in self.held[:]]
 
     def changes(self, before: list[Any]) -> list[Any]:
-        """Number and content of those containers whose content was another before."""
+        """Returns number and content of the containers whose content has changed."""
         now = (self.content(held, str(_tag(type(held)))) for held in self.held[: len(before)])
         return [[n, content] for n, (content, was) in enumerate(zip(now, before)) if content != was]
 
@@ -229,7 +229,7 @@ class ValueCodec:
 
 
 def _tag(kind: type) -> str | None:
-    """The name of a type of plain data. Types are compared exactly: a subclass could be anything."""
+    """Returns the name of a type of plain data. Types are compared exactly: a subclass could be anything."""
     if kind in _BUILT_IN or kind in (range, slice):
         return kind.__name__
     if kind.__module__ == "builtins":
@@ -251,17 +251,17 @@ def _named(tag: str) -> Any:
 
 
 def base_of(kind: type) -> type | None:
-    """The type of plain data that a class was made from."""
+    """Returns the type of plain data that a class is derived from."""
     return next((base for base in kind.__mro__ if base in (*_ATOMS, *_BUILT_IN)), None)
 
 
 def base_value(value: Any) -> Any:
-    """What a number or a text is without its class."""
+    """Returns the value of a number or a text without its class."""
     return int.__index__(value) if isinstance(value, int) else str.__str__(value)
 
 
 def known_name(value: Any) -> str | None:
-    """Module and name of a function or a class that both sides have."""
+    """Returns module and name of a function or a class that both sides have."""
     owner = getattr(value, "__objclass__", value)  # of a method such as str.upper
     module, name = getattr(owner, "__module__", None), getattr(value, "__qualname__", None)
     if value is Ellipsis or value is NotImplemented:
@@ -278,7 +278,7 @@ def known_name(value: Any) -> str | None:
 
 
 def known_value(name: str) -> Any:
-    """What `known_name` named.
+    """Returns the object that `known_name` named.
 
     Raises:
         ValueError: it is nothing that it names.

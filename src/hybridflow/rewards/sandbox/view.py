@@ -16,13 +16,13 @@ _PACKAGES = ("site-packages", "dist-packages")
 
 @functools.cache
 def interpreter() -> str:
-    """The Python that starts in a jail: the one under this virtual environment, if it is one."""
+    """Returns the Python that starts in a jail: where this is a virtual environment, the one that it was made from."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @functools.cache
 def view() -> dict[str, Any]:
-    """What `jail.build_root` needs: paths to bind read-only, to cover, and links to set.
+    """Returns what `jail.build_root` needs: paths to bind read-only, paths to cover, and links to set.
 
     Installed packages are covered: programs have the standard library. Neither home nor /proc, /sys, /etc or /tmp of
     this machine are there, nor this library's own files.
@@ -47,7 +47,7 @@ def view() -> dict[str, Any]:
 
 @functools.cache
 def privileged() -> bool:
-    """Whether this process is root with the power to mount, so that it needs no user namespace to build walls."""
+    """Returns whether this process is root with the power to mount, and needs no user namespace to build walls."""
     if os.geteuid() != 0:
         return False
     with open("/proc/self/status") as file:

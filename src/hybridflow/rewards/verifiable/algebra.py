@@ -39,7 +39,7 @@ _SETS = frozenset(["bracket", "set", "union", "intersection", "setminus", "const
 
 
 def equal(said: str, true: str) -> bool:
-    """Whether an answer equals the right one. What cannot be read as an expression equals nothing."""
+    """Returns whether an answer equals the right one. What cannot be read as an expression equals nothing."""
     try:
         return Algebra().answers(read(said), read(true)) is True
     except Unreadable:
@@ -62,7 +62,7 @@ class Algebra(Comparison):
     """Compares by algebra what structure and exact arithmetic leave open."""
 
     def by_algebra(self, said: Node, true: Node) -> bool:
-        """Whether two trees are equal; what sympy has no answer to is not."""
+        """Returns whether two trees are equal; trees that sympy cannot compare are not."""
         kinds = {said.kind, true.kind}
         try:
             if kinds == {"relation"} and (same := _same_relation(said, true)) is not None:
@@ -101,7 +101,7 @@ def _same_value(said: Any, true: Any) -> bool:
 
 
 def _same_relation(said: Node, true: Node) -> bool | None:
-    """Whether two relations of two sides are the same one but for a factor; None where only sets can tell."""
+    """Returns whether two relations of two sides are the same one up to a factor; None where only sets can decide."""
     if " " in said.text or " " in true.text or said.text not in _SIGNS or true.text not in _SIGNS:
         return None
     difference, expected = (_sympy(node.parts[0]) - _sympy(node.parts[1]) for node in (said, true))
@@ -124,7 +124,7 @@ def _same_set(said: Node, true: Node) -> bool:
 
 
 def _set(node: Node) -> tuple[Any, Any]:
-    """The set of numbers that a tree is, or that a relation of one name allows, and the name."""
+    """Returns the set of numbers that a tree is, or that a relation of one name allows, and the name."""
     parts = node.parts
     if node.kind == "bracket" and len(parts) == 2:
         ends = [_sympy(part) for part in parts]
@@ -158,7 +158,7 @@ def _set(node: Node) -> tuple[Any, Any]:
 
 
 def _sympy(node: Node) -> Any:
-    """A tree as an expression of sympy."""
+    """Returns a tree as an expression of sympy."""
     match node.kind:
         case "number":
             number = decimal(node.text)
@@ -216,7 +216,7 @@ def _called(node: Node) -> Any:
 
 
 def _root(of: Any, degree: Any) -> Any:
-    """Of a negative number, a root of odd degree is the real one."""
+    """Returns the root; of a negative number, a root of odd degree is the real one."""
     if of.is_negative and degree.is_odd:
         return -sympy.root(-of, degree)
     return sympy.root(of, degree)

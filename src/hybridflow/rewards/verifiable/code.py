@@ -6,7 +6,7 @@ program's functions are stand-ins that send their arguments over. So a program c
 changing what compares, or by looking around.
 
 **The program** is the last fenced block that says python (or py, python3); where none does, the last fenced block;
-where there is none, the whole answer.
+where there is none, the whole response.
 
 **The ground truth** has one of the forms at the head of `code_cases.py`, which also says what counts as equal. Tests of
 which none uses anything that the program defines earn nothing.
@@ -33,13 +33,13 @@ def score(
     sandbox: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> dict[str, float]:
-    """Runs the program in an answer against its test cases.
+    """Runs the program in a response against its test cases.
 
     Cases run in their order, `sandbox["parallel"]` at a time. Without `partial` the first one that fails ends it; with
     it, the first one that takes too long does, and what was not run counts as failed.
 
     Args:
-        response: the answer.
+        response: what the policy generated.
         ground_truth: the test cases, see above.
         row: where the name of the tested function may be (`entry_point`).
         sandbox: the keys of `reward.sandbox`.
@@ -83,7 +83,7 @@ def score(
 
 
 def check(kwargs: Mapping[str, Any]) -> None:
-    """Whether programs can be run with these arguments of the reward.
+    """Checks that programs can be run with these arguments of the reward.
 
     Raises:
         UserError: they cannot.
@@ -92,7 +92,7 @@ def check(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_row(ground_truth: Any, row: Mapping[str, Any]) -> None:
-    """Whether a row's tests can be read, and can tell a right program from a wrong one.
+    """Checks that a row's tests can be read, and can tell a right program from a wrong one.
 
     Raises:
         UserError: they cannot.
@@ -101,7 +101,7 @@ def check_row(ground_truth: Any, row: Mapping[str, Any]) -> None:
 
 
 def extract(response: str) -> str:
-    r"""The program in an answer.
+    r"""Returns the program in a response.
 
     >>> extract("First:\n```python\nprint(1)\n```\nBetter:\n```python\nprint(2)\n```\nIt prints:\n```\n2\n```")
     'print(2)\n'

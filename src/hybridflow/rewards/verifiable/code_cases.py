@@ -52,7 +52,7 @@ class ProgramTest:
 
 
 def read_cases(ground_truth: Any, row: Mapping[str, Any] | None = None) -> list[ProgramTest]:
-    """The test cases that a ground truth stands for, at least one.
+    """Reads the test cases that a ground truth stands for, at least one.
 
     >>> len(read_cases('{"inputs": ["1", "2"], "outputs": ["1", "4"]}')), len(read_cases(["assert f(1) == 2"]))
     (2, 1)
@@ -89,7 +89,7 @@ def read_cases(ground_truth: Any, row: Mapping[str, Any] | None = None) -> list[
 
 
 def _entry_point(given: Any, row: Mapping[str, Any] | None) -> str | None:
-    """The name of the function that is tested, from the ground truth or the row."""
+    """Returns the name of the function that is tested, from the ground truth or the row."""
     row = row or {}
     for place in (given, row, row.get("extra_info")):
         if isinstance(place, Mapping) and isinstance(place.get("entry_point"), str):
@@ -98,7 +98,7 @@ def _entry_point(given: Any, row: Mapping[str, Any] | None) -> str | None:
 
 
 def _named_tests(given: Mapping[str, Any]) -> Any:
-    """The list of tests of a mapping that names them; else the mapping."""
+    """Returns the list of tests of a mapping that names them; else the mapping."""
     if given.get("assert_case") is not None:
         return _list(given["assert_case"])
     if given.get("test_list") is not None:
@@ -109,7 +109,7 @@ def _named_tests(given: Mapping[str, Any]) -> Any:
 
 
 def _paired(inputs: list[Any], outputs: list[Any], name: Any) -> list[ProgramTest]:
-    """What goes in with what must come out of it."""
+    """Pairs inputs with the outputs that they must give."""
     if len(inputs) != len(outputs):
         raise UserError(f"the ground truth has {len(inputs)} inputs and {len(outputs)} outputs", fix=_FORMS)
     if name:
@@ -178,7 +178,7 @@ def _loads(text: str) -> Any:
 
 
 def same_output(said: str, expected: str) -> bool:
-    r"""Whether two outputs have the same tokens.
+    r"""Returns whether two outputs have the same tokens.
 
     >>> same_output("1 2\n", " 1\n2"), same_output("0.3333333", "0.33333333"), same_output("NO", "No")
     (True, True, False)
@@ -199,7 +199,9 @@ def _close(said: str, expected: str) -> bool:
 
 
 def _returned(outcome: Outcome, expected: Any, wrapped: bool) -> bool:
-    """Whether a function returned what is expected. What it returned is a text of the program's: anything at all."""
+    """Returns whether a function returned what is expected. The text of the returned value comes from the program, and
+    can be anything.
+    """
     try:
         value = _json_like(json.loads((outcome.result or "").split("\n", 1)[0])["value"])
         if same_value(value, expected):
@@ -210,7 +212,7 @@ def _returned(outcome: Outcome, expected: Any, wrapped: bool) -> bool:
 
 
 def is_plain(outcome: Outcome) -> bool:
-    """Whether nothing in an outcome was kept from being compared: no object in a result or before a test."""
+    """Returns whether everything in an outcome can be compared: no object in a result or before a test."""
     try:
         if outcome.result is not None:
             _json_like(json.loads(outcome.result.split("\n", 1)[0]).get("value"))
@@ -224,7 +226,7 @@ class NotPlain(ValueError):
 
 
 def _json_like(value: Any) -> Any:
-    """What `values.Wire` wrote, as values of JSON; nothing is hashed but texts."""
+    """Returns what `values.Wire` wrote, as values of JSON; only texts are hashed."""
     if isinstance(value, list):
         return [_json_like(v) for v in value]
     if not isinstance(value, dict):
@@ -252,7 +254,7 @@ def _json_like(value: Any) -> Any:
 
 
 def same_value(said: Any, expected: Any) -> bool:
-    """Whether two values of JSON are equal, floats within the tolerance.
+    """Returns whether two values of JSON are equal, floats within the tolerance.
 
     >>> same_value([1, {"a": 0.1 + 0.2}], [1, {"a": 0.3}]), same_value([1, 2], [1]), same_value("1", 1)
     (True, False, False)

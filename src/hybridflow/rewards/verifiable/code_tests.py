@@ -20,7 +20,7 @@ _FIX = "write assert statements that call the function that the program is to de
 
 
 def whole_test(test: str, entry_point: str | None) -> str:
-    r"""The test as it is run: with the call that HumanEval's tests leave to whoever runs them.
+    r"""Returns the test as it is run: with the call that HumanEval's tests leave to the harness.
 
     >>> whole_test("def check(candidate):\n    assert candidate(1) == 2", "f").splitlines()[-1]
     'check(f)'
@@ -121,7 +121,7 @@ class _Reached:
 
 
 def _below(table: symtable.SymbolTable) -> Iterator[tuple[symtable.SymbolTable, symtable.SymbolTable]]:
-    """Every scope inside a scope, with the one around it."""
+    """Yields every scope inside a scope, with the scope around it."""
     for child in table.get_children():
         yield child, table
         yield from _below(child)
@@ -139,7 +139,7 @@ def _is_method(parent: symtable.SymbolTable) -> bool:
 
 
 def _awake(node: ast.AST, asleep: set[tuple[str, int]]) -> Iterator[ast.AST]:
-    """Every node but those inside functions that nothing calls."""
+    """Yields every node except those inside functions that nothing calls."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (child.name, child.lineno) in asleep:
             continue
@@ -148,14 +148,16 @@ def _awake(node: ast.AST, asleep: set[tuple[str, int]]) -> Iterator[ast.AST]:
 
 
 def _is_needed(name: str, nodes: list[ast.AST]) -> bool:
-    """Whether anything is done with what a name gives: print(1) says nothing of who defines print."""
+    """Returns whether anything uses the value of a name: print(1) does not require that the program defines print."""
     loads = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
     calls = (node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
     return loads > sum(isinstance(call.func, ast.Name) and call.func.id == name for call in calls)
 
 
 def _asserts(node: ast.AST) -> bool:
-    """Whether this is what makes a test fail: an assertion, an exception or the want of one, or self.assertEqual."""
+    """Returns whether this can make a test fail: an assertion, an exception that is raised or expected, or
+    self.assertEqual.
+    """
     if isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return name.lower().startswith("assert")
@@ -166,14 +168,14 @@ def _asserts(node: ast.AST) -> bool:
 
 
 def _own_nodes(caught: ast.Try) -> Iterator[ast.AST]:
-    """A try statement and all that it would catch from."""
+    """Yields a try statement and everything that it would catch from."""
     yield caught
     for statement in caught.body:
         yield from ast.walk(statement)
 
 
 def _is_quiet(node: ast.Try) -> bool:
-    """Whether a try statement catches failed assertions, and at most prints then."""
+    """Returns whether a try statement catches failed assertions, and at most prints then."""
     for handler in node.handlers:
         named = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
         names = {one.id if isinstance(one, ast.Name) else None for one in named if one is not None}
@@ -183,7 +185,7 @@ def _is_quiet(node: ast.Try) -> bool:
 
 
 def _says_nothing(node: ast.stmt) -> bool:
-    """pass, continue, a text, or print(...)."""
+    """Returns whether a statement has no effect: pass, continue, a text, or print(...)."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         return isinstance(node.value.func, ast.Name) and node.value.func.id == "print"
     return isinstance(node, ast.Pass | ast.Continue) or (
@@ -192,7 +194,7 @@ def _says_nothing(node: ast.stmt) -> bool:
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
-    """The modules that a test cannot do without: not those that it tries to import."""
+    """Yields the modules that a test needs: not those that it only tries to import."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Try):
             continue

@@ -34,7 +34,7 @@ _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 
 
 def score(response: str, ground_truth: Any, format_score: float = 0.0) -> dict[str, float]:
-    """``score`` 1.0 if the target is reached, ``valid`` 1.0 if the given numbers are used, each once.
+    """Returns ``score`` 1.0 if the target is reached, ``valid`` 1.0 if the given numbers are used, each once.
 
     >>> goal = {"target": 98, "numbers": [44, 19, 35]}
     >>> score("<think>44 + 19 = 63</think> <answer>(44 + 19) + 35 = 98</answer>", goal)
@@ -43,7 +43,7 @@ def score(response: str, ground_truth: Any, format_score: float = 0.0) -> dict[s
     ({'score': 0.0, 'valid': 1.0}, 0.0)
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: ``target`` and ``numbers``.
         format_score: for an expression over exactly the given numbers that misses the target.
 
@@ -68,7 +68,7 @@ def _expression(response: str) -> str:
 
 
 def _evaluate(text: str, target: Fraction) -> tuple[Fraction | None, list[int]] | None:
-    """Value (None: a division by zero) and numbers of an expression; None where it is none."""
+    """Returns value (None: a division by zero) and numbers of an expression; None where it is none."""
     if len(text) > LONGEST:
         return None
     text = _FRACTION.sub(r"((\1)/(\2))", plain(text).strip(" *`$").removesuffix("."))

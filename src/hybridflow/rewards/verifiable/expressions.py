@@ -33,7 +33,7 @@ _NAMES = ("name", "call", "abs")
 
 
 def same(said: str, true: str) -> bool | None:
-    r"""Whether an answer says what the right one says; None where only algebra can tell.
+    r"""Returns whether an answer means the same as the right one; None where only algebra can decide.
 
     >>> same(r"\frac12", "0.5"), same(r"18\text{ dollars}", "$18"), same("x = 1,000", "1000"), same(r"(\text{c})", "C")
     (True, True, True, True)
@@ -81,11 +81,11 @@ class _Reading:
             return None
 
 
-_reading = functools.lru_cache(maxsize=1024)(_Reading)  # all answers to a prompt have one ground truth
+_reading = functools.lru_cache(maxsize=1024)(_Reading)  # all responses to a prompt have one ground truth
 
 
 def _texts(found: list[Token]) -> tuple[str, ...]:
-    """The tokens as texts, without spaces but where these count: 5 6 is not 56, and 1, 234 is not 1,234."""
+    """Returns the tokens as texts, without spaces except where these count: 5 6 is not 56, and 1, 234 is not 1,234."""
     texts = []
     for index, token in enumerate(found):
         before, first = (found[at].kind if at >= 0 else "" for at in (index - 1, index - 2))
@@ -99,7 +99,7 @@ def _texts(found: list[Token]) -> tuple[str, ...]:
 
 
 def _word(found: list[Token]) -> str | None:
-    """Words in lower case, a letter of a choice in upper case; None for anything else."""
+    """Returns words in lower case, a letter of a choice in upper case; None for anything else."""
     if not all(token.kind in ("text", "letters") or token.text in "()'-." for token in found):
         return None
     text = "".join(" " * (token.space != "" or token.kind == "text") + token.text for token in found)
@@ -111,7 +111,7 @@ def _word(found: list[Token]) -> str | None:
 
 
 def value(node: Node) -> Fraction | None:
-    """The number that a tree is, exactly; None where it is none that is worked out."""
+    """Returns the number that a tree is, exactly; None where it is none, or none that is worked out."""
     match node.kind:
         case "number":
             return decimal(node.text)
@@ -157,7 +157,7 @@ class Comparison:
     """Compares trees by structure. What it cannot tell is None; `algebra` can, and overrides `by_algebra`."""
 
     def answers(self, said: Node, true: Node) -> bool | None:
-        """Whether an answer is the right one. Where that is a number, it must be one too."""
+        """Returns whether an answer is the right one. Where the right one is a number, the answer must be one too."""
         number = value(_amount(_right_side(true))[0])
         if said != true and any(map(_is_list_of_inequalities, (said, true))):
             return self.by_algebra(said, true)  # x < 1 or x > 2
@@ -166,11 +166,11 @@ class Comparison:
         return self.items(said, true, worked_out=True)
 
     def by_algebra(self, said: Node, true: Node) -> bool | None:
-        """Whether two trees are equal that exact arithmetic cannot compare."""
+        """Returns whether two trees are equal that exact arithmetic cannot compare."""
         return None
 
     def lists(self, said: Sequence[Node], true: Sequence[Node]) -> bool | None:
-        """In any order, each as often as it is there; but a = 1, b = 2 are values in their order."""
+        """Compares lists in any order, each item as often as it occurs; but a = 1, b = 2 are values in their order."""
         if len(said) != len(true):
             return False
         if len(said) > 1 and not any(item.kind == "relation" for item in true) and _names_differ(said):
@@ -187,7 +187,7 @@ class Comparison:
         return None if unsure else True
 
     def items(self, said: Node, true: Node, worked_out: bool = False) -> bool | None:
-        """Two items of a list, or two answers that are no lists."""
+        """Compares two items of a list, or two answers that are no lists."""
         said, true = _without_estimate(said), _without_estimate(true)
         if said == true:
             return True
@@ -212,7 +212,7 @@ class Comparison:
         return False
 
     def values(self, said: Node, true: Node, worked_out: bool = False) -> bool | None:
-        """Two values of any kind."""
+        """Compares two values of any kind."""
         if said == true:
             return True
         (said, said_unit), (true, true_unit) = _amount(said), _amount(true)
@@ -238,7 +238,7 @@ class Comparison:
         return self.by_algebra(said, true)
 
     def _of_other_kinds(self, said: Node, true: Node) -> bool | None:
-        """A structure and something else: a product may be a matrix, a relation or a union may be an interval."""
+        """Compares a structure and another kind: a product may be a matrix, a relation or a union an interval."""
         kinds = {said.kind, true.kind}
         if "matrix" in kinds:
             return self.by_algebra(said, true) if any(map(_has_matrix, (said, true))) else False
@@ -265,7 +265,7 @@ class Comparison:
         return _all(self.values(one, other) for one, other in zip(said, true))
 
     def _ratios(self, said: Node, true: Node) -> bool | None:
-        """3:4 is 6:8 and 3/4; but 12:30 may be a time of day, which is no ratio."""
+        """Compares ratios: 3:4 is 6:8 and 3/4; but 12:30 may be a time of day, which is no ratio."""
         if _is_time(said) or _is_time(true):
             return self._in_order(said.parts, true.parts) if said.kind == true.kind else False
         said_parts, true_parts = (node.parts if node.kind == "ratio" else _quotient(node) for node in (said, true))
@@ -291,7 +291,9 @@ def _all(verdicts: Iterator[bool | None]) -> bool | None:
 
 
 def _items(node: Node) -> list[Node]:
-    """The items of a list or a set; of any other answer itself. Where there is a plus-minus sign, both."""
+    """Returns the items of a list or a set; of any other answer the answer itself. Where there is a plus-minus sign,
+    both values.
+    """
     items = node.parts if node.kind in ("list", "set") else (node,)
     found: list[Node] = []
     for item in items:
@@ -308,7 +310,7 @@ def _is_value(node: Node) -> bool:
 
 
 def _signed(node: Node, plus: str) -> Node:
-    """The tree with the upper sign in the place of every plus-minus sign (plus is "pm"), or the lower."""
+    """Returns the tree with the upper sign in the place of every plus-minus sign (plus is "pm"), or the lower."""
     parts = tuple(_signed(part, plus) for part in node.parts)
     if node.kind not in ("pm", "mp"):
         return Node(node.kind, parts, node.text)
@@ -325,7 +327,7 @@ def _has_name(node: Node) -> bool:
 
 
 def _has_matrix(node: Node) -> bool:
-    """Whether a tree of other kind than a matrix can be worth one."""
+    """Returns whether a tree that is not a matrix itself can have a matrix as its value."""
     return node.kind not in ("matrix", "bracket", "list", "set") and _contains(node, "matrix")
 
 
@@ -334,7 +336,7 @@ def _is_infinite(node: Node) -> bool:
 
 
 def _amount(node: Node) -> tuple[Node, str]:
-    """What is measured, and the unit, or "". The dollar of ``-\\$5`` stands inside."""
+    """Returns the quantity, and the unit, or "". The dollar of ``-\\$5`` stands inside."""
     if node.kind == "unit":
         return node.parts[0], node.text
     if node.kind in ("percent", "degree"):
@@ -368,7 +370,7 @@ def _is_time(node: Node) -> bool:
 
 
 def _without_estimate(node: Node) -> Node:
-    """``x = \\pi \\approx 3.14`` as ``x = \\pi``, and ``x \\approx 3.14`` as ``x = 3.14``."""
+    """Returns ``x = \\pi`` for ``x = \\pi \\approx 3.14``, and ``x = 3.14`` for ``x \\approx 3.14``."""
     if node.kind != "relation" or "~" not in node.text:
         return node
     signs = node.text.split()
@@ -379,7 +381,7 @@ def _without_estimate(node: Node) -> Node:
 
 
 def _right_side(node: Node) -> Node:
-    """What a name is said to be, or the node itself."""
+    """Returns the right side of an equation that states the value of a name; else the node itself."""
     node = _without_estimate(node)
     return node.parts[1] if node.kind == "relation" and node.text == "=" and node.parts[0].kind in _NAMES else node
 
@@ -389,7 +391,8 @@ def _is_equation(node: Node) -> bool:
 
 
 def _sides_of_value(said: Node, true: Node) -> tuple[Node, ...] | None:
-    """The sides of an answer's equation, or of ``x \\in``, that must equal a value; None where it is none of these.
+    """Returns the sides of an answer's equation, or of ``x \\in``, that must equal a value; None where it is none of
+    these.
 
     ``x = 5`` and ``x + y = 5`` say 5, and ``4 = 5`` does not. Of a formula, ``y =`` can be left out.
     """
@@ -406,19 +409,19 @@ def _sides_of_value(said: Node, true: Node) -> tuple[Node, ...] | None:
 
 
 def _is_named(node: Node) -> bool:
-    """A name, or (x, y), of which a value alone can be said."""
+    """Returns whether a tree is a name, or a tuple of names such as (x, y), whose value an answer can state."""
     return node.kind in _NAMES or (node.kind == "bracket" and all(part.kind in _NAMES for part in node.parts))
 
 
 def _names_differ(items: Sequence[Node]) -> bool:
-    """Whether each item says the value of another name: a = 1, b = 2, but not x_1 = 1, x_2 = 2."""
+    """Returns whether each item states the value of another name: a = 1, b = 2, but not x_1 = 1, x_2 = 2."""
     if not all(_is_equation(item) and item.parts[0].kind == "name" for item in items):
         return False
     return len({item.parts[0].text.partition("_")[0] for item in items}) == len(items)
 
 
 def _sides_of_name(said: Node, name: Node) -> tuple[Node, ...] | None:
-    """The sides of an answer's equation that must equal what the right answer says that a name is."""
+    """Returns the sides of an answer's equation that must equal the value that the right answer gives to a name."""
     if said.parts[0] == name or _values_name(said.parts[0]) == _values_name(name) == "y":
         return said.parts[1:]
     if said.parts[-1] == name and len(said.parts) == 2 and said.text == "=":
@@ -427,5 +430,5 @@ def _sides_of_name(said: Node, name: Node) -> tuple[Node, ...] | None:
 
 
 def _values_name(node: Node) -> str:
-    """y for y and f(x)."""
+    """Returns y for y and f(x)."""
     return "y" if node.text in _OF_VALUES and (node.kind == "call" or node.text == "y") else node.text

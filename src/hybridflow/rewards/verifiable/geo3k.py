@@ -15,7 +15,7 @@ FORM_WEIGHT = 0.1
 
 
 def score(response: str, ground_truth: Any, symbolic: bool = True) -> dict[str, float]:
-    r"""``score`` between 0 and 1, its parts ``accuracy`` and ``format``, and ``undecided`` as in `math`.
+    r"""Returns ``score`` between 0 and 1, its parts ``accuracy`` and ``format``, and ``undecided`` as in `math`.
 
     >>> score(r"<think>2 + 2</think> \boxed{4}", "4")
     {'score': 1.0, 'accuracy': 1.0, 'format': 1.0, 'undecided': 0.0}

@@ -1,9 +1,9 @@
-"""The reward of GSM8K: 1 if an answer ends in the right number, else 0. Cobbe et al. 2021, arXiv 2110.14168.
+"""The reward of GSM8K: 1 if a response ends in the right number, else 0. Cobbe et al. 2021, arXiv 2110.14168.
 
 GSM8K's own answers end with ``#### 72``. `strict` wants that form, and the last ``####`` decides: where no number
 follows it after a space, there is no answer, whatever came before. `flexible` takes the last number, whatever stands
 around it, unless a multiple or a fraction right behind makes it another one (``18 million``, ``18 squared``). Both read
-the last 300 characters only, as verl's reward of the same name does, so that an answer cannot win by listing numbers.
+the last 300 characters only, as verl's reward of the same name does, so that a response cannot win by listing numbers.
 
 They differ from verl's in how a number is read. Numbers are compared as numbers, so 72.0 is 72, and a full stop after a
 number does not make it wrong. Commas part thousands and nothing else: ``3,4`` is not 34. A unit may follow; what makes
@@ -34,7 +34,7 @@ _EXPONENT = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?[eE][+-]?[0-9]{1,3}")  # as Pyt
 
 
 def strict(response: str, ground_truth: Any) -> float:
-    """1.0 if the number after the last ``####`` is the right one, and nothing on its line makes it another.
+    """Returns 1.0 if the number after the last ``####`` is the right one, and nothing on its line makes it another.
 
     >>> strict("9 * 2 = 18\\n#### 18", "18"), strict("#### 1,000", 1000), strict("#### 3 no, #### 4", "4")
     (1.0, 1.0, 1.0)
@@ -47,7 +47,7 @@ def strict(response: str, ground_truth: Any) -> float:
 
 
 def flexible(response: str, ground_truth: Any) -> float:
-    """1.0 if the last number is the right one.
+    """Returns 1.0 if the last number is the right one.
 
     >>> flexible("the answer is 10.", "10"), flexible("#### 1,000", 1000), flexible("it is $-2.50", "-2.5")
     (1.0, 1.0, 1.0)
@@ -74,7 +74,7 @@ def _truth(ground_truth: Any) -> Fraction | None:
 
 
 def _number(text: str) -> Fraction | None:
-    """A number as decimals or a quotient of such; what ends a sentence or a list may follow it."""
+    """Reads a number as decimals or a quotient of such; the end of a sentence or of a list may follow it."""
     above, divided, below = text.rstrip(".,").partition("/")
     numerator, denominator = decimal(above), decimal(below) if divided else Fraction(1)
     return numerator / denominator if numerator is not None and denominator else None

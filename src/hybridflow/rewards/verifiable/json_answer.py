@@ -28,7 +28,8 @@ def score(
     schema: Mapping[str, Any] | None = None,
     compare: bool = True,
 ) -> dict[str, float]:
-    """``score`` 1.0 for an answer that is all that is asked for, else 0.0; ``valid`` 1.0 for JSON of the asked form.
+    """Returns ``score`` 1.0 for a response that meets all conditions, else 0.0; ``valid`` 1.0 for JSON of the required
+    form.
 
     >>> score('{"a": [1, true]}', '{"a": [1.0, true]}'), score('{"a": [1, 1]}', {"a": [1, True]})
     ({'score': 1.0, 'valid': 1.0}, {'score': 0.0, 'valid': 1.0})
@@ -38,7 +39,7 @@ def score(
     {'score': 0.0, 'valid': 0.0}
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: the right value, or its JSON text.
         required_keys: keys that the answer, an object, must have.
         schema: a JSON schema that it must satisfy (needs jsonschema).
@@ -59,7 +60,7 @@ def score(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two JSON values are equal.
+    """Returns whether two JSON values are equal.
 
     >>> same([1, {"a": None}], [1.0, {"a": None}]), same(True, 1), same("1", 1), same({"a": 1}, {"a": 1, "b": 2})
     (True, False, False, False)
@@ -101,7 +102,7 @@ def _answer(response: str) -> str:
 
 
 def read(text: str) -> Any:
-    """A JSON value. Raises ValueError where the text is none, as RFC 8259 has it."""
+    """Reads a JSON value. Raises ValueError where the text is none, as RFC 8259 has it."""
     return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 

@@ -68,7 +68,7 @@ class _Child:
         )
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """The next line. Raises EOFError where the process ended, TimeoutError after so many seconds."""
+        """Reads the next line. Raises EOFError where the process ended, TimeoutError after so many seconds."""
         assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
@@ -106,7 +106,7 @@ _CHILDREN: dict[int, _Child] = {}  # by process: a fork must not share its paren
 
 
 def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
-    """The value of ``module:function`` for the arguments, from a process that can be killed.
+    """Returns the value of ``module:function`` for the arguments, from a process that can be killed.
 
     >>> call("math:gcd", 12, 18)
     6
@@ -141,7 +141,7 @@ def _answer(function: Any, arguments: list[Any], seconds: float) -> dict[str, An
 
 
 def serve() -> None:
-    """What the child does: answers requests from stdin, until its parent is gone."""
+    """Runs the child: answers requests from stdin, until its parent has ended."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what is called may print
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

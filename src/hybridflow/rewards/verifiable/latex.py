@@ -32,7 +32,7 @@ _END = Token("end", "")
 
 
 def read(text: str) -> Node:
-    r"""The tree of a whole text.
+    r"""Parses a whole text into a tree.
 
     >>> read(r"\frac12").kind, read("1, 2").kind, read("(1,2]").text, read(r"\begin{pmatrix}1\\2\end{pmatrix}").kind
     ('div', 'list', '(]', 'matrix')
@@ -44,7 +44,7 @@ def read(text: str) -> Node:
 
 
 def read_tokens(found: list[Token]) -> Node:
-    """The tree of all these tokens. Raises Unreadable, as `read`."""
+    """Parses all these tokens into a tree. Raises Unreadable, as `read`."""
     try:
         reader = _Reader(found)
         node = reader.sequence(())
@@ -85,7 +85,7 @@ class _Reader:
     # Structures
 
     def sequence(self, closing: tuple[str, ...]) -> Node:
-        """What stands between brackets, or everything: one item, or a list of them."""
+        """Parses the content of brackets, or of everything: one item, or a list of them."""
         thousands = commas_part_thousands(self._tokens[self._at :], bool(closing))
         items = [self.item(thousands)]
         separators: set[str] = set()
@@ -107,7 +107,7 @@ class _Reader:
         return self.next.kind in ("text", "letters") and self.next.text.lower() in words
 
     def item(self, thousands: bool) -> Node:
-        """A relation, or anything else with a unit after it."""
+        """Parses a relation, or anything else with a unit after it."""
         sides, signs = [self.join(thousands)], []
         while self.next.text in RELATIONS and self.next.kind in ("symbol", "command"):
             signs.append(RELATIONS[self.take().text])
@@ -183,7 +183,7 @@ class _Reader:
         return joined("div", node, self.signed(), "/")
 
     def _next_to(self, node: Node) -> Node:
-        """A product without a sign, or a mixed number."""
+        """Parses a product without a sign, or a mixed number."""
         token = self.next
         is_whole = node.kind == "number" and node.text.isdigit()
         if token.kind == "number":
@@ -209,7 +209,7 @@ class _Reader:
         return self._with_marks(self.atom(thousands))
 
     def _with_marks(self, node: Node) -> Node:
-        """A value with what stands above and after it."""
+        """Parses a value with the marks above and after it."""
         while True:
             if self.is_next("^"):
                 if node.kind == "pow":
@@ -243,7 +243,7 @@ class _Reader:
         return Node("pow", (node, self._script()))
 
     def _script(self) -> Node:
-        """What stands above: a group, or one number, name or function, with a sign."""
+        """Parses an exponent: a group, or one number, name or function, with a sign."""
         if self.is_next("-", "+"):
             sign = self.take().text
             return Node("neg", (self._script(),)) if sign == "-" else self._script()
@@ -322,7 +322,7 @@ class _Reader:
         return marked and group.kind == "number" and len(head) == 3 and first and "." not in digits
 
     def _split_letters(self) -> Node:
-        """A name of one letter; the rest of the run stays for the next."""
+        """Parses a name of one letter; leaves the rest of the run for the next."""
         token = self.take()
         word = token.text
         if word in PLAIN_WORDS or word in FUNCTIONS:
@@ -354,7 +354,7 @@ class _Reader:
         return f"{{{self._group_text()}}}" if self.peek(2).text != "}" else self._group_text()
 
     def _group_text(self) -> str:
-        """The tokens of a group as they are."""
+        """Returns the tokens of a group unchanged."""
         self.expect("{")
         depth = 1
         inside: list[str] = []
@@ -420,7 +420,7 @@ class _Reader:
         return Node("call", (self._argument() if digit else self._script(), degree), "root")
 
     def _argument(self) -> Node:
-        """What a command takes: a group, or one digit, letter or command, as TeX does."""
+        """Parses the argument of a command: a group, or one digit, letter or command, as TeX does."""
         token = self.next
         if token.kind == "number" and len(token.text) > 1:
             if not token.text.isdigit():
@@ -520,7 +520,7 @@ class _Reader:
     # Units
 
     def _unit(self) -> str | None:
-        """A unit that stands here and ends the item, and is taken; else None."""
+        """Takes a unit that stands here and ends the item, and returns it; else returns None."""
         at, words = self._at, [CURRENCIES[self.take().text]] if self.is_next(*CURRENCIES) else []
         while self.next.kind in ("text", "letters") and (word := self._unit_word()) is not None:
             words.append(word)

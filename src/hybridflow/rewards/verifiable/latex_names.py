@@ -35,6 +35,6 @@ _UNITS_OF_ONE_LETTER = frozenset("mgshlLNJWV")
 
 
 def name_in_text(said: str) -> str | None:
-    r"""What ``\mathrm{e}``, ``\mathbf{x}`` or ``\operatorname{arctan}`` names; None for words and units."""
+    r"""Returns what ``\mathrm{e}``, ``\mathbf{x}`` or ``\operatorname{arctan}`` names; None for words and units."""
     is_letter = len(said) == 1 and said.isalpha() and said not in _UNITS_OF_ONE_LETTER
     return said if said in FUNCTIONS or is_letter else None

@@ -102,7 +102,7 @@ _TOKEN = re.compile(
 
 
 def tokens(text: str) -> list[Token]:
-    r"""All tokens of a text.
+    r"""Returns all tokens of a text.
 
     >>> [token.text for token in tokens(r"$\left(\dfrac12, \ 3\text{ cm}\right)$.")]
     ['(', '\\frac', '12', ',', '3', 'cm', ')']
@@ -158,7 +158,7 @@ _COMMANDS |= {"\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\\backslash": "\\s
 
 
 def _rewritten(text: str) -> str:
-    """The text with everything that is not LaTeX written as LaTeX."""
+    """Returns the text with everything that is not LaTeX written as LaTeX."""
     if not text.isascii():
         text = text.translate(_THIN)
         for pattern, sign in _SCRIPTS:
@@ -184,7 +184,7 @@ def _based(found: re.Match[str]) -> str:
 
 
 def _repeating(found: re.Match[str]) -> str:
-    """A repeating decimal as a quotient."""
+    """Returns a repeating decimal as a quotient."""
     whole, fixed, period = found[1] or "0", found[2] or "", found[3] or found[4] or found[5]
     if len(whole + fixed + period) > MOST_DIGITS:
         return found[0]
@@ -194,7 +194,8 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def commas_part_thousands(found: list[Token], in_brackets: bool) -> bool:
-    """Whether ``1,234`` in a sequence that begins here is one number: in brackets, only where other commas have spaces.
+    """Returns whether ``1,234`` in a sequence that begins here is one number: in brackets, only where other commas have
+    spaces.
 
     >>> [commas_part_thousands(tokens(text), False) for text in ("1,234", "1,2", "1,234, 5", "1, 234")]
     [True, False, True, True]

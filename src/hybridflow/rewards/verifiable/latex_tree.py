@@ -30,14 +30,14 @@ class Node(NamedTuple):
 
 
 def joined(kind: str, node: Node, factor: Node, text: str = "") -> Node:
-    """A product or a quotient. A per cent sign or a degree after its last factor is of all of it."""
+    """Makes a product or a quotient. A per cent sign or a degree after its last factor applies to all of it."""
     if factor.kind in MEASURES:
         return Node(factor.kind, (Node(kind, (node, *factor.parts), text),))
     return Node(kind, (node, factor), text)
 
 
 def added(node: Node | None, sign: str, term: Node) -> Node:
-    """A sum with one more term, or its first term with its sign."""
+    """Makes a sum with one more term, or its first term with its sign."""
     if sign in ("\\pm", "\\mp"):
         return Node("pm" if sign == "\\pm" else "mp", (term,) if node is None else (node, term))
     if sign == "-":
@@ -46,7 +46,7 @@ def added(node: Node | None, sign: str, term: Node) -> Node:
 
 
 def measured(node: Node, unit: str) -> Node:
-    """An amount with its unit; ``5 million dollars`` is 5 times a million first."""
+    """Makes an amount with its unit; ``5 million dollars`` is 5 times a million first."""
     words = unit.split()
     while words and words[0] in MULTIPLES:
         node = Node("mul", (node, Node("number", (), "1" + "0" * MULTIPLES[words.pop(0)])), "million")
@@ -54,5 +54,5 @@ def measured(node: Node, unit: str) -> Node:
 
 
 def without_unit(node: Node) -> Node:
-    """The amount alone."""
+    """Returns the amount alone."""
     return node.parts[0] if node.kind == "unit" else node

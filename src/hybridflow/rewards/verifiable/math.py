@@ -1,6 +1,6 @@
 r"""The reward of MATH and its kin: 1 if the last ``\boxed{...}`` equals the right answer. Hendrycks et al. 2021.
 
-The set: arXiv 2103.03874. Only the last box counts. An answer without any box may say ``Answer: ...`` or ``the answer
+The set: arXiv 2103.03874. Only the last box counts. A response without any box may say ``Answer: ...`` or ``the answer
 is ...`` in its last `LAST_CHARACTERS`; then what follows the last of these counts, to the end of the line. Answers are
 read as trees and compared by structure and exact arithmetic (`expressions`: what is equal to what, and why 37 * 43 is
 not 1591); what these leave open is compared by algebra (`algebra`), in a process that can be killed. A comparison that
@@ -28,7 +28,7 @@ _STATED = re.compile(r"\banswer(?:[ \t]{1,9}is\b|[ \t*]{0,9}:)([^\n]*)", re.IGNO
 
 
 def score(response: str, ground_truth: Any, symbolic: bool = True, seconds: float = SECONDS) -> dict[str, float]:
-    r"""``score`` 1.0 if the answer is right, else 0.0; ``undecided`` 1.0 if no one could tell.
+    r"""Returns ``score`` 1.0 if the answer is right, else 0.0; ``undecided`` 1.0 if it cannot be decided.
 
     >>> score(r"so $\boxed{\frac{1}{2}}$", r"\frac12"), score(r"\boxed{0.5}", r"\frac{1}{2}")
     ({'score': 1.0, 'undecided': 0.0}, {'score': 1.0, 'undecided': 0.0})
@@ -38,7 +38,7 @@ def score(response: str, ground_truth: Any, symbolic: bool = True, seconds: floa
     ({'score': 1.0, 'undecided': 0.0}, {'score': 0.0, 'undecided': 0.0})
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: LaTeX, a number, a text with a box in it, or a list of such, of which any is right.
         symbolic: compare by algebra what differs as text and is not a number.
         seconds: of CPU time for each such comparison.
@@ -61,7 +61,7 @@ def score(response: str, ground_truth: Any, symbolic: bool = True, seconds: floa
 
 
 def answer(response: str) -> str | None:
-    r"""What a response gives as its answer; None where it gives none.
+    r"""Returns the final answer of a response; None where it gives none.
 
     >>> answer(r"\boxed{1} no, \boxed{2}"), answer("**Answer:** $3$\n"), answer(r"\boxed{1"), answer("4")
     ('2', '$3$', None, None)
@@ -89,7 +89,7 @@ def check(kwargs: Mapping[str, Any]) -> None:
 
 
 def _equal(said: str, true: str, by_algebra: bool, seconds: float) -> bool | None:
-    """None: it cannot be told."""
+    """Returns whether two answers are equal; None if it cannot be decided."""
     verdict = expressions.same(said, true)
     if verdict is not None:
         return verdict

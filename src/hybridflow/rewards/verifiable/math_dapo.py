@@ -19,7 +19,7 @@ _LINE = re.compile(r"answer[ \t*]{0,9}:([^\n]*)", re.IGNORECASE)
 
 
 def score(response: str, ground_truth: Any) -> dict[str, float]:
-    r"""``score`` 1.0 or -1.0, and ``acc`` 1.0 or 0.0.
+    r"""Returns ``score`` 1.0 or -1.0, and ``acc`` 1.0 or 0.0.
 
     >>> score("Answer: $42$", "42"), score("Answer: 41", 42)
     ({'score': 1.0, 'acc': 1.0}, {'score': -1.0, 'acc': 0.0})

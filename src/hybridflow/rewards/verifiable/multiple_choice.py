@@ -26,7 +26,7 @@ _MARKER = re.compile(r"(?i:\banswer\b)(?:[ \t*]{0,5}:|[ \t]{1,5}is[\s*$(?]*\Z)|\
 
 
 def score(response: str, ground_truth: Any, choices: str = "ABCD") -> float:
-    r"""1.0 for the right letter, else 0.0.
+    r"""Returns 1.0 for the right letter, else 0.0.
 
     >>> [score(r, "C") for r in [r"\boxed{\text{C}}", "The answer is (c)", "**Answer:** C", "Not B. (C).", "C) Rome"]]
     [1.0, 1.0, 1.0, 1.0, 1.0]
@@ -34,7 +34,7 @@ def score(response: str, ground_truth: Any, choices: str = "ABCD") -> float:
     [0.0, 0.0, 0.0, 0.0, 0.0]
 
     Args:
-        response: the answer's text; its last `LAST_CHARACTERS` are read.
+        response: what the policy generated; its last `LAST_CHARACTERS` are read.
         ground_truth: the letter, in brackets or not, or its place, counted from 0.
         choices: the letters that there are.
 
@@ -85,7 +85,7 @@ def _forms(choices: str) -> re.Pattern[str]:
 
 @functools.cache
 def _another(choices: str) -> re.Pattern[str]:
-    """A further letter, right after a first one, or a word that takes the first one back."""
+    """Returns a pattern for a further letter, right after a first one, or for a word that takes the first one back."""
     letters = re.escape(choices.upper())
     word = r"(?:or|nor|maybe|is(?![ \t]+(?:the[ \t]+)?(?:right|correct)))\b"
     joined = rf"(?:,|/|&|;|\||\+|=|\?|\band\b|\bor\b)[ \t*]{{0,5}}(?:or[ \t])?\(?([{letters}])(?![A-Za-z0-9])"

@@ -28,7 +28,7 @@ _VERDICTS = ("yes", "no", "noanswer")  # right or wrong as a whole, as HotpotQA'
 
 
 def exact_match(response: str, ground_truth: Any, whole: bool = False) -> float:
-    """1.0 if the answer is one of the right ones, else 0.0.
+    """Returns 1.0 if the answer is one of the right ones, else 0.0.
 
     >>> exact_match("<answer>The Paris.</answer>", "paris")
     1.0
@@ -40,7 +40,7 @@ def exact_match(response: str, ground_truth: Any, whole: bool = False) -> float:
     0.0
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: a right answer, a list of them, or either as ``target`` of a mapping.
         whole: the whole response is the answer, without tags.
 
@@ -52,7 +52,8 @@ def exact_match(response: str, ground_truth: Any, whole: bool = False) -> float:
 
 
 def f1(response: str, ground_truth: Any, whole: bool = False) -> float:
-    """The harmonic mean of precision and recall of the answer's words, for the right answer that it is nearest to.
+    """Computes the harmonic mean of precision and recall of the answer's words, for the right answer that is nearest to
+    it.
 
     >>> f1("<answer>Paris, France</answer>", ["Paris", "Rome"]), f1("<answer>no</answer>", "no way")
     (0.6666666666666666, 0.0)
@@ -64,7 +65,8 @@ def f1(response: str, ground_truth: Any, whole: bool = False) -> float:
 
 
 def normal(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; a text that only has those stays as it is.
+    """Returns a text in lower case, without punctuation or articles, with single spaces; a text that only has those is
+    returned unchanged.
 
     >>> normal("The  U.S. Army!"), normal("The"), normal("1,000.0"), normal("C++") == normal("C")
     ('us army', 'the', '1000', False)

@@ -1,8 +1,8 @@
-r"""The reward of answers that follow a pattern: 1 if a regular expression matches the whole response.
+r"""The reward of responses that follow a pattern: 1 if a regular expression matches the whole response.
 
 White space around the response does not count. The pattern is Python's (`re`); without flags ``.`` is not a line break,
 ``(?s)`` at its head makes it one. It runs in a process that can be killed, for there are patterns that take longer than
-the universe is old on a short text: the answer then scores 0 and says ``undecided: 1``. verl has no reward for these.
+the universe is old on a short text: the response then scores 0 and says ``undecided: 1``. verl has no reward for these.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SECONDS = 1.0  # of CPU time for a match
 def score(
     response: str, ground_truth: Any = None, pattern: str | None = None, seconds: float = SECONDS
 ) -> dict[str, float]:
-    r"""``score`` 1.0 for a match, else 0.0; ``undecided`` 1.0 if the pattern took too long.
+    r"""Returns ``score`` 1.0 for a match, else 0.0; ``undecided`` 1.0 if the pattern took too long.
 
     >>> score("2024-05-01\n", r"\d{4}-\d\d-\d\d"), score("on 2024-05-01", r"\d{4}-\d\d-\d\d")
     ({'score': 1.0, 'undecided': 0.0}, {'score': 0.0, 'undecided': 0.0})
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: the row's pattern, where no other is given.
         pattern: one pattern for all rows.
         seconds: of CPU time for a match.
@@ -47,7 +47,7 @@ def score(
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the pattern matches the whole text."""
+    """Returns whether the pattern matches the whole text."""
     return re.fullmatch(pattern, text) is not None
 
 

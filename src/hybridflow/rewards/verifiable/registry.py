@@ -1,4 +1,4 @@
-"""What an answer is worth. The built-in rewards are in the table `REWARDS`; docs/rewards.md says what each accepts.
+"""What a response is worth. The built-in rewards are in the table `REWARDS`; docs/rewards.md says what each accepts.
 
 The tables hold references, which are imported where they are used: processes that score start often.
 """
@@ -28,12 +28,12 @@ REWARDS: dict[str, str] = {
 
 
 def builtin(name: str) -> Callable[..., Any]:
-    """The built-in reward of that name; the name must be in `REWARDS`."""
+    """Returns the built-in reward of that name; the name must be in `REWARDS`."""
     return _resolve(REWARDS[name])
 
 
 def check_row(name: str, ground_truth: Any, row: Mapping[str, Any]) -> None:
-    """Makes sure that a reward can judge answers to a row.
+    """Makes sure that a reward can judge responses to a row.
 
     Raises:
         UserError: it cannot.
@@ -56,7 +56,7 @@ def _on_use(reference: str) -> Callable[[Mapping[str, Any]], None]:
 
 
 # By the name of a reward: makes sure, before anything is scored, that a ground truth (and its row) is one that it can
-# judge answers by, or raises UserError. A reward that is not here takes any.
+# judge responses by, or raises UserError. A reward that is not here takes any.
 ROW_CHECKS: dict[str, str] = {"code": "hybridflow.rewards.verifiable.code:check_row"}
 
 # By the name of a reward: makes sure, before anything is scored, that it can work with these keyword arguments, or

@@ -12,7 +12,7 @@ from hybridflow.rewards.verifiable.text import plain
 
 
 def score(response: str, tags: Sequence[str] = ("think", "answer"), opened: str = "") -> float:
-    """1.0 for the form, else 0.0.
+    """Returns 1.0 for the form, else 0.0.
 
     >>> score("<think>2 + 2</think>\\n<answer>4</answer>"), score("2 + 2</think><answer>4</answer>", opened="<think>")
     (1.0, 1.0)
@@ -24,7 +24,7 @@ def score(response: str, tags: Sequence[str] = ("think", "answer"), opened: str 
     (0.0, 0.0)
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         tags: names of the tags, in order.
         opened: what the prompt's template has written already of the response, such as ``<think>``.
     """

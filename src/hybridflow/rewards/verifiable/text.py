@@ -32,7 +32,8 @@ LONGEST_NUMBER = 1000  # characters
 
 
 def plain(text: str) -> str:
-    """The text with characters that only look different in ASCII, digits of any script as 0 to 9, nothing invisible.
+    """Returns the text in ASCII where a character only looks different, with digits of any script as 0 to 9 and without
+    invisible characters.
 
     >>> plain("\\uff14\\uff12\\u00a0\\u2212 1\\u200b"), plain("\\u0661\\u0668")
     ('42 - 1', '18')
@@ -43,7 +44,7 @@ def plain(text: str) -> str:
 
 
 def required(ground_truth: Any, reward: str) -> Any:
-    """The ground truth, which must be there.
+    """Returns the ground truth, which must be given.
 
     Raises:
         ValueError: it is None or empty.
@@ -54,7 +55,7 @@ def required(ground_truth: Any, reward: str) -> Any:
 
 
 def required_text(ground_truth: Any, reward: str) -> str:
-    """The ground truth as text, which must be there, and be a text or a number.
+    """Returns the ground truth as text; it must be given, and be a text or a number.
 
     Raises:
         ValueError: it is something else.
@@ -67,7 +68,7 @@ def required_text(ground_truth: Any, reward: str) -> str:
 
 
 def last_boxed(text: str) -> tuple[str, int] | None:
-    r"""What the last ``\boxed{...}`` (or ``\fbox{...}``) holds, and where it begins; None without one.
+    r"""Returns the content of the last ``\boxed{...}`` (or ``\fbox{...}``), and where it begins; None without one.
 
     Braces balance; escaped ones do not count. Without braces it holds a number, a letter or a command next to it. A
     last box that never closes, or holds nothing, is no answer, whatever came before it.
@@ -91,7 +92,7 @@ def last_boxed(text: str) -> tuple[str, int] | None:
 
 
 def last_tag(text: str, tag: str) -> str | None:
-    """What the last ``<tag>...</tag>`` holds, without white space around it; None without one.
+    """Returns the content of the last ``<tag>...</tag>``, without white space around it; None without one.
 
     A last tag that never closes is no answer, whatever came before it.
 
@@ -104,7 +105,7 @@ def last_tag(text: str, tag: str) -> str | None:
 
 
 def decimal(text: str) -> Fraction | None:
-    """A number in decimal notation, exactly; commas may part its thousands.
+    """Reads a number in decimal notation, exactly; commas may separate its thousands.
 
     >>> decimal("-1,000.50"), decimal("007"), decimal(".5"), decimal("1,00"), decimal("1e3"), decimal("-")
     (Fraction(-2001, 2), Fraction(7, 1), Fraction(1, 2), None, None, None)

@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"<tool_call>|</tool_call>")
 
 
 def score(response: str, ground_truth: Any, partial: bool = True) -> dict[str, float]:
-    r"""``score`` between 0 and 1, ``exact`` 1.0 where that is 1, and ``format`` 1.0 for well-formed calls.
+    r"""Returns ``score`` between 0 and 1, ``exact`` 1.0 where that is 1, and ``format`` 1.0 for well-formed calls.
 
     >>> call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
     >>> score(call, [{"name": "add", "arguments": {"b": 2, "a": 1}}])
@@ -35,7 +35,7 @@ def score(response: str, ground_truth: Any, partial: bool = True) -> dict[str, f
     (0.0, 1.0, {'score': 0.0, 'exact': 0.0, 'format': 0.0})
 
     Args:
-        response: the answer's text.
+        response: what the policy generated.
         ground_truth: the expected calls, a list (an empty one: no call is right), as JSON text, or as blocks.
         partial: whether a part of the calls, or of their arguments, is worth something.
 
@@ -52,7 +52,7 @@ def score(response: str, ground_truth: Any, partial: bool = True) -> dict[str, f
 
 
 def _calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls of a text; None where they are not well formed."""
+    """Returns the calls in a text; None where they are not well formed."""
     calls: list[dict[str, Any]] = []
     start = None
     for mark in _BLOCK.finditer(text):
@@ -95,7 +95,7 @@ def _expected(ground_truth: Any) -> list[dict[str, Any]]:
 
 
 def _accuracy(made: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
-    """The best pairs first, so that no order of equal names matters."""
+    """Computes the accuracy with the best pairs first, so that the order of equal names does not matter."""
     pairs = sorted(
         ((_likeness(m, e), -i, -j) for i, m in enumerate(made) for j, e in enumerate(expected)), reverse=True
     )

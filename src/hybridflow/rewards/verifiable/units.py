@@ -75,7 +75,7 @@ _CHANGES = re.compile(r"[+=<>^~|\\{}\u00d7\u00f7\u221a\u00b1\u03c0]|/(?!\s?[^\W\
 
 
 def changes(rest: str) -> bool:
-    """Whether what follows a number makes it another one, or no number.
+    """Returns whether the text after a number makes it another number, or no number.
 
     >>> [changes(rest) for rest in ("", ".", " eggs", "%", " km/h", "cm", "**", " (in all)", " a day")]
     [False, False, False, False, False, False, False, False, False]

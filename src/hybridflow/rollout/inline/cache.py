@@ -77,7 +77,7 @@ class Cache:
             self.values[layer][rows, :, :longest] = v_TKE.to(self.dtype)[index_CL].transpose(1, 2)[which]
 
     def move(self, sources: list[int], targets: list[int], used: int) -> None:
-        """Rows `sources` take the places `targets`; only their first `used` tokens matter."""
+        """Moves rows `sources` to the places `targets`; only their first `used` tokens matter."""
         source, target = (torch.tensor(x, device=self.keys[0].device) for x in (sources, targets))
         for keys, values in self._stacks:
             keys[:, target, :, :used] = keys[:, source, :, :used]
@@ -109,7 +109,7 @@ class CacheLayout:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """One layer: see `Layout`."""
+        """Computes the attention of one layer: see `Layout`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows, heads, _, size = q.shape
         kv_heads, width = keys.shape[1], self.cache.width
@@ -133,7 +133,7 @@ class CacheLayout:
         return out.view(rows, 1, heads, -1)
 
     def _mask(self, kv_heads: int, window: int | None) -> Tensor:
-        """0 for what a row sees and -inf for the rest, ``[R * K, 1, L]``; a single 0 where every row sees all."""
+        """Returns 0 for what a row sees, else -inf, ``[R * K, 1, L]``; a single 0 where every row sees all."""
         if window is not None and window >= self.used:
             window = None
         if (kv_heads, window) not in self._masks:

@@ -39,7 +39,9 @@ class Layer(NamedTuple):
 
 
 def is_covered(model: Any) -> bool:
-    """Whether this model is computed here as by its own modules: by its family, and by what its configuration says."""
+    """Returns whether the decoder computes this model as its own modules do, judged by its family and its
+    configuration.
+    """
     config = model.config
     if config.model_type not in FAMILIES or hasattr(model, "peft_config"):
         return False
@@ -106,7 +108,7 @@ class Decoder:
         return ((weight, torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in parts])),)
 
     def hidden(self, ids_T: Tensor, position_T: Tensor, layout: Layout, *, packed: bool) -> Tensor:
-        """The last hidden states ``[T, C]``.
+        """Computes the last hidden states ``[T, C]``.
 
         Args:
             ids_T: token ids.
@@ -144,7 +146,7 @@ def _product(x: Tensor, matrix: Matrix) -> Tensor:
 def _before(
     x_TC: Tensor, layer: Layer, cos_T1D: Tensor, sin_T1D: Tensor, queries: int, pairs: int, size: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What comes before attention: queries ``[T, H, D]``, keys and values ``[T, K, D]``."""
+    """Computes the part before attention: queries ``[T, H, D]``, keys and values ``[T, K, D]``."""
     x_TC = F.rms_norm(x_TC, (x_TC.shape[-1],), layer.attention_norm, eps)
     heads = _product(x_TC, layer.qkv).to(x_TC.dtype).view(len(x_TC), -1, size)
     both, v_TKD = heads[:, : queries + pairs], heads[:, queries + pairs :]
@@ -156,7 +158,7 @@ def _before(
 
 
 def _after(x_TC: Tensor, attended: Tensor, layer: Layer, eps: float) -> Tensor:
-    """What comes after attention: its output projection and the feed-forward network, each added to the stream."""
+    """Computes the part after attention: output projection and feed-forward network, each added to the stream."""
     x_TC = x_TC + _product(attended, layer.out)
     gate, up = _product(F.rms_norm(x_TC, (x_TC.shape[-1],), layer.feed_norm, eps), layer.gate_up).chunk(2, -1)
     return x_TC + _product(F.silu(gate).mul_(up), layer.down)
@@ -170,5 +172,5 @@ class Steps(NamedTuple):
 
     @staticmethod
     def compiled() -> Steps:
-        """The same through `torch.compile`, for any number of tokens."""
+        """Returns the same steps through `torch.compile`, for any number of tokens."""
         return Steps(torch.compile(_before, dynamic=True), torch.compile(_after, dynamic=True))

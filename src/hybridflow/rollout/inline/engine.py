@@ -41,7 +41,7 @@ WIDTH_STEP = 16  # cache widths are multiples of this
 
 
 def require_room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int, max_cache_tokens: int) -> None:
-    """Raises a UserError if a prompt and its longest answer do not fit the model's context or the engine's cache."""
+    """Raises a UserError if a prompt and its longest response do not fit the model's context or the engine's cache."""
     room = room_of(model, max_cache_tokens)
     if prompt_tokens + max_tokens > room:
         raise UserError(
@@ -52,7 +52,7 @@ def require_room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int, ma
 
 
 def room_of(model: PreTrainedModel, max_cache_tokens: int) -> int:
-    """The most tokens of a sequence that fit the model's context and the engine's cache."""
+    """Returns the most tokens of a sequence that fit the model's context and the engine's cache."""
     return min(context_of(model) or max_cache_tokens, max_cache_tokens)
 
 
@@ -183,7 +183,7 @@ class InlineEngine:
         return []
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """Is never called: there are no `receivers`."""
+        """Raises an error: there are no `receivers`, so nothing may call it."""
         raise AssertionError("the inline engine takes streams of its own process")
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:
@@ -249,7 +249,7 @@ class InlineEngine:
         return logits[which.to(device)]
 
     def _decode(self) -> None:
-        """One forward pass for all running rows: their last token in, their next one out."""
+        """Runs one forward pass for all running rows: their last token in, their next one out."""
         rows = self._rows
         if not self.packs:
             return self._draw(self._whole([job.context() for job in rows.jobs]), 0)
@@ -305,7 +305,7 @@ class InlineEngine:
             self._free()
 
     def _reserve(self, rows: int, width: int, kept: Kept) -> Cache:
-        """A cache of at least this many rows of this width, which holds what is running."""
+        """Returns a cache of at least this many rows of this width, with the contents of the running rows."""
         old, running = self._cache, len(self._rows.jobs)
         if old is None or rows > old.rows or width > old.width:
             rows = max(rows, min(rows + len(self._waiting), self.max_cache_tokens // width))

@@ -51,7 +51,7 @@ class AsyncEngine(Hooks):
 
     Args:
         names: of the replicas, for messages.
-        max_model_len: most tokens of a sequence, prompt and answer together.
+        max_model_len: most tokens of a sequence, prompt and response together.
         managed: whether replicas that died may be started again by us.
         supervision: when a replica counts as hung, and how often each is started again.
         route: how `update_weights` sends a stream of this process.
@@ -156,7 +156,7 @@ class AsyncEngine(Hooks):
             self._publish_again()
 
     def poll(self) -> list[Result]:
-        """What `wait` would give at once; sends what was submitted, and does not wait for it.
+        """Returns what `wait` would give at once; sends what was submitted, and does not wait for it.
 
         Raises:
             UserError: see `wait`.
@@ -193,14 +193,14 @@ class AsyncEngine(Hooks):
     # --- weights and memory ---
 
     def receivers(self) -> list[str]:
-        """The host of every process that takes weights, in the order of their indices; see `receive_weights`.
+        """Returns the host of every process that takes weights, in the order of their indices; see `receive_weights`.
 
         It becomes shorter when a replica that is not ours to start again is left out.
         """
         return [host for replica in self._live for host in self._hosts(replica)]
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """Every process takes the stream that is sent at `address`, and says what it received.
+        """Makes every process take the stream that is sent at `address`, and returns what each received.
 
         Requests in flight go on with the new weights: their results have several spans.
 
@@ -247,7 +247,8 @@ class AsyncEngine(Hooks):
     # --- for a subclass ---
 
     def stop_text(self, job: Job) -> StopText | None:
-        """What looks for the texts that end a job, from where it is now; None where it has none.
+        """Makes the search for the texts that end a job, begun at its current token; None where the job has no such
+        texts.
 
         An engine need not look: what lies behind such a text is cut off. It may, to end a job sooner.
         """
@@ -409,7 +410,7 @@ class AsyncEngine(Hooks):
         replica.current.set()
 
     def _mend(self) -> str:
-        """What to do when replicas do not answer."""
+        """Says how to mend replicas that do not answer."""
         if not self.managed:
             return "start it, as docs/rollout.md says, or name another in rollout.servers"
         return "look at the engine's own output, and start with fewer or smaller replicas if memory ran out"
@@ -499,7 +500,7 @@ class AsyncEngine(Hooks):
             replica.watch = self._loop.create_task(self._watch(replica))
 
     def _fail(self, error: BaseException) -> None:
-        """Nothing can go on: whoever waits, or calls, gets the error."""
+        """Ends the engine: every waiting and later call raises the error."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
@@ -579,5 +580,5 @@ class AsyncEngine(Hooks):
 
 
 def _cost(jobs: list[Job]) -> int:
-    """Tokens of jobs with one prompt: the prompt once."""
+    """Counts the tokens of jobs with one prompt: the prompt once."""
     return len(jobs[0].request.prompt_ids) + sum(job.room for job in jobs)

@@ -78,11 +78,11 @@ class Owner:
     run: str
 
     def mark(self, version: int) -> str:
-        """A weight version with the owner's name."""
+        """Returns a weight version with the owner's name."""
         return f"{version} of {self.host} {self.pid} {self.run}"
 
     def version(self, mark: str) -> int:
-        """The weight version in a mark.
+        """Returns the weight version in a mark.
 
         Raises:
             UserError: the mark is of somebody else, who has taken the server meanwhile.
@@ -97,7 +97,9 @@ class Owner:
         return int(version)
 
     def may_take(self, mark: str) -> bool:
-        """Whether a server with this weight version is free: nobody's, this run's, or of a process that has ended."""
+        """Returns whether a server with this weight version is free: it has no owner, this run is the owner, or the
+        owner's process has ended.
+        """
         _, of, owner = mark.partition(" of ")
         if not of:  # FREE, or what somebody wrote by hand
             return True
@@ -153,7 +155,7 @@ class ServerEngine(AsyncEngine):
 
     @abstractmethod
     def _command(self, port: int) -> list[str]:
-        """What starts a server on a port of 127.0.0.1."""
+        """Returns the command that starts a server on a port of 127.0.0.1."""
 
     @abstractmethod
     def _environment(self) -> dict[str, str]:
@@ -179,7 +181,7 @@ class ServerEngine(AsyncEngine):
         params: Mapping[str, str] | None = None,
         answers: bool = False,
     ) -> Any:
-        """The JSON (or text) that a server answers.
+        """Returns the JSON (or text) that a server answers.
 
         Args:
             replica: whose server.
@@ -198,7 +200,7 @@ class ServerEngine(AsyncEngine):
             return await (response.json() if response.content_type == "application/json" else response.text())
 
     async def _events(self, replica: Replica, path: str, body: Any) -> AsyncIterator[Any]:
-        """The JSON of every event that a server streams; see `_call`."""
+        """Yields the JSON of every event that a server streams; see `_call`."""
         async with self._response(replica, path, body, "POST", None, True) as response:
             async for line in response.content:
                 said = line.removeprefix(b"data:").strip()
@@ -234,7 +236,7 @@ class ServerEngine(AsyncEngine):
             raise ReplicaFailed(f"closed the connection during {path} ({type(error).__name__}: {error})") from error
 
     async def _gone(self, replica: Replica, error: Exception) -> ReplicaLost:
-        """Why nobody listens."""
+        """Returns the reason that nothing listens there."""
         server: Server = replica.state
         if server.process is not None and not server.starting:
             with suppress(TimeoutError):
@@ -346,7 +348,7 @@ def _aiohttp() -> ModuleType:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process of this host is there."""
+    """Returns whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -11,7 +11,8 @@ from hybridflow.rollout.startup import EngineModel
 
 
 def check_model(model: EngineModel) -> dict[str, Any]:
-    """The configuration of the model in a folder, which can be cut over as many processes as are asked for.
+    """Returns the configuration of the model in a folder, after a check that it can be sharded over as many processes
+    as are asked for.
 
     Raises:
         UserError: there is no model, or its heads cannot be shared out evenly.

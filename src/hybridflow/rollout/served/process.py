@@ -40,7 +40,7 @@ class ServerProcess:
         await self._process.wait()
 
     def death(self) -> str | None:
-        """How it ended, with the last lines of its log; None while it runs."""
+        """Returns how the process ended, with the last lines of its log; None while it runs."""
         status = self._process.returncode
         if status is None:
             return None
@@ -83,14 +83,14 @@ async def start_server(command: Sequence[str], environment: Mapping[str, str], l
 
 
 def free_port() -> int:
-    """A port that nobody uses at the moment."""
+    """Returns a port that nothing uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def import_path(folder: Path) -> str:
-    """A PYTHONPATH on which another Python finds this package, and nothing else of this environment.
+    """Returns a PYTHONPATH on which another Python finds this package, and nothing else of this environment.
 
     Args:
         folder: where to put a link to the package.

@@ -90,7 +90,7 @@ class Replica:
     recovery: asyncio.Task[None] | None = None
 
     def load(self) -> int:
-        """Tokens that it has still to read or to generate, at most."""
+        """Returns an upper bound of the tokens that it has still to read or to generate."""
         return sum(flight.job.limit() - len(flight.job.tokens) for flight in self.flights)
 
 
@@ -161,16 +161,16 @@ class Hooks(ABC):
 
     @abstractmethod
     def _hosts(self, replica: Replica) -> list[str]:
-        """The host of each of its processes that take weights, in order."""
+        """Returns the host of each of its processes that take weights, in order."""
 
 
 def why_lost(error: Exception, timeout: float) -> str:
-    """What is said of a replica that an error came from."""
+    """Returns the reason that a replica is lost, from an error."""
     return f"was silent for {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
 
 
 async def all_of(work: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; when one fails, its error, after the others have ended."""
+    """Returns the results of all; when one fails, raises its error after the others have ended."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

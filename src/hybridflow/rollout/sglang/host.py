@@ -48,7 +48,7 @@ class EngineHost:
         }
 
     async def serve(self, path: str) -> None:
-        """Answers until the other end closes."""
+        """Answers calls until the other end closes."""
         reader, writer = await asyncio.open_unix_connection(path, limit=LINE)
         tasks: set[asyncio.Task[None]] = set()
 

@@ -30,7 +30,7 @@ MOST_KEPT = 1 << 20  # ids of one token's support that SGLang may return: no voc
 
 
 def seed_of(request: Request) -> int:
-    """The ``sampling_seed`` of a request, continued or not."""
+    """Returns the ``sampling_seed`` of a request, continued or not."""
     return moved(request.noise.bits(), len(request.prompt_ids) - 1)
 
 
@@ -69,7 +69,7 @@ def install() -> None:
 
 
 def _kept(probs_RV: Tensor, info: Any) -> Tensor:
-    """What the rows' filters leave."""
+    """Returns the tokens that the rows' filters keep."""
     vocab = probs_RV.shape[1]
     filters = zip(info.top_ks.tolist(), info.top_ps.tolist(), info.min_ps.tolist())
     samplings = [Sampling(0, top_p=p, top_k=k if k < vocab else 0, min_p=m) for k, p, m in filters]
@@ -77,7 +77,7 @@ def _kept(probs_RV: Tensor, info: Any) -> Tensor:
 
 
 def _capture(weights_RV: Tensor, token_R: Tensor, rows: Tensor | None) -> Any:
-    """What SGLang returns as sampling masks, of the rows that ask for it."""
+    """Returns what SGLang returns as sampling masks, for the rows that ask for it."""
     if rows is None:
         return None
     from sglang.srt.layers.sampler import _SamplingMaskCapture

@@ -36,7 +36,7 @@ SET_BY_US = {*OURS, "model_path", "context_length", "random_seed", "tp_size", "d
 
 
 def require_sglang(python: str | None = None) -> str:
-    """One line on the SGLang that is installed, for `check`.
+    """Returns one line on the SGLang that is installed, for `check`.
 
     Args:
         python: the interpreter that it runs with; None is this one.
@@ -70,7 +70,7 @@ def check_version(version: str, what: str) -> None:
 
 
 def arguments(model: EngineModel) -> dict[str, Any]:
-    """SGLang's arguments: the usual ones, the user's, and ours, which are not for the user to change.
+    """Returns SGLang's arguments: the usual ones, the user's, and ours, which the user cannot change.
 
     Raises:
         UserError: an argument that is ours.
@@ -142,7 +142,7 @@ def environment(tensor_parallel: int) -> dict[str, str]:
 
 @cache
 def _version(python: str) -> str | None:
-    """The version of SGLang that an interpreter has."""
+    """Returns the version of SGLang that an interpreter has."""
     code = "import importlib.metadata as m\ntry: print(m.version('sglang'))\nexcept m.PackageNotFoundError: pass"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=60)

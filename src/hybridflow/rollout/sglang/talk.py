@@ -8,7 +8,7 @@ What SGLang does by itself and a trainer must not be exposed to is handled here:
 - The id of a request is compared by its beginning when requests are aborted: ids are of one length.
 - Noise is ours (`sglang/sampler.py`), and so are the filters; where they cut, SGLang returns which tokens could have
   been drawn and log-probabilities among these, otherwise log-probabilities after temperature.
-- Its repetition penalty looks at the answer alone; requests with one are refused.
+- Its repetition penalty looks at the response alone; requests with one are refused.
 - New weights need an open session and an empty cache, which needs all requests back in the queue (mode "retract");
   they are read again under the new weights. A plain pause leaves them where they are (mode "in_place").
 - Weight calls wait for all requests to end unless generation is paused: it always is.
@@ -52,7 +52,7 @@ class Known:
     Args:
         processes: how many take weights.
         vocabulary: how many words the model has.
-        has_tokenizer: whether it can look for texts that end an answer.
+        has_tokenizer: whether it can look for texts that end a response.
         page: tokens of a block of its prefix cache.
     """
 
@@ -94,10 +94,10 @@ class SglangTalk(AsyncEngine):
         params: Mapping[str, str] | None = None,
         answers: bool = False,
     ) -> Any:
-        """What SGLang answers at a path of its HTTP interface; see `ServerEngine`."""
+        """Returns what SGLang answers at a path of its HTTP interface; see `ServerEngine`."""
 
     def _set_up(self, owner: Owner, *, one_host: bool) -> None:
-        """What is needed to talk.
+        """Sets up what a call to SGLang needs.
 
         Args:
             owner: how the run marks weight versions.

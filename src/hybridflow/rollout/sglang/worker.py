@@ -46,7 +46,7 @@ _WORKER = _Worker()
 
 
 def order(number: str, reply: str, what: Mapping[str, Any]) -> str:
-    """An order as the text that ``update_weights_from_tensor`` wants for every process.
+    """Returns an order as the text that ``update_weights_from_tensor`` wants for every process.
 
     Args:
         number: of the order, never used twice.
@@ -58,7 +58,7 @@ def order(number: str, reply: str, what: Mapping[str, Any]) -> str:
 
 
 def load_weights(model: torch.nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """SGLang's call: obeys one order."""
+    """Obeys one order; SGLang calls it."""
     try:
         ((text, _),) = named_tensors
         told = json.loads(text)
@@ -106,7 +106,7 @@ def _obey(model: torch.nn.Module, told: Mapping[str, Any], rank: int) -> dict[st
 
 
 def as_stored(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A tensor as SGLang's loaders know it.
+    """Yields a tensor under the names that SGLang's loaders know.
 
     Hugging Face joins a mixture's experts in memory and not in files; SGLang reads files, and passes over names that it
     does not know without a word.
@@ -134,7 +134,7 @@ def as_stored(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> It
 
 
 def _of_most(parameters: Any) -> tuple[torch.dtype, torch.device]:
-    """Type and device of the largest parameter."""
+    """Returns type and device of the largest parameter."""
     largest = max(parameters, key=Tensor.numel)
     return largest.dtype, largest.device
 

@@ -218,7 +218,7 @@ class VllmEngine:
         self.paused = False
 
     def _step(self) -> None:
-        """One forward pass for all that is running, after a restart where the workers are gone."""
+        """Runs one forward pass for all running requests, after a restart where the workers are gone."""
         if self._watch is None:
             outputs = self._engine.step()
         else:
@@ -275,7 +275,7 @@ class VllmEngine:
         return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
 
     def receivers(self) -> list[str]:
-        """The host of each process that takes weights, in order of their index."""
+        """Returns the host of each process that takes weights, in order of their index."""
         self._begin_if_broken()
         return self._ask("host_name")
 
@@ -318,7 +318,7 @@ class VllmEngine:
 
     @contextmanager
     def _updating(self, version: int) -> Iterator[None]:
-        """Around taking weights: what was computed under the old ones goes."""
+        """Holds the engine for an update of weights, then drops what it computed under the old ones."""
         assert not self.asleep, "update_weights on a sleeping engine: wake it first"
         self._whole = False
         yield
@@ -333,7 +333,7 @@ class VllmEngine:
     # --- workers ---
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
-        """What each worker answers to a call of a method of `WeightTaker`.
+        """Returns what each worker answers to a call of a method of `WeightTaker`.
 
         Raises:
             WeightSyncError: one of them failed, or is gone.
@@ -393,13 +393,15 @@ class VllmEngine:
         return lost
 
     def _begin_if_broken(self) -> None:
-        """Before new weights, which a restarted engine then has."""
+        """Starts a broken engine again before it takes new weights."""
         if self._watch is not None and self._watch.broken():
             for job in self._begin_anew(None):
                 self._send(job.handle, job.request)
 
     def _start_again(self, error: Exception) -> None:
-        """The engine as it was before its workers went: the current weights, and all requests from their beginning."""
+        """Starts the engine again as it was before its workers ended: with the current weights, and all requests from
+        their beginning.
+        """
         lost = self._begin_anew(error)
         if self.on_restart is not None:
             self.on_restart()
@@ -412,7 +414,7 @@ class VllmEngine:
 
 
 def require_vllm() -> str:
-    """One line on the vLLM that is installed, for `check`. Importing it takes seconds.
+    """Returns one line on the vLLM that is installed, for `check`. Importing it takes seconds.
 
     Raises:
         UserError: it is missing, or of another version.

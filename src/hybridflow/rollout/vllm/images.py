@@ -9,7 +9,9 @@ from hybridflow.errors import UserError
 
 
 def image_token(config: Mapping[str, Any]) -> int | None:
-    """The token that stands for a part of an image, of a model's configuration; None for models that see none."""
+    """Returns the token that stands for a part of an image, from a model's configuration; None for models that take no
+    images.
+    """
     if "vision_config" not in config:
         return None
     token: int | None = config.get("image_token_id", config.get("image_token_index"))
@@ -17,7 +19,7 @@ def image_token(config: Mapping[str, Any]) -> int | None:
 
 
 def image_prompt(renderer: Any, token_ids: Sequence[int], images: Sequence[Any], token: int | None) -> Any:
-    """What vLLM's engine takes for a prompt with images: the model's own processor cuts them into patches.
+    """Returns what vLLM's engine takes for a prompt with images: the model's own processor cuts them into patches.
 
     Args:
         renderer: vLLM's.

@@ -246,7 +246,7 @@ class VllmServerEngine(ServerEngine):
                 del self._ids[job.handle]
 
     def _piece(self, choices: list[dict[str, Any]]) -> Piece:
-        """What choices hold that follow each other; the last one says why the answer ended."""
+        """Joins the content of consecutive choices; the last one gives the reason that the response ended."""
         tokens = [token for choice in choices for token in choice["token_ids"] or ()]
         said = [entry["logprob"] for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
         versions = [
@@ -292,7 +292,7 @@ class VllmServerEngine(ServerEngine):
         await self._call(replica, "/wake_up")
 
     async def _rpc(self, replica: Replica, method: str, arguments: Sequence[Any] = ()) -> list[Any]:
-        """What every worker of a server answers to a call."""
+        """Returns what every worker of a server answers to a call."""
         answer = await self._call(replica, "/collective_rpc", {"method": method, "args": list(arguments)})
         return list(answer["results"])
 
@@ -313,7 +313,7 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def require_vllm_at(python: str) -> str:
-    """One line on the vLLM in the environment of an interpreter, which is not imported.
+    """Returns one line on the vLLM in the environment of an interpreter, without importing it.
 
     Raises:
         UserError: it is not there, or of another version.
@@ -338,7 +338,7 @@ def require_vllm_at(python: str) -> str:
 
 
 def _image_body(token_ids: Sequence[int], images: Sequence[Any], token: int | None) -> dict[str, Any]:
-    """The fields of a request with images: each is one token, which the server writes out again."""
+    """Returns the fields of a request with images: each image is one token, which the server expands."""
     parts = []
     for image in images:
         png = io.BytesIO()

@@ -37,7 +37,7 @@ CPU_CACHE_BLOCK = 32  # tokens; vLLM's own 128 would leave prompts of a few line
 
 
 def import_vllm() -> Any:
-    """The vllm package, set up so that the engine's core runs in this process, and checked.
+    """Imports and checks the vllm package, set up so that the engine's core runs in this process.
 
     Raises:
         UserError: it is missing, of another version, or told to run elsewhere.
@@ -84,7 +84,7 @@ def import_vllm() -> Any:
 
 
 def lora_arguments(lora: LoraSection, config: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's arguments for one adapter that is swapped in place.
+    """Returns vLLM's arguments for one adapter that is swapped in place.
 
     Raises:
         UserError: the rank is above vLLM's limit, or the model has experts, whose adapters vLLM does not take.
@@ -107,7 +107,7 @@ def lora_arguments(lora: LoraSection, config: Mapping[str, Any]) -> dict[str, An
 
 
 def model_arguments(model: EngineModel, *, on_cpu: bool) -> dict[str, Any]:
-    """vLLM's arguments for a model, before the user's own."""
+    """Returns vLLM's arguments for a model, before the user's own."""
     return {
         "model": str(model.folder),
         "max_model_len": model.max_model_len,
@@ -120,7 +120,7 @@ def model_arguments(model: EngineModel, *, on_cpu: bool) -> dict[str, Any]:
 def engine_arguments(
     ours: Mapping[str, Any], wanted: Mapping[str, Any], *, on_cpu: bool, known: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """vLLM's engine arguments: the usual ones, the user's, and ours, which are not for the user to change.
+    """Returns vLLM's engine arguments: the usual ones, the user's, and ours, which the user cannot change.
 
     Args:
         ours: beside `FIXED`.
@@ -152,7 +152,7 @@ def engine_arguments(
 
 
 def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: float) -> Any:
-    """The running `LLMEngine`.
+    """Starts the `LLMEngine` and returns it.
 
     Args:
         vllm: the package.

@@ -30,7 +30,7 @@ class WorkerWatch:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """While this lasts, an answer is due."""
+        """Holds the workers to an answer within the timeout while the block runs."""
         self._since = time.monotonic()
         try:
             yield
@@ -38,11 +38,11 @@ class WorkerWatch:
             self._since = None
 
     def broken(self) -> bool:
-        """Whether a worker has ended."""
+        """Returns whether a worker has ended."""
         return not all(process.is_alive() for process in self.processes)
 
     def kill(self) -> None:
-        """SIGKILL to all workers."""
+        """Sends SIGKILL to all workers."""
         for process in self.processes:
             process.kill()
 

@@ -49,7 +49,7 @@ class WeightTaker:
     reload_weights: Callable[..., None]
 
     def host_name(self) -> str:
-        """The host that this worker runs on."""
+        """Returns the name of the host that this worker runs on."""
         return socket.gethostname()
 
     def take_weights(
@@ -79,7 +79,7 @@ class WeightTaker:
     def take_stream(
         self, stream: WeightStream, version: int, lora: Mapping[str, float] | None = None
     ) -> dict[str, Any]:
-        """The same with a stream of this process. What the stream raises goes through: there is one worker."""
+        """Takes a stream of this process. An exception of the stream is raised here: there is one worker."""
         return self._load(stream, version, lora)
 
     def drop_adapter(self) -> dict[str, Any]:
@@ -147,7 +147,9 @@ class WeightTaker:
         return {"version": version, "received": received, "num_bytes": num_bytes}
 
     def _packed_experts(self) -> list[Any]:
-        """The experts of a mixture where CPU kernels want them in an order of their own, some in the same shape."""
+        """Returns the experts of a mixture where CPU kernels store them in an order of their own, some in the same
+        shape.
+        """
         if self.device.type != "cpu":
             return []
         return [m for m in self.model_runner.get_model().modules() if type(m).__name__ == "RoutedExperts"]
@@ -189,7 +191,7 @@ class WeightTaker:
 
 
 def _adapted(manager: Any) -> set[str]:
-    """Names of the modules that vLLM can put adapters beside, as they are called in an adapter."""
+    """Returns the names of the modules that vLLM can put adapters beside, as an adapter names them."""
     names = set()
     for name in manager.modules:
         parent, _, own = name.rpartition(".")
@@ -198,7 +200,7 @@ def _adapted(manager: Any) -> set[str]:
 
 
 def _told(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it returns, or what it raised, in words; the traceback goes to the worker's own output."""
+    """Returns what a call returns, or the text of what it raised; the traceback goes to the worker's own output."""
     try:
         return act()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A step's groups as one batch, a row per answer."""
+"""A step's groups as one batch, a row per response."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hybridflow.trainers.rl.filters import component_names
 
 
 def batch_of(groups: list[Group]) -> Batch:
-    """Groups as one batch, a row per answer.
+    """Makes one batch of groups, a row per response.
 
-    Columns: ``input_ids_T``, ``loss_mask_T`` (the answer), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
+    Columns: ``input_ids_T``, ``loss_mask_T`` (the response), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
     ``sample_B``, ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
-    Where the reward has components: ``components_BK``, in the order of `component_names`, NaN for one that an answer
+    Where the reward has components: ``components_BK``, in the order of `component_names`, NaN for one that a response
     lacks. Where it has parts:
-    ``step_reward_T``. Where greedy answers were
+    ``step_reward_T``. Where greedy responses were
     asked for: ``baseline_B``. Where tokens were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for
     all of it) and ``support_ids_K``.
     """
@@ -60,7 +60,7 @@ def batch_of(groups: list[Group]) -> Batch:
 
 
 def _by_token(t: Trajectory) -> list[float]:
-    """The rewards of an answer's parts, on its tokens; parts may end with the same one."""
+    """Returns the rewards of a response's parts, on its tokens; parts may end with the same token."""
     found = [0.0] * len(t.token_ids)
     for position, reward in t.step_rewards:
         found[position] += reward

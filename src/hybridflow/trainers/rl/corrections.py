@@ -1,8 +1,8 @@
-"""What becomes of a step's answers between their rewards and the loss: filters, outputs, corrections, statistics.
+"""What becomes of a step's responses between their rewards and the loss: filters, outputs, corrections, statistics.
 
 Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
 
-Shapes: T tokens of all answers and their prompts, M of them with loss.
+Shapes: T tokens of all responses and their prompts, M of them with loss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from hybridflow.protocols.training import TrainEngine
 
 
 def old_logp_is(config: RlConfig) -> str:
-    """Where the ratio's denominator comes from: "rollout", "recompute", or "current" (the policy of the update)."""
+    """Returns where the ratio's denominator comes from: "rollout", "recompute", or "current" (the policy of the
+    update).
+    """
     a = config.algorithm
     if a.old_logp == "rollout" or a.correction.mode == "bypass":
         return "rollout"
@@ -49,14 +51,14 @@ def old_logp_is(config: RlConfig) -> str:
 
 
 def policy_outputs(config: RlConfig) -> list[str]:
-    """What the policy is asked for before the step's updates; nothing spares the forward pass."""
+    """Returns the outputs of the policy that a step computes before its updates, with one forward pass."""
     wanted = [o for o in needs_of(config.algorithm.advantage, ADVANTAGES).outputs if o != "logp"]
     gap = ["log_mass"] if config.rollout.cut else []
     return ["logp", *gap, *wanted] if old_logp_is(config) == "recompute" else wanted
 
 
 def piece_values(a: AlgorithmSection, components: Sequence[str]) -> dict[str, Any]:
-    """The values that estimators take, by name; weights of reward components stand in the components' order."""
+    """Returns the values that estimators take, by name; weights of reward components are in the components' order."""
     values = a.model_dump() | a.values
     if a.reward_weights is not None:
         values["reward_weights"] = [a.reward_weights.get(name, 0.0) for name in components]
@@ -64,10 +66,10 @@ def piece_values(a: AlgorithmSection, components: Sequence[str]) -> dict[str, An
 
 
 def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch, dict[str, float]]:
-    """The batch with the importance weights and without what ``algorithm.correction`` rejects, and its metrics.
+    """Returns the batch with the importance weights and without what ``algorithm.correction`` rejects, and its metrics.
 
     Args:
-        batch: whole answers with ``rollout_logp_T``.
+        batch: whole responses with ``rollout_logp_T``.
         logp_T: the policy's log-probabilities of their tokens.
         a: the algorithm.
     """
@@ -100,12 +102,12 @@ def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch,
 
 
 def engine_gap(batch: Batch, logp_T: Tensor) -> dict[str, float]:
-    """How far the policy with these log-probabilities is from the engine that sampled, by verl's names."""
+    """Measures how far the policy with these log-probabilities is from the engine that sampled, under verl's names."""
     return off_policy_metrics(logp_T, batch["rollout_logp_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
 
 
 def whole_gap(batch: Batch) -> dict[str, float]:
-    """`engine_gap` and all of `mismatch.gap_metrics`, of a step whose old log-probabilities were computed."""
+    """Returns `engine_gap` and all of `mismatch.gap_metrics`, for a step whose old log-probabilities were computed."""
     mask_T = batch["loss_mask_T"]
     mass_M = batch["log_mass_T"][mask_T] if "log_mass_T" in batch else None
     logp_M, rollout_logp_M, age_M = (batch[name][mask_T] for name in ("old_logp_T", "rollout_logp_T", "age_T"))
@@ -113,7 +115,7 @@ def whole_gap(batch: Batch) -> dict[str, float]:
 
 
 def rejected(batch: Batch) -> Batch:
-    """The batch whose loss is on the tokens alone that the correction keeps."""
+    """Returns the batch with a loss only on the tokens that the correction keeps."""
     batch = batch.select(list(batch))
     if "keep_T" in batch:
         batch["loss_mask_T"] = batch["loss_mask_T"] & batch["keep_T"]
@@ -122,7 +124,7 @@ def rejected(batch: Batch) -> Batch:
 
 
 def reweighted(batch: Batch, config: RlConfig, step: int) -> Batch:
-    """The step's answers, some of them again and some not at all (``reweight``)."""
+    """Returns the step's responses, some of them again and some not at all (``reweight``)."""
     if config.reweight is None or not len(batch):
         return batch
     rows = pf_ppo_rows(
@@ -134,7 +136,7 @@ def reweighted(batch: Batch, config: RlConfig, step: int) -> Batch:
         power=config.reweight.power,
     )
     batch = batch.take(rows)
-    batch["trajectory_B"] = torch.arange(len(batch))  # a copy counts as an answer of its own
+    batch["trajectory_B"] = torch.arange(len(batch))  # a copy counts as a response of its own
     return batch
 
 
@@ -142,19 +144,19 @@ def reweighted(batch: Batch, config: RlConfig, step: int) -> Batch:
 
 
 def part_sizes(answers: int, size: int) -> list[int]:
-    """The sizes of a step's mini-batches; where filters left fewer answers, the last one is smaller."""
+    """Returns the sizes of a step's mini-batches; where filters left fewer responses, the last one is smaller."""
     rest = [answers % size] if answers % size else []
     return [size] * (answers // size) + rest
 
 
 def needs_current(a: AlgorithmSection) -> bool:
-    """Whether an update needs the current policy's log-probabilities of the whole mini-batch beforehand."""
+    """Returns whether an update needs the current policy's log-probabilities of the whole mini-batch beforehand."""
     bypass = a.correction.mode == "bypass" and a.correction.active
     return bypass or needs_of(a.policy_loss, POLICY_LOSSES).statistics
 
 
 def with_current(mini: Batch, config: RlConfig, engine: TrainEngine) -> tuple[Batch, dict[str, float]]:
-    """The mini-batch with what depends on the current policy over all of it: one forward pass, where that is needed.
+    """Adds to the mini-batch what depends on the current policy over all of it: one forward pass, where that is needed.
 
     With ``algorithm.correction.mode=bypass`` these are the importance weights and what is rejected; for the losses in
     `STATISTICS` the columns that they read.
@@ -177,7 +179,7 @@ def with_current(mini: Batch, config: RlConfig, engine: TrainEngine) -> tuple[Ba
 def statistics_columns(
     mini: Batch, logp_T: Tensor, loss: str, values: Mapping[str, Any], seed: int
 ) -> dict[str, Tensor]:
-    """The columns that a policy loss makes of a whole mini-batch under the current policy.
+    """Computes the columns that a policy loss makes of a whole mini-batch under the current policy.
 
     Args:
         mini: the mini-batch: ``loss_mask_T``, ``advantage_T``, ``group_B``, ``sample_B``.
@@ -194,7 +196,7 @@ def statistics_columns(
             return mini["loss_mask_T"]
         if parameter == "token_key_T":
             bits: list[int] = []
-            before: Counter[tuple[int, int]] = Counter()  # sequences of the same answer have keys of their own
+            before: Counter[tuple[int, int]] = Counter()  # sequences of the same response have keys of their own
             for name in zip(mini["group_B"].tolist(), mini["sample_B"].tolist()):
                 bits.append(NoiseKey(seed, f"{loss}/{before[name]}", *name).bits())
                 before[name] += 1

@@ -1,7 +1,7 @@
-"""How much a step's answers differ, repeat themselves, and whether their length alone earns reward.
+"""How much a step's responses differ, repeat themselves, and whether their length alone earns reward.
 
 Numbers of every step; `tracking.reward_watch` holds all but the first against the reward. They look at a bounded part
-of long answers, so that they cost milliseconds.
+of long responses, so that they cost milliseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 PAIRS = 2048  # of neighbouring tokens that are compared: with more of them fewer would be new, whatever they are
-TAIL = 256  # last characters of an answer in which its final number is looked for
+TAIL = 256  # last characters of a response in which its final number is looked for
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 STRETCH = 32  # tokens within which a pair counts as repeated: in a long text common pairs come again anyway
 
@@ -25,24 +25,24 @@ def diversity(
     rewards: Sequence[float] = (),
     truths: Sequence[object] = (),
 ) -> dict[str, float]:
-    """Measures a step's answers; a number that has no meaning for them is left out.
+    """Measures a step's responses; a number that has no meaning for them is left out.
 
-    ``rollout/distinct_2``: the share of different ones among the pairs of neighbouring tokens of all answers
+    ``rollout/distinct_2``: the share of different ones among the pairs of neighbouring tokens of all responses
     (distinct-2 of Li et al., arXiv 1510.03055), of `PAIRS` pairs that are spread evenly over them. It falls when
-    answers to one prompt agree, as right ones do.
+    responses to one prompt agree, as right ones do.
 
-    ``rollout/seq_rep_2``: the share of pairs that stood in the same answer before (seq-rep-2 of Welleck et al.,
-    arXiv 1908.04319), within stretches of `STRETCH` tokens, so that longer answers of the same kind repeat no more.
+    ``rollout/seq_rep_2``: the share of pairs that stood in the same response before (seq-rep-2 of Welleck et al.,
+    arXiv 1908.04319), within stretches of `STRETCH` tokens, so that longer responses of the same kind repeat no more.
 
     ``rollout/top_answer_share``: how much of the answers to other prompts the most common final answer is: 0 where each
     prompt has its own, 1 where all prompts are answered the same. `final_answer` says what is compared. Prompts whose
     ground truth it is are not counted: where A, B, C and D are right in turn, the same letter answers many prompts.
 
-    ``rollout/length_reward_corr``: the correlation of length and reward among the answers to a prompt, averaged over
-    the prompts whose answers differ in both.
+    ``rollout/length_reward_corr``: the correlation of length and reward among the responses to a prompt, averaged over
+    the prompts whose responses differ in both.
 
     Args:
-        tokens: token ids of each answer.
+        tokens: token ids of each response.
         texts: its text.
         prompts: which prompt it answers.
         rewards: what it is worth; without them nothing is said of length and reward.
@@ -72,7 +72,7 @@ def diversity(
 
 
 def final_answer(text: str) -> str:
-    """What an answer comes to: the last number near its end; where there is none, all of it.
+    """Returns the final answer of a response: the last number near its end; where there is none, all of it.
 
     >>> final_answer("7 + 5 is 12. The answer is $1,012.00."), final_answer(" Yes. ")
     ('1012.00', 'Yes.')
@@ -82,7 +82,9 @@ def final_answer(text: str) -> str:
 
 
 def _top_share(answers: Sequence[Counter[str]], truths: Sequence[str]) -> float:
-    """The greatest share that a final answer has of the prompts for which it is not the ground truth, beside one."""
+    """Computes the greatest share that one final answer has among the prompts for which it is wrong; one prompt is not
+    counted.
+    """
     share: Counter[str] = Counter()
     for counts in answers:
         for answer, count in counts.items():
@@ -96,13 +98,17 @@ def _top_share(answers: Sequence[Counter[str]], truths: Sequence[str]) -> float:
 
 
 def _is(answer: str, truth: str) -> bool:
-    """Whether a final answer states the ground truth: is it, or has it as its last word ("The answer is (B).")."""
+    """Returns whether a final answer states the ground truth: equals it, or has it as its last word ("The answer is
+    (B).").
+    """
     words = re.findall(r"\w+", answer)
     return bool(truth) and (answer == truth or final_answer(truth) == answer or words[-1:] == [truth])
 
 
 def _repeated(tokens: Sequence[Sequence[int]]) -> float | None:
-    """The share of pairs that stood in their stretch of an answer before, of about `PAIRS`; None without pairs."""
+    """Computes the share of token pairs that occurred earlier in their stretch of a response, over about `PAIRS` pairs;
+    None without pairs.
+    """
     stretches = [answer[i : i + STRETCH] for answer in tokens for i in range(0, max(len(answer) - 1, 0), STRETCH - 1)]
     stretches = stretches[:: math.ceil(len(stretches) * (STRETCH - 1) / PAIRS) or 1]
     total = sum(len(stretch) - 1 for stretch in stretches)
@@ -111,7 +117,7 @@ def _repeated(tokens: Sequence[Sequence[int]]) -> float | None:
 
 
 def _some_pairs(tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """`PAIRS` of all pairs, evenly spread; all, where there are fewer."""
+    """Returns `PAIRS` of all pairs, evenly spread; all, where there are fewer."""
     total = sum(max(len(answer) - 1, 0) for answer in tokens)
     count = min(total, PAIRS)
     pairs: list[tuple[int, int]] = []
@@ -124,7 +130,7 @@ def _some_pairs(tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None where either does not vary."""
+    """Computes Pearson's correlation; None where either does not vary."""
     mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
     dx, dy = [a - mean_x for a in x], [b - mean_y for b in y]
     size = math.sqrt(math.fsum(a * a for a in dx) * math.fsum(b * b for b in dy))

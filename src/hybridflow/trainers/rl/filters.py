@@ -1,4 +1,4 @@
-"""Which groups and answers of a step are trained on."""
+"""Which groups and responses of a step are trained on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NOT_SCORED = "reward failed"
 
 
 def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[str]) -> list[Group]:
-    """The groups that pass the filter; why the others do not is counted in `dropped`."""
+    """Returns the groups that pass the filter; counts in `dropped` why the others do not."""
     kept: list[Group] = []
     for group in groups:
         scored = [t for t in group.trajectories if t.failure is None]
         if section.metric == "reward":
             values = [t.reward for t in scored]
-        else:  # of the answers that have it
+        else:  # of the responses that have it
             values = [t.components[section.metric] for t in scored if section.metric in t.components]
         reason: str | None = f"no {section.metric}" if scored else NOT_SCORED
         if values:
@@ -39,7 +39,7 @@ def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[st
 
 
 def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
-    """What is said where no group of a step passes the filter."""
+    """Returns the error for a step in which no group passes the filter."""
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     if set(dropped) == {NOT_SCORED}:
         return UserError(
@@ -56,7 +56,7 @@ def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
 
 
 def failure_counts(groups: Sequence[Group], on_failure: str) -> dict[str, float]:
-    """How many answers of a step the reward failed on, by what happened, and what became of them."""
+    """Counts the responses of a step on which the reward failed, by the failure, and by what became of them."""
     found = {"reward/failures": 0.0}
     for group in groups:
         for kind, count in group.failures.items():
@@ -70,10 +70,10 @@ def failure_counts(groups: Sequence[Group], on_failure: str) -> dict[str, float]
 
 
 def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], dict[str, float]]:
-    """The groups without the answers that carry no loss: those that the reward failed on, and, where
+    """Returns the groups without the responses that carry no loss: those that the reward failed on, and, where
     ``filter.overlong`` asks for it, those that were cut at the limit.
 
-    A group that is left with a single answer has nothing to be compared with: where the advantage needs groups, it is
+    A group that is left with a single response has nothing to be compared with: where the advantage needs groups, it is
     dropped, and counted.
     """
     overlong = config.filter.overlong
@@ -96,5 +96,5 @@ def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], d
 
 
 def component_names(groups: Sequence[Group]) -> list[str]:
-    """The names of the rewards' components, in order: all that some answer has."""
+    """Returns the names of the rewards' components, in order: all that some response has."""
     return sorted({name for g in groups for t in g.trajectories for name in t.components})

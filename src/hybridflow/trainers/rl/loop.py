@@ -1,6 +1,6 @@
 """The reinforcement-learning loop. Algorithms differ in what `estimate` and `update` are given, not in another loop.
 
-Shapes: B answers, T tokens of all answers and their prompts, S spans of one version of the weights.
+Shapes: B responses, T tokens of all responses and their prompts, S spans of one version of the weights.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def next_groups(run: RlRun, step: int) -> tuple[list[Group], dict[str, float]]:
 
 
 def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
-    """The step's training batch: tokens, log-probabilities and values where they are needed, rewards, advantages.
+    """Returns the step's training batch (tokens, log-probabilities and values where they are needed, rewards,
+    advantages), and the metrics of this phase.
 
     Besides it, what was measured on the way.
     """
@@ -128,7 +129,7 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
             batch["kl_T"] = divergence(batch, a.kl_reward_estimator)
             batch["reward_T"] -= run.kl.coef * batch["kl_T"]
         if needs_of(a.advantage, ADVANTAGES).needs_components and "components_BK" not in batch:
-            batch["components_BK"] = torch.zeros(len(batch), 0)  # no answer of the step has any
+            batch["components_BK"] = torch.zeros(len(batch), 0)  # no response of the step has any
         values = piece_values(a, component_names(groups))
         for name, column_T in advantage_columns(a.advantage, batch, values).items():
             batch[name] = column_T
@@ -136,7 +137,7 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
 
 
 def update(run: RlRun, batch: Batch) -> dict[str, float]:
-    """Trains on the batch: one optimizer step for every `sequences_per_update` answers. Returns the mean metrics."""
+    """Trains on the batch: one optimizer step for every `sequences_per_update` responses. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(batch, run.config.algorithm, run.kl.coef)]
     if PENALTY in metrics[0]:
         run.kl.observe(metrics[0][PENALTY], len(batch))  # the next step's coefficient
@@ -153,7 +154,7 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                 current, found = with_current(mini, config, run.engine)
                 prepared = with_loss(with_weights(current, config), config)  # weights count what is left
                 metrics.append(found)
-                if len(prepared):  # else no answer has an advantage: nothing to learn from, no step
+                if len(prepared):  # else no response has an advantage: nothing to learn from, no step
                     # The gap between engines is measured once: here where old log-probabilities were not computed,
                     # and in the first update, before it changes the weights.
                     loss = policy_loss(config, measure_gap=i == 0 and old_logp_is(config) != "recompute")
@@ -216,7 +217,9 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
 
 
 def score_all(run: RlRun, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
-    """What the models say of a batch, by phase: models of different pools work at the same time."""
+    """Computes the scores of a batch under all models that are asked for, by phase; models of different pools work at
+    the same time.
+    """
     temperature = run.config.rollout.temperature
     asked: list[tuple[str, Scorer | None, list[str], float]] = [
         ("old_log_prob", run.engine, policy_outputs(run.config), temperature),

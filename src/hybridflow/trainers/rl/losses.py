@@ -1,6 +1,6 @@
 """The losses of a reinforcement-learning step, and the weights of their tokens.
 
-Shapes: B answers, T tokens of all answers and their prompts.
+Shapes: B responses, T tokens of all responses and their prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hybridflow.protocols.training import Loss
 
 
 def divergence(batch: Batch, estimator: str) -> torch.Tensor:
-    """The policy's divergence from the reference at every token ``[T]``, 0 where there is no loss.
+    """Computes the policy's divergence from the reference at every token ``[T]``, 0 where there is no loss.
 
     Where old log-probabilities were not computed, the sampler's stand for the policy's: no forward pass for this alone.
     """
@@ -29,7 +29,7 @@ def divergence(batch: Batch, estimator: str) -> torch.Tensor:
 
 
 def with_weights(mini: Batch, config: RlConfig) -> Batch:
-    """A mini-batch with a weight column per loss term."""
+    """Returns a mini-batch with a weight column per loss term."""
     a, mini = config.algorithm, mini.select(list(mini))
     weight_T = token_weights(mini, a.aggregation, norm=config.rollout.max_response_tokens, values=a.values)
     mini["policy_weight_T"] = weight_T
@@ -40,7 +40,9 @@ def with_weights(mini: Batch, config: RlConfig) -> Batch:
 
 
 def with_loss(mini: Batch, config: RlConfig) -> Batch:
-    """The answers from which the actor can learn: those with an advantage, or all where it has other loss terms."""
+    """Returns the responses from which the actor can learn: those with an advantage, or all where it has other loss
+    terms.
+    """
     a, shared = config.algorithm, config.critic is not None and config.critic.shared_trunk
     every = a.entropy_coef or a.kl_loss_coef or shared or not config.train.skip_zero_advantage
     every = every or is_function_reference(a.policy_loss) or needs_of(a.policy_loss, POLICY_LOSSES).every_answer
@@ -48,14 +50,16 @@ def with_loss(mini: Batch, config: RlConfig) -> Batch:
 
 
 def with_signal(mini: Batch) -> Batch:
-    """The answers whose advantage is not zero everywhere. Weights were computed before, so the gradient is the same."""
+    """Returns the responses whose advantage is not zero everywhere. Weights were computed before, so the gradient is
+    the same.
+    """
     size_T = mini["advantage_T"].abs() * mini["loss_mask_T"]
     signal_B = size_T.new_zeros(len(mini)).index_add_(0, mini.sequence_of(), size_T)
     return mini.take(signal_B.nonzero()[:, 0])
 
 
 def policy_loss(config: RlConfig, *, measure_gap: bool = True) -> Loss:
-    """The configured loss of the actor, as the engine takes it; see `losses.policy`."""
+    """Returns the configured loss of the actor, as the engine takes it; see `losses.policy`."""
     a = config.algorithm
     params: dict[str, Any] = {
         "policy_loss": a.policy_loss,
@@ -72,5 +76,5 @@ def policy_loss(config: RlConfig, *, measure_gap: bool = True) -> Loss:
 
 
 def value_loss(config: RlConfig) -> Loss:
-    """The configured loss of a critic with a model of its own."""
+    """Returns the configured loss of a critic with a model of its own."""
     return Loss("value", {"clip_value": config.algorithm.clip_value})

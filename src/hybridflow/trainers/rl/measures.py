@@ -1,6 +1,6 @@
 """What is measured of a step: its batch, its penalty, and its rollouts.
 
-Shapes: B answers, T tokens of all answers and their prompts, M of them with loss.
+Shapes: B responses, T tokens of all responses and their prompts, M of them with loss.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def kl_metrics(batch: Batch, a: AlgorithmSection, reward_coef: float) -> dict[st
 
 
 def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, float]:
-    """Rewards and lengths of a step's answers, advantages of those that are trained on, under verl's names."""
+    """Computes rewards and lengths of a step's responses, and advantages of those that are trained on, under verl's
+    names.
+    """
     mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
     scored = [t for t in answers if t.failure is None]
     response_B = torch.tensor([len(t.token_ids) for t in answers], dtype=torch.float32)
@@ -58,7 +60,7 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     }
     for name in component_names(groups):
         measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in scored if name in t.components])
-    if "reward_T" in batch:  # with penalties, of the answers that are trained on
+    if "reward_T" in batch:  # with penalties, of the responses that are trained on
         measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
     if "value_T" in batch:
         value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
@@ -79,12 +81,12 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
 
 
 def rollout_records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
-    """Lists the answers of a step as rows of ``rollouts/``, in the order of their groups."""
+    """Lists the responses of a step as rows of ``rollouts/``, in the order of their groups."""
     names = zip(batch["group_B"].tolist(), batch["sample_B"].tolist())
     means = (
         float(a[m].mean()) if m.any() else 0.0 for a, m in zip(batch.rows("advantage_T"), batch.rows("loss_mask_T"))
     )
-    advantage = dict(zip(names, means))  # answers that are not trained on have none
+    advantage = dict(zip(names, means))  # responses that are not trained on have none
     records = []
     for g in groups:
         prompt = run.data[g.row]

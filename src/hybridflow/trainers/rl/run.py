@@ -94,7 +94,7 @@ class RlRun(Session):
         return super().__exit__(kind, error, trace)
 
     def texts_of(self, token_ids: list[int]) -> list[str]:
-        """The text of every single token, special ones included."""
+        """Returns the text of every single token, special ones included."""
         for i in token_ids:
             if i not in self._token_text:
                 self._token_text[i] = str(self.tokenizer.decode([i]))
@@ -119,7 +119,7 @@ class RlRun(Session):
         return super().done() and self.unevaluated is None
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluates the weights of a step, and writes the answers; what was measured.
+        """Evaluates the weights of a step, and writes the responses; what was measured.
 
         Where the run is asked to stop meanwhile, answers are dropped and nothing is returned: the step's metrics then
         wait (`note`) until the run goes on and its evaluation is made.
@@ -155,7 +155,7 @@ class RlRun(Session):
             self.unevaluated = dict(metrics)
 
     def advise_where_none_ended(self, where: str, finish_reasons: list[str]) -> None:
-        """Says so where not one of several answers ended by itself."""
+        """Says so where not one of several responses ended by itself."""
         limit, eos = self.config.rollout.max_response_tokens, repr(self.tokenizer.eos_token)
         advice = never_ended(finish_reasons, limit, eos)
         if advice:
@@ -174,7 +174,9 @@ class RlRun(Session):
         return self.publisher.publish(version)
 
     def extra_state(self) -> dict[str, Any]:
-        """The coefficient of an adaptive KL penalty, what is known of all rewards, and what waits for an evaluation."""
+        """Returns the coefficient of an adaptive KL penalty, the moments of all rewards, and what waits for an
+        evaluation.
+        """
         owed = {} if self.unevaluated is None else {"unevaluated": self.unevaluated}
         return {"kl_reward_coef": self.kl.coef, "reward_moments": astuple(self.moments)} | owed
 
@@ -197,7 +199,7 @@ class RlRun(Session):
         return super().finish()
 
     def note_best(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether the step is the best so far by ``checkpoint.best``: it is then to be saved.
+        """Returns whether the step is the best so far by ``checkpoint.best``, and is to be saved for that.
 
         Raises:
             UserError: the evaluation measures nothing of that name.
@@ -232,7 +234,7 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
     with opening(config) as opened:
         run = _assemble(config, opened, reward)
         if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in run.folder.changed):
-            run.journal.clear()  # its answers are of weights that the changed settings will not lead to
+            run.journal.clear()  # its responses are of weights that the changed settings will not lead to
         run.restore()
         run.publish(run.step)
         return run
@@ -306,7 +308,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
 def _prompts(
     config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: Callable[..., Any] | None
 ) -> tuple[PromptSet, PromptSet | None]:
-    """The rows to train on, and those to evaluate on; the reward can score all of them."""
+    """Loads the rows to train on, and those to evaluate on; the reward can score all of them."""
     d, seed = config.data, config.run.seed
     assert d.train is not None
     prompts = load_prompts(d.train, d, tokenizer, seed=seed)

@@ -1,6 +1,6 @@
-"""From the reward of an answer to rewards of tokens: what ``reward`` in the configuration does to it in training.
+"""From the reward of a response to rewards of tokens: what ``reward`` in the configuration does to it in training.
 
-In this order: the reward is cut to its bounds (`reward.clip`); long answers lose some (`reward.overlong_buffer`) and
+In this order: the reward is cut to its bounds (`reward.clip`); long responses lose some (`reward.overlong_buffer`) and
 every token counts (`reward.length_coef`); at last it is put on a common scale (`reward.normalize`). Evaluation and the
 metric ``critic/score`` show the reward as it was given.
 
@@ -31,7 +31,7 @@ class Moments:
     squares: float = 0.0
 
     def with_more(self, value_B: Tensor) -> Moments:
-        """Those of all rewards so far and of these."""
+        """Returns the moments of all rewards so far and of these."""
         if not len(value_B):
             return self
         value_B = value_B.double()
@@ -51,7 +51,7 @@ class Shaped:
     """The rewards that training works with.
 
     Args:
-        reward_B: of every answer ``[B]``.
+        reward_B: of every response ``[B]``.
         baseline_B: what each is held against, cut and scaled as the rewards are; None where there is none.
         moments: of all steps so far, this one among them where ``reward.normalize`` is running.
     """
@@ -62,7 +62,7 @@ class Shaped:
 
 
 def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Shaped:
-    """The rewards that training works with, of the answers of a batch.
+    """Computes the rewards that training works with, for the responses of a batch.
 
     Args:
         batch: ``reward_B``, ``loss_mask_T``, and ``baseline_B`` where there is one.
@@ -91,14 +91,14 @@ def shaped_rewards(batch: Batch, config: RlConfig, moments: Moments) -> Shaped:
 
 
 def token_rewards(batch: Batch, reward_B: Tensor | None = None) -> Tensor:
-    """The reward of every token ``[T]``; those of an answer add up to its own.
+    """Computes the reward of every token ``[T]``; those of a response add up to its own.
 
     Rewards of its parts (``step_reward_T``) lie on the tokens that end them, and all that is left on its last token
     that carries loss.
 
     Args:
         batch: ``loss_mask_T``, and ``reward_B`` unless given.
-        reward_B: what each answer is worth.
+        reward_B: what each response is worth.
     """
     reward_B = batch["reward_B"] if reward_B is None else reward_B
     reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
