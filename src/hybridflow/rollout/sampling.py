@@ -233,7 +233,7 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
         if not 0 <= token < vocab:
             raise UserError(f"logit_bias names token {token}, the model's tokens are 0 to {vocab - 1}")
     if "" in sampling.stop:
-        raise UserError("a stop string is empty", why="it would end every answer at its first token")
+        raise UserError("a stop string is empty", why="it would end every response at its first token")
     if sampling.stop_regex is not None:
         try:
             re.compile(sampling.stop_regex)

@@ -27,32 +27,31 @@ A run is configured by one YAML file with the sections below, and by overrides o
 hybridflow train recipes/carry/grpo.yaml optim.lr=5e-5 run.folder=runs/slower
 ```
 
-- An override is `section.key=value`. It wins over the file. The type of the key says how the value is read:
-  - text and paths: as they are typed, with `#`, colons, brackets and spaces (`data.system_prompt=Answer after ####
-    please`). `null` leaves the key unset. Quotes around all of the value are taken off, so `'"null"'` is the word
-    null.
+- An override is `section.key=value`. It wins over the file. The type of the key decides how the value is read:
+  - text and paths: as typed, with `#`, colons, brackets and spaces (`data.system_prompt=Answer after #### please`).
+    `null` leaves the key unset. Quotes around the whole value are taken off, so `'"null"'` is the word null.
   - numbers, true and false, lists and sections: as in YAML (`optim.betas=[0.9, 0.99]`, `model.lora={rank: 16}`);
-    `null` or nothing leaves the key unset. Where a list is wanted, one value may stand for it: `rollout.stop=####`.
-  - keys below `reward.kwargs`, `algorithm.values` and the like, which may hold anything: what is plainly a number,
-    true, false, null, a list or a section is that, all else is text.
-- An unknown key is an error that names the nearest known one; names that users of verl, TRL, OpenRLHF and the Hugging
-  Face Trainer know are told what they are here. All mistakes are reported together. A key that stands twice in the
-  file is a mistake.
+    `null` or an empty value leaves the key unset. For a key that holds a list, one value is a list of one:
+    `rollout.stop=####`.
+  - keys below `reward.kwargs`, `algorithm.values` and similar ones, which may hold anything: a value that reads as a
+    number, true, false, null, a list or a section is that; everything else is text.
+- An unknown key is an error that names the nearest known key. For a name of verl, TRL, OpenRLHF or the Hugging Face
+  Trainer, the error names the key that has its meaning here. All mistakes are reported together. A key that occurs
+  twice in the file is a mistake.
 - In every path, `~` and `$VARIABLE` are filled in. A file that is read (`model.path`, `data.train`,
-  `reward.function`, ...) is looked for from the current folder, then beside the YAML file. `file.py:function` names a
+  `reward.function`, ...) is looked up in the current folder, then beside the YAML file. `file.py:function` names a
   function in a file.
 - Where the default is *required*, the key must be given. `unset` means: leave the key out, or write `null`. A default
   "as `optim.lr`" is taken from that key of the same run.
-- Where keys of a section are of one choice alone (of `rollout.engine`, for example, or of `algorithm.advantage`), their
-  meaning begins with the choices that have them, in italics. Beside another choice such a key is refused, unless it has
-  its default, which says nothing.
-- A run's folder holds its resolved configuration, `config.yaml`. When the run is resumed, these keys must be as they
-  were: `run.seed`, `model.path`, `model.reference`, `model.lora`, `critic.path`, `critic.lora`,
+- Some keys belong to one choice of another key (of `rollout.engine`, for example, or of `algorithm.advantage`): their
+  meaning begins with those choices, in italics. With another choice such a key is refused, unless it has its default.
+- A run's folder holds its resolved configuration, `config.yaml`. When the run is resumed, these keys must not have
+  changed: `run.seed`, `model.path`, `model.reference`, `model.lora`, `critic.path`, `critic.lora`,
   `critic.shared_trunk`, everything in `data`, `train.prompts_per_step` and `train.samples_per_prompt`. Others may
-  change; `events.jsonl` says which did.
+  change; `events.jsonl` records which did.
 - With `data.eval` set, `hybridflow train` evaluates before the first step (unless `eval.before_training` is false) and
-  after the last one; `eval.every` adds evaluations in between. Answers are greedy, unless `eval.temperature` is set.
-- `hybridflow check --explain KEY` says the same of one key, and what a configuration has there. For an editor,
+  after the last one; `eval.every` adds evaluations in between. Evaluation is greedy, unless `eval.temperature` is set.
+- `hybridflow check --explain KEY` prints the same about one key, and its value in a configuration. For an editor,
   `hybridflow schema train > train.schema.json` writes the JSON schema (also for `sft`, `reward-model` and `eval`;
   `docs/schema/` has them), which the first line of a YAML file can name:
   `# yaml-language-server: $schema=train.schema.json`.

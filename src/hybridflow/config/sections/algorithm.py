@@ -41,27 +41,31 @@ def filled_from(values: object, presets: Mapping[str, Mapping[str, Any]], *, def
 
 
 class CorrectionSection(Section):
-    """What is done about the difference between the engine that samples and the policy that trains."""
+    """Correction of the mismatch between the engine that samples and the policy that is trained."""
 
-    preset: str = Field("disabled", description="Named choice of the values below, by verl's names.")
+    preset: str = Field("disabled", description="Named set of values for the keys below, by verl's names.")
     mode: Literal["decoupled", "bypass"] = Field(
         "decoupled",
-        description="decoupled: the policy at the start of the step is computed and held against the sampler; bypass: "
-        "the sampler's log-probabilities stand for it, and the current policy is held against them.",
+        description="decoupled: the log-probabilities of the policy at the start of the step are computed, and "
+        "compared with the sampler's; bypass: the sampler's take their place, and the current policy is "
+        "compared with the sampler.",
     )
     weights: Literal["none", "token", "sequence"] = Field(
-        "none", description="Importance weights on the policy loss: of each token, or one of a whole answer."
+        "none", description="Importance weights on the policy loss: none, one for each token, or one for each response."
     )
-    weight_cap: PositiveFloat = Field(2.0, description="Weights are cut at this.")
+    weight_cap: PositiveFloat = Field(2.0, description="Largest importance weight; larger ones are set to it.")
     weight_floor: PositiveFloat | None = Field(
-        None, description="With a floor, weights outside of [weight_floor, weight_cap] become 0 instead (IcePop)."
+        None,
+        description="Smallest importance weight: weights outside of [weight_floor, weight_cap] become 0 (IcePop); "
+        "unset: no floor.",
     )
     normalize: bool = Field(False, description="Divide the weights by their mean.")
     reject: dict[str, list[float]] = Field(
         default_factory=dict,
-        description="Tokens or answers that do not count, by level: token_, seq_sum_, seq_mean_ or seq_max_ with k1, "
-        "k2 or k3. For k1 the two bounds of the sampler's probability over the policy's, such as {seq_mean_k1: [0.9, "
-        "1.1]}, or an upper one, whose reciprocal is the lower; for k2 and k3 an upper bound.",
+        description="Bounds outside of which tokens or whole responses have no loss. A name is token_, seq_sum_, "
+        "seq_mean_ or seq_max_ followed by k1, k2 or k3. For k1: the two bounds of the sampler's "
+        "probability over the policy's, such as {seq_mean_k1: [0.9, 1.1]}, or the upper one, whose "
+        "reciprocal is the lower; for k2 and k3: an upper bound.",
     )
 
     @model_validator(mode="before")
@@ -92,22 +96,24 @@ class CorrectionSection(Section):
 
 
 class FilterSection(Section):
-    """Which groups are trained on; those that are dropped are replaced by other prompts."""
+    """Decides which groups are trained on. Other prompts replace groups that are dropped."""
 
     equal_rewards: bool = Field(
-        False, description="Drop groups whose answers are all worth the same (DAPO's dynamic sampling)."
+        False, description="Drop groups whose responses all have the same reward (DAPO's dynamic sampling)."
     )
-    min_mean: float | None = Field(None, description="Drop groups whose mean is below this.")
-    max_mean: float | None = Field(None, description="Drop groups whose mean is above this.")
+    min_mean: float | None = Field(None, description="Drop groups whose mean (of filter.metric) is below this.")
+    max_mean: float | None = Field(None, description="Drop groups whose mean (of filter.metric) is above this.")
     metric: str = Field(
-        "reward", description="What is looked at: reward, or a component that the reward function returns."
+        "reward",
+        description="What the other keys of this section judge: reward, or a component that the reward function "
+        "returns.",
     )
     max_rounds: PositiveInt = Field(
         10,
-        description="Rounds of drawing prompts for one step, the first included; the step then goes on with what it "
-        "has.",
+        description="Most rounds of drawing prompts for one step, the first included; after them the step trains on "
+        "the groups it has.",
     )
-    overlong: bool = Field(False, description="Answers cut at rollout.max_response_tokens carry no loss.")
+    overlong: bool = Field(False, description="Give responses that were cut at rollout.max_response_tokens no loss.")
 
     @model_validator(mode="after")
     def _check_band(self) -> FilterSection:
@@ -125,32 +131,42 @@ class ReweightSection(Section):
     """Training on some responses of a step more than on others (PF-PPO, arXiv 2409.06957)."""
 
     method: Literal["pow", "max_min", "max_random"] = Field(
-        description="pow: answers are drawn again in proportion to the size of their score to the power; max_min: of "
-        "every group its best and its worst; max_random: of every group its best and another one."
+        description="pow: draw responses again, with replacement, in proportion to |score| ** power; max_min: keep "
+        "the best and the worst response of every group; max_random: keep the best and a random other "
+        "one."
     )
-    power: float = Field(2.0, ge=0, description="The power of pow.")
+    power: float = Field(2.0, ge=0, description="The exponent of method pow.")
 
 
 class AlgorithmSection(Section):
-    """The three pieces of the algorithm and their values. A preset fills what is not given."""
+    """The algorithm: advantage, policy loss, aggregation and their values. The preset fills keys that are left out."""
 
-    preset: str = Field("grpo", description="Named choice of all the values below.")
+    preset: str = Field(
+        "grpo",
+        description="Named set of values for the keys below; the table at the end of docs/configuration.md lists them.",
+    )
     advantage: FunctionName = Field("grpo", description="Advantage estimator, or file.py:function.")
-    normalize_by_std: bool = Field(True, description="Divide a group's advantages by its standard deviation.")
+    normalize_by_std: bool = Field(
+        True, description="Divide a group's advantages by the standard deviation of its rewards."
+    )
     gamma: float = Field(
-        1.0, ge=0, le=1, description="Discount: a reward that comes d tokens later counts gamma to the power of d."
+        1.0, ge=0, le=1, description="Discount factor: a reward that comes d tokens later counts gamma ** d."
     )
     lam: float = Field(
-        1.0, ge=0, le=1, description="Lambda of GAE: 1 weighs whole returns, 0 one-step differences of the values."
+        1.0, ge=0, le=1, description="Lambda of GAE. 1: whole returns; 0: one-step differences of the values."
     )
-    lam_critic: float = Field(1.0, ge=0, le=1, description="Lambda of the returns that the critic learns.")
+    lam_critic: float = Field(1.0, ge=0, le=1, description="Lambda of the returns that the critic is trained on.")
     length_alpha: float | None = Field(
-        None, gt=0, description="Lambda becomes 1 - 1 / (length_alpha x answer length); unset: lam."
+        None, gt=0, description="Lambda becomes 1 - 1 / (length_alpha x response length); unset: lam."
     )
     reward_weights: dict[str, float] | None = Field(
         None, description="Weight of each reward component, by its name; unset: 1 for all."
     )
-    step_weight: float = Field(1.0, ge=0, description="Weight of the advantage within steps from one state.")
+    step_weight: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of the step-level advantage, which compares steps that start from the same state.",
+    )
     policy_loss: FunctionName = Field("ppo_clip", description="Per-token policy loss, or file.py:function.")
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above at 1 + clip_high.")
@@ -160,59 +176,94 @@ class AlgorithmSection(Section):
     tau_positive: float = Field(1.0, gt=0, description="Temperature of the gate where advantages are positive.")
     tau_negative: float = Field(1.05, gt=0, description="Temperature of the gate where they are not.")
     clip_cov_share: float = Field(
-        2e-4, gt=0, lt=1, description="Share of the tokens that learn nothing, out of the band below."
+        2e-4,
+        gt=0,
+        lt=1,
+        description="Share of the tokens whose loss is removed; they are drawn from the tokens whose covariance is "
+        "between cov_low and cov_high.",
     )
-    cov_low: float = Field(1.0, description="Band of covariances, its lower end.")
-    cov_high: float = Field(5.0, description="Band of covariances, its upper end.")
+    cov_low: float = Field(
+        1.0,
+        description="Least covariance of log-probability and advantage of the tokens that clip_cov_share draws from.",
+    )
+    cov_high: float = Field(
+        5.0,
+        description="Greatest covariance of log-probability and advantage of the tokens that clip_cov_share draws "
+        "from.",
+    )
     kl_cov_share: float = Field(
-        2e-4, gt=0, lt=1, description="Share of the tokens, of highest covariance, that are penalised."
+        2e-4,
+        gt=0,
+        lt=1,
+        description="Share of the tokens that get a KL penalty: those with the highest covariance of log-probability "
+        "and advantage.",
     )
-    kl_cov_coef: float = Field(1.0, ge=0, description="Weight of their penalty.")
+    kl_cov_coef: float = Field(1.0, ge=0, description="Weight of the KL penalty on the tokens of kl_cov_share.")
     divergence_low: float = Field(
-        0.2, gt=0, lt=1, description="Divergence at which a token that should be less likely learns no more."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Largest divergence from the old policy at which a token with a negative advantage still has a "
+        "gradient.",
     )
     divergence_high: float = Field(
-        0.2, gt=0, lt=1, description="Divergence at which a token that should be likelier learns no more."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Largest divergence from the old policy at which a token with a positive advantage still has a "
+        "gradient.",
     )
-    ratio_cap: float = Field(20.0, gt=1, description="Bound on the importance ratio.")
+    ratio_cap: float = Field(20.0, gt=1, description="Upper bound of the importance ratio.")
     dro_beta: float = Field(0.1, gt=0, description="Weight of the squared log-ratio.")
-    topr_cap: float = Field(1.0, gt=0, description="Bound on the ratio of answers with negative advantages.")
+    topr_cap: float = Field(
+        1.0, gt=0, description="Upper bound of the importance ratio of responses with negative advantages."
+    )
     behaviour_cap: float | None = Field(
         None,
         gt=1,
-        description="Tokens learn nothing where the ratio of the step's first policy to the sampler is above this"
-        "; unset: no bound.",
+        description="Tokens have no loss where the ratio of the policy at the start of the step to the sampler is "
+        "above this; unset: no bound.",
     )
-    sppo_eta: float = Field(1.0, gt=0, description="How far an answer's log-ratio goes for its advantage.")
+    sppo_eta: float = Field(
+        1.0, gt=0, description="Eta of SPPO: the loss pulls a response's log-ratio to eta times its advantage."
+    )
     aggregation: FunctionName = Field(
-        "token-mean", description="How token losses become one number, or file.py:function."
+        "token-mean", description="How the losses of tokens are averaged or summed to one number, or file.py:function."
     )
     values: dict[str, float | int | bool | str | None] = Field(
-        default_factory=dict, description="Values that functions of your own (file.py:function) take, by name."
+        default_factory=dict, description="Values that your own functions (file.py:function) take, by name."
     )
     correction: CorrectionSection = CorrectionSection()
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     clip_value: float | None = Field(
         0.5,
         gt=0,
-        description="The value loss is clipped: values that move further than this within a step gain "
-        "nothing (PPO's value clip); unset (null): not clipped.",
+        description="Clip range of the value loss (PPO's value clip): a value that moves further than this within a "
+        "step gains nothing; null: no clipping.",
     )
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss where the critic shares the trunk.")
     kl_reward_coef: float = Field(
-        0.0, ge=0, description="Weight of the divergence from the reference that is taken off every token's reward."
+        0.0,
+        ge=0,
+        description="Weight of the KL divergence from the reference model that is subtracted from every token's "
+        "reward.",
     )
     kl_reward_estimator: str = Field("k1", description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped.")
     kl_controller: Literal["fixed", "adaptive"] = Field(
         "fixed",
-        description="fixed: kl_reward_coef stays as it is; adaptive: it begins there, and is raised or "
-        "lowered after every step to hold the divergence at kl_target.",
+        description="fixed: kl_reward_coef stays constant; adaptive: it starts at its value, and is raised or lowered "
+        "after every step to keep the KL divergence at kl_target.",
     )
-    kl_target: float | None = Field(None, gt=0, description="Divergence that adaptive holds, in nats per token.")
+    kl_target: float | None = Field(
+        None, gt=0, description="KL divergence that the adaptive controller aims at, in nats per token."
+    )
     kl_horizon: PositiveInt = Field(
-        10_000, description="Answers over which adaptive changes the weight by at most a fifth."
+        10_000,
+        description="Number of responses over which the adaptive controller changes the weight by at most a fifth.",
     )
-    kl_loss_coef: float = Field(0.0, ge=0, description="Weight of the divergence from the reference in the loss.")
+    kl_loss_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL divergence from the reference model in the loss."
+    )
     kl_loss_estimator: str = Field(
         "k3",
         description="Estimator of that divergence: k1, abs, k2, k3, k3_clamped; with a plus sign, such as k3+, the "
@@ -220,8 +271,9 @@ class AlgorithmSection(Section):
     )
     old_logp: Literal["auto", "recompute", "rollout"] = Field(
         "auto",
-        description="Where the ratio's denominator comes from. auto: the current policy itself when a step makes one "
-        "update, else recompute; recompute: a forward pass before the step's updates; rollout: the sampler's.",
+        description="Log-probabilities in the denominator of the ratio. auto: the current policy's if a step makes "
+        "one update, else recompute; recompute: those of a forward pass before the step's updates; "
+        "rollout: the sampler's.",
     )
 
     @model_validator(mode="before")

@@ -19,7 +19,9 @@ class SourceSection(Section):
         description="A file (.jsonl, .json, .csv, .tsv, .parquet), file.py:function returning dicts, or a name on the "
         "Hugging Face hub (org/name:config/split)."
     )
-    weight: PositiveFloat | None = Field(None, description="Share of the draws beside the other sources' weights.")
+    weight: PositiveFloat | None = Field(
+        None, description="Share of the draws, relative to the other sources' weights."
+    )
 
 
 ONE = ("source", "weight")
@@ -51,16 +53,16 @@ Sources = Annotated[
 ]
 
 _TRAIN = (
-    "Training rows: a file (.jsonl, .json, .csv, .tsv, .parquet), file.py:function returning dicts, or a name on the "
-    "Hugging Face hub; or "
-    "a list of these, each a string or {source, weight}. Without weights all rows form one set; with weights (1 where "
-    "none is given) each source is drawn from in proportion to its weight and has its own epochs."
+    "Training rows: a file (.jsonl, .json, .csv, .tsv, .parquet), file.py:function returning dicts, "
+    "or a name on the Hugging Face hub; or a list of these, each a string or {source, weight}. "
+    "Without weights all rows form one set; with weights (default 1) rows are drawn from each source "
+    "in proportion to its weight, and each source has its own epochs."
 )
 _ORDER = (
-    "Order of each epoch: shuffled, sequential, or file.py:function, which takes any of rows, seed and epoch and "
-    "returns the positions of the rows in the order to draw them."
+    "Order of each epoch: shuffled, sequential, or file.py:function, which takes any of rows, seed "
+    "and epoch and returns the row numbers in the order to draw them."
 )
-_SYSTEM = "System message put before conversations that begin without one."
+_SYSTEM = "System message to put before conversations that have none."
 _THINKING = "The chat template's enable_thinking switch; unset leaves it to the template."
 
 
@@ -76,24 +78,26 @@ class PromptDataSection(Section):
 
     train: Sources | None = Field(None, description=_TRAIN)
     eval: Sources | None = Field(
-        None, description="Evaluation rows, same forms without weights; rows of different data_source are told apart."
+        None,
+        description="Evaluation rows, in the same forms without weights. Each data_source among them has metrics of "
+        "its own.",
     )
     prompt_key: str = Field("prompt", description="Column with the prompt: a string or a list of chat messages.")
     ground_truth_key: str = Field(
         "ground_truth",
-        description="Column that the reward compares with; dots go inside. Rows without ground_truth may have it as "
-        "reward_model.ground_truth (verl's rows).",
+        description="Column that the reward compares with; a dot goes inside a nested value. Rows without "
+        "ground_truth may have it as reward_model.ground_truth (verl's rows).",
     )
     format: Literal["chat", "text"] = Field(
-        "chat", description="chat: prompts are rendered with the chat template; text: a string, tokenised as it is."
+        "chat", description="chat: render prompts with the chat template; text: tokenise strings as they are."
     )
     system_prompt: str | None = Field(None, description=_SYSTEM)
     thinking: bool | None = Field(None, description=_THINKING)
     max_prompt_tokens: PositiveInt = Field(1024, description="Longest prompt allowed, in tokens after the template.")
     over_long: Literal["refuse", "filter", "truncate"] = Field(
         "refuse",
-        description="What happens to prompts over max_prompt_tokens: an error, left out, or cut at their beginning. "
-        "`hybridflow check` says how many there are.",
+        description="What happens to prompts over max_prompt_tokens. refuse: an error; filter: they are left out; "
+        "truncate: they are cut at their beginning. `hybridflow check` counts them.",
     )
     order: FunctionName = Field("shuffled", description=_ORDER)
 
@@ -101,7 +105,7 @@ class PromptDataSection(Section):
     def _check(self) -> PromptDataSection:
         _check_style(self.format, self.system_prompt, self.thinking, self.order)
         if any(entry.weight is not None for entry in self.eval or []):
-            raise ValueError("eval sources have no weight: every row is answered")
+            raise ValueError("eval sources have no weight: every row is used")
         return self
 
 
@@ -111,26 +115,29 @@ class SftDataSection(Section):
     train: Sources = Field(description=_TRAIN)
     messages_key: str = Field("messages", description="Column with the conversation: a list of chat messages.")
     prompt_key: str | None = Field(
-        None, description="Column with the prompt (a string, or chat messages), where rows hold no whole conversation."
+        None,
+        description="Column with the prompt (a string, or chat messages), for rows that hold no whole conversation.",
     )
-    response_key: str | None = Field(None, description="Column with the answer to it. Dots go inside.")
+    response_key: str | None = Field(
+        None, description="Column with the response to the prompt; a dot goes inside a nested value."
+    )
     text_key: str = Field("text", description="Column with the text, for format text without prompt_key.")
     format: Literal["chat", "text"] = Field(
         "chat",
-        description="chat: conversations are rendered with the chat template; text: strings are tokenised as they are, "
-        "and the end-of-sequence token is put after them.",
+        description="chat: render conversations with the chat template; text: tokenise strings as they are, and "
+        "append the end-of-sequence token.",
     )
     system_prompt: str | None = Field(None, description=_SYSTEM)
     thinking: bool | None = Field(None, description=_THINKING)
     loss_on: Literal["all_assistant", "last_assistant"] = Field(
         "all_assistant",
-        description="Which of the assistant's turns are learned; a message with train: false never is.",
+        description="Which of the assistant's turns are trained on; a message with train: false never is.",
     )
     max_tokens: PositiveInt = Field(2048, description="Longest conversation allowed, in tokens.")
     over_long: Literal["refuse", "filter", "truncate"] = Field(
         "refuse",
-        description="What happens to conversations over max_tokens: an error, left out, or cut at their end. "
-        "`hybridflow check` says how many there are.",
+        description="What happens to conversations over max_tokens. refuse: an error; filter: they are left out; "
+        "truncate: they are cut at their end. `hybridflow check` counts them.",
     )
     order: FunctionName = Field("shuffled", description=_ORDER)
 

@@ -11,7 +11,8 @@ from hybridflow.config.sections.choices import OneOf
 
 STRATEGY = "local: one process holds all of the model; fsdp2, fsdp1: every process holds a part of it."
 OFFLOAD = (
-    "What moves to host memory between the phases in which this model works; of fsdp1 the optimizer's state alone."
+    "What moves to host memory while this model is idle: parameters, optimizer state or both. fsdp1 "
+    "can move the optimizer state alone."
 )
 
 
@@ -20,7 +21,8 @@ class LocalSection(Section):
 
     strategy: Literal["local"] = Field("local", description=STRATEGY)
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What is multiplied in; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Data type of matrix products; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU.",
     )
 
     @property
@@ -35,35 +37,41 @@ class LocalSection(Section):
 
 
 class _ShardedSection(Section):
-    """A model of which every process holds a part."""
+    """A model that is sharded: every process holds a part of it."""
 
     shard_size: PositiveInt | None = Field(
         None,
-        description="Processes that share one copy of the parameters (HSDP); unset: all of the pool. Fewer keep "
-        "several copies, and gradients are summed between them.",
+        description="Number of processes that share one copy of the parameters (HSDP); unset: all processes of the "
+        "pool. A smaller number keeps several copies, between which gradients are summed.",
     )
     sequence_parallel: PositiveInt = Field(
         1,
-        description="Processes that share the tokens of one micro-batch (DeepSpeed-Ulysses): for sequences whose "
-        "activations do not fit one device. Must divide the query heads and the pool.",
+        description="Number of processes that share the tokens of one micro-batch (DeepSpeed-Ulysses), for sequences "
+        "whose activations do not fit on one device. It must divide the number of query heads and the "
+        "size of the pool.",
     )
     reshard_after_forward: bool = Field(
-        True, description="Give gathered parameters back after the forward pass: less memory, one more gathering."
+        True,
+        description="Free gathered parameters after the forward pass: less memory, at the cost of gathering them "
+        "again for the backward pass.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What is multiplied in; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Data type of matrix products; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU.",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What gradients are summed in between processes."
+        "float32", description="Data type in which gradients are summed between processes."
     )
     sync_every_microbatch: bool = Field(
         False,
-        description="Sum gradients between processes after every micro-batch, so that each keeps its part of them "
-        "alone: less memory, one more exchange for each. Otherwise they are summed once for an update, and every "
+        description="true: sum gradients between processes after every micro-batch, so that each process keeps only "
+        "its shard of them: less memory, more communication. false: sum them once per update; every "
         "process keeps whole gradients until then.",
     )
     cpu_offload: bool = Field(
-        False, description="Keep parameters, gradients and optimizer state in host memory; layers visit the device."
+        False,
+        description="Keep parameters, gradients and optimizer state in host memory, and copy each layer to the device "
+        "while it computes.",
     )
     activation_offload: bool = Field(
         False, description="Keep saved activations in host memory until the backward pass."
@@ -71,11 +79,13 @@ class _ShardedSection(Section):
 
 
 class Fsdp2Section(_ShardedSection):
-    """A model that FSDP2 cuts."""
+    """A model that FSDP2 shards."""
 
     strategy: Literal["fsdp2"] = Field(description=STRATEGY)
     offload: list[Literal["parameters", "optimizer"]] = Field(default_factory=list, description=OFFLOAD)
-    compile: bool = Field(False, description="torch.compile of every layer: slow to start, and meant for GPUs.")
+    compile: bool = Field(
+        False, description="Compile every layer with torch.compile: slow to start, and meant for GPUs."
+    )
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
@@ -85,7 +95,7 @@ class Fsdp2Section(_ShardedSection):
 
 
 class Fsdp1Section(_ShardedSection):
-    """A model that FSDP1 cuts; it does not move its flat tensors, and no layer of it is compiled."""
+    """A model that FSDP1 shards; it cannot move its flat tensors to host memory, nor compile layers."""
 
     strategy: Literal["fsdp1"] = Field(description=STRATEGY)
     offload: list[Literal["optimizer"]] = Field(default_factory=list, description=OFFLOAD)
@@ -105,6 +115,6 @@ EngineSection = Annotated[
     LocalSection | Fsdp2Section | Fsdp1Section,
     OneOf(
         "strategy",
-        what="How a model is computed by the processes of its pool: what is sharded, and in which precision.",
+        what="How the processes of its pool compute a model: what is sharded, and in which precision.",
     ),
 ]

@@ -10,23 +10,37 @@ from hybridflow.errors import nearest
 
 
 class EvalSection(Section):
-    """Held-out evaluation; its noise is its own, so that it never changes what a run trains on."""
+    """Held-out evaluation. It has sampling noise of its own, so it never changes what a run trains on."""
 
     every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: only before and after training.")
     before_training: bool = Field(True, description="Whether to evaluate the untrained model too.")
-    max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the evaluation data.")
-    samples_per_prompt: PositiveInt = Field(1, description="Answers to each prompt; more than one need a temperature.")
-    temperature: float = Field(0.0, ge=0, description="Divides the logits; 0 takes the most likely token (greedy).")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this share.")
-    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
+    max_rows: PositiveInt | None = Field(
+        None, description="Use only this many of the first evaluation rows; unset: all."
+    )
+    samples_per_prompt: PositiveInt = Field(
+        1, description="Number of responses to each prompt; more than one needs eval.temperature."
+    )
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0: take the likeliest token (greedy).")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample among the fewest likeliest tokens whose probabilities add up to this (nucleus sampling).",
+    )
+    top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0: among all.")
     min_p: float = Field(
-        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
+        0.0,
+        ge=0,
+        le=1,
+        description="Sample among the tokens whose probability is at least this share of the likeliest token's.",
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, description="Makes tokens less likely that the prompt or the answer has already; 1: no change."
+        1.0,
+        gt=0,
+        description="Makes tokens less likely that already occur in the prompt or the response; 1: no change.",
     )
     logit_bias: dict[int, float] = Field(
-        default_factory=dict, description="Added to the logits of these token ids, for example {17: -5}."
+        default_factory=dict, description="Numbers to add to the logits, by token id, for example {17: -5}."
     )
     k: list[PositiveInt] | None = Field(
         None,
@@ -34,12 +48,13 @@ class EvalSection(Section):
         "than one.",
     )
     success_threshold: float = Field(
-        1.0, description="An answer with at least this reward is a success, for pass@k. Means take rewards as they are."
+        1.0,
+        description="Least reward of a response that counts as a success for pass@k. Means use rewards as they are.",
     )
     answer: ReadPath | None = Field(
         None,
-        description="file.py:function from the text of a response to the answer that maj@k counts as a vote; unset: "
-        "the whole response.",
+        description="file.py:function that takes the text of a response and returns the answer that maj@k counts as a "
+        "vote; unset: the whole response.",
     )
 
     def ks(self) -> list[int]:
@@ -61,13 +76,13 @@ class EvalSection(Section):
         n = self.samples_per_prompt
         if n > 1 and self.temperature == 0:
             raise ValueError(
-                f"eval.samples_per_prompt is {n}, but eval.temperature is 0: all greedy answers to a prompt are the "
+                f"eval.samples_per_prompt is {n}, but eval.temperature is 0: all greedy responses to a prompt are the "
                 "same; set eval.temperature, for example to 1"
             )
         large = [k for k in self.k or [] if k > n]
         if large:
             raise ValueError(
-                f"eval.k asks for pass@{large[0]}, but eval.samples_per_prompt is {n}: no {large[0]} answers can be "
+                f"eval.k asks for pass@{large[0]}, but eval.samples_per_prompt is {n}: no {large[0]} responses can be "
                 f"taken out of {n}; raise eval.samples_per_prompt to {max(large)} or lower eval.k"
             )
         return self

@@ -21,22 +21,22 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    """The model to train or to ask."""
+    """The model to train or to evaluate."""
 
     path: ReadPath = Field(
         description="Hugging Face folder, org/name on the hub, modelscope://org/name, or file.py:function returning "
         "(model, tokenizer)."
     )
-    lora: LoraSection | None = Field(None, description="Train adapters of this shape; unset trains all weights.")
+    lora: LoraSection | None = Field(None, description="Train LoRA adapters of this shape; unset: train all weights.")
     packing: bool = Field(
         True,
-        description="Run sequences side by side without padding. false is for families that cannot: they are padded, "
-        "with their own attention.",
+        description="Pack sequences into one row without padding. false: pad them, and use the model's own attention, "
+        "for model families that cannot be packed.",
     )
     activation_checkpointing: bool = Field(
         False,
-        description="Keep only each layer's input for the backward pass and compute the rest again: less memory for "
-        "long sequences, for one more forward pass.",
+        description="Keep only each layer's input for the backward pass and recompute the rest (gradient "
+        "checkpointing): less memory, at the cost of one more forward pass.",
     )
     liger: bool = Field(
         False,
@@ -44,17 +44,17 @@ class ModelSection(Section):
         "hybridflow[liger].",
     )
     trust_remote_code: bool = Field(
-        False, description="Run code that the model's folder brings along; only for code that you have read."
+        False, description="Run Python code that comes with the model. Set it only for code that you have read."
     )
 
 
 class RlModelSection(ModelSection):
-    """The model to train, and the one that it is held against."""
+    """The model to train, and its reference."""
 
     reference: ReadPath | None = Field(
         None,
-        description="The reference of the KL terms (algorithm.kl_reward_coef, kl_loss_coef), as in model.path; unset: "
-        "the model that the run began with. Its weights never change.",
+        description="The reference model of the KL terms (algorithm.kl_reward_coef, kl_loss_coef), in the form of "
+        "model.path; unset: the model that the run begins with. Its weights never change.",
     )
     reference_engine: EngineSection | None = Field(
         None, description="How the reference is computed: what differs from engine; unset: nothing."
@@ -62,15 +62,15 @@ class RlModelSection(ModelSection):
 
 
 class CriticSection(Section):
-    """The model that says what a state is worth, for advantages that need one."""
+    """The critic, which predicts the value of a state, for advantage estimators that need one."""
 
     path: ReadPath | None = Field(
-        None, description="Where its trunk begins, as in model.path; unset: the actor's model."
+        None, description="Model that the critic starts from, in the form of model.path; unset: the actor's model."
     )
-    lora: LoraSection | None = Field(None, description="Train adapters of this shape; unset trains all weights.")
+    lora: LoraSection | None = Field(None, description="Train LoRA adapters of this shape; unset: train all weights.")
     shared_trunk: bool = Field(
         False,
-        description="The value head stands on the actor's own trunk and is trained in the actor's updates, with weight "
+        description="Put the value head on the actor's own model, and train it in the actor's updates with weight "
         "algorithm.value_coef; there is no second model.",
     )
     optim: OptimSection | None = Field(
@@ -80,6 +80,8 @@ class CriticSection(Section):
         None, description="How the critic is computed: what differs from engine; unset: nothing."
     )
     epochs_per_step: PositiveInt | None = Field(
-        None, description="The critic's own passes over a step's answers; unset: as in train.epochs_per_step."
+        None, description="The critic's own passes over a step's responses; unset: train.epochs_per_step."
     )
-    warmup_steps: int = Field(0, ge=0, description="First steps of the run, in which the critic alone is trained.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Number of steps at the start of the run in which only the critic is trained."
+    )

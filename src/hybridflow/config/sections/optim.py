@@ -17,8 +17,14 @@ class OptimSection(Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
-    clip_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps over which the rate rises linearly.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Where the decay ends, as a share of lr.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW), on matrices only.")
+    clip_grad_norm: float = Field(
+        1.0, gt=0, description="Largest global norm of the gradient; larger gradients are scaled down to it."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Shape of the learning rate's decay after the warm-up."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Number of optimizer steps over which the learning rate rises linearly."
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end of the decay, as a share of lr.")

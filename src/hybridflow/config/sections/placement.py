@@ -20,33 +20,37 @@ class PlacementSection(Section):
 
     backend: Literal["auto", "in_process", "processes", "ray", "torchrun"] = Field(
         "auto",
-        description="Who starts the processes. in_process: none, everything in this one; processes: this host; ray: a "
-        "Ray cluster or a local instance of it; torchrun: they are started already. auto: torchrun where it started "
-        "us, in_process where the pools have one process together, else processes.",
+        description="What starts the processes. in_process: nothing, all models are in this process; processes: this "
+        "program, on this host; ray: a Ray cluster, or a local instance; torchrun: torchrun, before the "
+        "run. auto: torchrun if it started this process, in_process if the pools have one process in "
+        "total, else processes.",
     )
     pools: dict[str, PositiveInt] = Field(
         default_factory=dict,
-        description="Processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}. Empty: one.",
+        description="Number of processes (devices) of each pool, such as {all: 4} or {train: 4, generate: 2}; empty: "
+        "one process.",
     )
     roles: dict[str, str] = Field(
         default_factory=dict,
-        description="The pool of actor, critic, reference, reward (a reward model), rollout. Those that are not named "
-        "are in the first pool; roles of one pool share its processes.",
+        description="Pool of each role: actor, critic, reference, reward (a reward model), rollout. A role that is "
+        "not named is in the first pool. Roles of one pool share its processes.",
     )
-    address: str | None = Field(None, description="Of a running Ray cluster (host:port, or auto); unset: a local one.")
-    port: PositiveInt | None = Field(None, description="Where the processes meet; unset: a free port.")
+    address: str | None = Field(
+        None, description="Address of a running Ray cluster (host:port, or auto); unset: a local one is started."
+    )
+    port: PositiveInt | None = Field(None, description="Port on which the processes meet; unset: a free port.")
     transport: Transport = Field(
         "auto",
-        description="How weights travel between processes. auto: shared memory on one host, else broadcast; cuda_ipc: "
-        "handles of GPU memory, where sender and receiver share a GPU; files: in placement.folder.",
+        description="How weights travel between processes. auto: shared_memory on one host, else broadcast; cuda_ipc: "
+        "handles of GPU memory, if sender and receiver share a GPU; files: through placement.folder.",
     )
     folder: WrittenPath | None = Field(
-        None, description="Where transport files puts weights: a folder that all processes reach under this path."
+        None, description="Folder for transport files; all processes must reach it under this path."
     )
     delta: bool = Field(
         False,
-        description="Send only the bytes that changed since the last publication. Either end then keeps a copy of all "
-        "weights in host memory.",
+        description="Send only the bytes that changed since the last weight update. Sender and receiver then both "
+        "keep a copy of all weights in host memory.",
     )
     timeout: PositiveFloat = Field(
         600, description="Seconds that a collective or a worker may take without progress before the run ends."

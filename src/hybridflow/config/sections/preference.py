@@ -19,35 +19,37 @@ class PreferenceDataSection(Section):
         description="Training pairs: a file (.jsonl, .csv, .parquet, ...), file.py:function returning dicts, or a name "
         "on the Hugging Face hub; or a list of these, each a string or {source, weight}."
     )
-    eval: Sources | None = Field(None, description="Held-out pairs, same forms without weights.")
+    eval: Sources | None = Field(None, description="Held-out pairs, in the same forms without weights.")
     prompt_key: str | None = Field(
         "prompt",
-        description="Column with the prompt: a string or chat messages. null: the answers are whole conversations.",
+        description="Column with the prompt: a string or chat messages. null: the responses are whole conversations.",
     )
     chosen_key: str = Field(
         "chosen",
-        description="Column with the preferred answer: a string, or chat messages; these go on after the prompt, "
-        "unless they begin with it.",
+        description="Column with the preferred response: a string, or chat messages, which follow the prompt unless "
+        "they repeat it.",
     )
-    rejected_key: str = Field("rejected", description="Column with the other answer, in the same form.")
+    rejected_key: str = Field("rejected", description="Column with the other response, in the same form.")
     margin_key: str | None = Field(
-        None, description="Column with a number: by how much the preferred answer should be ahead (as Llama 2 does)."
+        None,
+        description="Column with a number: the margin by which the preferred response should score higher (as in "
+        "Llama 2).",
     )
     template: ReadPath | None = Field(
         None,
-        description="Jinja file from messages to the text that is read; unset: the tokenizer's chat template. The "
-        "trained model's tokenizer has it as its chat template.",
+        description="Jinja file that renders messages to the text that the model reads; unset: the tokenizer's chat "
+        "template. The trained model's tokenizer keeps it as its chat template.",
     )
     max_tokens: PositiveInt = Field(2048, description="Longest conversation allowed, in tokens.")
     over_long: Literal["refuse", "filter"] = Field(
         "refuse",
-        description="What happens to pairs with a conversation over max_tokens: an error, or left out. `hybridflow "
-        "check` says how many there are.",
+        description="What happens to pairs with a conversation over max_tokens. refuse: an error; filter: they are "
+        "left out. `hybridflow check` counts them.",
     )
     order: FunctionName = Field(
         "shuffled",
-        description="Order of each epoch: shuffled, sequential, or file.py:function, which takes any of rows, seed and "
-        "epoch and returns the positions of the rows in the order to draw them.",
+        description="Order of each epoch: shuffled, sequential, or file.py:function, which takes any of rows, seed "
+        "and epoch and returns the row numbers in the order to draw them.",
     )
 
     @model_validator(mode="after")
@@ -62,19 +64,29 @@ class PreferenceDataSection(Section):
 class RewardModelTrainSection(LengthSection):
     """How much to train on."""
 
-    steps: PositiveInt | None = Field(None, description="Optimizer steps. Give this or train.epochs.")
+    steps: PositiveInt | None = Field(None, description="Number of optimizer steps. Give this or train.epochs.")
     epochs: PositiveInt | None = Field(
-        None, description="Passes over the pairs, instead of train.steps; rows left over open the next epoch's first."
+        None,
+        description="Passes over the pairs, instead of train.steps. Pairs left over at the end of an epoch begin the "
+        "next epoch's first step.",
     )
-    pairs_per_update: PositiveInt = Field(description="Pairs in one optimizer step.")
-    tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
+    pairs_per_update: PositiveInt = Field(description="Number of pairs in one optimizer step.")
+    tokens_per_microbatch: PositiveInt = Field(
+        16_384,
+        description="Most tokens in one forward pass (the micro-batch). A sequence is never cut, so it must hold the "
+        "longest one.",
+    )
     center_coef: float = Field(
-        0.0, ge=0, description="Weight of the squared sum of a pair's rewards, which holds rewards around 0."
+        0.0, ge=0, description="Weight of the squared sum of a pair's rewards, which keeps rewards around 0."
     )
 
 
 class RewardModelEvalSection(Section):
     """The held-out pairs (data.eval)."""
 
-    every: int = Field(0, ge=0, description="Score them after every so many steps; 0: before and after training only.")
-    max_rows: PositiveInt | None = Field(None, description="Use only the first of them.")
+    every: int = Field(
+        0, ge=0, description="Score the held-out pairs after every so many steps; 0: only before and after training."
+    )
+    max_rows: PositiveInt | None = Field(
+        None, description="Use only this many of the first held-out pairs; unset: all."
+    )

@@ -77,77 +77,107 @@ class RewardTermSection(Section):
     """One part of a reward that is a weighted sum."""
 
     function: RewardName = Field(description="As reward.function.")
-    weight: Worth = Field(1.0, description="What it is multiplied with.")
+    weight: Worth = Field(1.0, description="Factor of this part in the sum.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="As reward.kwargs.")
     normalize: Literal["none", "group"] = Field(
-        "none", description="group: less the mean of the answers to the same prompt, divided by their deviation."
+        "none",
+        description="group: subtract the mean over the responses to the same prompt, and divide by their "
+        "standard deviation.",
     )
-    clip: tuple[Worth, Worth] | None = Field(None, description="Least and greatest value, before the weight.")
+    clip: tuple[Worth, Worth] | None = Field(
+        None, description="Least and greatest value, before it is multiplied by the weight."
+    )
 
 
 class RewardPoolSection(Section):
-    """Where reward functions run, and what they may use."""
+    """Where reward functions run, and their limits."""
 
     processes: int = Field(
         1,
         ge=0,
-        description="Processes that score answers beside generation. 0: in this process, one answer after the other, "
-        "without limits (a debugger works there).",
+        description="Number of processes that score responses during generation. 0: score in this process, one "
+        "response after the other, without limits (a debugger works there).",
     )
     timeout: PositiveFloat = Field(
-        60, description="Seconds for one call of the function; its process is then killed, and nothing else is lost."
+        60,
+        description="Longest time of one call of the function, in seconds; its process is then killed, and only that "
+        "call fails.",
     )
-    memory_mb: PositiveInt = Field(8192, description="Address space of a process in MiB; more is a MemoryError there.")
+    memory_mb: PositiveInt = Field(
+        8192, description="Largest address space of a reward process, in MiB; beyond it a call gets a MemoryError."
+    )
     concurrency: PositiveInt = Field(
-        64, description="Calls in flight at once, of async functions and of servers (all of them together)."
+        64, description="Most calls in flight at once, to async functions and to servers together."
     )
-    requests_per_minute: PositiveInt | None = Field(None, description="Most requests to a server; unset: no limit.")
+    requests_per_minute: PositiveInt | None = Field(
+        None, description="Most requests per minute to a server; unset: no limit."
+    )
     tokens_per_minute: PositiveInt | None = Field(
-        None, description="Most tokens sent to a server, estimated as a quarter of the characters; unset: no limit."
+        None,
+        description="Most tokens per minute sent to a server, estimated as a quarter of the characters; unset: no "
+        "limit.",
     )
-    retries: int = Field(3, ge=0, description="Further attempts where a server does not answer, or says 429 or 5xx.")
+    retries: int = Field(
+        3, ge=0, description="Further attempts where a server does not answer, or answers with HTTP status 429 or 5xx."
+    )
 
 
 class SandboxSection(Section):
-    """Where programs run that a model wrote (the reward `code`)."""
+    """Where programs run that the policy wrote (for the reward `code`)."""
 
     backend: Literal["auto", "local", "bubblewrap", "fusion", "unsafe"] = Field(
         "auto",
-        description="local: namespaces, Landlock, seccomp and limits of this Linux kernel; bubblewrap: bwrap besides; "
-        "auto: bubblewrap where it is installed, else local; fusion: a Sandbox Fusion server; unsafe: a bare "
-        "subprocess, for programs that you trust as your own.",
+        description="local: namespaces, Landlock, seccomp and limits of this Linux kernel; bubblewrap: the same with "
+        "bwrap; auto: bubblewrap where it is installed, else local; fusion: a Sandbox Fusion server; "
+        "unsafe: a subprocess without a sandbox, only for programs that you trust as your own.",
     )
-    url: str | None = Field(None, description="Of the Sandbox Fusion server, such as http://host:8080.")
-    seconds: PositiveFloat = Field(10, description="Wall-clock and CPU seconds for a test case.")
-    memory_mb: PositiveInt = Field(512, description="Memory of a program in MiB.")
-    output_kb: PositiveInt = Field(1024, description="Most output of a program in KiB; it is then ended.")
-    parallel: PositiveInt = Field(2, description="Programs that run at once in one reward process.")
+    url: str | None = Field(None, description="URL of the Sandbox Fusion server, such as http://host:8080.")
+    seconds: PositiveFloat = Field(
+        10, description="Limit for a test case, in seconds of wall-clock time and of CPU time."
+    )
+    memory_mb: PositiveInt = Field(512, description="Most memory of a program, in MiB.")
+    output_kb: PositiveInt = Field(
+        1024, description="Most output of a program, in KiB; beyond it the program is ended."
+    )
+    parallel: PositiveInt = Field(2, description="Most programs that run at once in one reward process.")
 
 
 class RewardModelSection(Section):
-    """A model that scores answers: a sequence classifier with one label."""
+    """A model that scores responses: a sequence classifier with one label."""
 
-    path: ReadPath = Field(description="Its Hugging Face folder or name, with a classification head of one label.")
+    path: ReadPath = Field(
+        description="Hugging Face folder or name of the reward model, a sequence classifier with one label."
+    )
     template: ReadPath | None = Field(
         None,
-        description="Jinja file from messages to the text that it reads; unset: its own tokenizer's chat template.",
+        description="Jinja file that renders messages to the text that the model reads; unset: the chat template of "
+        "its tokenizer.",
     )
     step_separator: str | None = Field(
         None,
-        description="Makes it a process reward model: every step of an answer, up to and with this text, is scored "
-        "where it ends. Unset: one score for the whole answer.",
+        description="Text that ends a step of a response. Makes the model a process reward model: it scores every "
+        "step at the step's end. Unset: one score for the whole response.",
     )
-    max_tokens: PositiveInt = Field(4096, description="Longest conversation that it reads; a longer one has no score.")
+    max_tokens: PositiveInt = Field(
+        4096,
+        description="Longest conversation that the model scores, in tokens; a longer one has no score, and is a "
+        "failure.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What is multiplied in. auto: bfloat16 on a GPU, float32 on a CPU."
+        "auto", description="Data type of matrix products. auto: bfloat16 on a GPU, float32 on a CPU."
     )
-    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Set it only for code that you have read."
+    )
     engine: EngineSection | None = Field(
         None, description="How it is computed in its pool: what differs from engine; unset: nothing."
     )
 
 
-JUDGE_ENGINE = "Which engine answers for a judge of this run; vllm and sglang are servers that the run starts."
+JUDGE_ENGINE = (
+    "Engine that generates the verdicts of a judge given by path. inline: in this process; vllm, "
+    "sglang: servers that the run starts."
+)
 
 
 class VerdictSection(Section):
@@ -155,16 +185,16 @@ class VerdictSection(Section):
 
     template: ReadPath | None = Field(
         None,
-        description="Jinja file from question, response, ground_truth and row to what the judge is asked; unset: "
+        description="Jinja file that renders question, response, ground_truth and row to the judge's prompt; unset: "
         "the built-in one, which asks for a grade from 0 to 10.",
     )
     parser: ReadPath | None = Field(
         None,
-        description="file.py:function from the verdict's text to a number; unset: the number in the last [[...]] "
-        "divided by 10.",
+        description="file.py:function that turns the verdict's text into a number; unset: the number in the last "
+        "[[...]] divided by 10.",
     )
-    samples: PositiveInt = Field(1, description="Verdicts for each answer; the reward is their mean.")
-    temperature: float = Field(0.0, ge=0, description="Temperature of the judge.")
+    samples: PositiveInt = Field(1, description="Number of verdicts for each response; the reward is their mean.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the judge; 0: greedy.")
     max_tokens: PositiveInt = Field(512, description="Longest verdict, in tokens.")
 
     @property
@@ -182,9 +212,11 @@ class VerdictSection(Section):
 class ModelJudgeSection(VerdictSection):
     """A judge that a generation engine of this run loads."""
 
-    path: ReadPath = Field(description="A model that a generation engine of this run loads.")
+    path: ReadPath = Field(description="Model of the judge, in the form of model.path; an engine of this run loads it.")
     max_prompt_tokens: PositiveInt = Field(
-        3584, description="Longest question to it, with the answer; a longer one has no verdict."
+        3584,
+        description="Longest prompt of the judge, response included, in tokens; a longer one has no verdict, and is a "
+        "failure.",
     )
 
     @property
@@ -194,7 +226,7 @@ class ModelJudgeSection(VerdictSection):
 
 
 class InlineJudgeSection(ModelJudgeSection):
-    """A judge that the inline engine answers for."""
+    """A judge whose verdicts the inline engine generates."""
 
     engine: Literal["inline"] = Field("inline", description=JUDGE_ENGINE)
 
@@ -205,31 +237,41 @@ class ServerJudgeSection(ModelJudgeSection):
     engine: Literal["vllm", "sglang"] = Field(description=JUDGE_ENGINE)
     python: WrittenPath | None = Field(
         None,
-        description="The Python of the engine's environment; unset: rollout.python where that is of the same engine, "
-        "else this one's.",
+        description="Python interpreter of the engine's environment; unset: rollout.python if that is for the same "
+        "engine, else this interpreter.",
     )
-    tensor_parallel: PositiveInt = Field(1, description="Devices that share the judge.")
+    tensor_parallel: PositiveInt = Field(1, description="Number of devices that share the judge.")
     engine_args: dict[str, int | float | str | bool] = Field(
         default_factory=dict,
-        description="Further arguments of vllm or sglang, such as the share of a GPU's memory that the judge may take.",
+        description="Further arguments of vllm or sglang, such as the share of a GPU's memory that the judge may use.",
     )
     start_timeout: PositiveFloat | None = Field(
-        None, description="As rollout.start_timeout; unset: as there, where the run's own engine has one, else 600."
+        None,
+        description="Seconds that the judge's engine may take to start; unset: rollout.start_timeout if the run's "
+        "engine has it, else 600.",
     )
     answer_timeout: PositiveFloat | None = Field(
-        None, description="As rollout.answer_timeout; unset: as there, where the run's own engine has one, else 600."
+        None,
+        description="Seconds of silence after which the judge's engine counts as hung; unset: rollout.answer_timeout "
+        "if the run's engine has it, else 600.",
     )
     restarts: int | None = Field(
-        None, ge=0, description="As rollout.restarts; unset: as there, where the run's own engine has one, else 3."
+        None,
+        ge=0,
+        description="How often the judge's engine is started again; unset: rollout.restarts if the run's engine has "
+        "it, else 3.",
     )
 
 
 class EndpointJudgeSection(VerdictSection):
-    """A judge behind an endpoint that is there already."""
+    """A judge behind an endpoint that runs already."""
 
-    url: str = Field(description="Instead of path: an OpenAI-compatible endpoint, such as http://host:8000/v1.")
-    model: str | None = Field(None, description="The model's name at the endpoint; unset: the first that it lists.")
-    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key, if any.")
+    url: str = Field(description="An OpenAI-compatible endpoint, such as http://host:8000/v1, instead of path.")
+    model: str | None = Field(None, description="Name of the model at the endpoint; unset: the first that it lists.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable with the endpoint's API key; it may be unset where the endpoint needs none.",
+    )
 
     @property
     def where(self) -> str:
@@ -239,58 +281,74 @@ class EndpointJudgeSection(VerdictSection):
 
 JudgeSection = Annotated[
     InlineJudgeSection | ServerJudgeSection | EndpointJudgeSection,
-    OneOf("url", "engine", what="A model that reads an answer and writes a verdict."),
+    OneOf("url", "engine", what="A model that reads a response and writes a verdict."),
 ]
 
 
 class RewardSection(Section):
-    """What a response is worth."""
+    """How responses are scored."""
 
     function: RewardName = Field(
         "by_source",
-        description="by_source: by each row's data_source (docs/rewards.md has the table); the name of a built-in "
-        "reward; file.py:function; http://host/path, a server; model or judge: the sections of that name. A function "
-        "takes any of response, ground_truth, prompt, row, or data_source, solution_str, ground_truth, extra_info, "
-        "and returns a number, or a dict with `score` and further numbers by name; with responses (a list) it scores "
-        "all answers to a prompt at once. It may be async.",
+        description="What scores responses. by_source: the built-in reward for each row's data_source "
+        "(docs/rewards.md has the table); the name of a built-in reward; file.py:function; "
+        "http://host/path, a server; model or judge: the sections of that name. A function takes any of "
+        "response, ground_truth, prompt, row, or data_source, solution_str, ground_truth, extra_info, and "
+        "returns a number, or a dict with `score` and further numbers by name; with responses (a list) it "
+        "scores all responses to a prompt at once. It may be async.",
     )
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the function.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
     sources: dict[str, RewardName] = Field(
-        default_factory=dict, description="Rewards of further data sources, or other ones, for by_source."
+        default_factory=dict,
+        description="For by_source: the reward of a data source, by its name. Adds to the built-in table, and wins "
+        "over it.",
     )
     terms: dict[str, RewardTermSection] | None = Field(
-        None, description="Instead of function: parts by name, which are added up with their weights."
+        None, description="Instead of function: the parts of the reward by name; their weighted sum is the reward."
     )
     on_failure: Literal["fail", "drop_group", "mask", "value"] = Field(
         "fail",
-        description="Where a reward raises, takes too long or returns no finite number. fail: the run ends; "
-        "drop_group: the prompt's answers are left out; mask: that answer is; value: it gets failure_value. Counted "
-        "as reward/failures either way.",
+        description="What happens where a reward raises, takes too long or returns no finite number. fail: the run "
+        "ends; drop_group: all responses to the prompt are left out; mask: the response is left out; "
+        "value: it gets failure_value. The metric reward/failures counts such responses.",
     )
-    failure_value: Worth = Field(0.0, description="The reward of a failed answer, for on_failure=value.")
+    failure_value: Worth = Field(
+        0.0, description="The reward of a response that the reward failed on, for on_failure=value."
+    )
     keep_special_tokens: bool = Field(
         False,
-        description="Whether rewards see the special tokens of an answer as text, such as <think> where the tokenizer "
-        "has it as one. Those that end an answer they never see.",
+        description="Show rewards the special tokens of a response as text, such as <think> where that is one token. "
+        "The tokens that end a response are never shown.",
     )
     pool: RewardPoolSection = RewardPoolSection()
     sandbox: SandboxSection = SandboxSection()
     model: RewardModelSection | None = Field(None, description="The reward model, for function=model.")
     judge: JudgeSection | None = Field(None, description="The judge, for function=judge.")
-    clip: tuple[Worth, Worth] | None = Field(None, description="Least and greatest reward, in training.")
+    clip: tuple[Worth, Worth] | None = Field(
+        None,
+        description="Least and greatest reward in training; rewards outside are set to the nearer bound. unset: no "
+        "bounds.",
+    )
     length_coef: Worth = Field(
-        0.0, description="In training, times tokens / rollout.max_response_tokens; negative prefers short answers."
+        0.0,
+        description="In training, this times (response tokens / rollout.max_response_tokens) is added to the reward; "
+        "a negative value prefers short responses.",
     )
     overlong_buffer: PositiveInt | None = Field(
         None,
-        description="In training, the last so many tokens before rollout.max_response_tokens lower the reward step by "
-        "step (DAPO's soft punishment); unset: they do not.",
+        description="In training, a response that ends within this many tokens of rollout.max_response_tokens loses "
+        "reward, linearly in its length (DAPO's soft overlong punishment); unset: no such penalty.",
     )
-    overlong_penalty: Worth = Field(1.0, gt=0, description="By how much at most.")
+    overlong_penalty: Worth = Field(
+        1.0,
+        gt=0,
+        description="Largest penalty of reward.overlong_buffer: that of a response of rollout.max_response_tokens.",
+    )
     normalize: Literal["none", "step", "running"] = Field(
         "none",
-        description="In training, at last: less the mean and divided by the deviation of the step's rewards, or of "
-        "all steps' so far.",
+        description="In training, after all other changes: subtract the mean of the rewards and divide by their "
+        "standard deviation. step: of this step's rewards; running: of all steps' so far; none: leave "
+        "rewards as they are.",
     )
 
     def functions(self) -> list[str]:

@@ -11,39 +11,44 @@ from hybridflow.config.paths import WrittenPath
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.choices import OneOf
 
-ENGINE = "inline: the training process's own model; vllm; sglang."
+ENGINE = "Engine that generates. inline: the training process's own model; vllm; sglang."
 MODE = (
-    "Where vllm or sglang runs. in_process: inside the process of the role rollout; workers: in processes of its own, "
-    "one for each place of rollout.tensor_parallel; server: behind HTTP."
+    "Where vllm or sglang runs. in_process: in the process of the role rollout; workers: in "
+    "rollout.tensor_parallel worker processes; server: in an HTTP server."
 )
 
 
 class GenerationSection(Section):
-    """How responses are generated, whatever generates them."""
+    """How responses are generated, by any engine."""
 
-    temperature: float = Field(1.0, gt=0, description="Divides the logits when training samples are drawn.")
-    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; what completes one is kept.")
-    stop_regex: str | None = Field(None, description="A regular expression that ends an answer where it matches.")
-    max_response_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens (its stop token counts).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature in training.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts that end a response. The response keeps the text that ended it."
+    )
+    stop_regex: str | None = Field(None, description="A regular expression that ends a response where it matches.")
+    max_response_tokens: PositiveInt = Field(1024, description="Longest response, in tokens; its stop token counts.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="What the inline engine multiplies in. auto: bfloat16 on a GPU, the model's own type elsewhere, so "
-        "that log-probabilities are those of training; bfloat16 is quicker on CPUs with bf16 dot products.",
+        description="Data type of the inline engine's matrix products. auto: bfloat16 on a GPU, the model's own type "
+        "elsewhere, so that log-probabilities equal those of training; bfloat16 is faster on CPUs with "
+        "bf16 dot products.",
     )
     lora: Literal["adapters", "merged"] = Field(
         "adapters",
-        description="How adapters reach an engine with weights of its own: as adapters, or added into full weights.",
+        description="How LoRA adapters reach an engine with weights of its own. adapters: as adapters; merged: added "
+        "into full weights.",
     )
     read_back_every: int = Field(
         10,
         ge=0,
-        description="Every so many publications, read weights back out of engines that expose them, and compare; 0: "
-        "never. Fingerprints of what arrives, and a canary, are always compared.",
+        description="Every so many weight updates, read weights back from engines that expose them, and compare them "
+        "with those sent; 0: never. Fingerprints of what arrives, and the log-probabilities of a test "
+        "sequence, are always compared.",
     )
     sleep: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether the engine gives its memory back while models are trained. auto: on a GPU, where vllm or "
-        "sglang is in the process or the pool of a model; servers have devices of their own.",
+        description="Whether the engine frees its memory while models are trained. auto: on a GPU, if vllm or sglang "
+        "shares the process or the pool of a model. Servers have devices of their own, and do not sleep.",
     )
 
     @model_validator(mode="after")
@@ -56,7 +61,7 @@ class GenerationSection(Section):
                     f"rollout.stop_regex {self.stop_regex!r} is not a regular expression: {error}"
                 ) from error
         if "" in self.stop:
-            raise ValueError("rollout.stop holds an empty text, which would end every answer at its first token")
+            raise ValueError("rollout.stop holds an empty text, which would end every response at its first token")
         return self
 
     @property
@@ -66,18 +71,22 @@ class GenerationSection(Section):
 
 
 class _CutSection(GenerationSection):
-    """An engine that can draw from a part of the vocabulary and says which tokens were in it; vLLM does not say."""
+    """An engine that can sample from a part of the vocabulary and reports which tokens were in it."""
 
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Sample among the fewest tokens whose probabilities add up to this; training computes "
-        "probabilities among the same tokens, which vllm does not name.",
+        description="Sample among the fewest likeliest tokens whose probabilities add up to this (nucleus sampling). "
+        "Training computes probabilities over the same tokens; vllm does not report them, and so has no "
+        "such key.",
     )
-    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0: among all.")
+    top_k: int = Field(0, ge=0, description="Sample among this many likeliest tokens; 0: among all.")
     min_p: float = Field(
-        0.0, ge=0, le=1, description="Sample among tokens at least this share as likely as the likeliest one."
+        0.0,
+        ge=0,
+        le=1,
+        description="Sample among the tokens whose probability is at least this share of the likeliest token's.",
     )
 
     @property
@@ -88,16 +97,16 @@ class _CutSection(GenerationSection):
 
 
 class InlineSection(_CutSection):
-    """The training process's own model answers, or replicas of it in the processes of a pool."""
+    """Generation by the training process's own model, or by replicas of it in the processes of a pool."""
 
     engine: Literal["inline"] = Field("inline", description=ENGINE)
     max_cache_tokens: PositiveInt = Field(
-        262_144, description="Bound on the inline engine's key-value cache, in tokens over all running answers."
+        262_144, description="Size of the inline engine's key-value cache, in tokens over all running responses."
     )
     compile: bool = Field(
         False,
-        description="Run the inline engine's layers through torch.compile (Llama, Qwen2, Qwen3, "
-        "Mistral). It gained nothing on CPUs.",
+        description="Compile the inline engine's layers with torch.compile (Llama, Qwen2, Qwen3, Mistral). It is no "
+        "faster on CPUs.",
     )
 
 
@@ -107,21 +116,27 @@ class OwnEngineSection(GenerationSection):
     start_timeout: PositiveFloat = Field(600, description="Seconds that an engine's processes may take to start.")
     answer_timeout: PositiveFloat = Field(
         600,
-        description="Seconds without an answer after which a process with unanswered requests counts as hung.",
+        description="Seconds of silence after which an engine process with requests in flight counts as hung.",
     )
     restarts: int = Field(
-        3, ge=0, description="How often an engine that died or hung is started again; its requests are sent again."
+        3,
+        ge=0,
+        description="How often an engine that died or hung is started again. Its requests in flight are sent again.",
     )
     engine_args: dict[str, int | float | str | bool] = Field(
-        default_factory=dict, description="Further arguments of the engine itself (vLLM's LLM)."
+        default_factory=dict,
+        description="Further arguments of the engine itself, by the engine's own names (for vLLM, those of its class "
+        "LLM).",
     )
 
 
 class _SharedSection(OwnEngineSection):
-    """An engine that can share its model among devices."""
+    """An engine that can shard its model over devices."""
 
     tensor_parallel: PositiveInt = Field(
-        1, description="Processes (devices) that share one copy of the engine's model; must divide its heads."
+        1,
+        description="Number of processes (devices) that share one copy of the engine's model; it must divide the "
+        "number of heads.",
     )
 
 
@@ -130,8 +145,8 @@ class _PythonSection(_SharedSection):
 
     python: WrittenPath | None = Field(
         None,
-        description="The Python of the engine's own environment, for servers that the run starts and for sglang; "
-        "unset: this one's.",
+        description="Python interpreter of the engine's own environment, for servers that the run starts and for "
+        "sglang; unset: this interpreter.",
     )
 
 
@@ -139,10 +154,10 @@ class _ServerSection(_PythonSection):
     """An engine behind HTTP."""
 
     mode: Literal["server"] = Field(description=MODE)
-    replicas: PositiveInt = Field(1, description="Servers that the run starts.")
+    replicas: PositiveInt = Field(1, description="Number of servers that the run starts.")
     servers: list[str] = Field(
         default_factory=list,
-        description="Servers that run already, as http://host:port; empty: the run starts its own.",
+        description="Addresses of running servers, as http://host:port; empty: the run starts its own.",
     )
 
     @field_validator("servers")
@@ -204,5 +219,5 @@ RolloutSection = Annotated[
     | VllmServerSection
     | SglangInProcessSection
     | SglangServerSection,
-    OneOf("engine", "mode", what="How answers are generated."),
+    OneOf("engine", "mode", what="How responses are generated."),
 ]

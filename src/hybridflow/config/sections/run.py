@@ -15,23 +15,30 @@ from hybridflow.config.sections.base import Section
 
 
 class RunSection(Section):
-    """Where the run lives and how it is repeated."""
+    """Where the run is stored, and what makes it repeatable."""
 
     folder: WrittenPath = Field(description="Folder of the run: metrics, rollouts, journal, checkpoints, report.")
     seed: int = Field(0, ge=0, description="Seed of everything random: noise, data order, fresh weights.")
     resume: Literal["auto", "never", "moved"] = Field(
         "auto",
-        description="auto: go on where the folder's last checkpoint and journal end; never: refuse such a folder; "
-        "moved: as auto, where files of the model and the data are elsewhere now and what is in them does not tell.",
+        description="auto: resume from the folder's last checkpoint and journal; never: refuse a folder that holds a "
+        "run; moved: as auto, and accept new paths of model and data files whose contents do not show "
+        "that they are the same.",
     )
     threads: PositiveInt | None = Field(
-        None, description="torch threads; unset leaves torch's own choice. Part of what makes a run repeat bit for bit."
+        None,
+        description="Number of torch threads; unset: torch chooses. A run repeats bit for bit only with the same "
+        "number.",
     )
     max_minutes: PositiveFloat | None = Field(
-        None, description="Wall-clock limit: when it is reached the run saves a checkpoint and says how to go on."
+        None,
+        description="Wall-clock limit, in minutes: when it is reached, the run saves a checkpoint, prints the command "
+        "that resumes it, and ends.",
     )
     device: Literal["auto", "cpu", "cuda", "npu"] = Field(
-        "auto", description="Where models run; auto takes an accelerator if any. cuda is AMD's ROCm too."
+        "auto",
+        description="Device that models run on. auto: an accelerator if there is one, else the CPU; cuda: NVIDIA, and "
+        "AMD's ROCm.",
     )
 
 
@@ -39,15 +46,17 @@ class CheckpointSection(Section):
     """When to save, and what to keep."""
 
     every: int = Field(0, ge=0, description="Save after every so many steps; 0: only at the end.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep: PositiveInt = Field(2, description="Number of newest checkpoints to keep; older ones are deleted.")
     best: str | None = Field(
         None,
-        description="A held-out metric, such as val-core/SOURCE/reward/mean@1. The step that is best by it is saved, "
-        "and kept besides the newest; checkpoints/best.json says which it is.",
+        description="A held-out metric, such as val-core/SOURCE/reward/mean@1. The best step by it is saved, and kept "
+        "besides the newest checkpoints; checkpoints/best.json names it. unset: no best step is kept.",
     )
     best_mode: Literal["max", "min"] = Field("max", description="Whether a higher or a lower value is better.")
     asynchronous: bool = Field(
-        False, description="Copy what is to be saved and write it while the next step runs; a full copy in host memory."
+        False,
+        description="Copy the state to host memory and write it while the next step runs; the copy needs memory for "
+        "the whole state.",
     )
 
 

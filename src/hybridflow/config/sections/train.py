@@ -1,7 +1,8 @@
 """The sections that say how much is generated and trained on.
 
-Sizes say their unit in their name and are never per device: `prompts_per_step` prompts are drawn for a step, each is
-answered `samples_per_prompt` times, and one optimizer step takes `sequences_per_update` of those answers.
+Sizes say their unit in their name and are never per device: `prompts_per_step` prompts are drawn for a step, the
+policy generates `samples_per_prompt` responses to each, and one optimizer step takes `sequences_per_update` of those
+responses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hybridflow.config.sections.base import Section
 
 
 class LengthSection(Section):
-    """How long a run is: the section ``train`` of every kind of run that trains goes on from it."""
+    """How long a run is: the base of the section ``train`` of every kind of run that trains."""
 
     ends: ClassVar[tuple[str, ...]] = ("steps", "epochs")  # the keys that decide where the run ends
 
@@ -38,23 +39,31 @@ class RlTrainSection(LengthSection):
     """How much is generated and trained on."""
 
     steps: PositiveInt | None = Field(
-        None, description="Steps of the run: generate, score, update, publish. Give this or train.epochs."
+        None,
+        description="Number of steps; each generates, scores, updates and publishes weights. Give this or "
+        "train.epochs.",
     )
     epochs: PositiveInt | None = Field(
         None,
-        description="Passes over the training rows, instead of train.steps: as many steps as find their prompts in "
-        "them. Rows left over at the end of an epoch open the next one's first step.",
+        description="Passes over the training rows, instead of train.steps. Rows left over at the end of an epoch "
+        "begin the next epoch's first step.",
     )
-    prompts_per_step: PositiveInt = Field(description="Prompts drawn for one step.")
-    samples_per_prompt: PositiveInt = Field(description="Answers generated for each prompt (the group).")
+    prompts_per_step: PositiveInt = Field(description="Number of prompts in one step.")
+    samples_per_prompt: PositiveInt = Field(description="Number of responses to each prompt (the group size).")
     sequences_per_update: PositiveInt | None = Field(
-        None, description="Answers in one optimizer step; unset: all of the step's, one on-policy update."
+        None,
+        description="Number of responses in one optimizer step (the mini-batch); unset: all responses of the step, in "
+        "one on-policy update.",
     )
-    epochs_per_step: PositiveInt = Field(1, description="Passes over a step's answers.")
-    tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
+    epochs_per_step: PositiveInt = Field(1, description="Passes over a step's responses.")
+    tokens_per_microbatch: PositiveInt = Field(
+        16_384,
+        description="Most tokens in one forward pass (the micro-batch). A sequence is never cut, so it must hold the "
+        "longest one.",
+    )
     skip_zero_advantage: bool = Field(
         True,
-        description="Leave out answers whose loss is zero whatever the weights (as a rule groups of equal reward). "
+        description="Skip the forward pass of responses whose loss is always zero (usually groups of equal reward). "
         "They still count in denominators, so the gradient is the same.",
     )
 
@@ -84,14 +93,19 @@ class SftTrainSection(LengthSection):
     ends: ClassVar[tuple[str, ...]] = (*LengthSection.ends, "stop_below_loss")
 
     steps: PositiveInt | None = Field(
-        None, description="Optimizer steps (at most, if stop_below_loss is set). Give this or train.epochs."
+        None, description="Number of optimizer steps (at most, if stop_below_loss is set). Give this or train.epochs."
     )
     epochs: PositiveInt | None = Field(
         None,
-        description="Passes over the rows, instead of train.steps; rows left over open the next epoch's first step.",
+        description="Passes over the rows, instead of train.steps. Rows left over at the end of an epoch begin the "
+        "next epoch's first step.",
     )
-    sequences_per_update: PositiveInt = Field(64, description="Conversations in one optimizer step.")
-    tokens_per_microbatch: PositiveInt = Field(16_384, description="Most tokens in one forward pass.")
+    sequences_per_update: PositiveInt = Field(64, description="Number of conversations in one optimizer step.")
+    tokens_per_microbatch: PositiveInt = Field(
+        16_384,
+        description="Most tokens in one forward pass (the micro-batch). A sequence is never cut, so it must hold the "
+        "longest one.",
+    )
     stop_below_loss: float | None = Field(
         None, gt=0, description="End early once the mean loss of the last 20 steps is below this."
     )
