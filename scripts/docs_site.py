@@ -38,9 +38,10 @@ def target(page: Path, link: str) -> Path:
     return Path(os.path.normpath(page.parent / link))
 
 
-def shown(path: Path) -> str:
-    """The page of the site that shows a file which is none itself."""
-    return f"files/{path.relative_to(ROOT).as_posix()}.md"
+def shown(path: Path) -> str | None:
+    """The page of the site that shows a file which is none itself; None for pictures, which pages show."""
+    own = path.is_relative_to(ROOT / "docs/site")
+    return None if own or not path.is_file() else f"files/{path.relative_to(ROOT).as_posix()}.md"
 
 
 def rooms() -> list[str]:
@@ -124,9 +125,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, uri, abs_src_path=str(path)))
         for link in LINK.findall(path.read_text(encoding="utf-8")):
             linked = target(path, link)
-            if linked.is_file() and linked not in pages():
+            uri_of_file = shown(linked)
+            if uri_of_file is not None and linked not in pages():
                 text = linked.read_text(encoding="utf-8")
-                made[shown(linked)] = f"# {linked.name}\n\n````{LANGUAGES.get(linked.suffix, 'text')}\n{text}````\n"
+                made[uri_of_file] = f"# {linked.name}\n\n````{LANGUAGES.get(linked.suffix, 'text')}\n{text}````\n"
     for uri, text in made.items():
         inclusion = InclusionLevel.NOT_IN_NAV if uri.startswith("files/") else InclusionLevel.UNDEFINED
         files.append(File.generated(config, uri, content=text, inclusion=inclusion))
@@ -141,8 +143,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def resolved(link: re.Match[str]) -> str:
         linked = target(here, link[0])
-        if not linked.is_file():
-            return link[0]  # MkDocs says that it does not exist
-        return os.path.relpath(pages().get(linked, shown(linked)), Path(page.file.src_uri).parent)
+        uri = pages().get(linked) or shown(linked)
+        if uri is None:
+            return link[0]  # MkDocs says so where it does not exist
+        return os.path.relpath(uri, Path(page.file.src_uri).parent)
 
     return LINK.sub(resolved, markdown)

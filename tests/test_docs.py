@@ -219,6 +219,13 @@ def test_the_architecture_can_be_read_in_a_quarter_of_an_hour() -> None:
     assert len((ROOT / "docs/architecture.md").read_text().split()) <= 3_000
 
 
+def test_the_first_page_names_every_room_and_is_short() -> None:
+    page = (ROOT / "docs/index.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "src/hybridflow").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `([a-z]+)/` \|", page, re.M)) == rooms
+    assert len(page.split()) < 900
+
+
 def test_the_architecture_shows_the_loop_as_it_is() -> None:
     source = (ROOT / "src/hybridflow/trainers/rl/loop.py").read_text()
     shown = blocks(ROOT / "docs/architecture.md", "python")[0]
