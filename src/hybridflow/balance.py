@@ -1,7 +1,7 @@
 """Balanced work: which sequences a rank takes, and which of those go through the model together.
 
-Every rank waits for the slowest one. Sequences are never cut, so they are dealt by what they cost. All functions here
-are functions of their arguments alone: whoever calls them with the same numbers gets the same answer.
+Every rank waits for the slowest one. Sequences are never cut, so they are dealt by what they cost. The result of every
+function here depends on its arguments alone: all processes that call it with the same numbers get the same result.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 TOKEN_WEIGHT = 24_576  # of a model of hidden size 2,048, see `token_weight`
-SLACK = 0.01  # a rank with so much more work than the others is balanced
+SLACK = 0.01  # how much more work than the others a rank may have
 
 
 def token_weight(config: Mapping[str, Any]) -> int:
-    """How many pairs of tokens in attention cost as much as one token in all matrices of a model.
+    """Returns how many pairs of tokens in attention cost as much as one token in all matrices of a model.
 
     With N weights that a token is multiplied by, a token costs 2 N operations; causal attention over n tokens costs
     2 L H D n^2 with L layers of H heads of size D. Counted in the latter, a sequence costs ``N / (L H D) n + n^2``.
@@ -42,19 +42,21 @@ def token_weight(config: Mapping[str, Any]) -> int:
 
 
 def sequence_costs(lengths: Sequence[int], weight: int = TOKEN_WEIGHT) -> list[int]:
-    """What a forward pass of each sequence costs: ``weight * n + n^2``; see `token_weight`."""
+    """Computes the cost of a forward pass of each sequence: ``weight * n + n^2``; see `token_weight`."""
     return [weight * n + n * n for n in lengths]
 
 
 def beginning_costs(beginnings: Sequence[int], weight: int = TOKEN_WEIGHT) -> list[int]:
-    """What of it sequences that begin alike pay once: their beginning's tokens, not the attention to them."""
+    """Computes the part of it that sequences that begin alike pay once: their beginning's tokens, not the attention to
+    them.
+    """
     return [weight * n for n in beginnings]
 
 
 def balanced_ranks(
     costs: Sequence[int], ranks: int, groups: Sequence[int] | None = None, shared: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """The sequences of every rank, so that the largest load is small.
+    """Deals the sequences to ranks, so that the largest load is small.
 
     The most expensive are dealt first, each to the rank with the least work: without groups, the largest load is at
     most 4/3 - 1/(3 ranks) times what is possible (Graham, Bounds on Multiprocessing Timing Anomalies, 1969), and close
@@ -97,10 +99,10 @@ def balanced_parts(
     Args:
         sizes: of each sequence, its number of tokens for example.
         budget: the most that the sequences of one part may add up to.
-        costs: what the parts are to have equally much of; None: their sizes.
+        costs: the amounts that the parts are to share evenly; None: their sizes.
         at_least: the fewest parts to make, some of them empty where there are too few sequences: ranks that take
-            turns at collectives need equally many. With the largest number that any of them needs by itself, every one
-            gets exactly that many.
+            turns at collectives need the same number of parts. With the largest number that any of them needs by
+            itself, every one gets exactly that many.
 
     Returns:
         Index lists, ascending, that together hold every index once; none for no sequences.
@@ -121,7 +123,7 @@ def balanced_parts(
 
 
 def seqlen_metrics(lengths: Sequence[int], parts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How many tokens the ranks have, under verl's names.
+    """Computes how many tokens the ranks have, under verl's names.
 
     ``min``, ``max`` and their difference are of the batch cut in its order into equally many sequences for each rank;
     ``balanced_min`` and ``balanced_max`` are of the parts that were made; ``mean`` is the same for both.
@@ -146,7 +148,7 @@ def seqlen_metrics(lengths: Sequence[int], parts: Sequence[Sequence[int]]) -> di
 
 
 def _deal(costs: Sequence[int], count: int) -> list[list[int]]:
-    """The longest-processing-time rule; ties go to the lower index."""
+    """Deals by the longest-processing-time rule; ties go to the lower index."""
     parts: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, part) for part in range(count)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -157,7 +159,7 @@ def _deal(costs: Sequence[int], count: int) -> list[list[int]]:
 
 
 def _deal_within(costs: Sequence[int], sizes: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """The same, each to the part of least cost that has room for it; None if one finds no room."""
+    """Deals each to the part of least cost that has room for it; None if one finds no room."""
     parts: list[list[int]] = [[] for _ in range(count)]
     loads, filled = [0] * count, [0] * count
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -180,7 +182,7 @@ class _Work:
     shared: Sequence[int]
 
     def load(self, rows: Sequence[int]) -> int:
-        """The cost of these sequences on one rank: the beginning of every group once."""
+        """Returns the cost of these sequences on one rank: the beginning of every group once."""
         beginnings: dict[int, int] = {}
         total = 0
         for row in rows:
@@ -190,7 +192,9 @@ class _Work:
         return total + sum(beginnings.values())
 
     def even(self, parts: list[list[int]], limit: int) -> int:
-        """Moves single sequences from the busiest rank to the idlest one while that helps; the largest load left."""
+        """Moves single sequences from the busiest rank to the idlest one while that helps; returns the largest load
+        left.
+        """
         loads = [self.load(part) for part in parts]
         while (largest := max(loads)) > limit:
             giver, taker = loads.index(largest), loads.index(min(loads))
@@ -218,7 +222,7 @@ def _by_group(rows: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
 
 
 def _pieces(rows: list[int], work: _Work, most: int) -> list[list[int]]:
-    """Halves, quarters, ... of a group that costs more than a rank is to have."""
+    """Cuts a group that costs more than a rank is to have into halves, quarters and so on."""
     if len(rows) == 1 or work.load(rows) <= most:
         return [rows]
     middle = len(rows) // 2

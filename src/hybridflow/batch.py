@@ -33,7 +33,7 @@ _SUFFIX = re.compile(r"_([A-Z]+)$")
 
 
 def axis_of(name: str) -> str | None:
-    """The axis that a column of this name lies on, or None for an object column.
+    """Returns the axis that a column of this name lies on, or None for an object column.
 
     >>> axis_of("routing_TLK"), axis_of("reward_B"), axis_of("prompt")
     ('T', 'B', None)
@@ -43,7 +43,7 @@ def axis_of(name: str) -> str | None:
 
 
 def offsets_from_lengths(lengths: Sequence[int] | Tensor) -> Tensor:
-    """``[B]`` lengths to ``[B + 1]`` offsets (int64), starting at 0."""
+    """Converts ``[B]`` lengths to ``[B + 1]`` offsets (int64), starting at 0."""
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
@@ -74,7 +74,7 @@ class Batch:
 
     @classmethod
     def from_rows(cls, rows: Mapping[str, Sequence[Any]]) -> Batch:
-        """A batch from one value per sequence and column; ragged columns take lists or tensors of any length."""
+        """Makes a batch from one value per sequence and column; ragged columns take lists or tensors of any length."""
         columns: dict[str, Column] = {}
         lengths: dict[str, list[int]] = {}
         for name, values in rows.items():
@@ -101,7 +101,7 @@ class Batch:
         return name in self.columns
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor column; use `objects` for an object column."""
+        """Returns a tensor column; use `objects` for an object column."""
         column = self.columns[name]
         assert isinstance(column, Tensor), f"{name} is an object column"
         return column
@@ -122,36 +122,38 @@ class Batch:
         return f"Batch({self._size} sequences, {shapes})"
 
     def objects(self, name: str) -> list[Any]:
-        """An object column."""
+        """Returns an object column."""
         column = self.columns[name]
         assert isinstance(column, list), f"{name} is a tensor column"
         return column
 
     def total(self, axis: str = "T") -> int:
-        """Number of entries on a ragged axis, over all sequences."""
+        """Counts the entries on a ragged axis, over all sequences."""
         return int(self.offsets[axis][-1])
 
     def lengths(self, axis: str = "T") -> Tensor:
-        """``[B]`` lengths of the sequences on an axis (int64)."""
+        """Returns the ``[B]`` lengths of the sequences on an axis (int64)."""
         return self.offsets[axis].diff()
 
     def sequence_of(self, axis: str = "T") -> Tensor:
-        """For every entry of the axis, the index of its sequence: broadcasts a ``_B`` column to ``_T`` by indexing."""
+        """Returns, for every entry of the axis, the index of its sequence: it broadcasts a ``_B`` column to ``_T`` by
+        indexing.
+        """
         return torch.repeat_interleave(torch.arange(self._size), self.lengths(axis))
 
     def rows(self, name: str) -> list[Any]:
-        """The column cut by sequence: views of a ragged column, entries of the others."""
+        """Cuts the column by sequence: views of a ragged column, entries of the others."""
         column, axis = self.columns[name], axis_of(name)
         if axis in (None, "B") or not self._size:
             return list(column)
         return list(torch.split(self[name], self.lengths(str(axis)).tolist()))
 
     def select(self, names: Iterable[str]) -> Batch:
-        """The batch with only these columns (all axes are kept)."""
+        """Returns the batch with only these columns (all axes are kept)."""
         return self._like({n: self.columns[n] for n in names}, self.offsets, self._size)
 
     def take(self, indices: Sequence[int] | Tensor) -> Batch:
-        """These sequences, in this order; an index may repeat."""
+        """Returns these sequences, in this order; an index may repeat."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         entry: dict[str, Tensor] = {"B": index}
         offsets = {}
@@ -168,36 +170,38 @@ class Batch:
         return self._like(columns, offsets, len(index))
 
     def split(self, sizes: Sequence[int]) -> list[Batch]:
-        """Consecutive parts of these sizes, which must add up to the number of sequences."""
+        """Cuts the batch into consecutive parts of these sizes, which must add up to the number of sequences."""
         if sum(sizes) != self._size:
             raise ValueError(f"parts of {list(sizes)} sequences do not make up {self._size}")
         bounds = offsets_from_lengths(sizes).tolist()
         return [self.take(torch.arange(a, b)) for a, b in itertools.pairwise(bounds)]
 
     def repeat(self, times: int) -> Batch:
-        """Every sequence `times` times, copies side by side."""
+        """Repeats every sequence `times` times, copies side by side."""
         return self.take(torch.arange(self._size).repeat_interleave(times))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensor columns on `device`; offsets stay on the host, where they are read."""
+        """Moves the tensor columns to `device`; offsets stay on the host, where they are read."""
         moved: dict[str, Column] = {n: c.to(device) if isinstance(c, Tensor) else c for n, c in self.columns.items()}
         return self._like(moved, self.offsets, self._size)
 
     def to_padded(self, name: str, value: float = 0) -> Tensor:
-        """A ragged column as ``[B, longest, ...]``, filled on the right with `value`: for borders that need it."""
+        """Pads a ragged column to ``[B, longest, ...]``, filled on the right with `value`, for code that needs
+        rectangles.
+        """
         if not self._size:
             return self[name].new_zeros(0, *self[name].shape)
         return torch.nn.utils.rnn.pad_sequence(self.rows(name), batch_first=True, padding_value=value)
 
     def set_padded(self, name: str, padded: Tensor) -> None:
-        """The reverse of `to_padded`: keeps of ``[B, at least the longest, ...]`` what the axis's lengths say."""
+        """Reverses `to_padded`: keeps of ``[B, at least the longest, ...]`` as many entries as the axis's lengths."""
         lengths = self.lengths(str(axis_of(name))).to(padded.device)
         keep = torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
         self[name] = padded[keep]
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
-        """All sequences of the batches, in order.
+        """Joins all sequences of the batches, in order.
 
         Raises:
             ValueError: the batches have different columns or axes, or there is none.
@@ -222,7 +226,7 @@ class Batch:
         return iter(self.columns)
 
     def _like(self, columns: dict[str, Column], offsets: dict[str, Tensor], size: int) -> Batch:
-        """A batch of parts that are known to fit together."""
+        """Makes a batch of parts that are known to fit together."""
         batch = object.__new__(Batch)
         batch.columns, batch.offsets, batch._size = columns, dict(offsets), size
         return batch
@@ -236,7 +240,7 @@ _ARROW_KEY = b"hybridflow.batch"
 
 
 def to_arrow(batch: Batch) -> pa.Table:
-    """The batch as a table with one row per sequence; `from_arrow` gives it back as it was.
+    """Converts the batch to a table with one row per sequence; `from_arrow` gives it back as it was.
 
     Ragged columns become list columns, trailing dimensions are laid out flat inside the lists, and each axis has its
     lengths in a column such as ``length(T)``. An object column is text if all its entries are, else JSON. What a table
@@ -264,7 +268,7 @@ def to_arrow(batch: Batch) -> pa.Table:
 
 
 def from_arrow(table: pa.Table) -> Batch:
-    """The batch that `to_arrow` made a table of.
+    """Returns the batch that `to_arrow` made a table of.
 
     Raises:
         ValueError: the table was not made by `to_arrow`, or lost its metadata on the way.

@@ -21,7 +21,7 @@ _BLOCK = 1 << 15  # entries
 
 @dataclass(frozen=True, slots=True)
 class NoiseKey:
-    """Whose noise it is.
+    """The key of some noise: what it is for.
 
     Args:
         seed: the run's seed.
@@ -36,20 +36,22 @@ class NoiseKey:
     sample: int = 0
 
     def bits(self) -> int:
-        """64 bits of the key as a signed integer."""
+        """Returns 64 bits of the key as a signed integer."""
         text = f"{self.seed}/{self.stream}/{self.draw}/{self.sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors, in place (products wrap; shifts are made logical by masking)."""
+    """Applies the splitmix64 finaliser to int64 tensors, in place (products wrap; shifts are made logical by
+    masking).
+    """
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
     return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))
 
 
 def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
-    """Gumbel noise ``[R, V]`` (float32) for the tokens at these positions of these rows.
+    """Computes Gumbel noise ``[R, V]`` (float32) for the tokens at these positions of these rows.
 
     argmax(logits / temperature + gumbel) is a sample of softmax(logits / temperature) (Gumbel-max trick).
 
@@ -61,7 +63,8 @@ def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
     ids_V = torch.arange(vocab, device=bits_R.device) * _ID_STEP
     row_R = _mix(bits_R + position_R * _POSITION_STEP)
     out_RV = torch.empty(len(row_R), vocab, device=bits_R.device)
-    # On a CPU a few rows at a time: what stays in the processor's cache is six times as quick for large vocabularies.
+    # On a CPU a few rows at a time: data that fits into the processor's cache is six times as fast for large
+    # vocabularies.
     size = len(row_R) if bits_R.is_cuda else max(1, _BLOCK // vocab)
     for some_R, part_RV in zip(row_R.split(size), out_RV.split(size)):
         hash_RV = _mix(some_R[:, None] + ids_V)
@@ -73,12 +76,15 @@ def gumbel(bits_R: Tensor, position_R: Tensor, vocab: int) -> Tensor:
 
 
 def moved(bits: int, by: int) -> int:
-    """Bits, a signed int64, whose noise at position t + `by` is the noise that `bits` has at t (see `gumbel`)."""
+    """Returns bits, a signed int64, whose noise at position t + `by` is the noise that `bits` has at t (see
+    `gumbel`).
+    """
     return (bits - by * _POSITION_STEP + 2**63) % 2**64 - 2**63
 
 
 def token_keys(bits_B: Tensor, lengths_B: Tensor) -> Tensor:
-    """A number for every token of B sequences ``[T]`` (int64), which depends on its sequence's key and its place alone.
+    """Computes a number for every token of B sequences ``[T]`` (int64), which depends on its sequence's key and its
+    place alone.
 
     Args:
         bits_B: `NoiseKey.bits` of each sequence.
@@ -90,7 +96,7 @@ def token_keys(bits_B: Tensor, lengths_B: Tensor) -> Tensor:
 
 
 def uniform(key: NoiseKey, *ids_R: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) ``[R]`` (float64), each a function of the key and of its row's identity alone.
+    """Computes uniform numbers in (0, 1) ``[R]`` (float64), each a function of the key and of its row's identity alone.
 
     Args:
         key: whose noise it is.
@@ -103,6 +109,6 @@ def uniform(key: NoiseKey, *ids_R: Tensor) -> Tensor:
 
 
 def permutation(key: NoiseKey, count: int) -> list[int]:
-    """A random order of ``range(count)`` that depends on the key alone."""
+    """Returns a random order of ``range(count)`` that depends on the key alone."""
     hashes = _mix(torch.arange(count) * _ID_STEP + key.bits())
     return torch.argsort(hashes, stable=True).tolist()

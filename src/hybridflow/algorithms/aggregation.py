@@ -30,7 +30,7 @@ from hybridflow.errors import UserError
 
 
 def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, Any] | None = None) -> Tensor:
-    """The weight of every token, ``[T]``; 0 where ``loss_mask_T`` is False.
+    """Computes the weight of every token, ``[T]``; 0 where ``loss_mask_T`` is False.
 
     In float64, whatever the batch's own precision: a loss in float64 then loses nothing, one in float32 is summed in
     float64 at no cost that shows, and its gradient is float32 as it was.
@@ -42,7 +42,7 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
         values: further keyword-only parameters of a function of the user's own.
 
     Raises:
-        UserError: a function of the user's own asks for what there is not, or returns no weight per trajectory.
+        UserError: a function of the user's own has a parameter that nothing fits, or returns no weight per trajectory.
     """
     _, trajectory_B = torch.unique(batch["trajectory_B"], return_inverse=True)
     count = int(trajectory_B.max()) + 1 if len(batch) else 0
@@ -72,39 +72,39 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
 
 
 def loss_tokens(batch: Batch) -> Tensor:
-    """How many tokens of each sequence carry loss ``[B]`` (float64)."""
+    """Counts the tokens of each sequence that carry loss ``[B]`` (float64)."""
     passed_T = batch["loss_mask_T"].cumsum(0, dtype=torch.int32)
     passed_B = torch.cat([passed_T.new_zeros(1), passed_T])[batch.offsets["T"]]  # before each sequence and behind all
     return passed_B.diff().double()
 
 
 def token_mean(length_N: Tensor) -> Tensor:
-    """Every loss token of the mini-batch counts the same ``[N]``."""
+    """Gives every loss token of the mini-batch the same weight ``[N]``."""
     return torch.ones_like(length_N) / length_N.sum().clamp(min=1)
 
 
 def token_sum(length_N: Tensor) -> Tensor:
-    """Every loss token counts 1 ``[N]``."""
+    """Gives every loss token the weight 1 ``[N]``."""
     return torch.ones_like(length_N)
 
 
 def seq_mean_token_sum(length_N: Tensor) -> Tensor:
-    """Every loss token counts the same, however many there are: 1 / N ``[N]``."""
+    """Gives every loss token the same weight, 1 / N, however many there are ``[N]``."""
     return torch.ones_like(length_N) / max(len(length_N), 1)
 
 
 def seq_mean_token_mean(length_N: Tensor) -> Tensor:
-    """Every trajectory counts the same ``[N]``."""
+    """Gives every trajectory the same weight ``[N]``."""
     return 1.0 / (len(length_N) * length_N.clamp(min=1))
 
 
 def seq_mean_token_sum_norm(length_N: Tensor, *, norm: float) -> Tensor:
-    """Every loss token counts 1 / (N norm) ``[N]``."""
+    """Gives every loss token the weight 1 / (N norm) ``[N]``."""
     return torch.ones_like(length_N) / (max(len(length_N), 1) * norm)
 
 
 def prompt_mean(length_N: Tensor, group_N: Tensor) -> Tensor:
-    """Every group counts the same, and within it every loss token ``[N]``.
+    """Gives every group the same weight, and every loss token within a group ``[N]``.
 
     A group that is spread over two mini-batches counts in each of them.
     """

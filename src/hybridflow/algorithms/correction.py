@@ -80,7 +80,7 @@ def correct(
     normalize: bool = False,
     reject: Mapping[str, Sequence[float]] | None = None,
 ) -> Correction:
-    """Weights and rejections of a whole step; no padding, no gradient.
+    """Computes weights and rejections of a whole step; no padding, no gradient.
 
     Args:
         logp_T: log-probabilities of the policy that trains.
@@ -119,7 +119,7 @@ def correct(
 
 
 def _ratio(log_ratio_M: Tensor, sequences: _Sequences, weights: str) -> Tensor:
-    """Importance weight of each token before it is cut ``[M]``."""
+    """Computes the importance weight of each token before it is cut ``[M]``."""
     assert weights in ("token", "sequence"), weights
     if weights == "sequence":
         return bounded(sequences.sum(log_ratio_M)).exp()[sequences.index_M]
@@ -133,7 +133,7 @@ def _cut(ratio_M: Tensor, cap: float, floor: float | None) -> Tensor:
 
 
 def _mean_weight(weight_M: Tensor, keep_M: Tensor, sequences: _Sequences, weights: str) -> float:
-    """What normalised weights are divided by; 1 where no weight is left."""
+    """Computes the number that normalised weights are divided by; 1 where no weight is left."""
     if weights == "sequence":  # one entry per sequence, however long it is
         kept_S = sequences.sum(keep_M.to(weight_M.dtype)) > 0
         mean = float(sequences.max(weight_M)[kept_S].mean()) if bool(kept_S.any()) else 0.0
@@ -145,7 +145,7 @@ def _mean_weight(weight_M: Tensor, keep_M: Tensor, sequences: _Sequences, weight
 def _reject(
     log_ratio_M: Tensor, sequences: _Sequences, reject: Mapping[str, Sequence[float]], metrics: dict[str, float]
 ) -> Tensor:
-    """Which tokens pass every level ``[M]``; adds what happened to `metrics`."""
+    """Returns which tokens pass every level ``[M]``; adds the metrics of each level to `metrics`."""
     d_M = bounded(log_ratio_M)
     keep_M = torch.ones_like(d_M, dtype=torch.bool)
     for level, bounds in reject.items():
@@ -168,7 +168,7 @@ def _reject(
 
 
 def _masked_fractions(prefix: str, keep_M: Tensor, sequences: _Sequences) -> dict[str, float]:
-    """Shares of tokens that are rejected, and of sequences that lose a token."""
+    """Computes the shares of tokens that are rejected, and of sequences that lose a token."""
     rejected_M = (~keep_M).float()
     return {
         f"{prefix}_masked_fraction": float(rejected_M.mean()),
@@ -179,7 +179,7 @@ def _masked_fractions(prefix: str, keep_M: Tensor, sequences: _Sequences) -> dic
 def _level_metrics(
     prefix: str, value_M: Tensor, value_S: Tensor, by_token: bool, low: float, high: float
 ) -> dict[str, float]:
-    """How the statistic of a level lies: mean over tokens, spread cut at the bounds, and the same over sequences."""
+    """Describes the statistic of a level: mean over tokens, spread cut at the bounds, and the same over sequences."""
     judged = value_M if by_token else value_S
     return {
         f"{prefix}_mean": float(value_M.mean()),
@@ -195,8 +195,9 @@ def _level_metrics(
 def _weight_metrics(
     ratio_M: Tensor, weight_M: Tensor, sequences: _Sequences, weights: str, cap: float, floor: float | None
 ) -> dict[str, float]:
-    """How the weights lie before rejection and normalisation. The extremes of tokens are those of cut weights, the ones
-    of sequences of the ratios themselves, as in verl."""
+    """Describes the weights before rejection and normalisation. The extremes of tokens are those of cut weights, the
+    ones of sequences of the ratios themselves, as in verl.
+    """
     low = 1 / cap if floor is None else floor
     by_sequence = weights == "sequence"
     ratio_S, weight_S = sequences.mean(ratio_M), sequences.mean(weight_M)

@@ -1,4 +1,4 @@
-"""On-policy distillation: how far a student is from a teacher at every token of the student's own answers.
+"""On-policy distillation: how far a student is from a teacher at every token of the student's own responses.
 
 With p the teacher's and q the student's distribution of the next token:
 
@@ -29,17 +29,17 @@ LEAST_REST = 1e-6  # remaining mass below which its logarithm is all rounding
 
 
 def forward_kl(student_logits_MV: Tensor, teacher_logits_MV: Tensor) -> Tensor:
-    """KL(teacher | student) of each token ``[M]``, from logits after temperature."""
+    """Computes KL(teacher | student) of each token ``[M]``, from logits after temperature."""
     return _kl(_logp(teacher_logits_MV), _logp(student_logits_MV))
 
 
 def reverse_kl(student_logits_MV: Tensor, teacher_logits_MV: Tensor) -> Tensor:
-    """KL(student | teacher) of each token ``[M]``, from logits after temperature."""
+    """Computes KL(student | teacher) of each token ``[M]``, from logits after temperature."""
     return _kl(_logp(student_logits_MV), _logp(teacher_logits_MV))
 
 
 def generalized_jsd(student_logits_MV: Tensor, teacher_logits_MV: Tensor, *, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence of each token ``[M]``, from logits after temperature.
+    """Computes the generalised Jensen-Shannon divergence of each token ``[M]``, from logits after temperature.
 
     Divided by beta it goes to the forward KL as beta goes to 0, divided by 1 - beta to the reverse KL as it goes to 1.
 
@@ -59,12 +59,12 @@ def generalized_jsd(student_logits_MV: Tensor, teacher_logits_MV: Tensor, *, bet
 
 
 def logp_at(logits_MV: Tensor, ids_MK: Tensor) -> Tensor:
-    """Log-probabilities of these tokens ``[M, K]``; of the logits' size there is only their gradient."""
+    """Computes the log-probabilities of these tokens ``[M, K]``; of the logits' size there is only their gradient."""
     return logits_MV.gather(-1, ids_MK) - logits_MV.logsumexp(-1, keepdim=True)
 
 
 def top_k_forward_kl(student_logp_MK: Tensor, teacher_logp_MK: Tensor) -> Tensor:
-    """KL(teacher | student) of each token ``[M]`` over K tokens and the rest.
+    """Computes KL(teacher | student) of each token ``[M]`` over K tokens and the rest.
 
     Args:
         student_logp_MK: the student's log-probabilities of the teacher's K likeliest tokens (with gradient).
@@ -74,7 +74,9 @@ def top_k_forward_kl(student_logp_MK: Tensor, teacher_logp_MK: Tensor) -> Tensor
 
 
 def top_k_reverse_kl(student_logp_MK: Tensor, teacher_logp_MK: Tensor) -> Tensor:
-    """KL(student | teacher) of each token ``[M]`` over K tokens and the rest; arguments as for `top_k_forward_kl`."""
+    """Computes KL(student | teacher) of each token ``[M]`` over K tokens and the rest; arguments as for
+    `top_k_forward_kl`.
+    """
     return _kl(_with_rest(student_logp_MK), _with_rest(teacher_logp_MK))
 
 
@@ -83,11 +85,11 @@ def _logp(logits_MV: Tensor) -> Tensor:
 
 
 def _kl(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    """Of two distributions as log-probabilities."""
+    """Computes the divergence of two distributions that are given as log-probabilities."""
     return (p_MV.exp() * (p_MV - q_MV)).sum(-1)
 
 
 def _with_rest(logp_MK: Tensor) -> Tensor:
-    """Log-probabilities ``[M, K + 1]``: the last one is that of all other tokens, at least log(1e-6)."""
+    """Returns the log-probabilities ``[M, K + 1]``: the last one is that of all other tokens, at least log(1e-6)."""
     rest_M = 1 - logp_MK.exp().sum(-1)
     return torch.cat([logp_MK.clamp(min=LEAST_LOGP), rest_M.clamp(min=LEAST_REST).log()[:, None]], -1)

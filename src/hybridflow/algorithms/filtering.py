@@ -1,11 +1,11 @@
-"""What is left out or punished before anything is learnt.
+"""Filters and penalties that apply before anything is learned.
 
-    dynamic sampling      groups whose answers are all worth the same        DAPO, arXiv 2503.14476, equation 11
+    dynamic sampling      groups whose responses are all worth the same      DAPO, arXiv 2503.14476, equation 11
     a band                groups whose mean says that they are too hard or too easy
     overlong punishment   -penalty clip((length - (limit - buffer)) / buffer, 0, 1)            DAPO, equation 13
-    overlong filtering    answers cut at the limit carry no loss                               DAPO, section 3.4
+    overlong filtering    responses cut at the limit carry no loss                             DAPO, section 3.4
 
-DAPO's penalty is 1 where an answer is longer than the limit; answers here cannot be. verl's goes on growing there.
+DAPO's penalty is 1 where a response is longer than the limit; responses here cannot be. verl's keeps growing there.
 
 Shapes: T tokens, B sequences, N trajectories.
 """
@@ -21,11 +21,12 @@ from torch import Tensor
 def drop_reason(
     values: Sequence[float], *, equal_rewards: bool, min_mean: float | None, max_mean: float | None
 ) -> Literal["equal", "too hard", "too easy"] | None:
-    """Why a group is left out, or None if it is trained on. A mean out of the band is named before equal values.
+    """Returns why a group is left out, or None if it is trained on. A mean out of the band is named before equal
+    values.
 
     Args:
-        values: what is looked at, of each answer of the group; there must be one.
-        equal_rewards: whether groups are left out whose values are all the same; a single answer is one of these.
+        values: the value to compare, of each response of the group; there must be one.
+        equal_rewards: whether groups are left out whose values are all the same; a single response is one of these.
         min_mean: groups with a mean below this are too hard; None for no bound.
         max_mean: groups with a mean above this are too easy; None for no bound.
     """
@@ -39,7 +40,7 @@ def drop_reason(
 
 
 def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, penalty: float) -> Tensor:
-    """What is added to the reward of each answer ``[N]``: 0 down to ``-penalty``.
+    """Computes the term that is added to the reward of each response ``[N]``: 0 down to ``-penalty``.
 
     Args:
         length_N: number of generated tokens.

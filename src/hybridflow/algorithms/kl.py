@@ -11,7 +11,7 @@ With d = logp - reference logp of a token that the policy drew (J. Schulman, "Ap
 In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form,
 whose name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
 
-Shapes: M tokens; for means per answer T tokens of all sequences, B sequences.
+Shapes: M tokens; for means per response T tokens of all sequences, B sequences.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ ROUNDING = 1e-5  # log-probabilities that are closer than this may be the same, 
 
 
 def k1(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """The log-ratio itself ``[M]``."""
+    """Computes the log-ratio itself ``[M]``."""
     return logp_M - ref_logp_M
 
 
 def absolute(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """The size of the log-ratio ``[M]``; without a gradient where its sign is a matter of rounding."""
+    """Computes the size of the log-ratio ``[M]``; without a gradient where its sign is a matter of rounding."""
     d_M = logp_M - ref_logp_M
     return torch.where(d_M.detach().abs() < ROUNDING, d_M.detach(), d_M).abs()
 
 
 def k2(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """Half the squared log-ratio ``[M]``."""
+    """Computes half the squared log-ratio ``[M]``."""
     return 0.5 * (logp_M - ref_logp_M).square()
 
 
 def k3(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """``exp(-d) + d - 1`` ``[M]``; the log-ratio is kept within 20, outside of which there is no gradient."""
+    """Computes ``exp(-d) + d - 1`` ``[M]``; the log-ratio is kept within 20, outside of which there is no gradient."""
     d_M = (logp_M - ref_logp_M).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return (-d_M).exp() + d_M - 1
 
 
 def k3_clamped(logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    """k3, at most 10 ``[M]``: what verl calls low_var_kl."""
+    """Computes k3, at most 10 ``[M]``: what verl calls low_var_kl."""
     return k3(logp_M, ref_logp_M).clamp(max=K3_BOUND)
 
 
@@ -79,14 +79,14 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class KlController:
     """The coefficient of the KL penalty in the reward: fixed, or led towards a target (arXiv 1909.08593, section 2.2).
 
-        coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) answers / horizon)
+        coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) responses / horizon)
 
-    The paper's divergence is a sum over an answer's tokens; here it is, as in verl, their mean.
+    The paper's divergence is a sum over a response's tokens; here it is, as in verl, their mean.
 
     Args:
         coef: the coefficient now.
         target: the divergence to hold, in nats per token; None keeps the coefficient as it is.
-        horizon: answers over which a clipped error changes the coefficient by a fifth.
+        horizon: responses over which a clipped error changes the coefficient by a fifth.
     """
 
     coef: float
@@ -94,14 +94,16 @@ class KlController:
     horizon: float = 10_000
 
     def observe(self, kl: float, answers: int) -> None:
-        """Takes in the mean divergence per token of so many answers."""
+        """Takes in the mean divergence per token of this many responses."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * answers / self.horizon
 
 
 def mean_per_answer(kl_T: Tensor, mask_T: Tensor, sequence_T: Tensor, count: int) -> float:
-    """The mean over answers of the mean over each one's masked-in tokens; answers without any count as 0."""
+    """Computes the mean over responses of the mean over each one's masked-in tokens; responses without any count
+    as 0.
+    """
     weight_T = mask_T.to(kl_T.dtype)
     sum_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, kl_T * weight_T)
     size_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, weight_T)

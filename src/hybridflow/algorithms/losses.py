@@ -71,7 +71,8 @@ class LossSpec:
 
 
 def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
-    """Policy loss, minus the entropy bonus, plus the divergence from the reference and a shared trunk's value loss.
+    """Computes the policy loss, minus the entropy bonus, plus the divergence from the reference and a shared trunk's
+    value loss.
 
     Params: "policy_loss" (a key of `POLICY_LOSSES`, or ``file.py:function``) and that function's values under
     "values"; "entropy_coef"; "kl_loss_coef" with "kl_loss_estimator" (a key of `KL_ESTIMATORS`); "value_coef" with the
@@ -121,7 +122,9 @@ def policy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: 
 
 
 def value(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
-    """The critic's loss. Params: "clip_value". Columns: ``value_T`` (old), ``return_T``, ``value_weight_T``."""
+    """Computes the critic's loss. Params: "clip_value". Columns: ``value_T`` (old), ``return_T``,
+    ``value_weight_T``.
+    """
     raw_M, means = clipped_value_loss(
         scores["value"], columns["value_T"], columns["return_T"], clip_value=params["clip_value"]
     )
@@ -130,16 +133,16 @@ def value(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: M
 
 
 def cross_entropy(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
-    """Negative log-likelihood, for supervised fine-tuning. Columns: ``policy_weight_T``."""
+    """Computes the negative log-likelihood, for supervised fine-tuning. Columns: ``policy_weight_T``."""
     return Terms(-scores["logp"] * columns["policy_weight_T"], {}, {})
 
 
 def bradley_terry(scores: Mapping[str, Tensor], columns: Mapping[str, Tensor], params: Mapping[str, Any]) -> Terms:
-    """The loss of a reward model on pairs whose two conversations may be in different micro-batches.
+    """Computes the loss of a reward model on pairs whose two conversations may be in different micro-batches.
 
-    Each token that a conversation is read at brings half of its pair's loss, and the whole of its own part of the
-    gradient: its partner's value, from a scoring pass under the same weights, is a constant here.
-    Params: "center_coef". Columns: ``partner_value_T``, ``chosen_T`` (bool), ``margin_T``, ``pair_weight_T``.
+    Each token at which a conversation is valued brings half of its pair's loss, and the whole of its own part of the
+    gradient: its partner's value, from a scoring pass under the same weights, is a constant here. Params:
+    "center_coef". Columns: ``partner_value_T``, ``chosen_T`` (bool), ``margin_T``, ``pair_weight_T``.
     """
     own_M, partner_M, chosen_M = scores["value"], columns["partner_value_T"], columns["chosen_T"]
     raw_M, _ = preference.bradley_terry(
@@ -179,7 +182,7 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def loss_spec(name: str) -> LossSpec:
-    """Finds a loss: a key of `LOSSES`, or what the user's own ``file.py:function`` returns.
+    """Returns a loss: that of a key of `LOSSES`, or what the user's own ``file.py:function`` returns.
 
     Raises:
         UserError: no such file or function.

@@ -49,13 +49,14 @@ SUMS = (
 
 
 def token_ages(version_S: Tensor, start_S: Tensor, end_S: Tensor, mask_T: Tensor, version: int) -> Tensor:
-    """How many versions older than `version` the weights are that each token was drawn with ``[T]``; 0 elsewhere.
+    """Computes how many versions older than `version` the weights are that each token was drawn with ``[T]``; 0
+    elsewhere.
 
     Args:
         version_S: weight version of each span.
-        start_S: its first token, counted from the answer's first.
+        start_S: its first token, counted from the response's first.
         end_S: one after its last.
-        mask_T: the tokens of the answers, which the spans cover in order.
+        mask_T: the tokens of the responses, which the spans cover in order.
         version: of the weights that score them.
     """
     age_T = torch.zeros(len(mask_T), dtype=torch.int64)
@@ -66,7 +67,7 @@ def token_ages(version_S: Tensor, start_S: Tensor, end_S: Tensor, mask_T: Tensor
 def gap_sums(
     logp_M: Tensor, rollout_logp_M: Tensor, age_M: Tensor | None = None, log_mass_M: Tensor | None = None
 ) -> Tensor:
-    """What `gap_metrics` is made of, in float64 on the host ``[G]``: add it over parts of a batch.
+    """Computes the sums that `gap_metrics` reads, in float64 on the host ``[G]``: add it over parts of a batch.
 
     Args:
         logp_M: log-probabilities under the policy that trains, over the words that each token was drawn from.
@@ -91,7 +92,7 @@ def gap_sums(
 
 
 def gap_maxima(logp_M: Tensor, rollout_logp_M: Tensor) -> dict[str, Tensor]:
-    """Values of each token ``[M]`` whose largest is the metric of that name."""
+    """Computes values of each token ``[M]`` whose largest is the metric of that name."""
     logp_M = logp_M.detach()
     return {
         "mismatch/abs_logp_diff/max": (rollout_logp_M - logp_M).abs(),
@@ -100,7 +101,7 @@ def gap_maxima(logp_M: Tensor, rollout_logp_M: Tensor) -> dict[str, Tensor]:
 
 
 def gap_metrics(sums_G: Tensor) -> dict[str, float]:
-    """The metrics of a batch, under verl's names where it has them; none of an empty one.
+    """Computes the metrics of a batch, under verl's names where it has them; none of an empty one.
 
     Args:
         sums_G: of `gap_sums`, added over all of the batch's tokens.
@@ -134,7 +135,9 @@ def gap_metrics(sums_G: Tensor) -> dict[str, float]:
 def measured_gap(
     logp_M: Tensor, rollout_logp_M: Tensor, age_M: Tensor | None = None, log_mass_M: Tensor | None = None
 ) -> dict[str, float]:
-    """All metrics of a batch whose log-probabilities are at hand as a whole; the arguments are those of `gap_sums`."""
+    """Computes all metrics of a batch whose log-probabilities are at hand as a whole; the arguments are those of
+    `gap_sums`.
+    """
     if not len(logp_M):
         return {}
     largest = {name: float(value_M.max()) for name, value_M in gap_maxima(logp_M, rollout_logp_M).items()}
@@ -151,7 +154,7 @@ def shift_metrics(
     *,
     by_sequence: bool,
 ) -> dict[str, float]:
-    """``mismatch/shift``, and what a correction leaves of it, ``mismatch/shift_left``.
+    """Computes ``mismatch/shift``, and what a correction leaves of it, ``mismatch/shift_left``.
 
     Args:
         logp_T: log-probabilities of the policy that trains.
@@ -173,7 +176,7 @@ def shift_metrics(
 
 
 def _value_of(place: int) -> float:
-    """What stands for the values of a bin: its middle, on the logarithmic scale."""
+    """Returns the value that represents a bin: its middle, on the logarithmic scale."""
     if place == 0:
         return 0.0
     if place >= BINS - 1:

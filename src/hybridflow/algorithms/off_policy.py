@@ -1,4 +1,4 @@
-"""How far the policy that trains is from the one that sampled: numbers to watch, under verl's names.
+"""How far the policy that trains is from the one that sampled: diagnostic metrics, under verl's names.
 
 With d = logp - rollout logp of a sampled token, and a sequence's perplexity exp(-mean logp):
 
@@ -25,7 +25,7 @@ from hybridflow.algorithms.segments import segment_sum
 def off_policy_metrics(
     logp_T: Tensor, rollout_logp_T: Tensor, mask_T: Tensor, sequence_T: Tensor, count: int
 ) -> dict[str, float]:
-    """The numbers above, each behind ``rollout_corr/``; none where no token carries loss.
+    """Computes the numbers above, each behind ``rollout_corr/``; none where no token carries loss.
 
     Args:
         logp_T: log-probabilities of the policy that trains.

@@ -14,7 +14,7 @@ ABSENT: Any = object()  # what `given` returns where there is nothing for a para
 
 
 def piece(registry: Mapping[str, FunctionT], name: str) -> FunctionT | Callable[..., Any]:
-    """The function of a registered name, or the user's own that ``file.py:function`` names.
+    """Returns the function of a registered name, or the user's own that ``file.py:function`` names.
 
     Raises:
         UserError: no such file or function.
@@ -23,7 +23,7 @@ def piece(registry: Mapping[str, FunctionT], name: str) -> FunctionT | Callable[
 
 
 def call(function: Callable[..., Any], given: Callable[[str], Any]) -> Any:
-    """Calls a function with what there is for each of its parameters.
+    """Calls a function with the value that is given for each of its parameters.
 
     Args:
         function: any function of named parameters.
@@ -43,6 +43,6 @@ def call(function: Callable[..., Any], given: Callable[[str], Any]) -> Any:
 
 
 def columns_read(function: Callable[..., Any]) -> list[str]:
-    """The columns ``x_T`` that a policy loss reads besides the scores: its parameters ``x_M``."""
+    """Returns the columns ``x_T`` that a policy loss reads besides the scores: its parameters ``x_M``."""
     own = ("logp_M", "sequence_M")
     return [f"{p[:-1]}T" for p in inspect.signature(function).parameters if p.endswith("_M") and p not in own]

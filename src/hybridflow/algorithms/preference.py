@@ -1,9 +1,9 @@
-"""Losses on pairs of answers, or on answers that are good or bad: pure functions of their log-probabilities.
+"""Losses on pairs of responses, or on responses that are good or bad: pure functions of their log-probabilities.
 
 The last one is of a reward model, on the values that it gives to the two.
 
-With x = log pi - log pi_ref of an answer, summed over its tokens, c and r those of a chosen and a rejected one, sigma
-the logistic function, s the smoothing of labels, and m the mean log-probability of an answer's tokens:
+With x = log pi - log pi_ref of a response, summed over its tokens, c and r those of a chosen and a rejected one, sigma
+the logistic function, s the smoothing of labels, and m the mean log-probability of a response's tokens:
 
     DPO    -(1 - s) log sigma(beta (c - r)) - s log sigma(-beta (c - r))       arXiv 2305.18290, equation 7
     IPO    (c - r - 1 / (2 tau))^2                                             arXiv 2310.12036, equation 17
@@ -14,10 +14,10 @@ the logistic function, s the smoothing of labels, and m the mean log-probability
     BT     -log sigma(v_c - v_r - margin) + center (v_c + v_r)^2               Bradley and Terry 1952; arXiv 2203.02155,
            equation 1; margin: arXiv 2307.09288, equation 2; center: arXiv 2312.09244, equation 3
 
-A loss is that of each pair (of each answer for KTO); whoever averages over the mini-batch does so. TRL averages an
-answer's tokens for IPO, where the paper sums them, and takes ORPO's first term over the prompt's tokens too.
+A loss is that of each pair (of each response for KTO); whoever averages over the mini-batch does so. TRL averages an
+response's tokens for IPO, where the paper sums them, and takes ORPO's first term over the prompt's tokens too.
 
-Shapes: N pairs, or N answers.
+Shapes: N pairs, or N responses.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each pair ``[N]``, and per-pair diagnostics ``[N]``: see `_rewards`.
+    """Computes the loss of each pair ``[N]``, and per-pair diagnostics ``[N]``: see `_rewards`.
 
     Args:
-        policy_chosen_N: summed log-probability of the chosen answer (with gradient).
+        policy_chosen_N: summed log-probability of the chosen response (with gradient).
         policy_rejected_N: of the rejected one (with gradient).
         ref_chosen_N: the same under the reference.
         ref_rejected_N: the same under the reference.
@@ -64,7 +64,7 @@ def ipo(
     *,
     tau: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each pair ``[N]``, and per-pair diagnostics; arguments as for `dpo`, all sums.
+    """Computes the loss of each pair ``[N]``, and per-pair diagnostics; arguments as for `dpo`, all sums.
 
     Args:
         policy_chosen_N: see `dpo`.
@@ -80,25 +80,26 @@ def ipo(
 def simpo(
     chosen_mean_N: Tensor, rejected_mean_N: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each pair ``[N]``, and per-pair diagnostics; without a reference.
+    """Computes the loss of each pair ``[N]``, and per-pair diagnostics; without a reference.
 
     Args:
-        chosen_mean_N: mean log-probability of the chosen answer's tokens (with gradient).
+        chosen_mean_N: mean log-probability of the chosen response's tokens (with gradient).
         rejected_mean_N: of the rejected one's (with gradient).
         beta: scale of the rewards.
-        gamma: the margin by which the chosen answer's reward should be ahead.
+        gamma: the margin by which the chosen response's reward should be ahead.
     """
     loss_N = -logsigmoid(beta * (chosen_mean_N - rejected_mean_N) - gamma)
     return loss_N, _rewards(beta * chosen_mean_N, beta * rejected_mean_N)
 
 
 def orpo(chosen_mean_N: Tensor, rejected_mean_N: Tensor, *, lam: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Likelihood of the chosen answer and odds against the rejected one: loss of each pair ``[N]``, and diagnostics.
+    """Computes the loss of each pair ``[N]`` from the likelihood of the chosen response and the odds against the
+    rejected one, and diagnostics.
 
     Mean log-probabilities above -1e-6 have the odds of that bound, without a gradient.
 
     Args:
-        chosen_mean_N: mean log-probability of the chosen answer's tokens (with gradient).
+        chosen_mean_N: mean log-probability of the chosen response's tokens (with gradient).
         rejected_mean_N: of the rejected one's (with gradient).
         lam: weight of the odds against the likelihood.
     """
@@ -117,15 +118,15 @@ def kto(
     weight_good: float = 1.0,
     weight_bad: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each answer ``[N]``, and per-answer diagnostics ``[N]``: its "rewards".
+    """Computes the loss of each response ``[N]``, and per-response diagnostics ``[N]``: its "rewards".
 
     Args:
-        policy_N: summed log-probability of the answer (with gradient).
+        policy_N: summed log-probability of the response (with gradient).
         ref_N: the same under the reference.
-        good_N: whether the answer is a good one.
+        good_N: whether the response is a good one.
         divergence: the paper's z, one number ``[]``: `kto_divergence` of the whole mini-batch.
         beta: how quickly gains and losses saturate.
-        weight_good: weight of good answers.
+        weight_good: weight of good responses.
         weight_bad: weight of the others; where one kind is rarer, a larger weight of it makes up for that.
     """
     gain_N = beta * (policy_N - ref_N - divergence)
@@ -136,10 +137,10 @@ def kto(
 def bradley_terry(
     chosen_N: Tensor, rejected_N: Tensor, margin_N: Tensor, *, center_coef: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each pair ``[N]`` of a reward model, and per-pair diagnostics.
+    """Computes the loss of each pair ``[N]`` of a reward model, and per-pair diagnostics.
 
     Args:
-        chosen_N: value of the chosen answer (with gradient).
+        chosen_N: value of the chosen response (with gradient).
         rejected_N: of the rejected one.
         margin_N: by how much the first should be ahead; 0 for the plain model.
         center_coef: weight of the squared sum of both, which holds values around 0; the model leaves that open.
@@ -149,10 +150,10 @@ def bradley_terry(
 
 
 def kto_divergence(policy_N: Tensor, ref_N: Tensor) -> Tensor:
-    """The policy's divergence from the reference, as KTO estimates it: one number ``[]``, never negative, no gradient.
+    """Estimates the policy's divergence from the reference as KTO does: one number ``[]``, never negative, no gradient.
 
     Args:
-        policy_N: summed log-probabilities of answers each to another one's prompt, of the whole mini-batch.
+        policy_N: summed log-probabilities of responses each to another one's prompt, of the whole mini-batch.
         ref_N: the same under the reference.
     """
     return (policy_N - ref_N).detach().mean().clamp(min=0)
@@ -168,7 +169,7 @@ def _log_odds(mean_N: Tensor) -> Tensor:
 
 
 def _rewards(chosen_N: Tensor, rejected_N: Tensor) -> dict[str, Tensor]:
-    """Per-pair diagnostics under TRL's names."""
+    """Computes per-pair diagnostics under TRL's names."""
     chosen_N, rejected_N = chosen_N.detach(), rejected_N.detach()
     return {
         "rewards/chosen": chosen_N,

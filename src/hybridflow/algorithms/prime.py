@@ -1,11 +1,11 @@
 """PRIME's implicit process reward (arXiv 2502.01456): a language model phi, trained on outcomes, rewards every token.
 
     r_t  = beta (log phi(y_t) - log ref(y_t))                             the reward of a token
-    r(y) = sum of r_t                                                     the reward of an answer
-    loss = -o log sigma(r(y)) - (1 - o) log(1 - sigma(r(y)))              o: the outcome, 1 for a right answer
+    r(y) = sum of r_t                                                     the reward of a response
+    loss = -o log sigma(r(y)) - (1 - o) log(1 - sigma(r(y)))              o: the outcome, 1 for a right response
     A_t  = sum_{s >= t} gamma^(s - t) (r_s - mean of m' over the others)  +  o - mean of o' over the others
 
-m is the mean of r_t over an answer's tokens; the others are the rest of the group. Time runs over the tokens of a
+m is the mean of r_t over a response's tokens; the others are the rest of the group. Time runs over the tokens of a
 trajectory that carry loss. verl's recipe also scales r_s by n / (n - 1) in a group of n and whitens the advantages; the
 paper does neither.
 
@@ -23,7 +23,7 @@ from hybridflow.algorithms.segments import segment_count, segment_mean, segment_
 
 
 def process_rewards(logp_T: Tensor, ref_logp_T: Tensor, *, beta: float = 0.05) -> Tensor:
-    """The reward of each token ``[T]``.
+    """Computes the reward of each token ``[T]``.
 
     Args:
         logp_T: log-probabilities under the reward model.
@@ -36,13 +36,14 @@ def process_rewards(logp_T: Tensor, ref_logp_T: Tensor, *, beta: float = 0.05) -
 def outcome_loss(
     logp_M: Tensor, ref_logp_M: Tensor, outcome_M: Tensor, sequence_M: Tensor, *, beta: float = 0.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reward model's loss of each sequence, given to each of its tokens ``[M]``, and per-token diagnostics.
+    """Computes the reward model's loss of each sequence, given to each of its tokens ``[M]``, and per-token
+    diagnostics.
 
     Args:
         logp_M: log-probabilities under the reward model (with gradient).
         ref_logp_M: log-probabilities under its reference.
         outcome_M: outcome of each token's sequence, from 0 to 1.
-        sequence_M: sequence of each token; a sequence is a whole answer.
+        sequence_M: sequence of each token; a sequence is a whole response.
         beta: scale of the reward.
     """
     reward_S = segment_sum(process_rewards(logp_M, ref_logp_M, beta=beta), sequence_M, segment_count(sequence_M))
@@ -61,7 +62,7 @@ def prime(
     *,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Advantage of each token ``[T]``, 0 where `mask_T` is False.
+    """Computes the advantage of each token ``[T]``, 0 where `mask_T` is False.
 
     Args:
         process_reward_T: see `process_rewards`; those of tokens without loss are not read.

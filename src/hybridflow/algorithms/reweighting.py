@@ -1,14 +1,14 @@
-"""Training on some answers of a step more than on others: PF-PPO (arXiv 2409.06957).
+"""Training on some responses of a step more than on others: PF-PPO (arXiv 2409.06957).
 
-    pow          answers drawn again with replacement, as many as there are, in proportion to |score|^power
-    max_min      of every group its best answer and its worst (the paper's BW)
-    max_random   of every group its best answer and another one at random (the paper's BR)
+    pow          responses drawn again with replacement, as many as there are, in proportion to |score|^power
+    max_min      of every group its best response and its worst (the paper's BW)
+    max_random   of every group its best response and another one at random (the paper's BR)
 
-The paper filters every prompt's answers, which gives the last two; pow is verl's. There max_min and max_random are
-draws from the whole batch too: of the answers with its one best score (and its worst, or all others at a quarter of the
-weight), so that some prompts are not trained on at all. And all three go by the process's random state.
+The paper filters every prompt's responses, which gives the last two; pow is verl's. There max_min and max_random are
+draws from the whole batch too: of the responses with its one best score (and its worst, or all others at a quarter of
+the weight), so that some prompts are not trained on at all. And all three go by the process's random state.
 
-Shapes: B answers, G groups.
+Shapes: B responses, G groups.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def pf_ppo_rows(
     method: Literal["pow", "max_min", "max_random"],
     power: float,
 ) -> Tensor:
-    """Indices of the answers to train on (int64), ascending; with "pow" they may repeat.
+    """Returns the indices of the responses to train on (int64), ascending; with "pow" they may repeat.
 
-    Which answers they are is a function of the key, of groups, samples and scores, not of the order of the rows. A
-    group with a single answer gives it once. Advantages are computed before, from whole groups.
+    Which responses they are is a function of the key, of groups, samples and scores, not of the order of the rows. A
+    group with a single response gives it once. Advantages are computed before, from whole groups.
 
     Args:
-        score_B: score of each answer.
+        score_B: score of each response.
         group_B: its group (any integers).
-        sample_B: which of the group's answers it is (any integers, each once in a group).
+        sample_B: which of the group's responses it is (any integers, each once in a group).
         key: of the random picks: seed, and step as the draw.
         method: see the head of this file.
-        power: of "pow"; 0 draws every answer alike.
+        power: of "pow"; 0 draws every response alike.
     """
     if method == "pow":
         order_B = _sorted_by(group_B, sample_B)
@@ -60,7 +60,7 @@ def pf_ppo_rows(
 
 
 def _sorted_by(*keys_B: Tensor) -> Tensor:
-    """The order of rows by the first key, where equal by the second, and so on."""
+    """Returns the order of rows by the first key, where equal by the second, and so on."""
     order_B = torch.arange(len(keys_B[0]))
     for key_B in reversed(keys_B):
         order_B = order_B[torch.argsort(key_B[order_B], stable=True)]
@@ -68,7 +68,7 @@ def _sorted_by(*keys_B: Tensor) -> Tensor:
 
 
 def _drawn(weight_B: Tensor, key: NoiseKey) -> Tensor:
-    """As many draws with replacement as there are weights; every index once where all weights are 0."""
+    """Draws as many indices with replacement as there are weights; every index once where all weights are 0."""
     index_B = torch.arange(len(weight_B))
     bound_B = weight_B.cumsum(0)
     if not len(weight_B) or bound_B[-1] == 0:

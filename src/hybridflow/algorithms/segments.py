@@ -1,4 +1,4 @@
-"""Sums and means over ragged segments: the tokens of a sequence, the answers of a group.
+"""Sums and means over ragged segments: the tokens of a sequence, the responses of a group.
 
 Shapes: M values, each in one of S segments. Segments may lie in any order and may be empty.
 """
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def segment_count(index_M: Tensor) -> int:
-    """S, one more than the largest index; 0 where there are no values."""
+    """Returns S, one more than the largest index; 0 where there are no values."""
     return int(index_M.max()) + 1 if len(index_M) else 0
 
 
 def segment_sum(value_M: Tensor, index_M: Tensor, count: int) -> Tensor:
-    """The sum of every segment ``[count]``, 0 where it is empty; differentiable by the values."""
+    """Sums every segment ``[count]``, 0 where it is empty; differentiable by the values."""
     return value_M.new_zeros(count).index_add(0, index_M, value_M)
 
 
 def segment_mean(value_M: Tensor, index_M: Tensor, count: int) -> Tensor:
-    """The mean of every segment ``[count]``, 0 where it is empty; differentiable by the values."""
+    """Averages every segment ``[count]``, 0 where it is empty; differentiable by the values."""
     size_S = index_M.bincount(minlength=count).clamp_(min=1)
     return segment_sum(value_M, index_M, count) / size_S.to(value_M.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 def clipped_value_loss(
     value_M: Tensor, old_value_M: Tensor, return_M: Tensor, *, clip_value: float | None = 0.5
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         value_M: current values (with gradient).

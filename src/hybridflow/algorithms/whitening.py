@@ -13,7 +13,7 @@ EPSILON = 1e-8  # added to the variance
 
 
 def whiten(value_M: Tensor) -> Tensor:
-    """``(value - mean) / sqrt(variance + 1e-8)`` ``[M]``."""
+    """Computes ``(value - mean) / sqrt(variance + 1e-8)`` ``[M]``."""
     if len(value_M) < 2:
         return value_M.new_zeros(len(value_M))
     variance = value_M.var()
@@ -21,7 +21,7 @@ def whiten(value_M: Tensor) -> Tensor:
 
 
 def whiten_trajectories(value_N: Tensor, length_N: Tensor) -> Tensor:
-    """`whiten` of values that all tokens of a trajectory share: one for each trajectory ``[N]``.
+    """Computes `whiten` of values that all tokens of a trajectory share: one for each trajectory ``[N]``.
 
     Args:
         value_N: the value of every token with loss of a trajectory.

@@ -1,13 +1,13 @@
 """Attention over ragged tokens, inside the Hugging Face model's own forward.
 
 The model runs with ``attn_implementation="hybridflow"`` on one row of T tokens without padding, and is given a *layout*
-as a keyword argument: the layout knows which tokens belong together and computes every layer's attention. There is no
+as a keyword argument. The layout knows which tokens belong together and computes every layer's attention. There is no
 mask and no padding in the model, so nothing depends on the way sequences are packed.
 
-Trap that this avoids: with an attention mask of ones beside packed position ids, transformers attends across sequences.
+This avoids a trap: with an attention mask of ones beside packed position ids, transformers attends across sequences.
 
-Sequences that begin alike, the answers to one prompt, can share that beginning: its tokens then go through the model
-once, and every answer's attention reads them.
+Sequences that begin alike, the responses to one prompt, can share that beginning: its tokens then go through the model
+once, and every response's attention reads them.
 
 Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a
 bucket, L longest of a bucket, H query heads, K key-value heads, D size of a query or key, E size of
@@ -30,7 +30,7 @@ from hybridflow.errors import UserError
 from hybridflow.models.softcap import softcapped_attention, visible
 
 ATTENTION = "hybridflow"
-# What models hand to the attention besides queries, keys and values, and what changes nothing in a layout.
+# What models hand to the attention besides queries, keys and values, and what a layout can ignore.
 COVERED = frozenset({"layout", "scaling", "sliding_window", "softcap", "is_causal"})
 NEUTRAL = frozenset(
     {
@@ -54,7 +54,8 @@ class Layout(Protocol):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """q ``[rows, H, tokens, D]``, k ``[rows, K, tokens, D]``, v ``[rows, K, tokens, E]``; ``[rows, tokens, H, E]``.
+        """Maps q ``[rows, H, tokens, D]``, k ``[rows, K, tokens, D]``, v ``[rows, K, tokens, E]`` to
+        ``[rows, tokens, H, E]``.
 
         Args:
             layer: number of the layer.
@@ -71,7 +72,7 @@ class Layout(Protocol):
 def attention(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: hands over to the layout of this forward pass.
+    """Passes the attention of transformers on to the layout of this forward pass.
 
     Raises:
         UserError: the model asks for something that layouts do not compute (attention sinks, a bias by position, ...).
@@ -105,8 +106,8 @@ def attention(
 class PackedLayout:
     """Whole sequences side by side in one row of tokens; each attends causally to itself.
 
-    On a GPU a varlen kernel does this as it is. Elsewhere sequences of similar length are gathered into buckets, and
-    each bucket is one SDPA call: padded on the right inside the call only, which a causal mask makes harmless.
+    On a GPU a varlen kernel computes this directly. Elsewhere sequences of similar length are gathered into buckets,
+    and each bucket is one SDPA call: padded on the right inside the call only, which a causal mask makes harmless.
 
     Args:
         lengths: tokens of each sequence, in order; they add up to T.
@@ -155,7 +156,7 @@ class PackedLayout:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """One layer: see `Layout`."""
+        """Computes one layer: see `Layout`."""
         if self.keep is not None:
             self.keep.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
         size, value_size = q.shape[-1], v.shape[-1]
@@ -202,7 +203,7 @@ class PackedLayout:
         return torch.cat(parts)[scatter]
 
     def _window_mask(self, length: int, window: int) -> Tensor:
-        """``[L, L]``: what a token of a sequence sees; made once for all layers."""
+        """Returns ``[L, L]``: which tokens each token of a sequence sees; made once for all layers."""
         if (length, window) not in self._masks:
             self._masks[length, window] = visible(length, length, 0, window, self.device)
         return self._masks[length, window]
@@ -221,7 +222,7 @@ class Shared:
     place_T: Tensor
 
     def with_more(self, tokens: int) -> Shared:
-        """With so many tokens at the end that nothing else stands for."""
+        """Adds this many tokens at the end, for which nothing else stands."""
         more, every, through = torch.arange(tokens), len(self.place_T), len(self.token_U)
         return Shared(torch.cat([self.token_U, every + more]), torch.cat([self.place_T, through + more]))
 
@@ -248,11 +249,11 @@ def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning
 
 
 def similar(lengths: Tensor) -> list[list[int]]:
-    """Which sequences are padded together: those of similar lengths, the longest first."""
+    """Returns which sequences are padded together: those of similar lengths, the longest first."""
     order = torch.argsort(lengths, descending=True, stable=True)
     buckets: list[list[int]] = []
     for i in order.tolist():
-        # A quarter of waste is cheaper than another call; short sequences are all launch cost.
+        # A quarter of padding costs less than another call; for short sequences the launch is nearly all of the cost.
         if buckets and int(lengths[i]) >= 0.75 * int(lengths[buckets[-1][0]]) - 8:
             buckets[-1].append(i)
         else:
@@ -261,7 +262,7 @@ def similar(lengths: Tensor) -> list[list[int]]:
 
 
 def bucket_indices(lengths: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor]:
-    """How to gather T packed tokens into buckets ``[N, L]`` of similar lengths, and back.
+    """Returns how to gather T packed tokens into buckets ``[N, L]`` of similar lengths, and back.
 
     Returns:
         For each bucket the token indices ``[N, L]`` (padding repeats the sequence's last token), and for each of the T

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
+"""Activation checkpointing: each layer keeps its input alone, and computes the rest again in the backward pass.
 
 Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
 """
@@ -11,7 +11,7 @@ from hybridflow.errors import UserError
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Switches it on, for forward passes in training mode; values and gradients stay the same, bit for bit on a CPU.
+    """Switches it on for forward passes in training mode; values and gradients stay the same, bit for bit on a CPU.
 
     Raises:
         UserError: the model's class cannot do it.

@@ -48,20 +48,20 @@ class StateReader:
         self.layer = layer
 
     def __call__(self, hidden_MD: Tensor) -> Tensor:
-        """Hidden states ``[M, D]`` to values ``[M]``."""
+        """Maps hidden states ``[M, D]`` to values ``[M]``."""
         dtype = torch.promote_types(torch.float32, self.layer.weight.dtype)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             return torch.nn.functional.linear(hidden_MD.to(dtype), self.layer.weight.to(dtype))[:, 0]
 
 
 def state_reader(model: PreTrainedModel) -> StateReader | None:
-    """Reads values from a classifier's last hidden states; None for a model of another kind."""
+    """Returns what reads values from a classifier's last hidden states; None for a model of another kind."""
     layer = getattr(model, HEAD, None) if is_classifier(type(model).__name__) else None
     return StateReader(layer) if isinstance(layer, torch.nn.Linear) else None
 
 
 def is_classifier(architecture: str) -> bool:
-    """Whether a class of transformers classifies sequences.
+    """Returns whether a class of transformers classifies sequences.
 
     >>> is_classifier("Qwen3ForSequenceClassification"), is_classifier("Qwen3ForCausalLM")
     (True, False)
@@ -70,12 +70,12 @@ def is_classifier(architecture: str) -> bool:
 
 
 def holds_classifier(folder: Path) -> bool:
-    """Whether the model in a folder classifies sequences, as its ``config.json`` says."""
+    """Returns whether the model in a folder classifies sequences, by its ``config.json``."""
     return any(map(is_classifier, read_config(folder).get("architectures") or ()))
 
 
 def classifier_config(path: str, *, key: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The plain values of a reward model's ``config.json``: what can be said of it without its weights.
+    """Returns the plain values of a reward model's ``config.json``: all that can be known without its weights.
 
     Args:
         path: a folder or a name on a hub.
@@ -110,7 +110,7 @@ def classifier_config(path: str, *, key: str, trust_remote_code: bool = False) -
 def load_classifier(
     path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier of one label in float32, without dropout, and its tokenizer.
+    """Loads a sequence classifier of one label in float32, without dropout, and its tokenizer.
 
     A causal language model becomes one: its trunk, and a layer of zeros, so that its first values are 0.
 
@@ -136,7 +136,7 @@ def load_classifier(
             causal_config(path, trust_remote_code=trust_remote_code)
         said = logging.get_verbosity()
         if not own:
-            logging.set_verbosity_error()  # that the head is a fresh one is meant
+            logging.set_verbosity_error()  # transformers warns that the head is a fresh one, which is meant
         try:
             model = from_folder(
                 AutoModelForSequenceClassification,
@@ -171,7 +171,7 @@ def load_classifier(
 
 
 def empty_classifier(config: Any, *, packing: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """A classifier of one label with fresh weights, as a configuration of transformers says."""
+    """Makes a classifier of one label with fresh weights, from a configuration of transformers."""
     config.num_labels = 1
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
         config,
@@ -183,7 +183,7 @@ def empty_classifier(config: Any, *, packing: bool, trust_remote_code: bool) -> 
 
 
 def padding_of(path: str, *, seed: int = 0) -> int | None:
-    """The padding token that a model's configuration names; of a function's model, that model's."""
+    """Returns the padding token that a model's configuration names; of a function's model, that model's."""
     if is_function_reference(path):
         config = from_function(path, seed)[0].config
         return getattr(config.get_text_config(), "pad_token_id", None)
@@ -193,7 +193,7 @@ def padding_of(path: str, *, seed: int = 0) -> int | None:
 
 
 def _from_causal(causal: PreTrainedModel) -> PreTrainedModel:
-    """A classifier with a causal language model's trunk."""
+    """Makes a classifier with a causal language model's trunk."""
     if causal.config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(f"transformers has no sequence classifier of the family {causal.config.model_type}")
     with torch.random.fork_rng():

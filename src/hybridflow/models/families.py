@@ -1,7 +1,7 @@
 """Which families of models may run on packed sequences.
 
-The tests hold the known families to Hugging Face's own forward: scores, gradients, generation. Any other is asked to
-prove itself when it is loaded: its packed scores must be those of its own forward for each sequence alone.
+The tests compare the known families with Hugging Face's own forward: scores, gradients, generation. Any other family is
+tried when it is loaded: its packed scores must equal those of its own forward for each sequence alone.
 
 Shapes: M tokens that are scored, L tokens of one sequence, V vocabulary.
 """
@@ -22,7 +22,7 @@ from hybridflow.models.forward import score_tokens
 KNOWN = ("deepseek_v3", "gemma2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that layouts compute
 PROBES = (13, 4, 29)  # lengths of the sequences that an unknown family is tried on
-WINDOW = 6  # its sliding windows meanwhile: narrower than the sequences
+WINDOW = 6  # sliding windows during the trial: narrower than the sequences
 TOLERANCE = 1e-4
 
 
@@ -48,7 +48,7 @@ def use_packing(model: PreTrainedModel) -> None:
 
 
 def packing_error(model: PreTrainedModel) -> float:
-    """The largest difference between packed scores and the model's own; it has ragged attention afterwards.
+    """Returns the largest difference between packed scores and the model's own; it has ragged attention afterwards.
 
     In units of the scores' rounding: differences are divided by the size of the largest logit, where that is above 10.
     """
@@ -75,7 +75,9 @@ def packing_error(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Sliding windows of `WINDOW` tokens for a while, so that short sequences show whether they are heeded."""
+    """Sets sliding windows to `WINDOW` tokens for the block, so that short sequences show whether windows are
+    applied.
+    """
     holders = [model.config, model.config.get_text_config(), *(m for m in model.modules() if m is not model)]
     found = [(h, h.sliding_window) for h in holders if _is_window(vars(h).get("sliding_window"))]
     try:

@@ -44,7 +44,9 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def files_beside_weights(model: PreTrainedModel) -> dict[str, bytes]:
-    """What `write_config` writes, by file name: for whoever writes it when the model may not be asked any more."""
+    """Returns what `write_config` writes, by file name: for a caller that writes it when the model is in use
+    elsewhere.
+    """
     with TemporaryDirectory() as folder:
         write_config(model, Path(folder))
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
@@ -63,14 +65,16 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The whole weights in ``model/`` under the names of a model in memory, whatever names they have in the files."""
+    """Reads the whole weights in ``model/`` under the names of a model in memory, whatever names they have in the
+    files.
+    """
     # Through from_pretrained, because saving may rename and regroup tensors (fused experts).
     auto = AutoModelForSequenceClassification if holds_classifier(folder / "model") else AutoModelForCausalLM
     return dict(auto.from_pretrained(folder / "model", dtype=torch.float32).state_dict())
 
 
 def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights (on the meta device), as the configuration in a folder says."""
+    """Makes a model without weights (on the meta device) from the configuration in a folder."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         if holds_classifier(folder):
@@ -79,7 +83,9 @@ def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedM
 
 
 def read_adapters(names: Iterable[str], folder: Path) -> dict[str, Tensor]:
-    """The whole adapters in ``adapter/`` under these names of a model; in the file, the adapter's own is left out."""
+    """Reads the whole adapters in ``adapter/`` under these names of a model; in the file, the adapter's own name is
+    left out.
+    """
     import peft
 
     saved = peft.load_peft_weights(str(folder / "adapter"), device="cpu")
@@ -88,7 +94,7 @@ def read_adapters(names: Iterable[str], folder: Path) -> dict[str, Tensor]:
 
 
 def other_kind(folder: Path, *, adapters: bool) -> UserError:
-    """What to say where a checkpoint has all weights and adapters are trained, or the other way round."""
+    """Makes the error for a checkpoint that has all weights where adapters are trained, or the other way round."""
     other = "all weights" if adapters else "adapters only"
     return UserError(
         f"the checkpoint {folder} holds {other}, the configuration trains "
@@ -115,7 +121,7 @@ def assign_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, sou
 def require_same_shapes(
     own: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], *, source: Path
 ) -> None:
-    """Holds the names and shapes of a model's tensors against those of a checkpoint.
+    """Compares the names and shapes of a model's tensors with those of a checkpoint.
 
     Raises:
         UserError: they differ; the message names the first of each kind.
@@ -135,7 +141,7 @@ def require_same_shapes(
 def export_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a plain Hugging Face folder without a tokenizer, adapters merged; the model is left as it is.
 
-    Merged weights are held against the trained model on a probe, in memory and once more as they are read back.
+    The merged weights are compared with the trained model on a probe, in memory and once more as they are read back.
 
     Args:
         model: the trained model.
@@ -156,7 +162,7 @@ def export_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torc
     config.dtype = dtype  # save_pretrained wrote the model's own, whatever the state's is
     config.save_pretrained(folder)
     if has_adapters(model):
-        if dtype != torch.float32:  # what rounding does to it is no fault
+        if dtype != torch.float32:  # the rounding to `dtype` is no fault
             for parameter in plain.parameters():
                 parameter.data = parameter.data.to(dtype).to(parameter.dtype)
             trained = probe_scores(plain)
@@ -224,7 +230,7 @@ def write_streamed(
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The same in another precision.
+    """Converts the tensors to another precision.
 
     Raises:
         UserError: one of them is not finite, or has no form in that precision.
@@ -232,7 +238,7 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterat
     for name, tensor in tensors:
         rounded = tensor.to(dtype)
         if not bool(rounded.isfinite().all()):
-            narrow = bool(tensor.isfinite().all())  # it is the precision's range that is
+            narrow = bool(tensor.isfinite().all())  # the value is finite, but out of the precision's range
             raise UserError(
                 f"{name} is not finite" + f" in {str(dtype).removeprefix('torch.')}" * narrow,
                 why="a model with such a weight computes nothing",
@@ -244,6 +250,6 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterat
 
 
 def _layer_of(name: str) -> str:
-    """What a tensor's name says up to the number of its layer; other tensors are by themselves."""
+    """Returns a tensor's name up to the number of its layer; a tensor outside of the layers is a layer of its own."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else name

@@ -45,7 +45,7 @@ class TokenScores:
     log_mass_M: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """The scores under the names that `TrainEngine.score` and the losses use."""
+        """Returns the scores under the names that `TrainEngine.score` and the losses use."""
         found = {
             "logp": self.logp_M,
             "entropy": self.entropy_M,
@@ -67,7 +67,7 @@ def score_tokens(
     log_mass: bool = False,
     sp: SequenceParallel | None = None,
 ) -> TokenScores:
-    """Log-probabilities of the scored tokens, from one forward pass; logits only where a token is scored.
+    """Computes the log-probabilities of the scored tokens in one forward pass; logits only where a token is scored.
 
     Args:
         model: a model that `models.load` loaded.
@@ -119,7 +119,7 @@ def score_values(
     *,
     sp: SequenceParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``index_M``, and the values ``[M]`` of the states before the scored tokens: without any logits.
+    """Computes ``index_M``, and the values ``[M]`` of the states before the scored tokens: without any logits.
 
     The arguments are those of `score_tokens`.
     """
@@ -149,17 +149,17 @@ class States:
         return self.index_M if self.own_m is None else self.index_M[self.own_m]
 
     def whole(self, score_m: Tensor) -> Tensor:
-        """``[M]`` scores of all tokens, from those of this rank's."""
+        """Gathers the ``[M]`` scores of all tokens from those of each rank."""
         if self.sp is None or self.own_m is None:
             return score_m
         return self.sp.whole(score_m, self.own_m.to(score_m.device), len(self.index_M))
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, *, sp: SequenceParallel | None = None) -> States:
-    """The last hidden state before every scored token, from one forward pass packed without padding.
+    """Computes the last hidden state before every scored token, in one forward pass packed without padding.
 
     A model that does not pack (``model.packing=false``) gets padded batches of similar lengths instead. A batch without
-    sequences runs too, on a token that nothing is asked of: the gradients are then zero.
+    sequences runs too, on one token that is not scored: the gradients are then zero.
 
     Args:
         model: a model that `models.load` loaded; its output layer is not run.
@@ -210,18 +210,20 @@ def hidden_states(model: PreTrainedModel, batch: Batch, *, sp: SequenceParallel 
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the model takes sequences packed (see `models.attention`); the others take them padded."""
+    """Returns whether the model takes sequences packed (see `models.attention`); the others take them padded."""
     return model.config._attn_implementation == ATTENTION
 
 
 def trunk(model: PreTrainedModel) -> torch.nn.Module:
-    """A causal language model without its output layer; adapters inside it stay."""
+    """Returns a causal language model without its output layer; adapters inside it stay."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     return getattr(plain, plain.base_model_prefix)
 
 
 def beginnings(batch: Batch) -> Tensor:
-    """``[B]``: how many tokens of each sequence come before its first scored one (the prompt); 0 if none is scored."""
+    """Returns ``[B]``: how many tokens of each sequence come before its first scored one (the prompt); 0 if none is
+    scored.
+    """
     step_T = torch.arange(batch.total()) - batch.offsets["T"][batch.sequence_of()]
     step_T = torch.where(batch["loss_mask_T"], step_T, batch.lengths()[batch.sequence_of()])
     first_B = batch.lengths().scatter_reduce(0, batch.sequence_of(), step_T, "amin")

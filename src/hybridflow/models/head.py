@@ -1,7 +1,7 @@
 """What stands between the last hidden state and the logits: the output layer, a scale, a soft-cap.
 
-Families differ here, and their own forward would hold all logits at once. `models.load` compares what is computed from
-this with the logits of the model itself, for every family that the tests do not cover already.
+Families differ here, and their own forward would hold all logits at once. For every family that the tests do not cover,
+`models.load` compares the logits that are computed here with those of the model itself.
 
 Shapes: M tokens, D hidden size, V vocabulary.
 """
@@ -30,13 +30,13 @@ class Head:
     softcap: float | None = None
 
     def vocabulary(self) -> int:
-        """V, the number of logits."""
+        """Returns V, the number of logits."""
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight.shape[0]
 
     def logits(self, hidden_MD: Tensor, temperature: float = 1.0) -> Tensor:
-        """``[M, V]`` logits divided by the temperature, in float32 at least."""
+        """Computes the ``[M, V]`` logits divided by the temperature, in float32 at least."""
         logits_MV = self.layer(hidden_MD)
         logits_MV = logits_MV.to(torch.promote_types(torch.float32, logits_MV.dtype))
         if self.softcap is not None:
@@ -47,7 +47,7 @@ class Head:
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """The output layer of a causal language model, with what its configuration says is done to the logits."""
+    """Returns the output layer of a causal language model, with the scale and the soft-cap of its configuration."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0

@@ -15,7 +15,7 @@ from hybridflow.errors import UserError
 
 
 def require_liger() -> None:
-    """Asks for the kernels' packages and for a GPU to run them: nothing is loaded yet.
+    """Checks that the kernels' packages and a GPU to run them are there, without loading anything.
 
     Raises:
         UserError: one of them is not there.

@@ -28,7 +28,7 @@ AttentionInterface.register(ATTENTION, attention)
 def load_model(
     path: str, *, seed: int = 0, packing: bool = True, trust_remote_code: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in float32 master weights, with ragged attention and without dropout, and its tokenizer.
+    """Loads the model, in float32 master weights, with ragged attention and without dropout, and its tokenizer.
 
     Args:
         path: a folder in Hugging Face format; ``org/name`` on the Hugging Face hub; ``modelscope://org/name``; or
@@ -44,7 +44,7 @@ def load_model(
         UserError: nothing there, no causal language model, code of its own, weights that are not whole or not the
             configuration's, or attention that the ragged layout does not cover.
     """
-    disable_progress_bar()  # a bar for every load and save drowns the run's own progress
+    disable_progress_bar()  # a bar for every load and save would hide the run's own progress
     if is_function_reference(path):
         model, tokenizer = from_function(path, seed)
     else:
@@ -60,7 +60,7 @@ def load_model(
 
 
 def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; a function reference is called for it, a folder is read (see `load_model`).
+    """Loads the tokenizer alone; a function reference is called for it, a folder is read (see `load_model`).
 
     Raises:
         UserError: there is no tokenizer, it needs code of its own, or it has no end-of-sequence token.
@@ -73,7 +73,7 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
             _refuse_own_tokenizer(path, folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # two libraries raise anything, where files are missing or damaged
+        except Exception as error:  # two libraries raise errors of any type where files are missing or damaged
             raise _no_tokenizer(path, first_line(error)) from error
     if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys() - {*tokenizer.all_special_ids}:
         # transformers makes one of the family's special tokens where there are no files.
@@ -118,7 +118,7 @@ def require_vocabulary(
 
 
 def causal_config(path: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The plain values of a model's ``config.json``: what can be said of it without its weights.
+    """Returns the plain values of a model's ``config.json``: all that can be known without its weights.
 
     Args:
         path: a folder or a name on a hub, see `load_model`.
@@ -130,7 +130,7 @@ def causal_config(path: str, *, trust_remote_code: bool = False) -> dict[str, An
     values = read_config(model_folder(path, weights=False))
     own = values.get("auto_map")
     if own and trust_remote_code:
-        return values  # what the code makes of it is known when it has run
+        return values  # the code decides, and it runs only when the model is loaded
     if own and values.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         refuse_own_code(path, code_files(own))
     _require_causal_head(path, values)
@@ -138,7 +138,9 @@ def causal_config(path: str, *, trust_remote_code: bool = False) -> dict[str, An
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end an answer: the tokenizer's end of sequence, and those of the model's generation config."""
+    """Returns the token ids that end a response: the tokenizer's end of sequence, and those of the model's generation
+    config.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [] if configured is None else [configured]
     odd = next((one for one in extra if not isinstance(one, int)), None)
@@ -160,7 +162,7 @@ def from_folder(
     fresh: str | None = None,
     **config: Any,
 ) -> PreTrainedModel:
-    """The model in a folder or on a hub, in float32.
+    """Loads the model in a folder or on a hub, in float32.
 
     Args:
         auto: a class such as `AutoModelForCausalLM`.
@@ -189,7 +191,7 @@ def from_folder(
             model, report = outlined(auto, folder, shapes, config_kwargs=config, **how)
         else:
             model, report = auto.from_pretrained(folder, **config, **how)
-    except Exception as error:  # transformers raises anything, where a folder is incomplete or its configuration wrong
+    except Exception as error:  # transformers raises errors of any type for an incomplete folder or a wrong config
         raise UserError(
             f"the model in {path} cannot be loaded: {first_line(error)}",
             fix="check that the folder is complete and holds such a model; newer families need a newer transformers "
@@ -212,7 +214,9 @@ def from_folder(
 
 
 def _require_causal_head(path: str, values: dict[str, Any]) -> None:
-    """A folder of another kind would load too: with a random output layer, or with attention in both directions."""
+    """Raises a UserError for a folder of another kind, which would load with a random output layer or with attention in
+    both directions.
+    """
     known = _flat_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     found = values.get("architectures") or []
     if found and not known & set(found):
@@ -224,7 +228,9 @@ def _require_causal_head(path: str, values: dict[str, Any]) -> None:
 
 
 def _refuse_own_tokenizer(path: str, folder: Path) -> None:
-    """Without its code, transformers would quietly take another tokenizer that reads the same file."""
+    """Raises a UserError for a tokenizer with code of its own: without it, transformers would take another tokenizer
+    that reads the same file.
+    """
     values = read_config(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     own = (values.get("auto_map") or {}).get("AutoTokenizer")
     if own and not hasattr(transformers, values.get("tokenizer_class") or ""):
@@ -247,7 +253,7 @@ def _flat_names(names: Iterable[str | tuple[str, ...]]) -> set[str]:
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Turns every dropout off: the trainer must score the very distribution that was sampled.
+    """Turns every dropout off: the trainer must score the distribution that was sampled.
 
     Modules keep rates as numbers too, and some read their configuration in every pass.
     """
@@ -266,7 +272,7 @@ def _zero_rates(holder: object) -> None:
 
 
 def from_function(path: str, seed: int) -> tuple[Any, Any]:
-    """The model, in float32, and the tokenizer that a function of the user's returns.
+    """Returns the model, in float32, and the tokenizer that a function of the user's makes.
 
     Raises:
         UserError: it returns something else.
@@ -284,13 +290,13 @@ def from_function(path: str, seed: int) -> tuple[Any, Any]:
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens that a sequence may have, where the model has a bound."""
+    """Returns the most tokens that a sequence may have, where the model has a bound."""
     bound: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return bound
 
 
 def longest_trainable(model: PreTrainedModel) -> int | None:
-    """The most tokens that a sequence may have in training: see `require_context`."""
+    """Returns the most tokens that a sequence may have in training: see `require_context`."""
     bounds = (context_of(model), _length_of_one_rotation(model))
     return min((bound for bound in bounds if bound is not None), default=None)
 
@@ -303,12 +309,12 @@ def require_context(
     why: str = "data.max_prompt_tokens + rollout.max_response_tokens",
     fix: str = "lower one of them, or take a model with a longer context",
 ) -> None:
-    """Raises a UserError if sequences of so many tokens do not fit the model's context.
+    """Raises a UserError if sequences of this many tokens do not fit the model's context.
 
     Args:
         model: the model, or its outline.
-        tokens: of the longest.
-        what: that is, in words.
+        tokens: of the longest sequence.
+        what: the longest sequence, in words.
         why: where the number comes from.
         fix: how to mend it.
     """
@@ -325,7 +331,9 @@ def require_context(
 
 
 def _length_of_one_rotation(model: PreTrainedModel) -> int | None:
-    """Up to which length a rotary embedding that changes with the longest sequence stays the same; None: it does."""
+    """Returns up to which length a rotary embedding that changes with the longest sequence stays the same; None if it
+    never changes.
+    """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for entry in (rope, *rope.values()):  # some families have one for each kind of layer

@@ -28,11 +28,11 @@ from hybridflow.models.head import Head
 
 Entropy = Literal["no", "detached", "with gradient"]
 
-SMALL = 2**21  # so many logits, or a vocabulary of so few words, are computed at once and kept: that is quicker
+SMALL = 2**21  # at most this many logits are computed at once and kept: that is faster
 SMALL_VOCABULARY = 512
 TILE_CPU = 2**20  # logits of a tile: as many as the caches of a core hold
 TILE_GPU = 2**28
-KEPT_CPU = 2**26  # up to so many logits (256 MB in float32) stay for the backward pass
+KEPT_CPU = 2**26  # up to this many logits (256 MB in float32) stay for the backward pass
 FAR = -1e30  # stands for minus infinity: finite, so that 0 x FAR is 0
 
 
@@ -52,12 +52,12 @@ class SupportPairs:
 
     @staticmethod
     def of(size_M: Tensor, ids: Tensor) -> SupportPairs:
-        """From the number of words of each token (0: the whole vocabulary) and all these words, end to end."""
+        """Makes it from the number of words of each token (0: the whole vocabulary) and all these words, end to end."""
         token_P = torch.repeat_interleave(torch.arange(len(size_M), device=size_M.device), size_M)
         return SupportPairs(token_P, ids, size_M > 0)
 
     def outside(self, tokens: slice, words: slice) -> Tensor:
-        """``[m, v]``: words that the tokens of a tile were not drawn from."""
+        """Returns ``[m, v]``: words that the tokens of a tile were not drawn from."""
         columns = words.stop - words.start
         here_P = (self.token_P >= tokens.start) & (self.token_P < tokens.stop)
         here_P &= (self.word_P >= words.start) & (self.word_P < words.stop)
@@ -67,7 +67,7 @@ class SupportPairs:
 
 
 def support_of(batch: Batch, index_M: Tensor, device: torch.device) -> SupportPairs | None:
-    """The support of the scored tokens, from ``support_size_T`` and ``support_ids_K`` where the batch has them.
+    """Returns the support of the scored tokens, from ``support_size_T`` and ``support_ids_K`` where the batch has them.
 
     Args:
         batch: ``support_size_T``, how many words each token was drawn from (0: all), and on axis K the words of all
@@ -93,7 +93,7 @@ def token_logps(
     entropy: Entropy = "no",
     support: SupportPairs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``log_softmax(logits / temperature)`` at the targets, and the entropies in nats; float32 at least.
+    """Computes ``log_softmax(logits / temperature)`` at the targets, and the entropies in nats; float32 at least.
 
     Args:
         hidden_MD: last hidden states.
@@ -121,7 +121,7 @@ def token_logps(
 def token_moments(
     hidden_MD: Tensor, head: Head, target_M: Tensor, *, temperature: float = 1.0, support: SupportPairs | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and sums over the words of their squared probabilities, without gradients.
+    """Computes log-probabilities, entropies and sums over the words of their squared probabilities, without gradients.
 
     The logits are made once for all three; the arguments are those of `token_logps`.
     """
@@ -174,7 +174,7 @@ def _in_turns(
     support: SupportPairs | None,
     step: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """`_plain` for some tokens at a time, each made again by the backward pass: for any output layer."""
+    """Runs `_plain` for some tokens at a time, each made again by the backward pass: for any output layer."""
     logps: list[Tensor] = []
     entropies: list[Tensor] = []
     for part, own in _turns(len(target_M), support, step):
@@ -190,7 +190,7 @@ def _in_turns(
 
 
 def _turns(tokens: int, support: SupportPairs | None, step: int) -> Iterator[tuple[slice, SupportPairs | None]]:
-    """Some tokens at a time, with their own support."""
+    """Yields some tokens at a time, with their own support."""
     for start in range(0, tokens, step) if tokens else ():
         part = slice(start, min(start + step, tokens))
         own = None
@@ -207,8 +207,8 @@ class _Tiles:
     Args:
         hidden_MD: the states, in the precision that products are computed in.
         weight_VD: the output layer's.
-        bias_V: already multiplied with what the products are; None for none.
-        times: multiplies the products; 1 where the states were multiplied instead, which low precision would feel.
+        bias_V: in the scale of the products; None for none.
+        times: multiplies the products; 1 where the states are multiplied instead, which would round in low precision.
         after: the logits are ``after * tanh(product)`` with a soft-cap, else the product itself.
         support: see `SupportPairs`.
     """
@@ -221,7 +221,9 @@ class _Tiles:
     support: SupportPairs | None
 
     def shapes(self) -> Iterator[tuple[slice, slice]]:
-        """Tokens and words of each tile; all tokens of a few words where they fit, so that weights are read once."""
+        """Yields the tokens and words of each tile; all tokens of a few words where they fit, so that weights are read
+        once.
+        """
         tokens, words = len(self.hidden_MD), len(self.weight_VD)
         tile = TILE_GPU if self.hidden_MD.is_cuda else TILE_CPU
         wide = min(words, max(1024, tile // max(tokens, 1)))
@@ -231,7 +233,7 @@ class _Tiles:
                 yield slice(start, min(start + high, tokens)), slice(first, min(first + wide, words))
 
     def logits(self, tokens: slice, words: slice) -> tuple[Tensor, Tensor | None]:
-        """A tile's logits, and with a soft-cap the tanh within."""
+        """Computes a tile's logits, and with a soft-cap the tanh within."""
         weight_vD = self.weight_VD[words].to(self.hidden_MD.dtype)
         logits = _product(self.hidden_MD[tokens], weight_vD.T)
         if self.times != 1.0:
@@ -256,7 +258,7 @@ def _tiles(
     temperature: float,
     support: SupportPairs | None,
 ) -> tuple[_Tiles, float]:
-    """The tiles, and what the products are multiplied with before a soft-cap."""
+    """Returns the tiles, and the factor of the products before a soft-cap."""
     device = hidden_MD.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     before = scale / temperature if softcap is None else scale / softcap
@@ -313,12 +315,13 @@ class _Tiled(torch.autograd.Function):
         d_weight_VD = torch.empty(weight_VD.shape, dtype=wide, device=weight_VD.device) if wants_weight else None
         d_bias_V = torch.empty(len(weight_VD), dtype=wide, device=weight_VD.device) if wants_bias else None
         slope = 1.0 if tiles.after is None else tiles.after
-        # Without entropies, a token's share of the gradient is one factor on all its words: it goes onto its state.
+        # Without entropies, a token's share of the gradient is one factor on all its words, so it multiplies the
+        # token's state.
         share_M = grad_logp_M * -slope if not ctx.with_entropy else torch.full_like(lse_M, -slope)
         shared_MD = (hidden_MD * (share_M * tiles.times)[:, None]).to(hidden_MD.dtype)
         for tile, (tokens, words) in enumerate(tiles.shapes()):
             share_m, shared_mD, factor_m1 = share_M[tokens], shared_MD[tokens], None
-            if kept:  # probabilities but for a factor on each token, which goes onto the smaller factors of products
+            if kept:  # probabilities up to a factor of each token, which multiplies the smaller factors of the products
                 grad, top_m = kept[2 * tile : 2 * tile + 2]
                 factor_m1 = (top_m - lse_M[tokens]).exp_()[:, None]
                 share_m, shared_mD = share_m * factor_m1[:, 0], (shared_mD * factor_m1).to(hidden_MD.dtype)
@@ -364,7 +367,7 @@ def _reduce(
     with_squares: bool = False,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The targets' logits, the log-sum-exps, the entropies, and the sums of squared probabilities.
+    """Computes the targets' logits, the log-sum-exps, the entropies, and the sums of squared probabilities.
 
     Each tile's exponentials and maxima go to `kept`.
     """
@@ -402,7 +405,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 at least, whatever the precision of the factors."""
+    """Computes ``a @ b`` in float32 at least, whatever the precision of the factors."""
     if a.is_cuda and a.dtype != _wide(a.dtype):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(_wide(a.dtype))

@@ -21,7 +21,7 @@ ALL_LINEAR = "all-linear"
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrainedModel:
-    """The model with fresh adapters, the only parameters that require gradients.
+    """Adds fresh adapters to the model, the only parameters that then require gradients.
 
     Args:
         model: a model that `models.load` loaded; it is changed in place and wrapped.
@@ -41,7 +41,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PreTrai
         ) from error
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads an old name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads the old name
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
@@ -77,7 +77,7 @@ def _refuse_shared(model: PreTrainedModel) -> None:
 
 
 def _targets(model: PreTrainedModel, named: str | list[str]) -> str | list[str]:
-    """What peft is to look for: a name stands for every module whose path ends in it, and is never a pattern.
+    """Returns what peft is to look for: a name stands for every module whose path ends in it, and is never a pattern.
 
     Raises:
         UserError: a name fits no module.
@@ -105,10 +105,10 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 def load_trainable(
     section: ModelSection, *, seed: int, classifier: bool = False, outline: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
+    """Loads the model of a configuration, with fresh adapters where it asks for them, and its tokenizer.
 
-    Every command loads models here, and asks here for their outlines before anything is started: what one refuses, all
-    do, in the same words.
+    Every command loads models here, and gets their outlines here before anything is started. So all commands refuse the
+    same models, in the same words.
 
     Args:
         section: which model.
@@ -121,7 +121,7 @@ def load_trainable(
             that the model has no embedding for.
     """
     if section.liger:
-        require_liger()  # before minutes of loading
+        require_liger()  # checked first: loading takes minutes
     load = load_classifier if classifier else load_model
     model, tokenizer = load(
         section.path,
@@ -139,12 +139,12 @@ def load_trainable(
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether this model was wrapped by `add_lora`."""
+    """Returns whether this model was wrapped by `add_lora`."""
     return hasattr(model, "peft_config")
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain model with the adapters added into its weights; the given one is left as it is."""
+    """Returns a plain model with the adapters added into its weights; the given one is left as it is."""
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
 
 

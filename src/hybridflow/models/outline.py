@@ -1,6 +1,6 @@
-"""A model's outline: the names and shapes of its tensors, as the headers of its files say them.
+"""A model's outline: the names and shapes of its tensors, from the headers of its files.
 
-No weight is read. Whatever loading would refuse shows in the outline, within a second and before anything has started.
+No weight is read. Whatever loading would refuse, the outline refuses, within a second and before anything has started.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hybridflow.errors import UserError
 from hybridflow.models.source import MODELSCOPE, is_hub_name, read_config
 
 AGAIN = "fetch, copy or save the model again"
-LFS = b"version https://git-lfs"  # how the file begins that Git leaves in the place of a large one
-MOST = 300  # characters of what a library says
+LFS = b"version https://git-lfs"  # the first bytes of the file that Git leaves in the place of a large one
+MOST = 300  # characters of a library's message that are shown
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def stored_shapes(folder: Path, path: str, *, outline: bool) -> Shapes | None:
-    """The shapes of all tensors in a model's folder, by their names in its files.
+    """Reads the shapes of all tensors in a model's folder, by their names in its files.
 
     Args:
         folder: of the model.
@@ -62,9 +62,9 @@ def outlined(
     config_kwargs: Mapping[str, Any],
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What ``auto.from_pretrained`` would load, on the meta device, and its report.
+    """Returns what ``auto.from_pretrained`` would load, on the meta device, and its report.
 
-    It is the loading of transformers itself, which is given tensors without memory in the place of those in files.
+    Transformers itself loads it, and is given tensors without memory in the place of those in files.
 
     Args:
         auto: a class such as `AutoModelForCausalLM`.
@@ -95,18 +95,18 @@ def outlined(
             **kwargs,
         )
         model.to("meta")
-    if (folder / "generation_config.json").is_file():  # it says which tokens end an answer
+    if (folder / "generation_config.json").is_file():  # it names the tokens that end a response
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, report
 
 
 def cannot_load(path: str, what: str) -> UserError:
-    """What to say of a model that is not whole."""
+    """Makes the error for a model that is not whole."""
     return UserError(f"the model in {path} cannot be loaded: {what}", fix=AGAIN)
 
 
 def _weight_files(folder: Path, path: str) -> list[str] | None:
-    """The files that transformers would read, in its order of preference; None: there are none."""
+    """Returns the files that transformers would read, in its order of preference; None: there are none."""
     explicit = read_config(folder).get("transformers_weights")
     usual = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     for name in [str(explicit)] if explicit else usual:
@@ -131,14 +131,14 @@ def _shapes_in(file: Path, path: str) -> Shapes:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        archive = is_zipfile(file)  # old files are none, and cannot be mapped
+        archive = is_zipfile(file)  # files of the old format are no archives, and cannot be mapped
         held = torch.load(file, map_location="meta", mmap=archive, weights_only=True)
         return {name: tuple(value.shape) for name, value in held.items() if isinstance(value, torch.Tensor)}
-    except Exception as error:  # of two libraries, without a base in common
+    except Exception as error:  # of two libraries, without a common base class
         said = f"{file.name} ({file.stat().st_size} bytes) is damaged or was cut short: {first_line(error)}"
         raise cannot_load(path, said) from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line: some say in the second what is wrong."""
+    """Returns an exception's message in one line: in some, the second line names the cause."""
     return " ".join(str(error).split())[:MOST] or type(error).__name__

@@ -13,7 +13,8 @@ from hybridflow.models.attention import bucket_indices
 
 
 def padded_states(trunk: torch.nn.Module, input_ids_T: Tensor, lengths: Tensor) -> Tensor:
-    """``[T, D]`` last hidden states; sequences of similar length go through together, so that little is padding.
+    """Computes the ``[T, D]`` last hidden states; sequences of similar length go through together, so that little is
+    padding.
 
     Args:
         trunk: a causal model without its output layer.

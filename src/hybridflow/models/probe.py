@@ -1,4 +1,4 @@
-"""A probe: a few sequences on which a model that is written down is held against the one that was trained.
+"""A probe: a few sequences on which a model that was written is compared with the one that was trained.
 
 Shapes: M tokens that are scored.
 """
@@ -15,11 +15,13 @@ from hybridflow.models.forward import score_tokens
 
 LENGTHS = (13, 4, 29)
 ROUNDING = 1e-4  # of log-probabilities in float32, from the order of sums; for each 10 of the largest of them
-SHARE = 0.05  # of what training moved them by
+SHARE = 0.05  # of the change that training made to them
 
 
 def probe_scores(model: PreTrainedModel) -> Tensor:
-    """Log-probabilities of the probe's tokens, and entropies of the distributions that they are from ``[2, M]``."""
+    """Computes log-probabilities of the probe's tokens, and entropies of the distributions that they are from
+    ``[2, M]``.
+    """
     words, rng = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     ids = [torch.randint(words, (length,), generator=rng) for length in LENGTHS]
     batch = Batch.from_rows({"input_ids_T": ids, "loss_mask_T": [torch.arange(n) > 0 for n in LENGTHS]})
@@ -35,13 +37,14 @@ def probe_scores(model: PreTrainedModel) -> Tensor:
 
 
 def require_same(what: str, found: Tensor, trained: Tensor, before: Tensor) -> None:
-    """Holds scores of a model against those of the trained one.
+    """Compares the scores of a model with those of the trained one.
 
     Args:
-        what: the model is, for the message.
+        what: names the model in the message.
         found: its `probe_scores`.
         trained: those of the trained model.
-        before: those of the model that training began with: what training did must not be lost in a difference.
+        before: those of the model that training began with: the change that training made must not be lost in a
+            difference.
 
     Raises:
         UserError: they differ by more than rounding, and by more than a small share of what training did.

@@ -18,17 +18,20 @@ PIECE = 2**20  # most scores at once
 def softcapped_attention(
     q_NHLD: Tensor, k_NKLD: Tensor, v_NKLE: Tensor, *, scale: float, softcap: float, window: int | None
 ) -> Tensor:
-    """Attention ``[N, H, L, E]`` with scores ``softcap * tanh(scale * q k / softcap)``; see `attention.Layout`."""
+    """Computes attention ``[N, H, L, E]`` with scores ``softcap * tanh(scale * q k / softcap)``; see
+    `attention.Layout`.
+    """
     sequences, heads, length = q_NHLD.shape[:3]
     step = max(16, PIECE // (sequences * heads * length))
     parts = []
-    # The last queries see the most keys: begun with them, later pieces find room in what earlier ones gave back.
+    # The last queries see the most keys. They come first, so that later pieces fit into the memory that earlier ones
+    # freed.
     for start in reversed(range(0, length, step)):
         stop = min(start + step, length)
         first = 0 if window is None else max(0, start - window + 1)
         piece = q_NHLD[:, :, start:stop], k_NKLD[:, :, first:stop], v_NKLE[:, :, first:stop]
         arguments = (*piece, scale, softcap, window, start - first)
-        # One piece is all there is for short sequences: keeping it is then cheaper than making it again.
+        # Short sequences are a single piece: keeping it costs less than making it again.
         again = torch.is_grad_enabled() and stop - start < length
         parts.append(
             checkpoint(_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -41,7 +44,7 @@ def softcapped_attention(
 def _piece(
     q_NHID: Tensor, k_NKJD: Tensor, v_NKJE: Tensor, scale: float, softcap: float, window: int | None, lead: int
 ) -> Tensor:
-    """Attention of I queries over J keys; query i stands at key ``lead + i``."""
+    """Computes the attention of I queries over J keys; query i stands at key ``lead + i``."""
     sequences, heads, queries, size = q_NHID.shape
     kv_heads, keys = k_NKJD.shape[1:3]
     grouped = q_NHID.reshape(sequences, kv_heads, -1, size)  # heads of a group stand as if they were more queries
@@ -53,7 +56,7 @@ def _piece(
 
 
 def visible(queries: int, keys: int, lead: int, window: int | None, device: torch.device) -> Tensor:
-    """``[queries, keys]``: which keys a query sees; query i stands at key ``lead + i``."""
+    """Returns ``[queries, keys]``: which keys a query sees; query i stands at key ``lead + i``."""
     query_I1 = torch.arange(lead, lead + queries, device=device)[:, None]
     key_1J = torch.arange(keys, device=device)[None]
     seen_IJ = key_1J <= query_I1

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether this names a model on the Hugging Face hub: ``org/name``, and nothing here has that name.
+    """Returns whether this names a model on the Hugging Face hub: ``org/name``, and nothing here has that name.
 
     >>> [is_hub_name(path) for path in ("Qwen/Qwen3-0.6B", "/models/qwen3", "./qwen3", "qwen3", "a/b/c")]
     [True, False, False, False, False]
@@ -28,7 +28,7 @@ def is_hub_name(path: str) -> bool:
 
 
 def model_at(path: str) -> str:
-    """Where the model is that a path names: a run's folder stands for the model that the run left in it.
+    """Returns where the model is that a path names: a run's folder stands for the model that the run left in it.
 
     Raises:
         UserError: a run that has left none yet.
@@ -49,7 +49,8 @@ def model_at(path: str) -> str:
 
 
 def model_folder(path: str, *, weights: bool = True) -> Path:
-    """The folder of a model in Hugging Face format; a name on a hub is fetched first, where it is not kept already.
+    """Returns the folder of a model in Hugging Face format; a name on a hub is fetched first, unless it is in the
+    cache.
 
     Args:
         path: a folder, ``org/name`` on the Hugging Face hub, or ``modelscope://org/name``.
@@ -99,7 +100,7 @@ def _from_modelscope(name: str, patterns: list[str]) -> Path:
 def _fetched(path: str, where: str, fetch: Callable[[], str]) -> Path:
     try:
         folder = Path(fetch())
-    except Exception as error:  # the libraries pass on those of their network stacks, which have no base in common
+    except Exception as error:  # the libraries pass on errors of their network stacks, which have no common base class
         text = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"model {path} cannot be fetched from {where}: {type(error).__name__}: {text}",
@@ -113,7 +114,7 @@ def _fetched(path: str, where: str, fetch: Callable[[], str]) -> Path:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """The plain values of a JSON file in a model folder.
+    """Reads the plain values of a JSON file in a model folder.
 
     Raises:
         UserError: it holds no JSON object.
@@ -130,13 +131,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def code_files(auto_map: dict[str, Any]) -> list[str]:
-    """The files that an ``auto_map`` would have run."""
+    """Returns the files that an ``auto_map`` would have run."""
     entries = [e for value in auto_map.values() for e in (value if isinstance(value, list) else [value]) if e]
     return sorted({entry.rpartition(".")[0] + ".py" for entry in entries})
 
 
 def refuse_own_code(path: str, what: list[str]) -> NoReturn:
-    """Raises for a folder that would have code of its own run: that is for the user to allow."""
+    """Raises a UserError for a folder that would have code of its own run: only the user can allow that."""
     raise UserError(
         f"{path} is made to run code of its own: {', '.join(what)}",
         why="whoever wrote that code could do anything on this machine; nothing of it has been run",

@@ -41,16 +41,16 @@ class SequenceParallel:
     size: int
 
     def sizes(self, tokens: int) -> list[int]:
-        """How many of so many tokens each rank has: equal but for one."""
+        """Returns how many of this many tokens each rank has: equal but for one."""
         return [tokens // self.size + (rank < tokens % self.size) for rank in range(self.size)]
 
     def bounds(self, tokens: int) -> tuple[int, int]:
-        """The first of this rank's tokens, and the first after them."""
+        """Returns the first of this rank's tokens, and the first after them."""
         starts = list(itertools.accumulate(self.sizes(tokens), initial=0))
         return starts[self.rank], starts[self.rank + 1]
 
     def whole(self, score_m: Tensor, own_m: Tensor, count: int) -> Tensor:
-        """``[M]`` scores of all ranks' tokens from those of this rank's.
+        """Gathers the ``[M]`` scores of all ranks' tokens from those of this rank's.
 
         The backward pass takes this rank's slice of the gradient: every rank computes the same loss from all scores, so
         each has the whole gradient already, and no rank's may be counted twice.
@@ -89,7 +89,7 @@ class SlicedLayout:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """One layer, for this rank's tokens: q ``[1, H, u, D]``, k ``[1, K, u, D]``, v ``[1, K, u, E]``."""
+        """Computes one layer, for this rank's tokens: q ``[1, H, u, D]``, k ``[1, K, u, D]``, v ``[1, K, u, E]``."""
         ranks, own = self.sp.size, q.shape[2]
         check_degree(q.shape[1], ranks)
         # Where the key-value heads do not divide among the ranks, a rank gets copies of those that its queries read.
@@ -114,7 +114,7 @@ class SlicedLayout:
 
 
 def check_degree(heads: int, degree: int) -> None:
-    """Every rank computes as many query heads as the others.
+    """Checks that every rank computes as many query heads as the others.
 
     Raises:
         UserError: the degree does not divide the heads.

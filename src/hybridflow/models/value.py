@@ -1,4 +1,4 @@
-"""The value head: what a state is worth, read from the hidden state that the next token is predicted from.
+"""The value head: the value of a state, computed from the hidden state that the next token is predicted from.
 
 Shapes: M tokens that are scored, D hidden size.
 """
@@ -32,13 +32,13 @@ class ValueHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
-        """Hidden states ``[M, D]`` to values ``[M]``."""
+        """Maps hidden states ``[M, D]`` to values ``[M]``."""
         with torch.autocast(hidden_MD.device.type, enabled=False):
             return hidden_MD.to(self.weight.dtype) @ self.weight + self.bias
 
 
 def value_head(model: PreTrainedModel) -> ValueHead:
-    """A fresh head that fits the model's hidden states."""
+    """Makes a fresh head that fits the model's hidden states."""
     return ValueHead(model.get_input_embeddings().weight.shape[-1])
 
 
@@ -65,5 +65,5 @@ def read_value_head(head: ValueHead, folder: Path) -> None:
 
 
 def read_value_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors that `write_value_head` wrote; none where it did not."""
+    """Reads the tensors that `write_value_head` wrote; none where it did not."""
     return load_file(folder / FILE) if (folder / FILE).is_file() else {}

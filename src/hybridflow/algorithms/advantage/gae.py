@@ -6,7 +6,7 @@
 
 Time runs over the tokens that carry loss: across others (a tool's output) ``V_{t+1}`` and ``A_{t+1}`` are carried
 unchanged, neither discounted nor decayed, and so they are from one sequence of a trajectory to its next. Behind the
-last token both are 0, also where the answer was cut at the length limit: as in verl, an answer that does not end is
+last token both are 0, also where the response was cut at the length limit: as in verl, a response that does not end is
 worth what its reward says. The advantages are then whitened over the whole step's loss tokens. verl whitens the same,
 but leaves ``-mean / std`` at tokens without loss, and ends every sequence on its own.
 
@@ -24,7 +24,7 @@ from hybridflow.algorithms.whitening import whiten
 def gae(
     reward_T: Tensor, value_T: Tensor, mask_T: Tensor, trajectory_T: Tensor, *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Whitened advantages and returns, both ``[T]`` and 0 where `mask_T` is False.
+    """Computes whitened advantages and returns, both ``[T]`` and 0 where `mask_T` is False.
 
     Args:
         reward_T: reward of each token; those of tokens without loss are not read.
@@ -43,7 +43,9 @@ def gae(
 
 
 def one_step_differences(reward_M: Tensor, value_M: Tensor, length_N: Tensor, gamma: float) -> Tensor:
-    """``delta_t`` ``[M]``: how much better a token turned out than the critic thought, judged by its next value."""
+    """Computes ``delta_t`` ``[M]``: how much better a token turned out than the critic expected, judged by its next
+    value.
+    """
     delta_M = reward_M - value_M
     delta_M[:-1].add_(value_M[1:], alpha=gamma)
     last_N = length_N.cumsum(0)[length_N > 0] - 1

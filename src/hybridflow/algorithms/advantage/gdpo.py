@@ -4,10 +4,11 @@
     S_i  = sum_k w_k A_ik
     A_i  = (S_i - mean of the step) / (std of the step + 1e-6)
 
-As each component is normalised on its own, none drowns another by its scale, and answers of equal sums stay apart where
-they earned them otherwise. The last line is over trajectories, as in the paper, and keeps the size of advantages
-whatever the number of components; as S has the mean 0 in every group, only its division matters. verl takes the last
-statistics over tokens, so that advantages there depend on lengths and do not vanish in a group of equal rewards.
+Each component is normalised on its own: none outweighs another by its scale, and responses of equal sums keep different
+advantages where different components earned the sum. The last line is over trajectories, as in the paper, and keeps the
+size of advantages whatever the number of components; as S has the mean 0 in every group, only its division matters.
+verl takes the last statistics over tokens, so that advantages there depend on lengths and do not vanish in a group of
+equal rewards.
 
 A trajectory that lacks a component (NaN) gets nothing from it, and its group's mean and std are those of the others.
 Shapes: N trajectories, G groups, K components.
@@ -24,7 +25,7 @@ from hybridflow.algorithms.advantage.groups import EPSILON, Groups
 
 
 def gdpo(components_NK: Tensor, group_N: Tensor, *, reward_weights: Sequence[float] | None = None) -> Tensor:
-    """Advantage of each trajectory, ``[N]``.
+    """Computes the advantage of each trajectory, ``[N]``.
 
     Args:
         components_NK: the reward's components; NaN where a trajectory lacks one.
@@ -44,7 +45,7 @@ def gdpo(components_NK: Tensor, group_N: Tensor, *, reward_weights: Sequence[flo
 
 
 def _of_those_that_have(component_N: Tensor, group_N: Tensor) -> Tensor:
-    """A component normalised among the trajectories of each group that have it ``[N]``; 0 for those that lack it."""
+    """Normalises a component among the trajectories of each group that have it ``[N]``; 0 for those that lack it."""
     has_N = ~component_N.isnan()
     _, index_N, count_G = torch.unique(group_N[has_N], return_inverse=True, return_counts=True)
     compared_N = has_N.nonzero()[:, 0][count_G[index_N] > 1]  # a single one has nothing to be compared with

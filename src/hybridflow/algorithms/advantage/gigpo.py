@@ -33,7 +33,7 @@ def gigpo(
     gamma: float = 1.0,
     step_weight: float = 1.0,
 ) -> Tensor:
-    """Advantages, the same for all tokens of a step, ``[T]``, 0 where `mask_T` is False.
+    """Computes advantages, the same for all tokens of a step, ``[T]``, 0 where `mask_T` is False.
 
     Args:
         reward_N: one reward per trajectory, the sum of its tokens' rewards.

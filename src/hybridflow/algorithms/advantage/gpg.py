@@ -5,7 +5,7 @@
 
 Groups of equal rewards have no gradient, but count in the mean over the batch; alpha takes them out of it. verl counts
 trajectories of reward 0 instead: then alpha changes where a constant is added to all rewards, is 1 for groups that are
-right throughout, and above 1 where each group has right and wrong answers. Shapes: N trajectories, G groups.
+right throughout, and above 1 where each group has right and wrong responses. Shapes: N trajectories, G groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hybridflow.algorithms.advantage.groups import Groups
 
 
 def gpg(reward_N: Tensor, group_N: Tensor) -> Tensor:
-    """Advantage of each trajectory over the mean of its group, scaled, ``[N]``.
+    """Computes the advantage of each trajectory over the mean of its group, scaled, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory.

@@ -28,7 +28,7 @@ class Groups:
 
     @staticmethod
     def of(group_N: Tensor) -> Groups:
-        """From any integers that tell groups apart.
+        """Makes them from any integers that tell groups apart.
 
         Raises:
             ValueError: a group has one member only: there is nothing to compare it with.
@@ -39,32 +39,34 @@ class Groups:
         return Groups(index_N, size_G)
 
     def sum(self, value_N: Tensor) -> Tensor:
-        """Sum within each group ``[G]``."""
+        """Sums the values of each group ``[G]``."""
         return value_N.new_zeros(len(self.size_G)).index_add_(0, self.index_N, value_N)
 
     def lowest(self, value_N: Tensor) -> Tensor:
-        """Lowest value of each group ``[G]``."""
+        """Returns the lowest value of each group ``[G]``."""
         none_G = value_N.new_empty(len(self.size_G))
         return none_G.scatter_reduce_(0, self.index_N, value_N, "amin", include_self=False)
 
     def highest(self, value_N: Tensor) -> Tensor:
-        """Highest value of each group ``[G]``."""
+        """Returns the highest value of each group ``[G]``."""
         return -self.lowest(-value_N)
 
     def above_lowest(self, value_N: Tensor) -> Tensor:
-        """``value - lowest of the group`` ``[N]``: exactly 0 where all are equal."""
+        """Computes ``value - lowest of the group`` ``[N]``: exactly 0 where all are equal."""
         return value_N - self.lowest(value_N)[self.index_N]
 
     def centered(self, value_N: Tensor) -> Tensor:
-        """``value - mean of the group`` ``[N]``."""
+        """Computes ``value - mean of the group`` ``[N]``."""
         above_N = self.above_lowest(value_N)
         return above_N - (self.sum(above_N) / self.size_G)[self.index_N]
 
     def std(self, value_N: Tensor) -> Tensor:
-        """Standard deviation of each group ``[G]``, the unbiased one (divides by n - 1), as in verl; 0 if n = 1."""
+        """Computes the standard deviation of each group ``[G]``, the unbiased one (divides by n - 1), as in verl; 0 if
+        n = 1.
+        """
         return (self.sum(self.centered(value_N).square()) / (self.size_G - 1).clamp(min=1)).sqrt()
 
     def normalized(self, value_N: Tensor, by_std: bool = True) -> Tensor:
-        """``(value - mean) / (std + 1e-6)`` ``[N]``, or without the division."""
+        """Computes ``(value - mean) / (std + 1e-6)`` ``[N]``, or the same without the division."""
         centered_N = self.centered(value_N)
         return centered_N / (self.std(value_N) + EPSILON)[self.index_N] if by_std else centered_N

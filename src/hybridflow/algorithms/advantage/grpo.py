@@ -14,7 +14,7 @@ from hybridflow.algorithms.advantage.groups import Groups
 
 
 def grpo(reward_N: Tensor, group_N: Tensor, *, normalize_by_std: bool = True) -> Tensor:
-    """Advantage of each trajectory against the others of its group, ``[N]``.
+    """Computes the advantage of each trajectory against the others of its group, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory.

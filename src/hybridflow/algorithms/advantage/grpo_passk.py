@@ -16,7 +16,7 @@ from hybridflow.algorithms.advantage.groups import EPSILON, Groups
 
 
 def grpo_passk(reward_N: Tensor, group_N: Tensor, *, normalize_by_std: bool = True) -> Tensor:
-    """Advantage of each trajectory, ``[N]``: not 0 for the best of each group alone.
+    """Computes the advantage of each trajectory, ``[N]``: not 0 for the best of each group alone.
 
     Args:
         reward_N: one reward per trajectory.

@@ -2,7 +2,7 @@
 
     A_i = (r_i - mean of the group) / mean of the group        0 where the mean is 0
 
-For rewards of 0 and 1: the gradient's mean over the right answers alone, an unbiased estimate of that of
+For rewards of 0 and 1: the gradient's mean over the right responses alone, an unbiased estimate of that of
 ``-sum_{k=1..n} (1 - p)^k / k``, which becomes log p, the log-likelihood of being right, as the group's size n grows. A
 prompt that is seldom solved weighs about 1 / p. Not in verl 0.9.1. Shapes: N trajectories, G groups.
 """
@@ -17,7 +17,7 @@ from hybridflow.errors import UserError
 
 
 def maxrl(reward_N: Tensor, group_N: Tensor) -> Tensor:
-    """Advantage of each trajectory relative to the mean of its group, ``[N]``.
+    """Computes the advantage of each trajectory relative to the mean of its group, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory, 0 at least.

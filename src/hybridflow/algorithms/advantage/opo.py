@@ -14,7 +14,7 @@ from hybridflow.algorithms.advantage.groups import Groups
 
 
 def opo(reward_N: Tensor, group_N: Tensor, length_N: Tensor) -> Tensor:
-    """Advantage of each trajectory over the length-weighted mean of its group, ``[N]``.
+    """Computes the advantage of each trajectory over the length-weighted mean of its group, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory.

@@ -1,4 +1,4 @@
-"""The optimal token baseline (arXiv 2602.07078), and the same for answers with tool calls.
+"""The optimal token baseline (arXiv 2602.07078), and the same for responses with tool calls.
 
     e_t = 1 - 2 p(y_t) + sum_v p(v)^2               squared norm of the gradient of log p(y_t) by the logits
     W_t = sum_{k <= t} e_k                          what the trajectory has been through so far
@@ -11,7 +11,7 @@ over all tokens from the first with loss on, a tool's output included; `tir_opti
 reasoning) over tokens with loss alone, as in `gae`.
 
 Where a single trajectory of a group has a token at a time, its baseline would be its own return: it is 0 there, as in
-verl, so ``A_t = G_t`` on the tail of the longest answer. verl finds that tail by the number of tokens with loss also
+verl, so ``A_t = G_t`` on the tail of the longest response. verl finds that tail by the number of tokens with loss also
 where it counts time over all tokens. Before anything is averaged, the lowest reward of the group is taken off: rewards
 at the end that are all equal give exactly 0, and where no trajectory has had a choice yet (W is 0), the baseline is
 that lowest reward; in verl it is 0.
@@ -40,7 +40,7 @@ def optimal_token_baseline(
     mask_T: Tensor,
     rollout_weight_T: Tensor | None = None,
 ) -> Tensor:
-    """Rewards to come less the baseline of the token's time, ``[T]``, 0 where `mask_T` is False.
+    """Computes the rewards to come less the baseline of the token's time, ``[T]``, 0 where `mask_T` is False.
 
     Args:
         reward_N: one reward per trajectory, the sum of its tokens' rewards.
@@ -75,14 +75,14 @@ def tir_optimal_token_baseline(
     mask_T: Tensor,
     rollout_weight_T: Tensor | None = None,
 ) -> Tensor:
-    """`optimal_token_baseline` with time counted over tokens with loss alone."""
+    """Computes `optimal_token_baseline` with time counted over tokens with loss alone."""
     time = Timeline.of(mask_T, trajectory_T)
     path_M = _path(old_logp_T, sum_pi_squared_T, rollout_weight_T, time)
     return _advantage(reward_N, reward_T, path_M, Groups.of(group_N), time, time.place())
 
 
 def _path(logp_T: Tensor, sum_pi_squared_T: Tensor, rollout_weight_T: Tensor | None, time: Timeline) -> Tensor:
-    """``W_t`` ``[M]``."""
+    """Computes ``W_t`` ``[M]``."""
     energy_M = time.take(logp_T).exp_().mul_(-2.0).add_(time.take(sum_pi_squared_T)).add_(1.0)
     energy_M = torch.nn.functional.hardshrink(energy_M, ROUNDING)
     if rollout_weight_T is not None:
@@ -93,7 +93,7 @@ def _path(logp_T: Tensor, sum_pi_squared_T: Tensor, rollout_weight_T: Tensor | N
 def _advantage(
     reward_N: Tensor, reward_T: Tensor, path_M: Tensor, groups: Groups, time: Timeline, place_M: Tensor
 ) -> Tensor:
-    """``A_t`` ``[T]``, with time `place_M`."""
+    """Computes ``A_t`` ``[T]``, with time `place_M`."""
     lowest_G = groups.lowest(reward_N)
     group_N = groups.index_N[: len(time.length_N)]  # the last trajectories may have no token with loss
     advantage_M = discounted_sums(time.take(reward_T), time.length_N, 1.0).sub_(time.spread(lowest_G[group_N]))

@@ -11,7 +11,7 @@
 | ``offsets`` | ``[B + 1]`` where each sequence begins and ends on the T axis |
 | anything else | the key of that name in the ``algorithm`` section |
 
-A column that there is not leaves a parameter at its default.
+Where a column is missing, the parameter keeps its default.
 
 An estimator that takes ``mask_T`` returns an advantage per token ``[T]``, any other one per trajectory ``[N]``. One
 that trains a critic returns (advantage, return): the return ``[T]`` is what the critic learns.
@@ -66,11 +66,12 @@ ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
 
 
 def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``advantage_T``, and ``return_T`` where the estimator trains a critic; 0 where ``loss_mask_T`` is False.
+    """Computes ``advantage_T``, and ``return_T`` where the estimator trains a critic; 0 where ``loss_mask_T`` is False.
 
     Args:
         name: a key of `ADVANTAGES`, or ``file.py:function``.
-        batch: the whole step's answers: ``loss_mask_T``, ``reward_T``, ``trajectory_B``, and what the estimator needs.
+        batch: the whole step's responses: ``loss_mask_T``, ``reward_T``, ``trajectory_B``, and what the estimator
+            needs.
         values: the keys of the ``algorithm`` section.
     """
     estimator = piece(ADVANTAGES, name)
@@ -110,7 +111,7 @@ def advantage_columns(name: str, batch: Batch, values: Mapping[str, Any]) -> dic
 
 
 def _sums(value_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """The sum over each sequence ``[B]``."""
+    """Sums the values of each sequence ``[B]``."""
     if not len(lengths_B):
         return value_T.new_zeros(0)
     return torch.segment_reduce(value_T, "sum", lengths=lengths_B)

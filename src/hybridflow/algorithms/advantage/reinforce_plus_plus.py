@@ -17,7 +17,7 @@ from hybridflow.algorithms.whitening import whiten
 
 
 def reinforce_plus_plus(reward_T: Tensor, mask_T: Tensor, trajectory_T: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Whitened returns, ``[T]``, 0 where `mask_T` is False.
+    """Computes whitened returns, ``[T]``, 0 where `mask_T` is False.
 
     Args:
         reward_T: reward of each token; those of tokens without loss are not read.

@@ -17,7 +17,7 @@ from hybridflow.algorithms.whitening import whiten_trajectories
 
 
 def reinforce_plus_plus_baseline(reward_N: Tensor, group_N: Tensor, length_N: Tensor) -> Tensor:
-    """Advantage of each trajectory, ``[N]``.
+    """Computes the advantage of each trajectory, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory.

@@ -1,6 +1,6 @@
-"""REINFORCE against a greedy answer: ReMax (arXiv 2310.10505).
+"""REINFORCE against a greedy response: ReMax (arXiv 2310.10505).
 
-    A_t = sum_{k >= t} gamma^(k - t) r_k - b        b the reward of the greedy answer to the same prompt
+    A_t = sum_{k >= t} gamma^(k - t) r_k - b        b the reward of the greedy response to the same prompt
 
 Time runs as in `gae`. As in verl, which does not discount. Shapes: T tokens, M tokens with loss, N trajectories.
 """
@@ -13,11 +13,11 @@ from hybridflow.algorithms.advantage.timeline import Timeline, discounted_sums
 
 
 def remax(reward_T: Tensor, baseline_N: Tensor, mask_T: Tensor, trajectory_T: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Rewards to come less the baseline, ``[T]``, 0 where `mask_T` is False.
+    """Computes the rewards to come less the baseline, ``[T]``, 0 where `mask_T` is False.
 
     Args:
         reward_T: reward of each token; those of tokens without loss are not read.
-        baseline_N: reward of the greedy answer to each trajectory's prompt.
+        baseline_N: reward of the greedy response to each trajectory's prompt.
         mask_T: which tokens carry loss.
         trajectory_T: which of the N trajectories each token belongs to.
         gamma: discount for each token that carries loss.

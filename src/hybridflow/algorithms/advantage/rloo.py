@@ -14,7 +14,7 @@ from hybridflow.algorithms.advantage.groups import Groups
 
 
 def rloo(reward_N: Tensor, group_N: Tensor) -> Tensor:
-    """Advantage of each trajectory over the mean of the others of its group, ``[N]``.
+    """Computes the advantage of each trajectory over the mean of the others of its group, ``[N]``.
 
     Args:
         reward_N: one reward per trajectory.

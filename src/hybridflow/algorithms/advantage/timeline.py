@@ -38,7 +38,7 @@ class Timeline:
 
     @staticmethod
     def of(mask_T: Tensor, trajectory_T: Tensor) -> Timeline:
-        """From the trajectory of each token, 0..N-1."""
+        """Makes it from the trajectory of each token, 0..N-1."""
         if not len(mask_T):
             return Timeline(mask_T, torch.zeros(0, dtype=torch.int64), None)
         changes_R = (trajectory_T[1:] != trajectory_T[:-1]).numpy().nonzero()[0] + 1
@@ -55,32 +55,32 @@ class Timeline:
         return Timeline(mask_T, length_N, order_M.add_(torch.arange(len(order_M))))
 
     def take(self, value_T: Tensor) -> Tensor:
-        """The tokens with loss ``[M]``."""
+        """Returns the values of the tokens with loss ``[M]``."""
         value_M = _picked(value_T, self.mask_T)
         return value_M if self.order_M is None else value_M[self.order_M]
 
     def put(self, value_M: Tensor) -> Tensor:
-        """Back to the batch ``[T]``, 0 for tokens without loss."""
+        """Puts values of tokens with loss back into the batch ``[T]``, 0 for tokens without loss."""
         if self.order_M is not None:
             value_M = torch.empty_like(value_M).index_copy_(0, self.order_M, value_M)
         return value_M.new_zeros(len(self.mask_T)).masked_scatter_(self.mask_T, value_M)
 
     def spread(self, value_N: Tensor) -> Tensor:
-        """A trajectory's value at each of its tokens with loss ``[M]``."""
+        """Repeats a trajectory's value at each of its tokens with loss ``[M]``."""
         return torch.from_numpy(np.repeat(value_N.numpy(), self.length_N.numpy()))
 
     def start(self) -> Tensor:
-        """Where each trajectory begins on the axis M ``[N]``."""
+        """Returns where each trajectory begins on the axis M ``[N]``."""
         return self.length_N.cumsum(0) - self.length_N
 
     def place(self) -> Tensor:
-        """How many tokens with loss came before each in its trajectory ``[M]``, int32."""
+        """Counts the tokens with loss that come before each one in its trajectory ``[M]``, int32."""
         start_M = self.spread(self.start().int())
         return torch.arange(len(start_M), dtype=torch.int32).sub_(start_M)
 
 
 def discounted_sums(value_M: Tensor, length_N: Tensor, decay: float | Tensor) -> Tensor:
-    """``y_t = x_t + decay y_{t+1}`` within each segment, from 0 behind its end ``[M]``.
+    """Computes ``y_t = x_t + decay y_{t+1}`` within each segment, from 0 behind its end ``[M]``.
 
     The recursion runs over the K tokens of a block for many blocks at once; what comes from the blocks behind is the
     same recursion over their totals. So the number of steps grows with the logarithm of the length, and nothing is
@@ -108,7 +108,9 @@ def discounted_sums(value_M: Tensor, length_N: Tensor, decay: float | Tensor) ->
 
 
 def _within_blocks(value_CK: Tensor, decay_C: Tensor, behind_C: Tensor, *, write: bool) -> Tensor:
-    """The recursion within each block, in place or not, from what is behind it; the sum at its first token ``[C]``."""
+    """Runs the recursion within each block, in place or not, from what is behind it; returns the sum at its first token
+    ``[C]``.
+    """
     total_C = torch.empty_like(behind_C)
     for start in range(0, len(value_CK), BLOCKS_AT_ONCE):
         part = slice(start, start + BLOCKS_AT_ONCE)
@@ -122,10 +124,12 @@ def _within_blocks(value_CK: Tensor, decay_C: Tensor, behind_C: Tensor, *, write
 
 
 def _picked(value: Tensor, mask: Tensor) -> Tensor:
-    """The values where `mask` is True, end to end."""
+    """Returns the values where `mask` is True, end to end."""
     return torch.from_numpy(value.detach().numpy()[mask.numpy()])
 
 
 def running_sums(value_M: Tensor, length_N: Tensor) -> Tensor:
-    """``y_t = x_t + y_{t-1}`` within each segment ``[M]``; precise in float32, unlike a sum over all of the axis."""
+    """Computes ``y_t = x_t + y_{t-1}`` within each segment ``[M]``; precise in float32, unlike a sum over all of the
+    axis.
+    """
     return discounted_sums(value_M.flip(0), length_N.flip(0), 1.0).flip(0)

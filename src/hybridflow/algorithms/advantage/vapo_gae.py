@@ -1,12 +1,12 @@
-"""GAE with a lambda of its own for the critic and one that grows with the answer: VAPO (arXiv 2504.05118).
+"""GAE with a lambda of its own for the critic and one that grows with the response: VAPO (arXiv 2504.05118).
 
     A_t      by `gae` with lam = 1 - 1 / (length_alpha l)          l tokens with loss in the trajectory
     return_t by `gae` with lam = lam_critic                        decoupled GAE (arXiv 2503.01491)
 
 With lambda 1 the critic learns whole returns, without a bias from its own start. The policy's lambda keeps the sum of
 the weights of one-step differences, about ``1 / (1 - lam)``, in proportion to the length, so that a reward at the end
-reaches the beginning of a long answer. Where ``length_alpha l`` is below 1, lambda is 0. Advantages are whitened as in
-`gae`; verl has neither lambda apart. Shapes: T tokens, M tokens with loss, N
+reaches the beginning of a long response. Where ``length_alpha l`` is below 1, lambda is 0. Advantages are whitened as
+in `gae`; verl has neither lambda apart. Shapes: T tokens, M tokens with loss, N
 trajectories.
 """
 
@@ -30,7 +30,7 @@ def vapo_gae(
     lam_critic: float = 1.0,
     length_alpha: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Whitened advantages and returns, both ``[T]`` and 0 where `mask_T` is False.
+    """Computes whitened advantages and returns, both ``[T]`` and 0 where `mask_T` is False.
 
     Args:
         reward_T: reward of each token; those of tokens without loss are not read.

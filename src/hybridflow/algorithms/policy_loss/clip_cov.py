@@ -29,7 +29,8 @@ def clip_cov(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics: those of `ppo_clip` and the share that was dropped.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics: those of `ppo_clip` and the share that was
+    dropped.
 
     Args:
         logp_M: current log-probabilities (with gradient).
@@ -56,7 +57,7 @@ def clip_cov_columns(
     cov_low: float = 1.0,
     cov_high: float = 5.0,
 ) -> dict[str, Tensor]:
-    """The column ``cov_keep_T`` (float32) of a whole mini-batch.
+    """Computes the column ``cov_keep_T`` (float32) of a whole mini-batch.
 
     Args:
         logp_T: log-probabilities under the policy as it is before the update.

@@ -17,7 +17,7 @@ _BLOCK = 1 << 20  # tokens that are sorted at a time
 
 
 def covariance(logp_T: Tensor, advantage_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Covariance of each token ``[T]``; what it is where the mask is False means nothing.
+    """Computes the covariance of each token ``[T]``; what it is where the mask is False means nothing.
 
     In float32 whatever the input, so that the rounding of a mean over tokens in another order changes no rank.
     """
@@ -25,7 +25,7 @@ def covariance(logp_T: Tensor, advantage_T: Tensor, mask_T: Tensor) -> Tensor:
 
 
 def _mean(value_T: Tensor, mask_T: Tensor) -> float:
-    """Counted from the smallest, so that the mean of equal values is exactly that value."""
+    """Computes the mean counted from the smallest value, so that the mean of equal values is exactly that value."""
     value_M = value_T[mask_T]
     if not len(value_M):
         return 0.0
@@ -34,12 +34,12 @@ def _mean(value_T: Tensor, mask_T: Tensor) -> float:
 
 
 def picked(mask_T: Tensor, share: float) -> int:
-    """How many tokens a share of the loss tokens is: at least one."""
+    """Returns how many tokens a share of the loss tokens is: at least one."""
     return max(1, int(share * int(mask_T.sum())))
 
 
 def smallest_keys(candidate_T: Tensor, key_T: Tensor, number: int) -> Tensor:
-    """Positions ``[at most number]`` of the candidates with the smallest keys."""
+    """Returns the positions ``[at most number]`` of the candidates with the smallest keys."""
     position_C = candidate_T.nonzero()[:, 0]
     if len(position_C) <= number:
         return position_C
@@ -47,7 +47,9 @@ def smallest_keys(candidate_T: Tensor, key_T: Tensor, number: int) -> Tensor:
 
 
 def largest(value_T: Tensor, mask_T: Tensor, key_T: Tensor, number: int) -> Tensor:
-    """1 at the largest values ``[T]`` (float32) where the mask is True, 0 elsewhere; of equal ones by smallest key."""
+    """Marks the largest values with 1 ``[T]`` (float32) where the mask is True, 0 elsewhere; of equal ones by smallest
+    key.
+    """
     value_T = value_T.masked_fill(~mask_T, -torch.inf)
     best = torch.cat([block.topk(min(number, len(block))).values for block in value_T.split(_BLOCK)])
     bound = best.topk(min(number, len(best))).values[-1] if len(best) else torch.inf

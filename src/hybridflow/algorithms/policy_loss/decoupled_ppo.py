@@ -1,6 +1,6 @@
-"""Decoupled PPO (arXiv 2505.24298; the idea: 2110.00641): for answers of older policies, three policies.
+"""Decoupled PPO (arXiv 2505.24298; the idea: 2110.00641): for responses of older policies, three policies.
 
-    w = exp(old_logp - rollout_logp)      the proximal policy over the behaviour, which gave the answer
+   w = exp(old_logp - rollout_logp)      the proximal policy over the behaviour policy, which drew the response
     loss = w ppo_clip(logp, old_logp, A)  the current policy is clipped around the proximal one
 
 The proximal policy is that at the start of the step. With behaviour_cap, tokens with w above it have weight 0, as in
@@ -29,13 +29,14 @@ def decoupled_ppo(
     clip_dual: float | None = None,
     behaviour_cap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics: those of `ppo_clip`, and the weights under AReaL's name.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics: those of `ppo_clip`, and the weights under
+    AReaL's name.
 
     Args:
         logp_M: current log-probabilities (with gradient).
         old_logp_M: log-probabilities of the proximal policy, at the start of the step.
         advantage_M: advantage of each token.
-        rollout_logp_M: log-probabilities of the policy that gave the answers.
+        rollout_logp_M: log-probabilities of the policy that gave the responses.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         clip_dual: bound c > 1 on the ratio for negative advantages; None for no bound.

@@ -34,7 +34,7 @@ def dppo_tv(
     divergence_high: float = 0.2,
     ratio_cap: float = 20.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         logp_M: current log-probabilities (with gradient).
@@ -56,7 +56,7 @@ def dppo_kl(
     divergence_high: float = 0.2,
     ratio_cap: float = 20.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `dppo_tv`, with the Kullback-Leibler divergence (the paper's thresholds: 0.05)."""
+    """Computes the loss as `dppo_tv` does, with the Kullback-Leibler divergence (the paper's thresholds: 0.05)."""
     return _dppo(logp_M, old_logp_M, advantage_M, _binary_kl, divergence_low, divergence_high, ratio_cap)
 
 
@@ -93,7 +93,9 @@ def _total_variation(logp_M: Tensor, old_logp_M: Tensor) -> Tensor:
 
 
 def _binary_kl(logp_M: Tensor, old_logp_M: Tensor) -> Tensor:
-    """KL of the old policy's two outcomes from the current one's; certain tokens have a huge one, not an infinite."""
+    """Computes the KL of the old policy's two outcomes from the current one's; certain tokens have a huge one, not an
+    infinite one.
+    """
     tiny = torch.finfo(logp_M.dtype).tiny
     rest_M, old_rest_M = (logp.expm1().neg_().clamp_(min=tiny) for logp in (logp_M, old_logp_M))
     same_M = old_logp_M.exp() * (old_logp_M - logp_M)

@@ -2,7 +2,7 @@
 
     loss = -(A logp - dro_beta / 2 (logp - old_logp)^2)
 
-The paper regresses the whole answer's log-ratio, with a learned value; this is the form per token, as in verl, whose
+The paper regresses the whole response's log-ratio, with a learned value; this is the form per token, as in verl, whose
 advantage stands for reward minus value. Its minimum is at logp - old_logp = A / dro_beta; tokens with A = 0 are
 tethered.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 def dro(
     logp_M: Tensor, old_logp_M: Tensor, advantage_M: Tensor, *, dro_beta: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics.
 
     Args:
         logp_M: current log-probabilities (with gradient).

@@ -1,14 +1,14 @@
-"""Geometric-mean policy optimisation (arXiv 2507.20673): the geometric mean of an answer's clipped ratios.
+"""Geometric-mean policy optimisation (arXiv 2507.20673): the geometric mean of a response's clipped ratios.
 
     d = logp - old_logp, cut at clip_high from above where A > 0, and at -clip_low from below where A < 0
-    loss = -A exp(mean over the answer of d), one value for the answer
+    loss = -A exp(mean over the response of d), one value for the response
 
-The clips are bounds of the log-ratio: 0.4 lets ratios go from exp(-0.4) to exp(0.4), as in the paper. An answer's loss
-is given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over answers. An answer whose tokens have
-several advantages has their mean.
+The clips are bounds of the log-ratio: 0.4 lets ratios go from exp(-0.4) to exp(0.4), as in the paper. A response's loss
+is given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over responses. A response whose tokens
+have several advantages has their mean.
 
 verl (geo_mean) takes the plain mean over the micro-batch whatever the aggregation, so that a step depends on how it is
-split; and it cuts by the sign of each token's advantage though the answer's is what multiplies the ratio.
+split; and it cuts by the sign of each token's advantage though the response's is what multiplies the ratio.
 
 Shapes: M scored tokens, B sequences.
 """
@@ -33,7 +33,7 @@ def gmpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token's sequence ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token's sequence ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         logp_M: current log-probabilities (with gradient).

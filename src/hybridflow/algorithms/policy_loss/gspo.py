@@ -1,11 +1,12 @@
-"""Group sequence policy optimisation (arXiv 2507.18071): the ratio of a whole answer, normalised by its length.
+"""Group sequence policy optimisation (arXiv 2507.18071): the ratio of a whole response, normalised by its length.
 
-    s = exp(mean over the answer of (logp - old_logp))
-    gspo        loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), one value for the answer  (equation 5)
+    s = exp(mean over the response of (logp - old_logp))
+    gspo        loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), one value for the response  (equation 5)
     gspo_token  the same with each token's own A and s_t = sg(s) exp(logp_t - sg(logp_t))
 
-sg stops the gradient. Both have the same values and gradients where an answer has one advantage; gspo takes the mean of
-several. An answer's loss is given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over answers.
+sg stops the gradient. Both have the same values and gradients where a response has one advantage; gspo takes the mean
+of several. A response's loss is given to each of its tokens, so "seq-mean-token-mean" is the paper's mean over
+responses.
 
 verl's gspo is the token form, with the log-ratio cut at 10 from above (here at 20 from both sides).
 
@@ -30,7 +31,7 @@ def gspo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token's sequence ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token's sequence ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         logp_M: current log-probabilities (with gradient).
@@ -62,7 +63,7 @@ def gspo_token(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]`` with its own advantage; arguments and diagnostics as in `gspo`."""
+    """Computes the loss of each token ``[M]`` with its own advantage; arguments and diagnostics as in `gspo`."""
     log_ratio_M = logp_M.detach() - old_logp_M
     ratio_B = bounded(segment_mean(log_ratio_M, sequence_M, segment_count(sequence_M))).exp_()
     plain_M = -advantage_M * ratio_B[sequence_M]

@@ -29,7 +29,7 @@ def kl_cov(
     *,
     kl_cov_coef: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics.
 
     Args:
         logp_M: current log-probabilities (with gradient).
@@ -47,7 +47,7 @@ def kl_cov(
 def kl_cov_columns(
     logp_T: Tensor, advantage_T: Tensor, mask_T: Tensor, token_key_T: Tensor, *, kl_cov_share: float = 2e-4
 ) -> dict[str, Tensor]:
-    """The column ``cov_penalty_T`` (float32) of a whole mini-batch.
+    """Computes the column ``cov_penalty_T`` (float32) of a whole mini-batch.
 
     Args:
         logp_T: log-probabilities under the policy as it is before the update.

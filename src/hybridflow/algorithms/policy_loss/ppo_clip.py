@@ -24,7 +24,7 @@ def ppo_clip(
     clip_high: float = 0.2,
     clip_dual: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         logp_M: current log-probabilities (with gradient).

@@ -8,5 +8,5 @@ LOG_RATIO_BOUND = 20.0  # exp(20) is far outside any clip; the bound keeps a bro
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """The log-ratio within the bound; outside of it there is no gradient."""
+    """Keeps the log-ratio within the bound; outside of it there is no gradient."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)

@@ -2,7 +2,7 @@
 
     loss = -A logp
 
-There is no ratio: the gradient is right for answers of the current policy, one update per step. verl has it under the
+There is no ratio: the gradient is right for responses of the current policy, one update per step. verl has it under the
 name gpg, and under reinforce for its bypass mode.
 
 Shapes: M scored tokens.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def reinforce(logp_M: Tensor, old_logp_M: Tensor, advantage_M: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics.
 
     Args:
         logp_M: current log-probabilities (with gradient).

@@ -3,8 +3,8 @@
     r = exp(logp - old_logp)
     loss = -A sigmoid(tau (r - 1)) 4 / tau,   tau = tau_positive where A > 0, else tau_negative
 
-At r = 1 the gradient is that of REINFORCE. The paper averages within an answer, then over answers:
-"seq-mean-token-mean", which verl takes whatever it is told; here the configured aggregation holds.
+At r = 1 the gradient is that of REINFORCE. The paper averages within a response, then over responses:
+"seq-mean-token-mean", which verl takes whatever its aggregation key says; here the configured aggregation holds.
 
 Shapes: M scored tokens.
 """
@@ -25,7 +25,7 @@ def sapo(
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token ``[M]``, and per-token diagnostics under verl's names.
+    """Computes the loss of each token ``[M]``, and per-token diagnostics under verl's names.
 
     Args:
         logp_M: current log-probabilities (with gradient).

@@ -1,10 +1,10 @@
-"""Self-play preference optimisation (arXiv 2405.00675): an answer's log-ratio is led to its advantage.
+"""Self-play preference optimisation (arXiv 2405.00675): a response's log-ratio is led to its advantage.
 
-    loss = (sum over the answer of (logp - old_logp) - sppo_eta A)^2, one value for the answer
+    loss = (sum over the response of (logp - old_logp) - sppo_eta A)^2, one value for the response
 
-The paper's A is the share of answers that this one beats, minus 1/2: with that share as the reward, its difference from
-the group's mean. An answer's loss is given to each of its tokens, and "seq-mean-token-mean" is the mean over answers;
-no other aggregation has a meaning here. The paper's sppo_eta is 1000, verl's recipe and the default 1.
+The paper's A is the share of responses that this one beats, minus 1/2: with that share as the reward, its difference
+from the group's mean. A response's loss is given to each of its tokens, and "seq-mean-token-mean" is the mean over
+responses; no other aggregation has a meaning here. The paper's sppo_eta is 1000, verl's recipe and the default 1.
 
 Shapes: M scored tokens, B sequences.
 """
@@ -19,7 +19,7 @@ from hybridflow.algorithms.segments import segment_count, segment_mean, segment_
 def sppo(
     logp_M: Tensor, old_logp_M: Tensor, advantage_M: Tensor, sequence_M: Tensor, *, sppo_eta: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token's sequence ``[M]``, and per-token diagnostics.
+    """Computes the loss of each token's sequence ``[M]``, and per-token diagnostics.
 
     Args:
         logp_M: current log-probabilities (with gradient).
