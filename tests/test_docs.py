@@ -185,6 +185,14 @@ def test_quoted_keys_are_keys(page: Path) -> None:
             assert name in keys() or name.endswith(endings) or name in CHECKPOINT_VALUES, f"{page.name}: {text}"
 
 
+def test_metrics_that_the_symptoms_name_are_metrics() -> None:
+    known = {name for name in quoted(ROOT / "docs/metrics.md") if "/" in name}
+    families = {name.partition("/")[0] for name in known}
+    named = {name for name in quoted(ROOT / "docs/faq.md") if name.partition("/")[0] in families and name[-1] != "/"}
+    assert len(named & known) > 20
+    assert named - known - families == set()
+
+
 CHECKPOINT_VALUES = ("run.drawn", "run.data", "run.recent", "run.unevaluated")  # names in a checkpoint's state.json
 
 
