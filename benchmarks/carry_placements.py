@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.trainers.rl.loop import train
@@ -88,9 +87,7 @@ def one(folder: Path, name: str, overrides: list[str], model: str, *, early: boo
 
 
 def run(folder: Path, overrides: list[str], model: str) -> float:
-    config = load_config(
-        RlConfig, RECIPE, [f"run.folder={folder}", f"model.path={model}", "track.console=false", *overrides]
-    )
+    config = load_config(RECIPE, [f"run.folder={folder}", f"model.path={model}", "track.console=false", *overrides])
     began = time.perf_counter()
     train(config)
     return time.perf_counter() - began

@@ -245,7 +245,7 @@ def make_model(workload: Workload, folder: Path) -> Path:
                 "train.steps=150",
             ]
         print(f"making the {workload.name} checkpoint in {target}", flush=True)
-        train_sft(load_config(SftConfig, CARRY / "sft.yaml", changes))
+        train_sft(load_config(CARRY / "sft.yaml", changes, kind=SftConfig))
     return target / "model"
 
 

@@ -20,7 +20,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.reward_watch import RewardWatch
@@ -117,7 +116,7 @@ HACKED = (nines, has_nine, starts_with_nine, large, quick)
 def run(folder: Path, model: Path, overrides: list[str], recipe: Path = RECIPE) -> dict[str, Any]:
     if not (folder / "model").is_dir():
         given = [f"run.folder={folder}", f"model.path={model}", "track.console=false", *overrides]
-        train(load_config(RlConfig, recipe, given))
+        train(load_config(recipe, given))
     watch, told, steps = RewardWatch(), {}, []
     for line in read_metrics(folder / "metrics.jsonl"):
         step = int(line["step"])

@@ -22,7 +22,6 @@ from hybridflow.cli.main import _compares, _kind_of, _parser
 from hybridflow.commands.check import check
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import KINDS
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.pages.describe import describe
 from hybridflow.config.pages.explain import explain
@@ -113,12 +112,12 @@ def hybridflow_command(arguments: list[str]) -> None:
     given = _parser().parse_args(arguments)
     if given.name == "eval" and _compares(given):
         if given.how is not None:
-            load_config(EvalConfig, given.how, given.overrides[1:])
+            load_config(given.how, given.overrides[1:], kind=EvalConfig)
     elif getattr(given, "explain", None) is not None:
         assert given.explain == "KEY" or explain(given.explain)
     elif given.name in (*KINDS, "check"):
         kind = KINDS.get(given.name) or _kind_of(Path(given.config))
-        load_config(kind.config, given.config, given.overrides)
+        load_config(given.config, given.overrides, kind=kind.config)
 
 
 @cache
@@ -141,7 +140,7 @@ def python_command(arguments: list[str]) -> None:
         return
     assert (ROOT / arguments[0]).is_file(), arguments
     if arguments[0] == "recipes/carry/grpo.py":
-        load_config(RlConfig, "recipes/carry/grpo.yaml", arguments[1:])
+        load_config("recipes/carry/grpo.yaml", arguments[1:])
 
 
 @pages
@@ -244,7 +243,7 @@ def test_the_readers_own_job_passes_its_checks(tmp_path: Path, monkeypatch: pyte
     for page_with_files in ("docs/getting-started.md", "docs/extending.md"):
         written_files(ROOT / page_with_files, tmp_path)
     monkeypatch.chdir(tmp_path)
-    said = list(check(load_config(RlConfig, "my/train.yaml", [f"model.path={CARRY}:tiny_qwen3"])))
+    said = list(check(load_config("my/train.yaml", [f"model.path={CARRY}:tiny_qwen3"])))
     assert any("3 rows" in line for line in said)
     assert any(line.endswith("given as the answer scores 1") for line in said)
 

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from hybridflow.cli.main import _kind_of
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 
 from runs import metrics, mistake, succeed
@@ -22,13 +21,13 @@ CONFIGURATIONS = sorted(RECIPES.glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_configuration_is_valid(path: Path) -> None:
-    config = load_config(_kind_of(path).config, path).model_dump()
+    config = load_config(path, kind=_kind_of(path).config).model_dump()
     assert config["run"]["folder"].startswith("runs/")
 
 
 def test_the_page_has_the_numbers_of_the_configuration() -> None:
     page = (RECIPES / "gsm8k/README.md").read_text()
-    config = load_config(RlConfig, RECIPES / "gsm8k/qwen2.5-0.5b-grpo.yaml")
+    config = load_config(RECIPES / "gsm8k/qwen2.5-0.5b-grpo.yaml")
     t = config.train
     assert t.sequences_per_update is not None
     updates = t.prompts_per_step * t.samples_per_prompt // t.sequences_per_update

@@ -22,7 +22,6 @@ from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.losses import policy
 from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
 from hybridflow.balance import seqlen_metrics
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
 from hybridflow.trainers.reward_model import train_reward_model
@@ -56,10 +55,12 @@ PPO = {
 def written(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
     """Every name in metrics.jsonl of the runs."""
     folders = [tmp_path_factory.mktemp(name) for name in ("ppo", "sft", "reward_model")]
-    config = load_config(RlConfig, configuration(folders[0], **PPO))
+    config = load_config(configuration(folders[0], **PPO))
     (folders[0] / "reward.py").write_text(COMPONENTS)
     train(config)
-    train_sft(load_config(SftConfig, configuration(folders[1], "sft", train={"steps": 1, "sequences_per_update": 4})))
+    train_sft(
+        load_config(configuration(folders[1], "sft", train={"steps": 1, "sequences_per_update": 4}), kind=SftConfig)
+    )
     train_reward_model(config_of(folders[2], train={"steps": 1, "pairs_per_update": 60}))
     return frozenset(name for folder in folders for line in metrics(folder / "run") for name in line if name != "step")
 

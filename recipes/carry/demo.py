@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
 from hybridflow.errors import UserError
@@ -49,7 +48,7 @@ def run_carry(
     wall, cpu = time.perf_counter(), time.process_time()
     sft = warm_up or folder / "sft"
     if warm_up is None:
-        train_sft(load_config(SftConfig, HERE / "sft.yaml", [f"run.folder={sft}", *common]))
+        train_sft(load_config(HERE / "sft.yaml", [f"run.folder={sft}", *common], kind=SftConfig))
     last = read_metrics(sft / "metrics.jsonl")[-20:]
     loss = sum(m["train/loss"] for m in last) / len(last)
     seconds = {"sft_wall_s": time.perf_counter() - wall, "sft_cpu_s": time.process_time() - cpu}
@@ -61,9 +60,7 @@ def run_carry(
         )
     wall, cpu = time.perf_counter(), time.process_time()
     run = folder / algorithm
-    train(
-        load_config(RlConfig, HERE / f"{algorithm}.yaml", [f"run.folder={run}", f"model.path={sft / 'model'}", *common])
-    )
+    train(load_config(HERE / f"{algorithm}.yaml", [f"run.folder={run}", f"model.path={sft / 'model'}", *common]))
     curve = {int(m["step"]): m[ACCURACY] for m in read_metrics(run / "metrics.jsonl") if ACCURACY in m}
     return {
         "seed": seed,

@@ -9,7 +9,6 @@ import sys
 
 from hybridflow.algorithms.advantage.grpo import grpo
 from hybridflow.algorithms.aggregation import token_weights
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.protocols.training import Loss
 from hybridflow.trainers.rl.batches import batch_of
@@ -22,7 +21,7 @@ def score(response: str, ground_truth: str) -> float:
     return float(response.rpartition("#")[2].strip() == ground_truth)
 
 
-config = load_config(RlConfig, "recipes/carry/grpo.yaml", sys.argv[1:])
+config = load_config("recipes/carry/grpo.yaml", sys.argv[1:])
 with open_run(config, reward=score) as run:
     for step in run.steps():
         groups = run.source.collect(step, run.sampler.take(16))  # generate, score

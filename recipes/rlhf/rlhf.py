@@ -16,7 +16,6 @@ from typing import Any
 from hybridflow.commands.evaluate import evaluate_model
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.reward_model import RewardModelConfig
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
 from hybridflow.tracking.jsonl import read_metrics
@@ -51,26 +50,26 @@ def run_rlhf(folder: Path, seed: int, *, live: bool = True, more: dict[str, list
 
     console = f"track.console={str(live).lower()}"
     began = time.process_time()
-    train_sft(load_config(SftConfig, HERE / "sft.yaml", overrides("sft", sft, console)))
+    train_sft(load_config(HERE / "sft.yaml", overrides("sft", sft, console), kind=SftConfig))
     timed("sft", began)
     start = f"model.path={sft / 'model'}"
     began = time.process_time()
-    evaluate_model(load_config(EvalConfig, HERE / "samples.yaml", overrides("samples", samples, start)))
+    evaluate_model(load_config(HERE / "samples.yaml", overrides("samples", samples, start), kind=EvalConfig))
     pairs = write_pairs(samples, seed)
     timed("preferences", began)
     began = time.process_time()
     rows = [f"data.train={samples / 'pairs.jsonl'}", f"data.eval={samples / 'held-out-pairs.jsonl'}"]
     own = overrides("reward-model", scorer, start, console, *rows)
-    train_reward_model(load_config(RewardModelConfig, HERE / "reward-model.yaml", own))
+    train_reward_model(load_config(HERE / "reward-model.yaml", own, kind=RewardModelConfig))
     timed("reward_model", began)
     began = time.process_time()
     reward = f"reward.model.path={scorer / 'model'}"
-    train(load_config(RlConfig, HERE / "ppo.yaml", overrides("ppo", ppo, start, console, reward)))
+    train(load_config(HERE / "ppo.yaml", overrides("ppo", ppo, start, console, reward)))
     timed("ppo", began)
     truth = {}
     for name, model in [("before", sft), ("after", ppo)]:
         own = overrides("eval", folder / f"eval-{name}", f"model.path={model / 'model'}")
-        result = evaluate_model(load_config(EvalConfig, HERE / "eval.yaml", own))
+        result = evaluate_model(load_config(HERE / "eval.yaml", own, kind=EvalConfig))
         truth[name] = next(value for key, value in result["metrics"].items() if key.startswith(MEAN))
     learned = {
         int(m["step"]): value

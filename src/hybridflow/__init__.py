@@ -1,7 +1,46 @@
 """hybridflow: reinforcement-learning post-training of large language models.
 
-Importing this package imports nothing heavy; import what you need from its rooms, for example
-``from hybridflow.trainers.rl.run import open_run``. `docs/architecture.md` says what lives where.
+``import hybridflow as hf`` gives the public names, each loaded when it is first used; docs/python.md describes them.
+`docs/architecture.md` says what else lives where.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hybridflow.errors import UserError, nearest
+
 __version__ = "0.1.0"
+
+# Where the public names live; `__init__.pyi` says the same to type checkers. A table and a stub, and not imports,
+# because importing the package must not import torch.
+_HOMES = {
+    "load_config": "hybridflow.config.load",
+    "open_run": "hybridflow.trainers.rl.run",
+    "next_groups": "hybridflow.trainers.rl.loop",
+    "estimate": "hybridflow.trainers.rl.loop",
+    "update": "hybridflow.trainers.rl.loop",
+    "publish_weights": "hybridflow.trainers.rl.loop",
+    "record": "hybridflow.trainers.rl.loop",
+    "Batch": "hybridflow.batch",
+    "Group": "hybridflow.protocols.groups",
+    "Loss": "hybridflow.protocols.training",
+    "Request": "hybridflow.protocols.generation",
+    "Sampling": "hybridflow.protocols.generation",
+    "RlConfig": "hybridflow.config.kinds.rl",
+}
+__all__ = ["UserError", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        hint = "" if name.startswith("__") else f"; {nearest(name, __all__)}"
+        raise AttributeError(f"module 'hybridflow' has no attribute {name!r}{hint}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -107,7 +107,7 @@ def test_a_conversation_longer_than_the_context_is_refused_wherever_it_is_drawn(
     file, rows = configuration(tmp_path, "sft"), long_rows(tmp_path)
     said = {mistake(capsys, command, file, f"data.train={rows}", "data.max_tokens=400") for command in ("check", "sft")}
     assert len(said) == 1 and f"row 1 of {rows} has 305 tokens, the model's context is 256" in said.pop()
-    config = load_config(SftConfig, file, [f"data.train={rows}", "data.max_tokens=400"])
+    config = load_config(file, [f"data.train={rows}", "data.max_tokens=400"], kind=SftConfig)
     assert isinstance(config, SftConfig)
     with pytest.raises(UserError, match="the model's context is 256") as caught, open_sft(config) as run:
         next_batch(run)  # without a check before

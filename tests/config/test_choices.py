@@ -93,7 +93,7 @@ def test_all_mistakes_of_a_chosen_section_are_told_together() -> None:
 
 
 def test_a_run_folder_in_which_every_key_was_written_down_goes_on_unchanged(tmp_path: Path) -> None:
-    again = load_config(RlConfig, BEFORE)
+    again = load_config(BEFORE)
     written = again.model_dump(mode="json")
     assert again.rollout.engine == "inline" and not {"mode", "replicas", "restarts"} & written["rollout"].keys()
     assert validate(RlConfig, written) == again
@@ -104,9 +104,9 @@ def test_a_run_folder_in_which_every_key_was_written_down_goes_on_unchanged(tmp_
 
 def test_what_another_choice_gave_is_refused_by_name_when_the_choice_changes() -> None:
     """One key turns a written configuration to another engine; what was set for the first is not lost in silence."""
-    assert load_config(RlConfig, BEFORE, ["rollout.engine=sglang"]).rollout.engine == "sglang"
+    assert load_config(BEFORE, ["rollout.engine=sglang"]).rollout.engine == "sglang"
     with pytest.raises(UserError, match=r"rollout\.compile is for inline, and this is vllm workers"):
-        load_config(RlConfig, BEFORE, ["rollout.engine=vllm", "rollout.mode=workers", "rollout.compile=true"])
+        load_config(BEFORE, ["rollout.engine=vllm", "rollout.mode=workers", "rollout.compile=true"])
 
 
 def test_the_page_and_the_help_say_which_choice_has_a_key(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_small_configuration_is_valid_and_frozen() -> None:
 @pytest.mark.parametrize("name", ["grpo.yaml", "ppo.yaml", "sft.yaml", "eval.yaml"])
 def test_the_recipe_is_valid(name: str) -> None:
     kind = {"grpo.yaml": RlConfig, "ppo.yaml": RlConfig, "sft.yaml": SftConfig, "eval.yaml": EvalConfig}[name]
-    config = load_config(kind, CARRY.parent / name)
+    config = load_config(CARRY.parent / name, kind=kind)
     assert isinstance(config, kind)
 
 
@@ -234,11 +234,11 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
         "data.order=sequential",
         "model.lora.rank=4",
     ]
-    config = load_config(SftConfig, yaml(tmp_path, BASE), overrides)
+    config = load_config(yaml(tmp_path, BASE), overrides, kind=SftConfig)
     assert (config.optim.lr, config.train.steps, config.optim.betas) == (1e-4, 7, (0.8, 0.9))
     assert config.data.order == "sequential" and config.model.lora is not None and config.model.lora.rank == 4
-    assert load_config(SftConfig, yaml(tmp_path, BASE + "  lr: 5E-3\n")).optim.lr == 5e-3
-    assert load_config(SftConfig, yaml(tmp_path, BASE), ["train.steps=7", "train.steps=8"]).train.steps == 8
+    assert load_config(yaml(tmp_path, BASE + "  lr: 5E-3\n"), kind=SftConfig).optim.lr == 5e-3
+    assert load_config(yaml(tmp_path, BASE), ["train.steps=7", "train.steps=8"], kind=SftConfig).train.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
 )
 def test_an_override_that_is_none_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_config(SftConfig, yaml(tmp_path, BASE), [override])
+        load_config(yaml(tmp_path, BASE), [override], kind=SftConfig)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +268,9 @@ def test_an_override_that_is_none_is_named(tmp_path: Path, override: str, messag
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_config(SftConfig, yaml(tmp_path, text))
+        load_config(yaml(tmp_path, text), kind=SftConfig)
     with pytest.raises(UserError, match="no configuration file"):
-        load_config(SftConfig, tmp_path / "gone.yaml")
+        load_config(tmp_path / "gone.yaml", kind=SftConfig)
 
 
 def train_source(config: SftConfig) -> str:
@@ -285,13 +285,13 @@ def test_files_beside_the_configuration_are_found(tmp_path: Path, monkeypatch: p
     (folder / "t.jsonl").write_text("{}\n")
     path = yaml(folder, BASE)
     monkeypatch.chdir(tmp_path)
-    assert train_source(load_config(SftConfig, path)) == str(folder / "t.jsonl")
+    assert train_source(load_config(path, kind=SftConfig)) == str(folder / "t.jsonl")
     rows = f"{folder / 'task.py'}:rows"
-    assert train_source(load_config(SftConfig, path, ["data.train=task.py:rows"])) == rows
-    listed = load_config(SftConfig, path, ["data.train=[t.jsonl, {source: task.py:rows, weight: 2}]"])
+    assert train_source(load_config(path, ["data.train=task.py:rows"], kind=SftConfig)) == rows
+    listed = load_config(path, ["data.train=[t.jsonl, {source: task.py:rows, weight: 2}]"], kind=SftConfig)
     assert [entry.source for entry in listed.data.train] == [str(folder / "t.jsonl"), rows]
     (tmp_path / "t.jsonl").write_text("{}\n")  # the current folder comes first
-    assert train_source(load_config(SftConfig, path)) == "t.jsonl"
+    assert train_source(load_config(path, kind=SftConfig)) == "t.jsonl"
     assert locate("gone.jsonl", folder) == "gone.jsonl"
 
 

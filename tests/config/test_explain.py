@@ -146,7 +146,7 @@ def test_what_init_comments_out_may_be_commented_in(
     hidden = [line for line in lines if line.startswith("  # ") and line[4:].partition(":")[0] in keys]
     assert len(hidden) >= 3
     Path("config.yaml").write_text("\n".join(line.replace("# ", "", 1) if line in hidden else line for line in lines))
-    load_config(KINDS[kind].config, "config.yaml")
+    load_config("config.yaml", kind=KINDS[kind].config)
 
 
 def test_init_takes_keys_and_refuses_what_does_not_fit(
@@ -160,7 +160,7 @@ def test_init_takes_keys_and_refuses_what_does_not_fit(
     assert not Path("config.yaml").exists()
     succeed(capsys, *begin, "--reward", "r.py:score", "optim.lr=3e-4", "model.lora.rank=4", "train.steps=null",
             "train.epochs=2")  # fmt: skip
-    config = load_config(KINDS["train"].config, "config.yaml").model_dump()
+    config = load_config("config.yaml", kind=KINDS["train"].config).model_dump()
     assert (config["optim"]["lr"], config["model"]["lora"]["rank"]) == (3e-4, 4)
     assert (config["train"]["steps"], config["train"]["epochs"]) == (None, 2)
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.registry import KINDS
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config, read_values
 from hybridflow.config.overrides import annotation_at, apply_override
 from hybridflow.errors import UserError
@@ -204,6 +203,6 @@ def test_overrides_reach_a_configuration(tmp_path: Path) -> None:
         "track.console=Yes",
         "train.steps=010",
     ]
-    config = load_config(RlConfig, path, given)
+    config = load_config(path, given)
     assert (config.data.system_prompt, config.rollout.stop) == ("Put the answer after #### please", ["#"])
     assert (config.track.console, config.train.steps) == (True, 10)

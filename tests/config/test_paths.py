@@ -206,4 +206,4 @@ def test_a_mistake_in_such_a_section_names_its_own_path(key: str) -> None:
 def test_a_file_beside_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("run: {folder: ~/r}\nmodel: {path: m}\ndata: {train: t}\ntrain: {steps: 1}\n")
-    assert load_config(KINDS["sft"].config, "~/c.yaml").run.folder == f"{tmp_path}/r"
+    assert load_config("~/c.yaml", kind=KINDS["sft"].config).run.folder == f"{tmp_path}/r"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from hybridflow.cli.main import main
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.rewards import RewardPoolSection
 from hybridflow.noise import NoiseKey
@@ -73,7 +72,7 @@ def test_a_run_that_is_stopped_in_its_evaluations_ends_as_one_that_was_not(
         assert main(["train", stopped]) == 130
         said.append(capsys.readouterr().out)
         if stop:  # what looks at metrics has seen those of the step, whose line waits for the evaluation
-            with open_run(load_config(RlConfig, stopped)) as opened:
+            with open_run(load_config(stopped)) as opened:
                 watch = next(watch for watch in opened.watches if isinstance(watch, SignalWatch))
                 assert watch.learned or len(watch.streak) == opened.step
     run = tmp_path / "stopped/run"

@@ -10,7 +10,6 @@ import torch
 
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.batch import Batch
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
@@ -94,7 +93,7 @@ def test_a_sleeping_engine_leaves_its_memory_to_training(tmp_path: Path) -> None
     pytest.importorskip("vllm")
     rollout = {"engine": "vllm", "max_response_tokens": 8, "engine_args": {"gpu_memory_utilization": 0.3}}
     path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None})
-    with open_run(load_config(RlConfig, path)) as run:
+    with open_run(load_config(path)) as run:
         assert run.turn.sleeps
         groups, _ = next_groups(run, 1)
         awake, total = torch.cuda.mem_get_info()
@@ -114,7 +113,7 @@ def test_what_is_offloaded_is_off_the_device_while_answers_are_generated(tmp_pat
     sections = {"placement": {"pools": {"all": 1}}, "engine": {"strategy": "fsdp2", "offload": ["optimizer"]}}
     rollout = {"max_response_tokens": 8, "sleep": "always"}
     path = configuration(tmp_path, run={"device": "cuda"}, rollout=rollout, data={"eval": None}, **sections)
-    with open_run(load_config(RlConfig, path)) as run:
+    with open_run(load_config(path)) as run:
         update(run, estimate(run, next_groups(run, 1)[0])[0])
         training = torch.cuda.memory_allocated()
         run.turn.to_generation()

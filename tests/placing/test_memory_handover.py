@@ -77,7 +77,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def config(folder: Path, **sections: Any) -> RlConfig:
     rollout = {"max_response_tokens": 8, "sleep": "always"}
     given = {"rollout": rollout, "algorithm": {"old_logp": "recompute"}} | sections
-    return load_config(RlConfig, configuration(folder, **given))
+    return load_config(configuration(folder, **given))
 
 
 STEP = ["generate", "sleep", "score", "update", "wake", "publish"]

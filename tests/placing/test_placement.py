@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
 from hybridflow.trainers.rl.run import open_run
@@ -183,7 +182,7 @@ def test_adapters_train_and_are_published(publish: str, tmp_path: Path, capsys: 
 def test_an_engine_of_the_controllers_process_can_take_weights_that_are_elsewhere(tmp_path: Path) -> None:
     """vLLM and SGLang take them past it; one of a user's own need not know how. Replicas each say what they took."""
     path = Path(configuration(tmp_path, placement={"pools": {"all": 2}}, engine=FSDP2, track={"console": False}))
-    with open_run(load_config(RlConfig, path)) as run:
+    with open_run(load_config(path)) as run:
         for _ in range(2):
             stream = run.engine.stream_weights()
             taken, num_bytes = dict[str, int](), 0

@@ -220,4 +220,4 @@ def test_a_folder_of_that_name_does_not_hide_a_built_in_reward(tmp_path: Path) -
     (tmp_path / "eval.yaml").write_text(
         "run: {folder: x}\nmodel: {path: m}\ndata: {eval: t.jsonl}\nreward: {function: gsm8k}\n"
     )
-    assert load_config(EvalConfig, tmp_path / "eval.yaml").reward.function == "gsm8k"
+    assert load_config(tmp_path / "eval.yaml", kind=EvalConfig).reward.function == "gsm8k"

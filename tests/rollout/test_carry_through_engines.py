@@ -25,12 +25,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned enough of both workers to be right now and then; the recipe trains it longer."""
     folder = tmp_path_factory.mktemp("sft")
     overrides = [f"run.folder={folder}", "train.steps=300", "checkpoint.every=0", "track.console=false"]
-    return train_sft(load_config(SftConfig, CARRY / "sft.yaml", overrides)) / "model"
+    return train_sft(load_config(CARRY / "sft.yaml", overrides, kind=SftConfig)) / "model"
 
 
 def configured(folder: Path, start: Path, engine: str, *more: str) -> RlConfig:
     overrides = [f"run.folder={folder}", f"model.path={start}", f"rollout.engine={engine}", "train.steps=3", *more]
-    return load_config(RlConfig, CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"])
+    return load_config(CARRY / "grpo.yaml", [*overrides, "eval.every=1", "track.console=false"])
 
 
 def run(folder: Path, start: Path, engine: str, *more: str) -> Path:

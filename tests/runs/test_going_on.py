@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import load_config
 from hybridflow.protocols.groups import Group
@@ -31,18 +30,18 @@ def test_journaled_answers_of_weights_that_will_not_be_are_not_used(
     journal = Journal(tmp_path / "run/journal")
     journal.append(3, Group(99, 0, [1], []))
     (tmp_path / "run/model-step").unlink()  # as if it had been killed just before its end
-    with open_run(load_config(RlConfig, config, ["train.steps=1", override])) as run:
+    with open_run(load_config(config, ["train.steps=1", override])) as run:
         assert bool(run.journal.read(3)) is kept
 
 
 def test_counters_of_a_run_are_restored(tmp_path: Path) -> None:
-    rl = load_config(RlConfig, configuration(tmp_path))
+    rl = load_config(configuration(tmp_path))
     with open_run(rl) as run:
         run.nonfinite.in_a_row = {"actor": 1, "critic": 2}
         run.save(1)
     with open_run(rl) as run:
         assert (run.step, run.nonfinite.in_a_row) == (1, {"actor": 1, "critic": 2})
-    sft = load_config(SftConfig, configuration(tmp_path, "sft"), [f"run.folder={tmp_path / 'sft'}"])
+    sft = load_config(configuration(tmp_path, "sft"), [f"run.folder={tmp_path / 'sft'}"], kind=SftConfig)
     with open_sft(sft) as fine_tuning:
         fine_tuning.recent.extend([0.5, 0.25])
         fine_tuning.save(1)
@@ -116,7 +115,7 @@ def test_a_run_that_is_done_is_taken_up_where_more_is_asked_for_or_its_model_is_
     assert f"going on after step 2 of 3, from {run / 'checkpoints/step-000002'}\n" in said
     assert "settings changed since: optim.lr was 0.001, is 0.0005; train.steps was 2, is 3\n" in said
     assert "sft 3/3" in said
-    with open_sft(load_config(SftConfig, config, ["train.steps=5"])):
+    with open_sft(load_config(config, ["train.steps=5"], kind=SftConfig)):
         pass  # as if it was killed before its next checkpoint: what was done is not what is asked for now
     assert "sft 5/5" in succeed(capsys, "sft", config, "train.steps=5")
 

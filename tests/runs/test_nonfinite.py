@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
@@ -40,7 +39,7 @@ def model(seed):
 
 def rl_run(folder: Path) -> RlRun:
     config = configuration(folder, data={"eval": None}, train={"steps": 9, "prompts_per_step": 4})
-    return open_run(load_config(RlConfig, config))
+    return open_run(load_config(config))
 
 
 def one_step(run: RlRun, step: int, poisoned: int | None) -> list[int]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.trainers.rl.batches import batch_of
 from hybridflow.trainers.rl.corrections import with_current
@@ -24,7 +23,7 @@ EVERYTHING_PASSES = {"reject": {"seq_mean_k3": [1e6]}}
 
 
 def opened(folder: Path, **algorithm: Any) -> RlRun:
-    return open_run(load_config(RlConfig, configuration(folder, algorithm=algorithm, data={"eval": None})))
+    return open_run(load_config(configuration(folder, algorithm=algorithm, data={"eval": None})))
 
 
 def off_policy(run: RlRun, by: float) -> list[Any]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.algorithm import FilterSection
 from hybridflow.protocols.groups import Group, Trajectory
@@ -37,7 +36,7 @@ def filtered(folder: Path, **sections: dict[str, Any]) -> str:
 
 
 def opened(folder: Path, **sections: dict[str, Any]) -> RlRun:
-    return open_run(load_config(RlConfig, filtered(folder, **sections)))
+    return open_run(load_config(filtered(folder, **sections)))
 
 
 def is_even(run: RlRun, group: Group) -> bool:
@@ -136,7 +135,7 @@ def test_the_last_tokens_before_the_limit_cost(tmp_path: Path) -> None:
 def test_a_greedy_answer_is_the_baseline_and_is_journaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = filtered(tmp_path, algorithm={"preset": "remax"}, train={"samples_per_prompt": 1, "prompts_per_step": 3})
     asked = []
-    with open_run(load_config(RlConfig, path)) as run:
+    with open_run(load_config(path)) as run:
         groups, _ = next_groups(run, 1)
         batch, _ = estimate(run, groups)
         for g, reward, advantage_T in zip(groups, batch["reward_B"].tolist(), batch.rows("advantage_T")):

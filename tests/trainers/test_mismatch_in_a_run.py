@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.models.load import load_model
 from hybridflow.noise import NoiseKey
@@ -31,7 +30,7 @@ PARTS = ("numerics", "staleness", "support")
 
 def opened(folder: Path, **sections: Any) -> RlRun:
     folder.mkdir(parents=True, exist_ok=True)
-    return open_run(load_config(RlConfig, configuration(folder, data={"eval": None}, **sections)))
+    return open_run(load_config(configuration(folder, data={"eval": None}, **sections)))
 
 
 def gap_of(found: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from hybridflow.batch import Batch
 from hybridflow.commands.check import check
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError
@@ -91,7 +90,7 @@ def test_in_the_warm_up_the_critic_alone_is_trained(tmp_path: Path, capsys: Outp
 
 
 def test_the_batch_has_the_values_of_the_critic_and_the_penalty_on_every_token(tmp_path: Path) -> None:
-    config = load_config(RlConfig, ppo(tmp_path, train={"steps": 9, "prompts_per_step": 4, "samples_per_prompt": 2}))
+    config = load_config(ppo(tmp_path, train={"steps": 9, "prompts_per_step": 4, "samples_per_prompt": 2}))
     with open_run(config) as run:
         assert run.critic is not None
         for step in (1, 2, 3):
@@ -143,7 +142,7 @@ def test_answers_without_advantage_are_left_out_only_where_they_have_no_loss_at_
     algorithm: dict[str, Any], critic: dict[str, Any] | None, kept: int, tmp_path: Path
 ) -> None:
     sections = {"algorithm": algorithm} | ({} if critic is None else {"critic": critic})
-    config = load_config(RlConfig, configuration(tmp_path, **sections))
+    config = load_config(configuration(tmp_path, **sections))
     batch = Batch.from_rows(
         {
             "loss_mask_T": [[False, True], [False, True]],
@@ -171,7 +170,7 @@ def steps_with_poisoned_returns(run: RlRun, rows: list[int]) -> None:
 
 
 def test_a_critic_whose_loss_is_not_finite_ends_the_run_although_the_actor_learns(tmp_path: Path) -> None:
-    config = load_config(RlConfig, ppo(tmp_path, train={"steps": 9, "prompts_per_step": 4, "samples_per_prompt": 1}))
+    config = load_config(ppo(tmp_path, train={"steps": 9, "prompts_per_step": 4, "samples_per_prompt": 1}))
     rows: list[int] = []
     with pytest.raises(UserError) as caught, open_run(config) as run:
         steps_with_poisoned_returns(run, rows)
@@ -196,14 +195,14 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_reference_or_critic_that_reads_other_tokens_is_refused(
     section: str, key: str, wider: str, tmp_path: Path
 ) -> None:
-    config = load_config(RlConfig, ppo(tmp_path, **{section: {key: wider}}))
+    config = load_config(ppo(tmp_path, **{section: {key: wider}}))
     for attempt in (lambda: list(check(config)), lambda: open_run(config)):
         with pytest.raises(UserError, match=rf"{section}\.{key} .* has another tokenizer than model\.path"):
             attempt()
 
 
 def test_the_check_says_what_stands_beside_the_actor(tmp_path: Path) -> None:
-    said = {kind: list(check(load_config(RlConfig, ppo(tmp_path, kind)))) for kind in KINDS}
+    said = {kind: list(check(load_config(ppo(tmp_path, kind)))) for kind in KINDS}
     own = f"critic: a model of its own, from {CARRY}:tiny_qwen3; it is trained alone in the first 1 steps"
     assert own in said["critic of its own"]
     assert "critic: a value head on the actor's own trunk" in said["shared trunk"]
@@ -222,7 +221,7 @@ def test_a_reference_of_its_own_is_used(tmp_path: Path) -> None:
     model, tokenizer = load_function(f"{CARRY}:tiny_qwen3")(seed=77)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    config = load_config(RlConfig, ppo(tmp_path / "work", "adapters", model={"reference": str(tmp_path / "other")}))
+    config = load_config(ppo(tmp_path / "work", "adapters", model={"reference": str(tmp_path / "other")}))
     with open_run(config) as run:
         batch, _ = estimate(run, next_groups(run, 1)[0])
         run.engine.model.load_state_dict(load_model(str(tmp_path / "other"))[0].state_dict())

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.locate import load_function
 from hybridflow.config.pieces.presets import PRESETS
@@ -78,7 +77,7 @@ def run(
     sections = sections_of(preset, folder, algorithm or {})
     for name, section in more.items():
         sections[name] = sections.get(name, {}) | section
-    train(load_config(RlConfig, configuration(folder, **sections)))
+    train(load_config(configuration(folder, **sections)))
     lines = metrics(folder / "run")[1:]
     assert len(lines) == 3
     for line in lines:

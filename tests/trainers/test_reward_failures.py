@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.rollouts import read_rollouts
@@ -68,7 +67,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def opened(folder: Path, function: str, **sections: dict[str, Any]) -> RlRun:
-    return open_run(load_config(RlConfig, file_of(folder, function, **sections)))
+    return open_run(load_config(file_of(folder, function, **sections)))
 
 
 def test_value_changes_the_failed_answers_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +166,7 @@ def test_fail_ends_the_run_with_the_row_and_loses_nothing(tmp_path: Path, capsys
     event = read_events(tmp_path / "run/events.jsonl")[-1]
     assert event["kind"] == "failed" and said.startswith(f"error: {event['text'].removeprefix('UserError: ')}\n")
     assert "reward.on_failure (drop_group, mask, value)" in said
-    config = load_config(RlConfig, file_of(tmp_path, "replaced"))
+    config = load_config(file_of(tmp_path, "replaced"))
     assert config.reward.on_failure == "fail"
     # Mended, the same command goes on with what was scored.
     succeed(capsys, "train", file_of(tmp_path, "replaced"))
@@ -233,7 +232,7 @@ def test_processes_that_are_killed_or_slow_change_nothing(tmp_path: Path, capsys
                         break
 
         striker = threading.Thread(target=strike)
-        config = load_config(RlConfig, file)
+        config = load_config(file)
         if name == "killed":
             striker.start()
         try:

@@ -24,7 +24,7 @@ def batch(rewards: list[float], lengths: list[int], **columns: Any) -> Batch:
 
 
 def config_of(folder: Path, **reward: Any) -> RlConfig:
-    return load_config(RlConfig, configuration(folder, reward=reward))  # answers of at most 8 tokens
+    return load_config(configuration(folder, reward=reward))  # answers of at most 8 tokens
 
 
 def test_rewards_are_cut_then_shortened_then_scaled(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def _add_prepare(commands: Commands) -> None:
 
 def _load(given: argparse.Namespace, kind: Kind) -> Any:
     try:
-        return load_config(kind.config, given.config, given.overrides)
+        return load_config(given.config, given.overrides, kind=kind.config)
     except UserError:
         for name, other in KINDS.items():
             if other is not kind and _loads(other, given):
@@ -251,7 +251,7 @@ def _load(given: argparse.Namespace, kind: Kind) -> Any:
 
 def _loads(kind: Kind, given: argparse.Namespace) -> bool:
     try:
-        load_config(kind.config, given.config, given.overrides)
+        load_config(given.config, given.overrides, kind=kind.config)
     except UserError:
         return False
     return True
@@ -291,7 +291,7 @@ def _compare(given: argparse.Namespace) -> int:
     second = str(home(second))
     if overrides and given.how is None:
         raise UserError(f"{overrides[0]!r} changes a configuration, and none is given", fix="add --config eval.yaml")
-    config = None if given.how is None else load_config(EvalConfig, given.how, overrides)
+    config = None if given.how is None else load_config(given.how, overrides, kind=EvalConfig)
     from hybridflow.commands.compare import compare, comparison_lines
 
     result = compare(given.config, second, config, note=_aside)

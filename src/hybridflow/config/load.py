@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, overload
 
 from pydantic import ValidationError
 
 from hybridflow.config.keys import keys_of
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.names import meaning
 from hybridflow.config.overrides import annotation_at, apply_override
 from hybridflow.config.paths import home
@@ -21,13 +22,21 @@ from hybridflow.errors import UserError, near, nearest
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RlConfig: ...
+
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[ConfigT]) -> ConfigT: ...
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[Any] = RlConfig) -> Any:
     """Reads a YAML file, applies overrides such as ``optim.lr=1e-4`` and validates the whole.
 
     Args:
-        kind: the class of the configuration.
         path: the YAML file.
         overrides: ``dotted.key=value``, see `overrides`; they win over the file.
+        kind: the class of the configuration: by default that of a reinforcement-learning run.
 
     Raises:
         UserError: no file, not YAML, an unknown key (the nearest is named), or a value that does not fit.
