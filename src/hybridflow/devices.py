@@ -24,7 +24,7 @@ class DeviceKind:
 
     Args:
         name: cuda, rocm, npu or cpu.
-        torch_type: what torch calls such a device.
+        torch_type: torch's name of such a device.
         backend: of process groups: gloo for tensors in host memory, the maker's library for those on devices.
         visible: the environment variable that says which devices a process sees; empty for the CPU.
     """
@@ -36,14 +36,14 @@ class DeviceKind:
 
 
 CUDA = DeviceKind("cuda", "cuda", "cpu:gloo,cuda:nccl", "CUDA_VISIBLE_DEVICES")
-ROCM = DeviceKind("rocm", "cuda", "cpu:gloo,cuda:nccl", "HIP_VISIBLE_DEVICES")  # RCCL answers to the name nccl
+ROCM = DeviceKind("rocm", "cuda", "cpu:gloo,cuda:nccl", "HIP_VISIBLE_DEVICES")  # RCCL is registered under the name nccl
 NPU = DeviceKind("npu", "npu", "cpu:gloo,npu:hccl", "ASCEND_RT_VISIBLE_DEVICES")
 CPU = DeviceKind("cpu", "cpu", "gloo", "")
 CGROUP = Path("/sys/fs/cgroup")  # where Linux keeps the limits of a container (version 2)
 
 
 def kind_of(wanted: str = "auto") -> DeviceKind:
-    """The kind of device that ``run.device`` means on this host; auto: an accelerator if there is one.
+    """Returns the kind of device that ``run.device`` means on this host; auto: an accelerator if there is one.
 
     Raises:
         UserError: this host has no such device, or this torch cannot use it.
@@ -75,7 +75,7 @@ def _accelerator() -> DeviceKind | None:
 
 
 def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.device:
-    """The device of a process.
+    """Returns the device of a process.
 
     Args:
         wanted: ``run.device``.
@@ -91,48 +91,48 @@ def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.de
 
 
 def count_devices(kind: DeviceKind) -> int:
-    """How many such devices this process sees; of the CPU, the cores that it may use."""
+    """Counts the devices of this kind that this process sees; of the CPU, the cores that it may use."""
     if kind is not CPU:
         return torch.accelerator.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Free and total bytes of a device; of the CPU, those of the host, within the limit of a container."""
+    """Returns free and total bytes of a device; of the CPU, those of the host, within the limit of a container."""
     if device.type != "cpu":
         free, total = torch.accelerator.get_memory_info(device)
         return int(free), int(total)
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     if not Path("/proc/meminfo").exists():
-        return total, total  # macOS does not tell what is free
+        return total, total  # macOS does not report what is free
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     free = 1024 * int(lines["MemAvailable"].split()[0])
     limit = CGROUP / "memory.max"
     if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
         used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
         stat = (CGROUP / "memory.stat").read_text(encoding="ascii")
-        cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])  # given back when needed
+        cached = int(dict(line.split() for line in stat.splitlines())["inactive_file"])  # freed when needed
         total = min(total, int(most))
         free = min(free, total - used + cached)
     return free, total
 
 
 def name_of(device: torch.device) -> str:
-    """What its maker calls a device; of the CPU, cpu."""
+    """Returns the maker's name of a device; of the CPU, cpu."""
     if device.type == "cpu":
         return "cpu"
     return str(torch.get_device_module(device).get_device_name(device))
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done all that was asked of it; a CPU always has."""
+    """Waits until a device has done all its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def memory_metrics() -> dict[str, float]:
-    """Peak memory of this process, in GB (2^30 bytes), under verl's names."""
+    """Returns the peak memory of this process, in GB (2^30 bytes), under verl's names."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     metrics = {"perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if kind_of() is not CPU:

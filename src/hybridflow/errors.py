@@ -26,13 +26,14 @@ class UserError(Exception):
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like this one; None where none is much like it."""
+    """Returns the known name that is most like this one; None where none is much like it."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return close[0] if close else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that follows an unknown name: the nearest known one, or the list of all (of the first of very many).
+    """Returns the hint that follows an unknown name: the nearest known one, or the list of all (of the first of very
+    many).
 
     >>> nearest("temprature", ["temperature", "top_p"])
     "did you mean 'temperature'?"
@@ -46,13 +47,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def raised(error: BaseException, text: str | None = None) -> str:
-    """What code of the user's raised, in one line that ends with where it did: file, line, function and code.
+    """Describes what code of the user's raised, in one line that ends with where it did: file, line, function and code.
 
     Of the calls that led to the error it is the last one in a file that is neither Python's, nor an installed
-    package's, nor ours, so that a mistake that only a library notices is told by the line that made it.
+    package's, nor ours: where only a library notices a mistake, the line shows the user's call that made it.
 
     Args:
-        error: what was raised.
+        error: the exception.
         text: the error's own words; None takes them from the error.
     """
     said = " ".join((str(error) if text is None else text).split())
@@ -79,7 +80,7 @@ _PACKAGES = {"site-packages", "dist-packages"}
 
 
 def typed(*words: object) -> str:
-    """A command of ours as it is to be typed: what the shell would split is quoted.
+    """Returns a command of ours as it is to be typed: what the shell would split is quoted.
 
     >>> typed("check", "my runs/a.yaml")
     "hybridflow check 'my runs/a.yaml'"

@@ -1,4 +1,4 @@
-"""Named fault points, so that anybody can see what a run does when it is killed, or a worker fails, in any phase.
+"""Named fault points: a run is killed, or a worker fails, in a chosen phase, to show how the run recovers.
 
 ``HYBRIDFLOW_FAULT=kill@step3:update`` ends the process with SIGKILL at the point "update" of step 3, as a crash of the
 machine would. Points of a reinforcement-learning step, in order: gen, group (after every group that is journaled;
@@ -9,9 +9,9 @@ saved but the exported model). Supervised steps have update, save, saved and fin
 method of it: ``kill:actor.1@step3:update``. Without a rank it strikes all workers of the group; COUNT is which call of
 the method in that step (the first, if left out); the method ``create`` is the making of the worker. Actions:
 
-    kill      the process ends with SIGKILL, as by the kernel when memory runs out
+   kill      the process ends with SIGKILL, as by the kernel when memory runs out
     raise     the worker raises a RuntimeError
-    sleep     the worker never answers; the others of its pool wait for it in their next collective
+    sleep     the worker never replies; the others of its pool wait for it in their next collective
     oom       the worker raises a MemoryError
     drop-row  the worker is given one sequence fewer than the controller sent
 """
@@ -48,7 +48,7 @@ def fault_point(name: str, step: int, count: int = 1) -> None:
 
 
 def worker_fault(group: str, rank: int, method: str, step: int, count: int = 1) -> Literal["drop-row"] | None:
-    """Strikes this worker here if the environment asks for it.
+    """Makes this worker fail here if the environment asks for it.
 
     Args:
         group: name of the worker's group.
@@ -81,7 +81,7 @@ def worker_fault(group: str, rank: int, method: str, step: int, count: int = 1) 
 
 
 def _wanted(kind: re.Pattern[str]) -> re.Match[str] | None:
-    """The fault that the environment asks for, if it is of this kind."""
+    """Returns the fault that the environment asks for, if it is of this kind."""
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return None

@@ -1,4 +1,4 @@
-"""Where sockets are put: a kernel bounds the length of their paths, and temporary folders may be longer than that."""
+"""Folders for sockets: a kernel bounds the length of their paths, and temporary folders may be longer than that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def socket_parent() -> str:
-    """A folder in which temporary folders may be made whose sockets have paths that are short enough.
+    """Returns a folder in which temporary folders may be made whose sockets have paths that are short enough.
 
     That is the system's temporary folder (TMPDIR), unless its own path is too long.
 

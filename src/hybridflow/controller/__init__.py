@@ -1,1 +1,1 @@
-"""One controller, many processes: worker groups, dispatch, and who starts the processes."""
+"""One controller, many processes: worker groups, dispatch, and the back ends that start the processes."""

@@ -1,4 +1,4 @@
-"""What starts processes and carries messages between them: the protocol of every backend."""
+"""The protocol of every back end: it starts processes and carries messages between them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Backend(Protocol):
     """Starts processes and carries messages; see the head of this file.
 
     Attributes:
-        passes_exceptions: workers run in this very call, and what they raise goes through to the caller.
+        passes_exceptions: workers run inside of the call itself, and their exceptions reach the caller.
     """
 
     passes_exceptions: bool
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Before anything starts: warnings.
+        """Checks the host before anything starts; yields warnings.
 
         Raises:
-            UserError: something is lacking; says which pool lacks what.
+            UserError: something is lacking; it names the pool and what it lacks.
         """
         ...
 
@@ -35,15 +35,15 @@ class Backend(Protocol):
         ...
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """Hands a request to a process; one that is gone is told by `receive`."""
+        """Sends a request to a process; `receive` reports a process that is gone."""
         ...
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
-        """Waits until something has come, or for so many seconds."""
+        """Waits until something has come, or for this many seconds."""
         ...
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """What a process was doing last (see `worker.BlackBox`), alive or dead; empty where that is not known."""
+        """Returns what a process did last (see `worker.BlackBox`), alive or dead; empty where that is not known."""
         ...
 
     def kill(self) -> None:
@@ -51,18 +51,18 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends all processes in order."""
+        """Lets all processes finish and end."""
         ...
 
 
 def places_of(pools: Mapping[str, int]) -> list[Place]:
-    """The processes of all pools, in order."""
+    """Returns the processes of all pools, in order."""
     names = [(pool, rank, size) for pool, size in pools.items() for rank in range(size)]
     return [Place(index, pool, rank, size) for index, (pool, rank, size) in enumerate(names)]
 
 
 def check_devices(places: Sequence[Place], device: str) -> Iterable[str]:
-    """Holds the pools against the devices of one host: a warning for each core that is missing.
+    """Compares the pools with the devices of one host: a warning for each core that is missing.
 
     Raises:
         UserError: there are fewer accelerators than processes.
@@ -85,6 +85,6 @@ def check_devices(places: Sequence[Place], device: str) -> Iterable[str]:
 
 
 def to_stderr(kind: str, text: str) -> None:
-    """Prints an event, where nobody else takes it."""
+    """Prints an event, where no other handler takes it."""
     if kind != "failure":  # that is raised as well
         print(f"{kind}: {text}", file=sys.stderr, flush=True)

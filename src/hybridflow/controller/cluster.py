@@ -1,22 +1,22 @@
-"""Who starts the processes of a run, how calls get to them, and how an attempt ends when one of them fails.
+"""The processes of a run: how they start, how calls reach them, and how an attempt ends when one of them fails.
 
     with open_cluster(placement, device="cpu") as cluster:
         actor = cluster.group("actor", Actor, "train", "path/of/model", mesh={"dp": 2})
         update = actor.update(parts, loss)  # a method of Actor that is marked with `remote`
 
 **Back ends.** A `Backend` starts one process for each `Place` and carries messages; everything else is here. It needs
-seven things: `check` what it lacks, `start`, `send` a request to a place, `receive` what has come from any of them,
-`box` (what a dead process was doing), `kill`, `close`. In a process runs a `worker.Host`, by `worker.serve` over a wire
+seven methods: `check` (what the host lacks), `start`, `send` a request to a place, `receive` messages from all of them,
+`box` (what a dead process did last), `kill`, `close`. In a process runs a `worker.Host`, by `worker.serve` over a wire
 or, where messages come in another way, by `Host.perform`, `Host.answer` and `Host.standing`:
 
-- Requests to one place are performed in the order in which they were sent, one at a time. "where" is answered at once,
-  by another thread, while a call runs.
+- Requests to one place are performed in the order in which they were sent, one at a time. "where" gets its reply at
+  once, from another thread, while a call runs.
 - `send` must not wait for the place to be free, nor for the controller to receive. `Request.frames` is the encoded
   message; one request object may go to many places, and is encoded once.
-- `receive` returns (place, answer) or, once for each place, (place, Lost) when a process has ended by itself.
+- `receive` returns (place, reply) or, once for each place, (place, Lost) when a process has ended without being asked.
 - After `kill`, or `close`, no process is left, also where the controller's own process is killed.
 
-Nothing here runs in a thread of its own: results are taken in while somebody waits for one.
+No thread runs here: results are received while a caller waits for one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hybridflow.controller.messages import Lost, Place, WorkerCall, WorkerReply
 from hybridflow.errors import UserError, nearest
 
 GRACE_SECONDS = 1.0  # for what fails together with a failure, or because of it
-SEARCH_SECONDS = 5.0  # for the cause of a failure that is a consequence, and for processes to say where they stand
+SEARCH_SECONDS = 5.0  # for the cause of a failure that is a consequence, and for processes to report where they stand
 
 
 class Cluster:
@@ -45,11 +45,11 @@ class Cluster:
 
     Args:
         placement: the pools.
-        backend: what starts them.
-        events: told ("failure", report) and ("warning", text).
+        backend: starts the processes.
+        events: called with ("failure", report) and ("warning", text).
 
     Attributes:
-        step: step of the run; workers and reports are told it.
+        step: step of the run, which workers and reports get too.
         bytes: of the tensors that went through the controller: "scalar" (one entry per sequence), "token", "other".
     """
 
@@ -63,8 +63,8 @@ class Cluster:
         }
         self._groups: dict[str, WorkerGroup] = {}
         self._calls: dict[int, Future] = {}
-        self._owed: Counter[Place] = Counter()  # answers
-        self._waiting: dict[Place, float] = {}  # places that owe an answer, and since when they are quiet
+        self._owed: Counter[Place] = Counter()  # replies that are due
+        self._waiting: dict[Place, float] = {}  # places that owe a reply, and since when they are quiet
         self._ids = 0
         self._ended: UserError | None = None
         everyone = [place for places in self._places.values() for place in places]
@@ -84,7 +84,7 @@ class Cluster:
         Args:
             name: of the group; unique.
             cls: the workers' class; other processes find it by its module's name.
-            pool: where.
+            pool: the pool whose processes get a worker.
             args: for the class.
             mesh: sizes of named dimensions; {"dp": size of the pool} if left out.
             kwargs: for the class.
@@ -112,7 +112,7 @@ class Cluster:
     def send(
         self, group: WorkerGroup, method: str, calls: Sequence[Call | None], join: Callable[[list[Any]], Any]
     ) -> Future:
-        """Sends the calls of a group to its ranks; without a method its workers are made."""
+        """Sends the calls of a group to its ranks; without a method it makes the workers."""
         self._check_alive()
         self._ids += 1
         places = [place for place, call in zip(self._places[group.pool], calls, strict=True) if call is not None]
@@ -132,7 +132,7 @@ class Cluster:
             return self._perform(future, mail)
         for _, request in mail:
             self._count(request.call)
-            assert request.frames  # what cannot be sent is told before anybody has got its part
+            assert request.frames  # a value that cannot be sent is refused before any rank has got its part
         self._calls[self._ids] = future
         for place, request in mail:
             self._owed[place] += 1
@@ -141,7 +141,7 @@ class Cluster:
         return future
 
     def pump(self, seconds: float) -> None:
-        """Takes in what has come from the processes; waits at most so long for something.
+        """Takes in what has come from the processes; waits at most this many seconds.
 
         Raises:
             WorkerFailure: a worker has failed, and all processes have been ended.
@@ -157,7 +157,7 @@ class Cluster:
             self._look_for_a_hang()
 
     def close(self) -> None:
-        """Ends all processes in order; after a failure there is none left."""
+        """Lets all processes finish and end; after a failure there is none left."""
         if self._ended is None:
             self._ended = UserError("the cluster is closed")
             self._backend.close()
@@ -170,11 +170,11 @@ class Cluster:
     ) -> None:
         if error is not None and self._ended is None:
             self._ended = UserError("the cluster has ended")
-            self._backend.kill()  # workers may be in the middle of a call: they are not asked
+            self._backend.kill()  # workers may be in the middle of a call: they are not asked to end
         self.close()
 
     def _perform(self, future: Future, mail: Sequence[tuple[Place, WorkerCall]]) -> Future:
-        """Runs a call in this very call: what it raises goes through."""
+        """Runs a call inside of this call: its exceptions reach the caller."""
         for place, request in mail:
             self._backend.send(place, request)
             for _, answer in self._backend.receive(0):
@@ -184,7 +184,7 @@ class Cluster:
 
     def _take(self, place: Place, answer: WorkerReply) -> None:
         if answer.kind == "where":
-            return  # told after it had mattered
+            return  # reported too late to matter
         self._count(answer.value)
         if self._calls[answer.id].set(place.rank, answer.value):
             del self._calls[answer.id]
@@ -207,7 +207,7 @@ class Cluster:
         return self._report(evidence)
 
     def _look_for_a_hang(self) -> None:
-        """Ends the attempt if somebody is quiet for too long and nobody of its pool goes on."""
+        """Ends the attempt if a process is quiet for too long and no process of its pool makes progress."""
         evidence = Evidence()
         self._ask_where(evidence)
         for place in list(self._waiting):
@@ -221,7 +221,7 @@ class Cluster:
             raise self._report(evidence)
 
     def _ask_where(self, evidence: Evidence) -> None:
-        """Has every process that owes an answer say where it stands."""
+        """Asks every process that owes a reply where it stands."""
         for place in self._waiting:
             self._backend.send(place, WorkerCall(0, "where"))
 
@@ -235,7 +235,7 @@ class Cluster:
         evidence.silent = [p for p in silent() if p.pool in failed or self._waiting[p] < late]
 
     def _gather(self, evidence: Evidence, seconds: float, enough: Callable[[], bool]) -> None:
-        """Takes in what comes, for so long or until it is enough."""
+        """Takes in what comes, for this many seconds or until it is enough."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not enough():
             for place, answer in self._backend.receive(0.1):

@@ -1,4 +1,4 @@
-"""Messages between processes: what is sent, how it becomes bytes, and what it counts as.
+"""Messages between processes: their content, their bytes, and the class that each byte counts as.
 
 A message is a list of buffers ("frames"): a pickle (protocol 5), and behind it the tensors, which are neither copied
 into the pickle nor out of the buffer that they were received in. Tensors travel by value, through host memory.
@@ -30,11 +30,11 @@ Frames: TypeAlias = Sequence[Frame]
 IN_PICKLE = 4096  # smaller tensors stay in the pickle: a frame of its own costs a system call
 PER_ENTRY = 8  # numbers that an entry of a column may have, to pass through the controller
 SMALL = 2**20  # a tensor of fewer bytes may have any shape
-PIECE = 2**30  # the most that one system call is asked to move: some systems take less than 2^31
+PIECE = 2**30  # the most bytes of one system call: some systems take less than 2^31
 
 
 def encode(value: Any) -> list[Frame]:
-    """A message that `decode` gives back; tensors come back on the host, without gradients."""
+    """Encodes a message that `decode` gives back; tensors come back on the host, without gradients."""
     frames: list[Frame] = []
 
     def outside(buffer: pickle.PickleBuffer) -> bool:
@@ -50,7 +50,7 @@ def encode(value: Any) -> list[Frame]:
 
 
 def decode(frames: Frames) -> Any:
-    """The value of a message. Its tensors live in the message's buffers."""
+    """Decodes the value of a message. Its tensors live in the message's buffers."""
     return pickle.loads(frames[0], buffers=frames[1:])
 
 
@@ -72,7 +72,8 @@ def _tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def count_bytes(value: Any) -> dict[str, int]:
-    """Bytes of the tensors in a call or a result, by class: "scalar" (one entry per sequence), "token", "other".
+    """Counts the bytes of the tensors in a call or a result, by class: "scalar" (one entry per sequence), "token",
+    "other".
 
     Raises:
         AssertionError: a heavy column is in it. Pixels, routing, hidden states, logits and weights go from worker to
@@ -115,7 +116,7 @@ class MessagePipe:
 
     Args:
         connection: the connection.
-        patience: seconds that the other side may take nothing of a message that is sent; None for any time.
+        patience: seconds that the other side may take nothing of a message that is sent; None for no limit.
     """
 
     def __init__(self, connection: Connection, patience: float | None = None) -> None:
@@ -126,7 +127,7 @@ class MessagePipe:
         os.set_blocking(self.fileno(), False)
 
     def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`."""
+        """Returns the file number, for `multiprocessing.connection.wait`."""
         return self.connection.fileno()
 
     def send(self, *frames: Frame) -> int:
@@ -153,11 +154,11 @@ class MessagePipe:
         return [self._read(size) for size in sizes]
 
     def close(self) -> None:
-        """Hangs up: the other side reads an end of file."""
+        """Closes the connection: the other side reads an end of file."""
         self.connection.close()
 
     def _wait(self, event: int, seconds: float | None) -> bool:
-        poll = select.poll()  # select takes no file above 1,023
+        poll = select.poll()  # select takes no file number above 1,023
         poll.register(self.fileno(), event)
         return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
@@ -165,7 +166,7 @@ class MessagePipe:
         view = memoryview(frame).cast("B") if memoryview(frame).nbytes else memoryview(b"")
         while view:
             if self._stalled or not self._wait(select.POLLOUT, self._patience):
-                self._stalled = True  # a part of a message is on its way: no other can follow
+                self._stalled = True  # a part of a message has been sent: no other can follow
                 raise TimeoutError("the other side takes nothing")
             view = view[os.write(self.fileno(), view[:PIECE]) :]
 

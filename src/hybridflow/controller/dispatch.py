@@ -31,7 +31,7 @@ class Mesh:
         self.size = math.prod(self.dims.values())
 
     def coordinate(self, rank: int, dim: str) -> int:
-        """Where a rank stands on a dimension."""
+        """Returns where a rank stands on a dimension."""
         names = list(self.dims)
         after = names[names.index(dim) + 1 :]
         return rank // math.prod(self.dims[n] for n in after) % self.dims[dim]
@@ -61,12 +61,13 @@ def remote(dispatch: Dispatch) -> Callable[[F], F]:
 
 
 def dispatch_of(cls: type, method: str) -> Dispatch | None:
-    """The dispatch that a class's method was marked with; None if it was not."""
+    """Returns the dispatch that a class's method was marked with; None if it was not."""
     return getattr(getattr(cls, method, None), ATTRIBUTE, None)
 
 
 def over(dim: str) -> Dispatch:
-    """The first argument is a list with one part for each place on a mesh dimension; the others go to everyone.
+    """Makes a dispatch whose first argument is a list with one part for each place on a mesh dimension; all ranks get
+    the others.
 
     Ranks at the same place get the same part. The result is the list of the results by place, from the first rank of
     each.

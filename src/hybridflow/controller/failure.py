@@ -1,4 +1,4 @@
-"""The first cause: what is told when a worker fails, and how it is found among everything that fails with it.
+"""The first cause of a failure: how it is found among everything that fails with it, and how it is reported.
 
 When one process of a pool dies, raises, or stops, the others fail after it: their collectives lose a peer or run out of
 time. `first_cause` picks what came first:
@@ -27,8 +27,8 @@ from hybridflow.batch import Batch
 from hybridflow.controller.messages import Lost, Place
 from hybridflow.errors import UserError
 
-FRAMES = 5  # of a stack, in a report
-INNERMOST = 3  # of a stack, that tell whether it waits in a collective; a whole forward pass is inside of FSDP1's
+FRAMES = 5  # lines of a stack, in a report
+INNERMOST = 3  # lines of a stack that show whether it waits in a collective; a whole forward pass is inside of FSDP1's
 MIB = 2**20
 LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
 CONNECTION = re.compile(
@@ -70,8 +70,8 @@ class Standing:
     """Where a process stands while it works on a call.
 
     Args:
-        idle: seconds since it last began something or told progress.
-        collective: it waits in a collective.
+        idle: seconds since it last began something or reported progress.
+        collective: whether it waits in a collective.
         frames: the innermost lines.
         doing: what it is doing.
     """
@@ -89,21 +89,23 @@ class Evidence:
     lost: dict[Place, Lost] = field(default_factory=dict)
     failed: dict[Place, CallFailure] = field(default_factory=dict)
     standing: dict[Place, Standing] = field(default_factory=dict)
-    silent: list[Place] = field(default_factory=list)  # asked where they stand, and did not say
+    silent: list[Place] = field(default_factory=list)  # asked where they stand, without a reply
     boxes: dict[Place, Mapping[str, Any]] = field(default_factory=dict)
 
     def primary(self) -> bool:
-        """Whether there is something that is not a consequence of something else."""
+        """Returns whether there is something that is not a consequence of something else."""
         return bool(self.lost) or any(not f.connection for f in self.failed.values())
 
     def apart(self, timeout: float) -> list[Place]:
-        """Who is not in a collective, has not answered, and is waited for: it is late, or its pool has failed."""
+        """Returns the processes that others wait for: not in a collective, without a reply, and late or of a failed
+        pool.
+        """
         pools = {place.pool for place in self.failed}
         standing = [p for p, s in self.standing.items() if not s.collective and p not in self.failed]
         return self.silent + [p for p in standing if p.pool in pools or self.standing[p].idle > timeout]
 
     def count(self) -> int:
-        """How many processes have failed."""
+        """Counts the processes that have failed."""
         return len(self.lost.keys() | self.failed.keys())
 
 
@@ -111,7 +113,7 @@ class Evidence:
 
 
 def failed(error: BaseException, doing: Mapping[str, Any]) -> CallFailure:
-    """What is told of an exception, at the place where it was caught."""
+    """Describes an exception, at the place where it was caught."""
     text = "".join(traceback.format_exception_only(error)).strip()
     if error.__cause__ is not None:
         text += f" (from {type(error.__cause__).__name__}: {error.__cause__})"
@@ -123,7 +125,7 @@ def failed(error: BaseException, doing: Mapping[str, Any]) -> CallFailure:
 
 
 def standing(thread: int | None, idle: float, doing: Mapping[str, Any]) -> Standing:
-    """Where a thread of this process is; a backward pass on a device waits in threads of its own."""
+    """Describes where a thread of this process is; a backward pass on a device waits in threads of its own."""
     everywhere = sys._current_frames()
     frame = everywhere.get(thread or 0)
     stack = traceback.extract_stack(frame) if frame is not None else traceback.StackSummary()
@@ -137,7 +139,7 @@ def standing(thread: int | None, idle: float, doing: Mapping[str, Any]) -> Stand
 
 
 def _lines(stack: Sequence[traceback.FrameSummary]) -> tuple[str, ...]:
-    """The innermost lines outside of libraries and of this room; all of them, where there is no other."""
+    """Returns the innermost lines outside of libraries and of this room; all of them, where there is no other."""
     own = [f for f in stack if not f.filename.startswith((*LIBRARIES, str(Path(__file__).parent), "<"))]
     chosen = list(own or stack)[-FRAMES:]
     return tuple(f"{_short(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in chosen)
@@ -149,7 +151,7 @@ def _short(file: str) -> str:
 
 
 def describe_rows(arguments: Iterable[Any]) -> str:
-    """The sequences among the arguments of a call, in words."""
+    """Describes the sequences among the arguments of a call, in words."""
     said = []
     for batch in arguments:
         if not isinstance(batch, Batch):
@@ -165,7 +167,7 @@ def describe_rows(arguments: Iterable[Any]) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; its peak on systems that do not tell."""
+    """Returns the memory of this process now; its peak on systems that report no other."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return peak_bytes()
@@ -173,7 +175,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
+    """Returns the most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -181,7 +183,7 @@ def peak_bytes() -> int:
 
 
 def first_cause(evidence: Evidence, timeout: float) -> UserError:
-    """The one report of a failed attempt; of a `UserError` in a worker, that error."""
+    """Returns the one report of a failed attempt; of a `UserError` in a worker, that error."""
     if evidence.lost:
         place = next(iter(evidence.lost))
         return _lost(place, evidence)

@@ -10,7 +10,7 @@ from hybridflow.errors import nearest
 
 
 class CallSender(Protocol):
-    """What brings calls to workers, and their results back (`controller.cluster.Cluster` does)."""
+    """The interface that brings calls to workers, and their results back (`controller.cluster.Cluster`)."""
 
     def send(
         self, group: WorkerGroup, method: str, calls: Sequence[Call | None], join: Callable[[list[Any]], Any]
@@ -26,7 +26,7 @@ class CallSender(Protocol):
         ...
 
     def pump(self, seconds: float) -> None:
-        """Takes the results that have arrived; waits so many seconds for one at most."""
+        """Takes the results that have arrived; waits at most this many seconds for one."""
         ...
 
 
@@ -40,7 +40,7 @@ class Future:
         self._joined: list[Any] = []
 
     def done(self) -> bool:
-        """Whether `result` would return at once.
+        """Returns whether `result` would return at once.
 
         Raises:
             UserError: a worker has failed meanwhile.
@@ -50,7 +50,7 @@ class Future:
         return not self._missing
 
     def result(self) -> Any:
-        """Waits for all workers; what the dispatch joins their results to.
+        """Waits for all workers; returns what the dispatch joins their results to.
 
         Raises:
             WorkerFailure: a worker has failed, of this group or another; the cluster has ended.
@@ -71,13 +71,13 @@ class Future:
 
 
 class RemoteMethod:
-    """A method of all workers of a group: call it, or have it called and go on with `later`."""
+    """A method of all workers of a group: a call waits for the result, `later` returns at once."""
 
     def __init__(self, group: WorkerGroup, name: str, dispatch: Dispatch) -> None:
         self._group, self._name, self._dispatch = group, name, dispatch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The joined result."""
+        """Calls it on all workers and returns the joined result."""
         return self.later(*args, **kwargs).result()
 
     def later(self, *args: Any, **kwargs: Any) -> Future:
@@ -101,7 +101,7 @@ class WorkerGroup:
         return self.mesh.size
 
     def send(self, method: str, dispatch: Dispatch, call: Call) -> Future:
-        """Splits a call, and sends it to the workers that it is for."""
+        """Splits a call, and sends each worker its part."""
         calls = dispatch.split(self.mesh, call)
         return self._cluster.send(self, method, calls, lambda results: dispatch.join(self.mesh, results))
 

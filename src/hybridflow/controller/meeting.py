@@ -1,4 +1,4 @@
-"""Where the processes of a run find each other."""
+"""The store where the processes of a run find each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOCALHOST = "127.0.0.1"
 
 
 def meeting_point(host: str, port: int) -> TCPStore:
-    """The store where the processes of all pools find each other, kept by this process.
+    """Opens the store where the processes of all pools find each other, kept by this process.
 
     Raises:
         UserError: the port is taken.

@@ -1,4 +1,4 @@
-"""What the controller and its processes say to each other."""
+"""The messages between the controller and its processes."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Meeting:
 
 @dataclass(frozen=True, eq=False)
 class WorkerCall:
-    """What a process is asked for. Equal requests to several processes are one object, and are encoded once.
+    """A request to a process. Equal requests to several processes are one object, and are encoded once.
 
     Args:
-        id: number of the call; the answers bear it.
-        kind: "create" a worker, "call" a method of one, or tell "where" the process stands, which is answered while a
+        id: number of the call; its replies carry it.
+        kind: "create" a worker, "call" a method of one, or ask "where" the process stands, which gets its reply while a
             call runs.
         group: name of the worker.
-        method: what to call.
+        method: the method to call.
         step: step of the run.
         call: the arguments; of "create", those of the class.
         more: of "create", the class.
@@ -73,19 +73,19 @@ class WorkerCall:
 
     @functools.cached_property
     def frames(self) -> list[Frame]:
-        """The message. What it is about comes first by itself, so that it can be read without the arguments."""
+        """The message. The head of the request comes first, so that it can be read without the arguments."""
         head = (self.id, self.kind, self.group, self.method, self.step)
         return [pickle.dumps(head), *encode((self.call, self.more))]
 
     @staticmethod
     def head(frames: Frames) -> WorkerCall:
-        """The request without its arguments."""
+        """Reads the request without its arguments."""
         number, kind, group, method, step = pickle.loads(frames[0])
         return WorkerCall(number, kind, group, method, step)
 
     @staticmethod
     def read(frames: Frames) -> WorkerCall:
-        """The whole request."""
+        """Reads the whole request."""
         call, more = decode(frames[1:])
         number, kind, group, method, step = pickle.loads(frames[0])
         return WorkerCall(number, kind, group, method, step, call, more)
@@ -93,7 +93,7 @@ class WorkerCall:
 
 @dataclass(frozen=True, eq=False)
 class WorkerReply:
-    """What a process says to a request: its result, a `failure.Failed`, or a `failure.Standing`."""
+    """The reply of a process to a request: its result, a `failure.Failed`, or a `failure.Standing`."""
 
     id: int
     kind: Literal["done", "failed", "where"]
@@ -106,7 +106,7 @@ class WorkerReply:
 
     @staticmethod
     def read(frames: Frames) -> WorkerReply:
-        """The answer of a message."""
+        """Reads the reply of a message."""
         number, kind = pickle.loads(frames[0])
         return WorkerReply(number, kind, decode(frames[1:]))
 

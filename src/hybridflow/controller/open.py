@@ -20,12 +20,12 @@ def open_cluster(
     """Starts the processes of all pools.
 
     Args:
-        placement: pools, and who starts them. Without pools there is one, "all": this process, or all that torchrun
-            started.
+        placement: pools, and the back end that starts them. Without pools there is one, "all": this process, or all
+            that torchrun started.
         device: ``run.device``.
         threads: of each process; the cores are shared among them if left out.
         preload: modules that every process needs: they are imported once where that is possible.
-        events: told kind and text of what a user should know; stderr if left out.
+        events: called with kind and text of what a user should know; stderr if left out.
 
     Raises:
         UserError: a pool lacks devices, a port is taken, ...

@@ -1,4 +1,4 @@
-"""What runs in a process of a pool: the workers of all groups that are placed there, and what they know about it."""
+"""What runs in a process of a pool: the workers of all groups that are placed there, and their context."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from hybridflow.devices import kind_of
 from hybridflow.faults import worker_fault
 
 BOX_BYTES = 4096
-BEAT_SECONDS = 0.5  # how old what the black box says about memory can be
+BEAT_SECONDS = 0.5  # seconds after which the black box updates its facts about memory
 
 
 class BlackBox:
-    """A small file in which a process keeps what it is doing, for those who find it dead.
+    """A small file in which a process keeps what it is doing, for the report of its death.
 
     It is a memory map: what is written survives the process, however it ends.
     """
@@ -63,7 +63,7 @@ class BlackBox:
 
 
 def read_box(path: Path) -> dict[str, Any]:
-    """The facts in a black box; empty where there is none, or the process ended while it wrote."""
+    """Reads the facts in a black box; empty where there is none, or the process ended while it wrote."""
     try:
         return dict(json.loads(path.read_bytes().rstrip(b"\0")))
     except (OSError, ValueError):
@@ -101,10 +101,10 @@ class WorkerContext:
         self._host.join_pool()
 
     def progress(self, rows: str = "") -> None:
-        """Says that a long call goes on: the controller's time limit (placement.timeout) counts from here.
+        """Reports that a long call makes progress: the controller's time limit (placement.timeout) counts from here.
 
         Args:
-            rows: what is in hand now, in words; it stands in the report if the worker fails.
+            rows: the sequences of the current piece of work, in words; the report names them if the worker fails.
         """
         self._host.progress(rows)
 
@@ -116,7 +116,7 @@ class WorkerHost:
         place: which process it is.
         device: where tensors of its workers belong.
         meeting: where the pool's processes meet; None where there is only one process.
-        box: where it keeps what it is doing; None for nowhere.
+        box: the black box; None for none.
     """
 
     def __init__(self, place: Place, device: torch.device, meeting: Meeting | None, box: Path | None = None) -> None:
@@ -137,15 +137,15 @@ class WorkerHost:
         return 600 if self._meeting is None else self._meeting.timeout
 
     def address(self) -> str:
-        """Of the network interface of this host that leads to where all processes meet."""
+        """Returns the address of the network interface of this host that leads to where all processes meet."""
         if self._meeting is None:
             return "127.0.0.1"
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((self._meeting.host, self._meeting.port))  # chooses an interface, and sends nothing
+            probe.connect((self._meeting.host, self._meeting.port))  # this chooses an interface, and sends nothing
             return str(probe.getsockname()[0])
 
     def perform(self, request: WorkerCall) -> Any:
-        """Makes a worker, or calls a method of one; whatever it raises goes through."""
+        """Makes a worker, or calls a method of one; its exceptions reach the caller."""
         method = "create" if request.kind == "create" else request.method
         positional, keywords = request.call
         self._thread = threading.get_ident()
@@ -168,14 +168,16 @@ class WorkerHost:
         return result
 
     def answer(self, request: WorkerCall) -> WorkerReply:
-        """The same as an answer; an exception becomes a `CallFailure`."""
+        """Performs a request as a reply; an exception becomes a `CallFailure`."""
         try:
             return WorkerReply(request.id, "done", self.perform(request))
         except BaseException as error:
             return WorkerReply(request.id, "failed", self.failed(error))
 
     def reply(self, frames: Frames) -> WorkerReply:
-        """The answer to a message; it can be sent. After a failure none is answered: peers may be in collectives."""
+        """Performs a message and returns a reply that can be sent. After a failure it performs none: peers may be in
+        collectives.
+        """
         if self._has_failed:
             threading.Event().wait()  # until the controller ends this process
         try:
@@ -190,16 +192,16 @@ class WorkerHost:
         return answer
 
     def failed(self, error: BaseException) -> CallFailure:
-        """What is told of an exception that ended a call."""
+        """Describes an exception that ended a call."""
         self._has_failed = True
         return failed(error, self.doing | {"process": os.getpid(), "device": str(self.device)})
 
     def standing(self) -> Standing:
-        """Where the thread that works is at this moment."""
+        """Describes where the thread that works is at this moment."""
         return standing(self._thread, time.monotonic() - self._last, self.doing | {"process": os.getpid()})
 
     def progress(self, rows: str) -> None:
-        """Notes that the call goes on, and which rows it works on."""
+        """Notes that the call makes progress, and which rows it works on."""
         self._note(**({"rows": rows} if rows else {}))
 
     def beat(self) -> None:
@@ -243,14 +245,14 @@ def _without_last_row(call: Call) -> Call:
 
 
 def serve_wire(wire: MessagePipe, host: WorkerHost, *, after_failure: Callable[[], None] | None = None) -> None:
-    """Answers what comes over a wire until the controller hangs up; a controller that is gone ends this process.
+    """Performs the messages of a wire until the controller closes it; a controller that is gone ends this process.
 
     A thread reads: a message never waits for a call to end, and the controller never for a process that is busy.
 
     Args:
         wire: to the controller.
-        host: what answers.
-        after_failure: called when a failure has been told.
+        host: performs the messages.
+        after_failure: called when a failure has been reported.
     """
     inbox: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(wire, host, inbox), daemon=True).start()
@@ -275,11 +277,11 @@ def _read(wire: MessagePipe, host: WorkerHost, inbox: queue.SimpleQueue[Frames |
         inbox.put(None)  # an empty message: the controller is done
     except (EOFError, OSError):
         sys.stdout.flush()
-        os._exit(0)  # nobody is left who could read an answer, or the status
+        os._exit(0)  # nobody is left to read a reply, or the status
 
 
 def keep_beating(host: WorkerHost) -> None:
-    """Keeps what the black box says about memory new; for a thread of its own."""
+    """Updates the black box's facts about memory; for a thread of its own."""
     while True:
         time.sleep(BEAT_SECONDS)
         host.beat()

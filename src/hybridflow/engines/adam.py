@@ -1,5 +1,6 @@
-"""The optimizer step that every training engine takes, whoever holds the weights: AdamW, its schedule, and no step
-where something is not finite."""
+"""The optimizer step that every training engine takes, whichever process holds the weights: AdamW, its schedule, and no
+step where a loss or gradient is not finite.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from hybridflow.weights.drill import perturb
 
 
 class AdamEngine(ABC):
-    """What a training engine knows besides its model.
+    """The state of a training engine besides its model.
 
     Args:
         trained: the parameters that are trained, by name; of a sharded model, this rank's part of each.
@@ -48,19 +49,19 @@ class AdamEngine(ABC):
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state, by parameter name: none before the first step."""
+        """Returns AdamW's state, by parameter name: none before the first step."""
         return {name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.trained.items()}
 
     @abstractmethod
     def published(self) -> dict[str, Tensor]:
-        """What streams are made of: each tensor once, by its first name; of a sharded model, this rank's part."""
+        """Returns the tensors of a stream: each once, by its first name; of a sharded model, this rank's part."""
 
     def perturb(self, names: Collection[str] | None = None) -> None:
         """See `TrainEngine.perturb`."""
         perturb(tensor for name, tensor in self.published().items() if names is None or name in names)
 
     def step(self, sums: Sums, norm: float) -> Update:
-        """One optimizer step along the gradients as they are; none where the loss or their norm is not finite.
+        """Takes one optimizer step along the gradients as they are; none where the loss or their norm is not finite.
 
         Args:
             sums: of the whole mini-batch.
@@ -83,7 +84,7 @@ class AdamEngine(ABC):
         return Update(metrics)
 
     def require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        """Makes sure that all these are finite, of every process that holds a part of the model.
+        """Raises a UserError unless all these are finite, in every process that holds a part of the model.
 
         Raises:
             UserError: one is not.
@@ -100,7 +101,7 @@ class AdamEngine(ABC):
             )
 
     def anywhere(self, found: bool) -> bool:
-        """Whether this is so in any process that holds a part of the model."""
+        """Returns whether this is so in any process that holds a part of the model."""
         return found
 
     def move_moments(self, device: torch.device) -> None:
@@ -112,12 +113,14 @@ class AdamEngine(ABC):
 
 
 def matrices(named: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that weight decay applies to: matrices, but neither norms nor biases."""
+    """Returns the names of the tensors that weight decay applies to: matrices, but neither norms nor biases."""
     return {name for name, tensor in named.items() if tensor.ndim > 1}
 
 
 def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0): a linear warm-up, then the decay, ending at ``lr * min_lr_ratio``."""
+    """Computes the rate of optimizer step `step` (from 0): a linear warm-up, then the decay, ending at ``lr *
+    min_lr_ratio``.
+    """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))

@@ -1,4 +1,4 @@
-"""What an engine writes while it goes on: copied first, then written by a thread of its own."""
+"""Files that an engine writes while it continues: the state is copied first, then written by a separate thread."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from transformers.modeling_utils import PreTrainedModel
 
 
 class Background:
-    """Does one thing at a time beside the caller.
+    """Runs one piece of work at a time beside the caller.
 
-    What it does may read nothing that the caller goes on to use (a model, its configuration, a tokenizer): such things
-    are copied, or rendered to bytes, before it is begun.
+    The work may read nothing that the caller continues to use (a model, its configuration, a tokenizer): such objects
+    are copied, or rendered to bytes, before the work begins.
     """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None  # most engines never need one
+        self._thread: ThreadPoolExecutor | None = None  # made at the first use: most engines never need one
         self._under_way: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begins; what was begun before must be `done`."""
+        """Begins the work; earlier work must be `done`."""
         assert self._under_way is None, "two at a time"
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="save")
         self._under_way = self._thread.submit(work)
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it is over, or nothing was begun; with `wait`, when it is. What it raised is raised here."""
+        """Returns whether the work is over, or none was begun; with `wait`, blocks until it is over. Raises what the
+        work raised.
+        """
         if self._under_way is not None and (wait or self._under_way.done()):
             under_way, self._under_way = self._under_way, None
             under_way.result()
@@ -38,7 +40,7 @@ class Background:
 
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in host memory; those of one memory (tied ones) stay so."""
+    """Copies the tensors as they are now to host memory; those of one memory (tied ones) stay so."""
     copies: dict[int, Tensor] = {}
     found = {}
     for name, tensor in tensors.items():
@@ -54,11 +56,11 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def host_twin(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model of the same modules and configuration, none of them shared, around copies of its tensors.
+    """Makes a model of the same modules and configuration, none of them shared, around copies of its tensors.
 
     Args:
-        model: whose twin.
-        tensors: what `host_copies` gave of its state; all else of it is copied here.
+        model: the model to copy.
+        tensors: the state that `host_copies` gave; all else is copied here.
     """
     own = model.state_dict(keep_vars=True)
     made: dict[int, Tensor] = {}

@@ -41,10 +41,10 @@ class LocalEngine(AdamEngine, TrainEngine):
         total_steps: optimizer steps of the whole run, for the schedule's decay.
         tokens_per_microbatch: most tokens in one forward pass.
         device: where to train.
-        value_head: trained with the model and asked for "value" scores: it makes the model a critic, or an actor whose
-            trunk is the critic's too. Its weights are not streamed.
+        value_head: trained with the model; it computes the "value" scores. It makes the model a critic, or an actor
+            whose trunk is the critic's too. Its weights are not streamed.
         name: what its metrics begin with.
-        dtype: what is multiplied in, see ``engine.dtype``; auto is bfloat16 on a GPU.
+        dtype: the type of products, see ``engine.dtype``; auto is bfloat16 on a GPU.
     """
 
     def __init__(
@@ -79,14 +79,16 @@ class LocalEngine(AdamEngine, TrainEngine):
         if rows is not None:
             check_parts([len(batch)], rows)
         if not len(batch):
-            return Update({})  # nothing to learn from: no step, and the schedule stands still
+            return Update({})  # no sequence carries loss: no step, and the schedule stands still
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.passes.accumulate(batch, loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optim.clip_grad_norm))
         return self.step(sums, norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint has: adapters alone where they are trained, else parameters and buffers, each once."""
+        """Returns the tensors of a checkpoint: adapters alone where they are trained, else parameters and buffers, each
+        once.
+        """
         if has_adapters(self.model):
             return {name: p.detach() for name, p in self.trained.items()}
         return {n: t.detach() for n, t in (self.published() | self.trained).items()}

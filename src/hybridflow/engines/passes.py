@@ -1,4 +1,4 @@
-"""The gradient of one mini-batch, cut into micro-batches: what every local or sharded engine does on its own model.
+"""The gradient of one mini-batch, cut into micro-batches: how every local or sharded engine uses its own model.
 
 Nothing here divides by a number of micro-batches or ranks: weights were computed for the whole mini-batch, so sums are
 right whatever the cut.
@@ -45,14 +45,16 @@ class Sums:
     bad_rows: list[int] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """Sums and maxima as they are, means over the scored tokens, and what the gap between engines is."""
+        """Returns sums and maxima as they are, means over the scored tokens, and the metrics of the gap between
+        engines.
+        """
         means = {name: value / max(self.tokens, 1) for name, value in self.means.items()}
         gap = {} if self.gap is None else gap_metrics(self.gap)
         return dict(self.sums) | means | self.maxima | gap
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
-    """The sums over all ranks; rows that are not finite stay with their rank."""
+    """Adds up the sums of all ranks; rows that are not finite stay with their rank."""
     total = Sums()
     for part in parts:
         total.loss += part.loss
@@ -79,8 +81,8 @@ class Passes:
         within: opened around every forward pass: its precision, where its activations are kept.
         agree: from the passes that this rank needs to those that all ranks make together. A rank that needs fewer adds
             some without sequences: weights are gathered, and gradients summed, by all ranks at once.
-        alike: all passes run every layer once, as ranks that gather its weights together must: a padded model, which
-            runs a layer for each length in a pass, gets passes of one length.
+        alike: whether all passes run every layer once, as ranks that gather its weights together must: a padded model,
+            which runs a layer for each length in a pass, gets passes of one length.
         no_sync: opened around every forward and backward pass but the last: gradients are summed between ranks once.
     """
 
@@ -110,7 +112,7 @@ class Passes:
         return total
 
     def score(self, batch: Batch, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
-        """Per-token columns of a batch without gradients: see `Scorer.score`."""
+        """Computes per-token columns of a batch without gradients: see `Scorer.score`."""
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         result = {name: torch.zeros(batch.total(), dtype=dtype) for name in outputs}
         positions = torch.arange(batch.total())
@@ -140,7 +142,7 @@ class Passes:
         total.bad_rows += _bad_rows(terms.loss_M.detach(), index_M, part, rows)
 
     def _agreed(self, batch: Batch) -> list[list[int]]:
-        """Rows of every pass, as many on every rank: one that needs fewer makes smaller ones."""
+        """Returns the rows of every pass, as many passes on every rank: one that needs fewer makes smaller ones."""
         passes = microbatches(batch, self.tokens_per_microbatch)
         if self.alike and not packs(self.model):
             lengths = batch.lengths()
@@ -149,12 +151,12 @@ class Passes:
         return microbatches(batch, self.tokens_per_microbatch, at_least=self.agree(len(passes)))
 
     def _sharing(self, batch: Batch) -> Batch:
-        """The batch, without its groups where the model pads: padded sequences share no prompts."""
+        """Returns the batch, without its groups where the model pads: padded sequences share no prompts."""
         return batch if packs(self.model) else batch.select([name for name in batch if name != "group_B"])
 
 
 def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]]:
-    """Rows of each micro-batch: at most `budget` tokens go through the model at once, and they cost about the same.
+    """Cuts rows into micro-batches: at most `budget` tokens go through the model at once, and all cost about the same.
 
     Sequences of one group stay together where they fit, because their prompt then goes through the model once. With
     `at_least`, some can be empty: see `balanced_parts`.
@@ -174,7 +176,7 @@ def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]
     sizes: list[int] = []
     works: list[int] = []
     for (_, prompt), members in units.items():
-        again = len(members) - 1  # so many times less goes the prompt through
+        again = len(members) - 1  # the prompt goes through the model this many times fewer
         size = sum(lengths[r] for r in members) - again * prompt
         together = size <= budget
         rows += [members] if together else [[r] for r in members]
@@ -187,7 +189,7 @@ def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]
 
 @contextmanager
 def telling_memory(part: Batch, budget: int) -> Iterator[None]:
-    """Says how large a micro-batch was that did not fit into a GPU's memory.
+    """Reports how large a micro-batch was that did not fit into a GPU's memory.
 
     Raises:
         UserError: instead of torch's OutOfMemoryError.
@@ -206,7 +208,7 @@ def telling_memory(part: Batch, budget: int) -> Iterator[None]:
 
 
 def autocast_on(device: torch.device, dtype: Dtype = "auto") -> Callable[[], AbstractContextManager[None]]:
-    """The precision of a forward pass: bfloat16 where that is asked for, else that of the weights.
+    """Returns the precision of a forward pass: bfloat16 where that is asked for, else that of the weights.
 
     Args:
         device: where it is computed.

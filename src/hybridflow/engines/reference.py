@@ -23,7 +23,7 @@ class LocalReference(Scorer):
         model: a model that `models.load` loaded.
         tokens_per_microbatch: most tokens in one forward pass.
         device: where to score.
-        dtype: what is multiplied in; "auto" is bfloat16 on a GPU.
+        dtype: the type of products; "auto" is bfloat16 on a GPU.
         keeps: whether weights are kept in that type too (a reward model's), rather than in float32.
     """
 
@@ -60,10 +60,10 @@ class LocalReference(Scorer):
 class WithoutAdapters(Scorer):
     """A `Scorer` on the model of an engine, whose adapters are switched off while it scores.
 
-    What is left is the model that the run began with, without a second copy.
+    Without adapters it is the model that the run began with, so no second copy is needed.
 
     Args:
-        engine: what scores.
+        engine: the engine that scores.
         model: its model, with adapters.
     """
 

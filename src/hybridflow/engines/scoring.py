@@ -1,7 +1,7 @@
-"""A model, its value head and its processes as one module, whose forward pass is from tokens to scores.
+"""A model, its value head and its processes as one module, whose forward pass maps tokens to scores.
 
-Engines call this module and nothing inside it: what shards a model gathers weights in the hooks of a forward pass, and
-the output layer is read by `models.log_probs`, not through a forward pass of its own.
+Engines call this module and nothing inside it: sharding gathers weights in the hooks of a forward pass, and the output
+layer is read by `models.log_probs`, not through a forward pass of its own.
 
 Shapes: M tokens that are scored.
 """
@@ -43,11 +43,11 @@ class TokenScorer(torch.nn.Module):
     def forward(
         self, part: Batch, outputs: Sequence[str], temperature: float, entropy_gradient: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pass: where the scored tokens stand on the T axis ``[M]``, and ``[M]`` scores by name.
+        """Runs one pass: returns where the scored tokens stand on the T axis ``[M]``, and ``[M]`` scores by name.
 
         Args:
             part: see `models.forward.hidden_states`.
-            outputs: see `protocols.training.Scorer.score`; values alone do without logits.
+            outputs: see `protocols.training.Scorer.score`; values alone need no logits.
             temperature: divides the logits.
             entropy_gradient: whether entropies have a gradient.
         """
@@ -67,5 +67,6 @@ class TokenScorer(torch.nn.Module):
             log_mass="log_mass" in outputs,
             sp=self.sp,
         )
-        # Clones, because FSDP2 hooks into these tensors: what is done in place to a view of another passes it by.
+        # Clones, because FSDP2 hooks into these tensors: a change in place of a view of another tensor would bypass the
+        # hook.
         return scores.index_M, {name: score_M.clone() for name, score_M in scores.named().items()}

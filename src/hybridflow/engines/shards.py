@@ -37,7 +37,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proces
         group: of processes that talk through host memory (gloo).
 
     Raises:
-        OSError: or whatever else kept the first rank that failed from writing; on all ranks.
+        OSError: or any other error that kept the first failing rank from writing; on all ranks.
     """
     writer = HuggingFaceStorageWriter(
         str(folder / SHARDS), fqn_to_index_mapping=_files_of(tensors, group.size()), save_distributed=True
@@ -49,7 +49,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proces
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in the safetensors files of a folder, put together where they are cut."""
+    """Reads the shapes of all tensors in the safetensors files of a folder, put together where they are cut."""
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -64,7 +64,7 @@ def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def whole_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The whole tensors in the safetensors files of a folder, one after the other, sorted by name.
+    """Yields the whole tensors in the safetensors files of a folder, one after the other, sorted by name.
 
     About `FILE_BYTES` of them are in memory at a time.
 
@@ -92,7 +92,7 @@ def read_state(folder: Path, weights: Mapping[str, Tensor], *, source: Path, wei
     Args:
         folder: where the files are: "model/NAME" are weights, "exp_avg/NAME" and the like are moments.
         weights: all that the engine saves, by name; moments are cut as these are.
-        source: the checkpoint, for what is said.
+        source: the checkpoint, for messages.
         weights_too: whether weights are among the files.
 
     Raises:
@@ -116,7 +116,7 @@ def read_state(folder: Path, weights: Mapping[str, Tensor], *, source: Path, wei
 
 
 def require_kind(folder: Path, *, adapters: bool) -> None:
-    """Holds what a checkpoint has, adapters or all weights, against what is trained.
+    """Compares what a checkpoint has, adapters or all weights, with what is trained.
 
     Raises:
         UserError: it is the other.
@@ -130,7 +130,7 @@ def require_kind(folder: Path, *, adapters: bool) -> None:
 
 
 def _files_of(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
-    """In which of its files, from 1, every rank writes its piece of each tensor."""
+    """Returns in which of its files, from 1, every rank writes its piece of each tensor."""
     files, before = {}, 0
     for name, tensor in tensors.items():
         files[name] = 1 + before // (FILE_BYTES * ranks)

@@ -1,1 +1,1 @@
-"""What rooms promise each other: protocols of engines and graders, and their records."""
+"""The protocols between rooms: engines and graders, and their records."""

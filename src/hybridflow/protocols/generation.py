@@ -1,6 +1,6 @@
-"""The protocol of engines that generate, and the records that go in and come out.
+"""The protocol of engines that generate, and the records of requests and results.
 
-Implementations live in `rollout/` and `placing/`; nothing here knows them.
+Implementations live in `rollout/` and `placing/`; this module imports none of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hybridflow.protocols.weights import Receipt, WeightStream
 
-if TYPE_CHECKING:  # processes that score answers do without torch
+if TYPE_CHECKING:  # processes that score responses do not import torch
     from hybridflow.noise import NoiseKey
 
 
@@ -27,12 +27,12 @@ class Sampling:
         temperature: divides the logits; 0 takes the most likely token.
         stop_token_ids: generation ends with the first of these, which is kept as the last token.
         top_p: keeps the smallest set of most likely tokens whose probabilities add up to at least this; 1 keeps all.
-        top_k: keeps so many most likely tokens; 0 keeps all.
+        top_k: keeps this many most likely tokens; 0 keeps all.
         min_p: keeps tokens at least this share as likely as the most likely one; 0 keeps all.
         stop: generation ends with the token that completes the first of these texts; that token is kept.
         stop_regex: the same for a regular expression, searched in the text generated so far; None for none.
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or the
-            answer holds already (arXiv 1909.05858); 1 does nothing.
+            response holds already (arXiv 1909.05858); 1 does nothing.
         logit_bias: (token id, value) pairs added to the logits.
     """
 
@@ -56,10 +56,10 @@ class Request:
         prompt_ids: token ids of the prompt. Requests with equal prompts share one prefill.
         sampling: how to draw.
         noise: whose noise the tokens take.
-        generated_ids: tokens already generated (by an aborted request); generation goes on after them, and noise and
+        generated_ids: tokens already generated (by an aborted request); generation continues after them, and noise and
             `max_tokens` count from the first of them. The result holds only what is new.
         images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.
-        replica: which of the engine's replicas must answer; None: any.
+        replica: which of the engine's replicas must take the request; None: any.
     """
 
     prompt_ids: tuple[int, ...]
@@ -84,7 +84,7 @@ class Support:
     """Which tokens could have been sampled (top-p, top-k, min-p), one after the other: ragged, not a mask over V.
 
     Args:
-        sizes: for each token of the answer, how many ids were kept; 0 stands for the whole vocabulary.
+        sizes: for each token of the response, how many ids were kept; 0 stands for the whole vocabulary.
         ids: the kept ids of all tokens, end to end; the sampled token is always among its own.
     """
 
@@ -94,16 +94,16 @@ class Support:
 
 @dataclass(slots=True)
 class Result:
-    """What became of a request.
+    """The result of a request.
 
     Args:
         handle: what `submit` returned.
         token_ids: generated tokens.
-        logps: log-probability of each token under the distribution it was really sampled from (after temperature;
-            for greedy decoding, under the model's own distribution at temperature 1).
+        logps: log-probability of each token under the distribution that it was sampled from (after temperature; for
+            greedy decoding, under the model's own distribution at temperature 1).
         finish_reason: "stop" (a stop token, the last one), "length" (`max_tokens`), or "abort" (the part done so far).
         spans: weight versions of the tokens, in order, covering all of them.
-        support: what could have been sampled; None where that was the whole vocabulary throughout.
+        support: the tokens that could have been sampled; None where that was the whole vocabulary throughout.
     """
 
     handle: int
@@ -117,13 +117,13 @@ class Result:
 class RolloutEngine(Protocol):
     """Generates, per request and asynchronously: results come in order of completion.
 
-    What an engine can do it says itself: nobody asks of which class it is. What it cannot do it says too, with the
-    value that each attribute and method names for that.
+    An engine states what it can do in attributes and methods, each of which has a value for "not supported". Callers
+    read these, and never ask for its class.
 
     Attributes:
-        should_return: asked now and then while `wait` waits; once it says yes, `wait` returns what there is.
+        should_return: called now and then while `wait` waits; when it returns True, `wait` returns what has ended.
         on_restart: called where processes that died were started again, before lost requests are sent again. It
-            publishes weights of `version`, for the new processes have those alone that they were started with. An
+            publishes weights of `version`, because the new processes have only those that they were started with. An
             engine that starts nothing again never calls it.
     """
 
@@ -137,12 +137,12 @@ class RolloutEngine(Protocol):
 
     @property
     def replicas(self) -> int:
-        """How many answer, each with weights of its own; `Request.replica` counts them."""
+        """How many replicas there are, each with weights of its own; `Request.replica` counts them."""
         ...
 
     @property
     def max_model_len(self) -> int:
-        """The most tokens of a sequence, prompt and answer together; `submit` refuses longer ones."""
+        """The most tokens of a sequence, prompt and response together; `submit` refuses longer ones."""
         ...
 
     @property
@@ -179,24 +179,24 @@ class RolloutEngine(Protocol):
         ...
 
     def pause(self) -> None:
-        """Stops generating; what is in flight stays and goes on after `resume`."""
+        """Stops generating; requests in flight stay and continue after `resume`."""
         ...
 
     def resume(self) -> None:
-        """Goes on after `pause`."""
+        """Continues after `pause`."""
         ...
 
     def update_weights(self, stream: WeightStream, version: int) -> list[Receipt]:
-        """Takes new weights. Requests in flight go on with them: their result then has several spans.
+        """Takes new weights. Requests in flight continue with them: their result then has several spans.
 
         Returns:
-            A receipt of every process that took them. Whoever publishes holds them against the stream
+            A receipt of every process that took them. The publisher compares them with the stream
             (`weights.stream.verify`); an engine does not.
         """
         ...
 
     def receivers(self) -> list[str]:
-        """The host name of each process that takes weights from wherever they are sent; empty: there is none."""
+        """Returns the host name of each process that takes weights from a sender; empty: there is none."""
         ...
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
@@ -212,10 +212,10 @@ class RolloutEngine(Protocol):
         ...
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:
-        """Fingerprints of weights as they lie in its memory now.
+        """Returns the fingerprints of weights as they lie in its memory now.
 
         Args:
-            names: as they are published.
+            names: names of tensors, as they are published.
 
         Returns:
             Those that it holds as they were published; empty: it can read none.
@@ -226,7 +226,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Gives back memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
+        """Frees memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
         ...
 
     def wake(self) -> None:

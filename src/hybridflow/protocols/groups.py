@@ -1,4 +1,4 @@
-"""What generation and rewards have made of a prompt: its answers, as training takes them."""
+"""The rollouts of a prompt: its responses with their rewards, as training takes them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hybridflow.protocols.generation import Span, Support
 
 @dataclass(slots=True)
 class Trajectory:
-    """A finished answer and what it was worth.
+    """A finished response with its reward.
 
     Args:
-        sample: which answer to its prompt this is.
+        sample: which response to its prompt this is.
         token_ids: generated tokens.
         logps: see `Result.logps`.
         finish_reason: see `Result.finish_reason`.
         spans: see `Result.spans`.
         response: the tokens as text, without special tokens.
-        reward: what the reward gave for the whole answer.
+        reward: the reward of the whole response.
         support: see `Result.support`.
-        components: further numbers that the reward gave, by name.
-        step_rewards: rewards of parts of the answer, each on the token (of `token_ids`) that its part ends with.
-        failure: why there is no reward; None where there is one. The answer then carries no loss.
+        components: further numbers of the reward, by name.
+        step_rewards: rewards of parts of the response, each on the token (of `token_ids`) that its part ends with.
+        failure: why there is no reward; None where there is one. The response then carries no loss.
     """
 
     sample: int
@@ -40,15 +40,16 @@ class Trajectory:
 
 @dataclass(slots=True)
 class Group:
-    """All answers to one draw of a prompt.
+    """All responses to one draw of a prompt.
 
     Args:
         draw: number of the draw, unique over the run.
         row: index of the row in the data.
         prompt_ids: token ids of the prompt.
-        trajectories: the answers, in order of `sample`.
-        baseline: the reward of a greedy answer to the prompt; None where none was asked for.
-        failures: how many of its answers (a greedy one too) the reward failed on, by what happened: see `Failure.kind`.
+        trajectories: the responses, in order of `sample`.
+        baseline: the reward of a greedy response to the prompt; None where none was asked for.
+        failures: how many of its responses (a greedy one too) the reward failed on, by what happened: see
+            `Failure.kind`.
     """
 
     draw: int

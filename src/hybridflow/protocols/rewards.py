@@ -1,4 +1,4 @@
-"""The protocol of graders, which score answers, and its records."""
+"""The protocol of graders, which score responses, and its records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hybridflow.protocols.waiting import Stopped, never
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers to one prompt, to be scored.
+    """Responses to one prompt, to be scored.
 
     Args:
         responses: their texts.
         ground_truth: what they are compared with.
-        prompt: the chat messages that they answer.
+        prompt: the chat messages that they respond to.
         row: the whole row of the data.
     """
 
@@ -28,12 +28,12 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an answer has no reward.
+    """Why a response has no reward.
 
     Args:
         kind: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a server).
-        what: went wrong, in words.
-        scoring: the answer and what it was held against, in words; "" where `what` says it.
+        what: what went wrong, in words.
+        scoring: the response and what it was compared with, in words; "" where `what` names them.
     """
 
     kind: str
@@ -46,12 +46,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an answer is worth.
+    """The score of a response.
 
     Args:
-        value: the reward of the whole answer. Where it failed it is 0 and means nothing.
+        value: the reward of the whole response. Where it failed it is 0 and means nothing.
         components: further numbers, by name.
-        steps: rewards of parts of the answer: (how many characters of it the part ends after, reward).
+        steps: rewards of parts of the response: (how many characters of it the part ends after, reward).
         failure: why there is no reward; None where there is one.
     """
 
@@ -67,10 +67,10 @@ class Score:
 
 
 class Grader(Protocol):
-    """Scores answers while others are generated. Not thread-safe; one owner.
+    """Scores responses while others are generated. Not thread-safe; one owner.
 
     Attributes:
-        should_return: asked now and then by a `wait` that lasts; once it says yes, `wait` returns what there is.
+        should_return: called now and then by a `wait` that lasts; when it returns True, `wait` returns what is ready.
     """
 
     should_return: Callable[[], bool]
@@ -80,19 +80,21 @@ class Grader(Protocol):
         ...
 
     def ready(self) -> list[tuple[int, list[Score]]]:
-        """What has been scored since, without waiting: for each key, a score for every response."""
+        """Returns what has been scored since, without waiting: for each key, a score for every response."""
         ...
 
     def wait(self) -> list[tuple[int, list[Score]]]:
-        """The same, of at least one key; blocks until there is one. At once empty if nothing is submitted."""
+        """Waits for the scores of at least one key and returns what is ready. Returns at once if nothing is
+        submitted.
+        """
         ...
 
     def cancel(self) -> None:
-        """Forgets what has been submitted."""
+        """Drops everything that has been submitted."""
         ...
 
     def check(self) -> None:
-        """Makes sure that it can work, without scoring anything: servers answer, models and tools are there.
+        """Checks that it can work, without scoring anything: servers respond, models and tools are there.
 
         Raises:
             UserError: it cannot.
@@ -105,15 +107,15 @@ class Grader(Protocol):
 
 
 def total(score: Score) -> float:
-    """What an answer is worth, with its parts."""
+    """Returns the reward of a response, with its parts."""
     return score.value + sum(reward for _, reward in score.steps)
 
 
 def score_all(grader: Grader, asked: Iterable[Answers], should_stop: Callable[[], bool] = never) -> list[list[Score]]:
-    """The scores of all these answers, in their order; nothing else may be under way in the grader.
+    """Returns the scores of all these responses, in their order; nothing else may be in flight in the grader.
 
     Raises:
-        Stopped: `should_stop` said yes.
+        Stopped: `should_stop` returned True.
     """
     count = 0
     found: dict[int, list[Score]] = {}

@@ -21,7 +21,7 @@ class Loss:
 
     Args:
         name: a key of `algorithms.losses.LOSSES`, or the user's own ``file.py:function`` that returns a `LossSpec`.
-        params: what the loss itself takes; "temperature" divides the logits before.
+        params: parameters of the loss; "temperature" divides the logits before.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Loss:
 
 @dataclass(slots=True)
 class Update:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Args:
         metrics: loss, gradient norm, learning rate, ... (sums already divided).
@@ -45,18 +45,18 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Scores that may still be computed elsewhere: call it to have them.
+    """Scores that may still be computed elsewhere: a call returns them.
 
     Args:
-        result: waits for them.
-        done: whether that would return at once.
+        result: waits for them and returns them.
+        done: returns whether `result` would return at once.
     """
 
     result: Callable[[], dict[str, Tensor]]
     done: Callable[[], bool] = lambda: True
 
     def __call__(self) -> dict[str, Tensor]:
-        """The scores."""
+        """Returns the scores."""
         return self.result()
 
 
@@ -64,7 +64,7 @@ class Scorer(Protocol):
     """Scores tokens; owns its micro-batches, so the result never depends on how a batch is cut."""
 
     def score(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
-        """Per-token columns under the current weights, without gradients.
+        """Computes per-token columns under the current weights, without gradients.
 
         Args:
             batch: needs ``input_ids_T`` and ``loss_mask_T``; only masked-in tokens are scored, others are 0.
@@ -76,54 +76,63 @@ class Scorer(Protocol):
         ...
 
     def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
-        """Begins to score; what it returns gives the scores. In this process they are there by then."""
+        """Begins to score; the result returns the scores when it is called. In this process they are there already."""
         scores = self.score(batch, outputs, temperature=temperature)
         return Pending(lambda: scores)
 
     def rest(self) -> None:
-        """Something else works on its devices now: what ``engine.offload`` names goes to host memory; here, nothing."""
+        """Moves what ``engine.offload`` names to host memory, because another model works on its devices now; here,
+        nothing.
+        """
         return
 
 
 class TrainEngine(Scorer, Protocol):
-    """Trains; owns its micro-batches too. Whoever writes one derives from this class, as of a `Scorer` from that."""
+    """Trains; owns its micro-batches too. Classes of training engines derive from this class, those of scorers from
+    `Scorer`.
+    """
 
     def update(self, batch: Batch, loss: Loss) -> Update:
-        """One optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if empty."""
+        """Takes one optimizer step on the sum over tokens of weight x loss: see `algorithms.aggregation`. None if
+        empty.
+        """
         ...
 
     def update_later(self, batch: Batch, loss: Loss) -> Callable[[], Update]:
-        """Begins an optimizer step; what it returns gives the result. In this process it is over by then."""
+        """Begins an optimizer step; the result returns its `Update` when it is called. In this process it is over by
+        then.
+        """
         update = self.update(batch, loss)
         return lambda: update
 
     def without_adapters(self) -> Scorer:
-        """The model as it was before its adapters were trained: it scores with them switched off."""
+        """Returns the model as it was before its adapters were trained: it scores with them switched off."""
         ...
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Token ids that end an answer of this model: see `models.load.stop_ids`."""
+        """Returns the token ids that end a response of this model: see `models.load.stop_ids`."""
         ...
 
     def save(self, folder: Path, *, background: bool = False) -> None:
-        """Writes weights and all else that is needed to go on bit for bit.
+        """Writes weights and all other state that a run needs to continue bit for bit.
 
         Args:
             folder: an existing, empty folder; of a sharded engine, the same on every process, which all call this.
-            background: copy what is to be written, and write it while the engine goes on; see `saved`.
+            background: copy the state, and write it while the engine continues; see `saved`.
         """
         ...
 
     def saved(self, *, wait: bool) -> bool:
-        """Whether the last `save` has written all of its files; with `wait`, waits for it. It must be, before the next.
+        """Returns whether the last `save` has written all of its files; with `wait`, waits for it. The next `save`
+        needs that.
 
         Raises:
-            OSError: or whatever else kept it from writing.
+            OSError: or any other error that kept it from writing.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Goes on from what any engine of the same model saved.
+        """Continues from what any engine of the same model saved.
 
         Raises:
             UserError: it is of another model.
@@ -140,7 +149,8 @@ class TrainEngine(Scorer, Protocol):
         ...
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
-        """The current weights, under Hugging Face names; of a sharded engine, all processes consume it together.
+        """Returns the current weights, under Hugging Face names; of a sharded engine, all processes consume it
+        together.
 
         Args:
             lora: "adapters" alone; "merged" into plain weights; None: both beside each other.

@@ -1,4 +1,4 @@
-"""How a long wait is told to come back early: engines and graders that can be interrupted."""
+"""Long waits that can return early: engines and graders that can be interrupted."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-SECONDS_BETWEEN_LOOKS = 0.2  # of a `wait` that something else wakes: it then asks `should_return`
+SECONDS_BETWEEN_LOOKS = 0.2  # seconds between calls of `should_return` in a `wait` that something else wakes
 
 
 class Interruptible(Protocol):
-    """What `wait`s and may be asked to come back before anything has ended: a `RolloutEngine`, a `Grader`."""
+    """Something whose `wait` may be asked to return before anything has ended: a `RolloutEngine`, a `Grader`."""
 
     should_return: Callable[[], bool]
 
 
 @contextmanager
 def returning_when(asked: Callable[[], bool], *parts: Interruptible) -> Iterator[None]:
-    """Within, `wait` of each part comes back early where `asked` says yes."""
+    """Lets `wait` of each part return early in the block when `asked` returns True."""
     before = [part.should_return for part in parts]
     for part in parts:
         part.should_return = asked
@@ -29,7 +29,7 @@ def returning_when(asked: Callable[[], bool], *parts: Interruptible) -> Iterator
 
 
 def never() -> bool:
-    """What is asked by `wait` unless somebody sets `should_return`: it waits to the end."""
+    """Returns False: the default of `should_return`, with which `wait` waits to the end."""
     return False
 
 

@@ -1,4 +1,4 @@
-"""Weights on their way from a trainer to a generation engine: the stream, and the receipt for it."""
+"""The stream of weights from a trainer to a generation engine, and the receipt for it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class WeightStream:
 
     Args:
         tensors: (name, tensor) pairs; tied names are included. May be consumed once. A tensor is good until the next
-            one is taken: whoever keeps it copies it.
+            one is taken: a caller that keeps it copies it.
         names: every name that a complete stream holds.
         published: fingerprint of each tensor as it left the trainer, filled while `tensors` is consumed.
         same_memory: the receiver holds these very tensors (a local actor); nothing needs to be copied.
         adapter: name of the adapter that this stream carries; None for the model's own weights.
-        send: sends it past this process, from those that hold the weights: given the host of each process that takes
-            it, and what has them take what comes from an address; returns their receipts. None: it is here.
+        send: sends it past this process, from the processes that hold the weights. Its arguments are the host of each
+            process that takes it, and a function that has them receive from an address; it returns their receipts.
+            None: the weights are in this process.
     """
 
     tensors: Iterator[tuple[str, Tensor]]
@@ -33,7 +34,7 @@ class WeightStream:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a generation engine says it received: held against what was published by `weights.stream.verify`.
+    """A generation engine's report of what it received, which `weights.stream.verify` compares with what was published.
 
     Args:
         version: weight version that the engine now samples from.

@@ -1,1 +1,1 @@
-"""Weights on their way from trainer to generation engine."""
+"""Transport of weights from the trainer to the generation engine."""

@@ -27,7 +27,7 @@ class Adapted:
         weight: ``[O, I]``, or of experts ``[E, O, I]`` (``[E, I, O]`` if `inputs_first`).
         a: ``[r, I]``, of experts ``[E x r, I]``.
         b: ``[O, r]``, of experts ``[O, r x E]``.
-        scale: what their product is multiplied with.
+        scale: factor of their product.
         experts: E; 1 for a plain layer.
         inputs_first: which way round the weight of experts lies.
     """
@@ -41,17 +41,17 @@ class Adapted:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of this name belongs to an adapter."""
+    """Returns whether a tensor of this name belongs to an adapter."""
     return ".lora_" in name
 
 
 def plain_name(name: str) -> str:
-    """What a tensor that is no adapter is called in the plain model."""
+    """Returns the name in the plain model of a tensor that is no adapter."""
     return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix(PREFIX))
 
 
 def adapted_weights(model: nn.Module, names: Iterable[str]) -> list[Adapted]:
-    """The weights that adapters belong to.
+    """Returns the weights that adapters belong to.
 
     Args:
         model: a model with adapters by peft.
@@ -85,7 +85,8 @@ def adapted_weights(model: nn.Module, names: Iterable[str]) -> list[Adapted]:
 
 
 def merge_adapters(tensors: Iterable[tuple[str, Tensor]], adapted: Iterable[Adapted]) -> Iterator[tuple[str, Tensor]]:
-    """Plain weights under plain names: W + scale * B @ A, computed in float32 (LoRA, arXiv 2106.09685, section 4.1).
+    """Yields plain weights under plain names: W + scale * B @ A, computed in float32 (LoRA, arXiv 2106.09685, section
+    4.1).
 
     Args:
         tensors: of a model with adapters, under peft's names. A weight waits for its two adapters, or they for it.

@@ -1,7 +1,8 @@
-"""Tensors side by side in memory of a fixed size, with a small header that says what lies where.
+"""Tensors side by side in memory of a fixed size, with a small header that says where each one lies.
 
-Nothing is copied but into and out of buckets: a tensor that fits lies in one piece and is read as a view; only one that
-is larger than a bucket is cut, and put together again by the reader. So either side needs its buckets and one tensor.
+Tensors are copied into buckets and out of them, and nowhere else. A tensor that fits lies in one piece and is read as a
+view; only one that is larger than a bucket is cut, and the reader puts it together again. So either side needs its
+buckets and one tensor.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Entry(NamedTuple):
     at: int  # byte of the bucket where it begins
     first: int  # byte of the tensor that it begins with
     size: int  # bytes
-    patch: bool = False  # not the tensor, but what has changed of it: see `weights.delta`
+    patch: bool = False  # not the tensor, but its changes: see `weights.delta`
 
 
 @dataclass(slots=True)
 class Bucket:
-    """A filled bucket: what lies in it, and how many of its bytes are used."""
+    """A filled bucket: its entries, and how many of its bytes are used."""
 
     entries: list[Entry]
     used: int
@@ -48,12 +49,12 @@ class Bucket:
         return sum({entry.at: entry.size for entry in self.entries}.values())
 
     def header(self) -> str:
-        """As text, for `from_header`."""
+        """Returns the header as text, for `from_header`."""
         return json.dumps([self.used, self.entries])
 
     @classmethod
     def from_header(cls, header: str) -> Bucket:
-        """What `header` wrote."""
+        """Reads what `header` wrote."""
         used, entries = json.loads(header)
         return cls([Entry(*entry) for entry in entries], used)
 
@@ -66,7 +67,7 @@ def pack(
     Args:
         stream: consumed here. A tensor that follows itself under another name (tied weights) is copied once.
         next_memory: memory for the next bucket, uint8, on any device; called when the first tensor for it is there.
-        patches: names of what are patches; asked when such a tensor has been taken.
+        patches: names of the tensors that are patches; read when such a tensor has been taken.
     """
     memory: Tensor | None = None
     bucket = Bucket([], 0)
@@ -102,12 +103,12 @@ def pack(
 def unpack(
     buckets: Iterable[tuple[Bucket, Tensor]], published: dict[str, int], patches: set[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in buckets.
+    """Yields the tensors in buckets.
 
     Args:
         buckets: each with its memory, as `pack` filled it.
         published: takes the fingerprints that the sender took.
-        patches: takes the names of what are patches, before they are yielded.
+        patches: takes the names of the tensors that are patches, before they are yielded.
 
     Yields:
         Names and views of that memory: a bucket is done with when the next one is asked for. Tensors that were tied,

@@ -1,7 +1,8 @@
-"""What brings the bytes of buckets from sender to receivers: shared memory, broadcast, files, or CUDA's handles.
+"""The ways to carry the bytes of buckets from sender to receivers: shared memory, broadcast, files, or CUDA's handles.
 
-Of every way there are two halves. They are told of messages (buckets, counted over all streams) by `weights.transport`,
-which has two messages under way at most: memory of a message is free again when the last but one has been taken.
+Every way has two halves. `weights.transport` passes them messages (buckets, counted over all streams) and has at most
+two of them in flight: a message is put together in the memory of the one before the last, once every receiver has taken
+that.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ class Outgoing:
         """Joins the receivers, which have changed since the last generation."""
 
     def memory(self, message: int) -> Tensor:
-        """Where a message is put together: uint8, of the bucket's size."""
+        """Returns the memory where a message is put together: uint8, of the bucket's size."""
         raise NotImplementedError
 
     def leave(self, message: int, used: int) -> None:
-        """So many bytes of its memory are filled, and may be read."""
+        """Sends a message: this many bytes of its memory are filled, and may be read."""
         raise NotImplementedError
 
     def taken(self, message: int) -> None:
-        """Every receiver has read it."""
+        """Notes that every receiver has read the message."""
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Releases all resources."""
         raise NotImplementedError
 
 
@@ -61,21 +62,21 @@ class Incoming:
         """Joins the sender and the other receivers."""
 
     def arrive(self, message: int, used: int) -> Tensor:
-        """The bytes of a message: good until it is `done`."""
+        """Returns the bytes of a message: good until it is `done`."""
         raise NotImplementedError
 
     def done(self) -> None:
-        """What arrived last has been read."""
+        """Notes that the last message has been read."""
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Releases all resources."""
         raise NotImplementedError
 
 
 def outgoing(
     kind: Kind, size: int, device: torch.device, *, folder: str | None, store: dist.Store, ends: int, timeout: timedelta
 ) -> Outgoing:
-    """The sender's half of a way.
+    """Opens the sender's half of a way.
 
     Raises:
         UserError: it cannot work here.
@@ -93,7 +94,7 @@ def incoming(
     opening: dict[str, Any], size: int, device: torch.device, *, index: int, store: dist.Store, ends: int,
     timeout: timedelta,
 ) -> Incoming:  # fmt: skip
-    """A receiver's half of the way that the sender chose.
+    """Opens a receiver's half of the way that the sender chose.
 
     Raises:
         UserError: it cannot work here.
@@ -116,7 +117,7 @@ def incoming(
 
 
 class SharedMemory(Outgoing):
-    """Memory without a name: whoever dies, and however, the system takes it back with the last process that maps it."""
+    """Memory without a name: however its processes die, the system takes it back with the last one that maps it."""
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("hybridflow-weights")
@@ -178,7 +179,7 @@ def _buckets_in(memory: mmap.mmap, size: int) -> list[Tensor]:
 
 
 class _Group:
-    """A process group of sender (rank 0) and receivers, beside whatever groups these processes have."""
+    """A process group of sender (rank 0) and receivers, beside all other groups of these processes."""
 
     def __init__(
         self, store: dist.Store, rank: int, ends: int, size: int, timeout: timedelta, device: torch.device
@@ -206,7 +207,7 @@ class _Group:
             ) from error
 
     def broadcast(self, message: int, used: int) -> Any:
-        """Begins it; what it returns can be waited for."""
+        """Begins a broadcast; the caller can wait for what it returns."""
         return self._group.broadcast(self.buckets[message % 2][:used], 0)
 
     def leave_group(self) -> None:
@@ -277,8 +278,9 @@ class BroadcastIn(Incoming):
 class Files(Outgoing):
     """A file for every message, in a folder that sender and receivers reach under the same path.
 
-    A file has its name when it is whole, and is gone when all have taken it. The sender's own file, which tells the
-    folder from any other, stays locked as long as the sender lives: what is not, is of a run that crashed.
+    A file has its name when it is whole, and is gone when all receivers have taken it. The sender's own file, which
+    tells the folder from any other, stays locked as long as the sender lives: a file that is not locked is of a run
+    that crashed.
     """
 
     def __init__(self, folder: str | None, size: int) -> None:
@@ -297,7 +299,7 @@ class Files(Outgoing):
             part = self._own.with_suffix(".part")
             self._lock = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            part.rename(self._own)  # locked before anybody can take it for stale
+            part.rename(self._own)  # locked before another process can take it for stale
         except OSError as error:
             raise UserError(
                 f"weights cannot be written to {self._folder}: {error.strerror}",
@@ -351,7 +353,7 @@ class FilesThere(Incoming):
     def arrive(self, message: int, used: int) -> Tensor:
         """See `Incoming.arrive`."""
         with self._own.with_name(f"{self._own.name}.{message}").open("rb") as file:
-            # Private, for no tensor is read-only; nothing is written, so nothing is copied.
+            # Private, because no tensor is read-only; nothing is written, so nothing is copied.
             return torch.frombuffer(mmap.mmap(file.fileno(), used, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
     def close(self) -> None:
@@ -359,7 +361,7 @@ class FilesThere(Incoming):
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what senders that died have left: their files are locked no more."""
+    """Removes the files of senders that died: those files are no longer locked."""
     for own in folder.glob(f"{PREFIX}*"):
         if "." in own.name:
             continue
@@ -378,7 +380,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _remove_all(own: Path) -> None:
-    """Removes a sender's messages, and its own file last: as long as that is there, somebody will clean up."""
+    """Removes a sender's messages, and its own file last: as long as that is there, a later sender cleans up."""
     _remove_messages(own)
     own.unlink(missing_ok=True)
 
@@ -407,7 +409,7 @@ class CudaHandles(Outgoing):
         self._device = self._buckets[0].device
         self.opening = {
             "gpu": str(torch.cuda.get_device_properties(self._device).uuid),
-            "handles": [  # for each receiver: torch counts who has opened one
+            "handles": [  # for each receiver: torch counts the processes that have opened one
                 [[_as_text(part) for part in reduce_tensor(bucket)[1][HANDLE]] for bucket in self._buckets]
                 for _ in range(receivers)
             ],
@@ -426,7 +428,7 @@ class CudaHandles(Outgoing):
         self._buckets = []
 
 
-HANDLE = slice(7, None)  # of what torch reduces a tensor to: all but its type, size and device, which we know
+HANDLE = slice(7, None)  # the parts that torch reduces a tensor to: all but its type, size and device, which we know
 
 
 class OpenedHandles(Incoming):
@@ -474,5 +476,5 @@ def _from_text(part: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error of torch's, without its stack."""
+    """Returns the message of an error of torch's, without its stack."""
     return str(error).partition("\n")[0]

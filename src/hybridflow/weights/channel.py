@@ -1,4 +1,4 @@
-"""Weights from this process into engines whose own processes take them: both ends at work at once, one error for both.
+"""Weights from this process to engines whose own processes take them: both ends work at once, and fail with one error.
 
 The sending side is a `Channel`; every process of the engine has an `Inbox`.
 """
@@ -25,7 +25,7 @@ Take = Callable[[str], Sequence[Receipt]]
 
 @dataclass(frozen=True, slots=True)
 class WeightRoute:
-    """How weights travel to an engine's processes: what the section ``placement`` says of it.
+    """How weights travel to an engine's processes, from the section ``placement``.
 
     Args:
         transport: how they are carried.
@@ -80,14 +80,14 @@ class Channel:
 
         Args:
             stream: consumed here, in this thread; its ``published`` is filled.
-            take: has the engine's processes take what comes from this address (`RolloutEngine`s have it as
+            take: makes the engine's processes receive from this address (`RolloutEngine`s have it as
                 ``receive_weights``); called in a thread of its own.
 
         Returns:
-            The receipt of every process, in index order: nothing is held against the stream yet.
+            The receipt of every process, in index order: they are not yet compared with the stream.
 
         Raises:
-            WeightSyncError: either side failed; the message has what both say.
+            WeightSyncError: either side failed; the message names both errors.
             UserError: either side raised it.
         """
         taken: Future[Sequence[Receipt]] = Future()
@@ -113,7 +113,7 @@ class Channel:
             receipts = list(taken.result(self.timeout))
         except Exception as error:
             if taken.done():
-                failed.insert(0, error)  # what the engine says comes first: the sender often only noticed that
+                failed.insert(0, error)  # the engine's error comes first: the sender's is often only its consequence
             else:
                 failed.append(WeightSyncError(f"the engine did not say within {self.timeout:g} s what it took"))
         if failed:
@@ -123,12 +123,12 @@ class Channel:
         return receipts
 
     def close(self) -> None:
-        """Gives memory and files back; what was received stays."""
+        """Releases memory and files; what was received stays."""
         self._sender.close()
 
 
 class Inbox:
-    """Where a process of an engine takes streams; connections are kept for the next time.
+    """The end of a process of an engine that takes streams; connections are kept for the next time.
 
     Args:
         timeout: seconds to wait for the sender.
@@ -141,7 +141,7 @@ class Inbox:
 
     @contextmanager
     def take(self, address: str, index: int) -> Iterator[WeightStream]:
-        """The next stream from a sender; an exception inside is told to it, so that it does not wait.
+        """Yields the next stream from a sender; an exception inside is reported to it, so that it does not wait.
 
         Args:
             address: the sender's.
@@ -159,7 +159,7 @@ class Inbox:
             raise
 
     def close(self) -> None:
-        """Gives memory and connections back."""
+        """Releases memory and connections."""
         for receiver in self._receivers.values():
             receiver.close()
         self._receivers = {}
@@ -170,7 +170,7 @@ def _says(error: BaseException) -> str:
 
 
 def _joined(failed: list[BaseException]) -> Exception:
-    """One error for what the engine (first) and the sender say."""
+    """Makes one error from those of the engine (first) and the sender."""
     for error in failed:
         if isinstance(error, UserError):
             return error

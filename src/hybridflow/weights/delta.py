@@ -1,12 +1,13 @@
-"""Sending only the bytes of weights that have changed: exact, and each tensor whole where that is not smaller.
+"""Deltas of weights: only the bytes that have changed are sent, exactly, and each tensor whole where that is not
+smaller.
 
-Both ends keep what was published last in host memory. A patch says, for every byte of the words of a tensor (the first
+Both ends keep what was published last in host memory. A patch lists, for every byte of the words of a tensor (the first
 bytes of all of them, then the second, ...), which have changed and to what: small learning rates move low bytes alone.
 At a learning rate of 1e-6 the bytes of bfloat16 shrink to 2 to 4 %, those of float32 to half
 (benchmarks/results/weight_sync.json). Values are new bytes, not differences: to patch twice is to patch once.
 
-A patch is a table of (way, number of values) for every piece and byte, as int32, and behind it, in the same order,
-where the values belong and the values themselves.
+A patch is a table of (way, number of values) for every piece and byte, as int32. Behind it, in the same order, come the
+positions of the values and the values themselves.
 
 Shapes: N words of a tensor, P of a piece of it, W bytes of a word.
 """
@@ -26,12 +27,12 @@ from hybridflow.protocols.weights import WeightStream
 
 Bytes = NDArray[np.uint8]
 
-PIECE = 1 << 18  # words that are looked at together
-ALL, BITS, GAPS, PLACES = range(4)  # ways to say where values belong: everywhere, a bit per word, one byte each, four
+PIECE = 1 << 18  # words that are encoded together
+ALL, BITS, GAPS, PLACES = range(4)  # ways to encode positions: all of them, a bit per word, one byte each, four
 
 
 class Base:
-    """What was published last, at one end.
+    """The weights that were published last, at one end.
 
     Attributes:
         version: names it; empty while it is incomplete. Patches are for one version, at either end the same.
@@ -40,15 +41,15 @@ class Base:
     def __init__(self) -> None:
         self.version = ""
         self._held: dict[str, Tensor] = {}
-        self._tied: dict[str, str] = {}  # to the name before
+        self._tied: dict[str, str] = {}  # of a tied tensor: the name before it
 
     def patches(self, stream: WeightStream, patches: set[str], *, whole: bool) -> WeightStream:
-        """The stream as it travels; what it carries is held from then on.
+        """Makes the stream as it travels; its tensors become the base of the next one.
 
         Args:
             stream: of weights.
-            patches: takes the names of tensors in whose place a patch leaves, before it does.
-            whole: send no patches: somebody has another base.
+            patches: takes the names of tensors that leave as patches, before they leave.
+            whole: send no patches: some receiver has another base.
         """
         self.version = ""
 
@@ -75,10 +76,10 @@ class Base:
         return WeightStream(leaving(), stream.names, stream.published, adapter=stream.adapter)
 
     def restored(self, tensors: Iterable[tuple[str, Tensor]], patches: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that left, in host memory: whoever keeps one copies it.
+        """Yields the tensors that left, in host memory: a caller that keeps one copies it.
 
         Args:
-            tensors: what arrives.
+            tensors: the tensors that arrive.
             patches: holds the names of those that are patches, when they arrive.
         """
         self.version = ""
@@ -109,7 +110,7 @@ class Base:
 
 
 def patch_of(tensor: Tensor, held: Tensor) -> Tensor | None:
-    """What makes one tensor of another, which becomes the first here, too.
+    """Makes the patch that turns `held` into `tensor`, and turns `held` into it.
 
     Args:
         tensor: ``[...]``, in host memory.
@@ -139,7 +140,7 @@ def apply_patch(patch: Tensor, held: Tensor) -> None:
 
     Args:
         patch: uint8 ``[bytes]``, of `patch_of`.
-        held: ``[...]``, contiguous, as it was there; changed in place.
+        held: ``[...]``, contiguous, the tensor before the patch; changed in place.
     """
     bytes_, held_NW = patch.cpu().numpy(), _words(held)
     pieces, width = -(-len(held_NW) // PIECE), held_NW.shape[1]
@@ -163,7 +164,7 @@ def apply_patch(patch: Tensor, held: Tensor) -> None:
 
 
 def _changes(changed_P: Bytes, new_P: Bytes) -> tuple[int, int, list[Bytes]]:
-    """How one byte of a piece's words has changed: the shortest way to say it, how many values, and both.
+    """Encodes how one byte of a piece's words has changed: returns the shortest encoding, how many values, and both.
 
     Args:
         changed_P: not 0 where it has changed.
@@ -183,9 +184,9 @@ def _changes(changed_P: Bytes, new_P: Bytes) -> tuple[int, int, list[Bytes]]:
 
 
 def _gaps(places: NDArray[Any]) -> Bytes:
-    """How many words lie between one place and the next, in a byte each.
+    """Encodes how many words lie between one place and the next, in a byte each.
 
-    Where that is too small, there are places between, of bytes that have not changed.
+    Where a byte is too small, there are places between, of bytes that have not changed.
     """
     between = np.diff(places, prepend=-1) - 1
     more = between // 256
@@ -195,11 +196,11 @@ def _gaps(places: NDArray[Any]) -> Bytes:
 
 
 def _places(gaps: Bytes) -> NDArray[Any]:
-    """The reverse of `_gaps`."""
+    """Reverses `_gaps`."""
     return np.cumsum(gaps.astype(np.int64) + 1) - 1
 
 
 def _words(tensor: Tensor) -> Bytes:
-    """The bytes of a contiguous tensor, ``[words, bytes of a word]``: the same memory."""
+    """Returns the bytes of a contiguous tensor, ``[words, bytes of a word]``: the same memory."""
     words: Bytes = tensor.view(-1).view(torch.uint8).view(-1, tensor.element_size()).numpy()
     return words

@@ -1,4 +1,4 @@
-"""Changing every tensor of a model so that an engine which missed one of them shows it, and taking the change back.
+"""A drill: it changes every tensor of a model so that an engine that missed one of them shows it, and changes it back.
 
 The change is its own inverse, bit for bit, element by element: done twice, everything is as it was. So it takes no copy
 of the weights, and shards of a tensor need not know of each other. Half of the elements get the first bit of their
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PIECE = 1 << 20  # elements that are changed at once: bounds what it takes beside the tensor
-SMALL = 0.0303  # what zeros become, with either sign; no weight begins as it
+SMALL = 0.0303  # the value that zeros become, with either sign; no weight begins as it
 FORMATS = {  # the integer of the same size, and how many bits the mantissa has
     torch.float64: (torch.int64, 52),
     torch.float32: (torch.int32, 23),
@@ -25,7 +25,7 @@ FORMATS = {  # the integer of the same size, and how many bits the mantissa has
 
 
 def perturb(tensors: Iterable[Tensor]) -> None:
-    """Changes tensors of floating-point numbers in place, every element of them; again, and all are as they were.
+    """Changes tensors of floating-point numbers in place, every element; a second call restores them.
 
     Args:
         tensors: each once, of any layout; of a DTensor, this rank's part. Others, of integers, are left alone.

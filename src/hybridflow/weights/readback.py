@@ -1,9 +1,9 @@
 """Reading weights back out of an engine that keeps them in layers of its own: vLLM's and SGLang's fused parameters.
 
-What an engine computes with is what lies in its memory now, long after a receipt was written. Engines join tensors of a
-Hugging Face model (queries, keys and values; gate and up) along their rows; such a part is read as the rows it became.
-What cannot be read tensor by tensor is left out: parameters that were packed for a kernel (empty, or of another shape),
-and those of which a process holds a part only (tensor parallelism).
+An engine computes with what lies in its memory now, long after a receipt was written. Engines join tensors of a Hugging
+Face model (queries, keys and values; gate and up) along their rows; such a part is read as the rows it became. Tensors
+that cannot be read one by one are left out: parameters that were packed for a kernel (empty, or of another shape), and
+those of which a process holds a part only (tensor parallelism).
 
 Shapes: O outputs and I inputs of a layer, E experts, V words.
 """
@@ -22,12 +22,12 @@ ROWS = 64  # engines pad the rows of embeddings and output layers to a multiple 
 
 
 def read_back(parameters: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Fingerprints of Hugging Face tensors as they lie in an engine's parameters now.
+    """Returns the fingerprints of Hugging Face tensors as they lie in an engine's parameters now.
 
     Args:
         parameters: the ``named_parameters()`` of the engine's module, of one process.
-        shapes: what is asked for: the whole shape of each tensor, by its Hugging Face name. Fused parameters are read
-            where all their parts are named.
+        shapes: the whole shape of each tensor to read, by its Hugging Face name. Fused parameters are read where all
+            their parts are named.
 
     Returns:
         By name, those tensors that the parameters hold whole, as they are; others are left out.
@@ -46,11 +46,11 @@ def read_back(parameters: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
 
 
 def together(held: Iterable[Mapping[str, int]], whose: str) -> dict[str, int]:
-    """What several processes hold of the same weights.
+    """Joins the fingerprints that several processes hold of the same weights.
 
     Args:
         held: of each process, fingerprints by name.
-        whose: what the processes are called.
+        whose: names the processes in messages.
 
     Raises:
         WeightSyncError: two of them hold different values of one tensor.
@@ -64,7 +64,7 @@ def together(held: Iterable[Mapping[str, int]], whose: str) -> dict[str, int]:
 
 
 def _whole(parameter: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """A parameter of this shape, or of this shape and padded rows."""
+    """Returns a parameter of this shape, or of this shape and padded rows."""
     if parameter is None or parameter.ndim != len(shape) or not shape:
         return None
     rows = {shape[0], -(-shape[0] // ROWS) * ROWS if len(shape) == 2 else shape[0]}
@@ -80,7 +80,7 @@ def _experts(name: str, shape: Sequence[int], held: Mapping[str, Tensor]) -> Ten
 
 
 def _rows(name: str, held: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Tensor | None:
-    """A part of a fused parameter: its rows, if the parameter has the rows of all parts and no more."""
+    """Returns a part of a fused parameter: its rows, if the parameter has the rows of all parts and no more."""
     module, _, kind = name.rpartition(".")  # "...self_attn.q_proj", "weight"
     parent, _, own = module.rpartition(".")
     for fused, parts in FUSED.items():

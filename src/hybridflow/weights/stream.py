@@ -1,4 +1,4 @@
-"""Publishing weights tensor by tensor, and holding what arrived against what left."""
+"""Weights that are published tensor by tensor, and the comparison of what arrived with what left."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Gather = Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]]
 
 
 class WeightSyncError(RuntimeError):
-    """A generation engine does not hold the weights that were published to it. Sampling on would be silently wrong."""
+    """A generation engine does not hold the weights that were published to it. Its samples would be silently wrong."""
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit fingerprint of a tensor's bytes and their order, the same on every device.
+    """Computes a 64-bit fingerprint of a tensor's bytes and their order, the same on every device.
 
     Every `BLOCK` bytes become `LANES` sums, each with odd multipliers of its own; the sums' bytes are taken together in
     the same way until little is left, which is hashed (BLAKE2b, RFC 7693). The sums are exact: a byte that changes
@@ -35,7 +35,7 @@ def fingerprint(tensor: Tensor) -> int:
     """
     count = tensor.numel()
     flat = tensor.detach().contiguous().view(-1).view(torch.int8)
-    if flat.device.type not in ("cpu", "cuda"):  # others have no such product
+    if flat.device.type not in ("cpu", "cuda"):  # other types have no such product
         flat = flat.cpu()
     found = hashlib.blake2b(count.to_bytes(8, "little"), digest_size=8)
     while len(flat) > SMALL:
@@ -48,20 +48,20 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 def _bytes(flat: Tensor) -> Any:
-    """As hashlib takes them."""
+    """Returns the values as hashlib takes them."""
     return flat.cpu().numpy()
 
 
 @functools.cache
 def _multipliers(device: torch.device) -> Tensor:
-    """Odd numbers ``[BLOCK, LANES]`` (int8), none beyond 63: older processors add products in 16 bits."""
+    """Returns odd numbers ``[BLOCK, LANES]`` (int8), none beyond 63: older processors add products in 16 bits."""
     noise = torch.frombuffer(bytearray(hashlib.shake_128(b"weights").digest(BLOCK * LANES)), dtype=torch.uint8)
     odd = (noise & 62).to(torch.int8) + 1
     return torch.where(noise >= 128, -odd, odd).view(BLOCK, LANES).to(device)
 
 
 def weight_names(model: PreTrainedModel, lora: Literal["adapters", "merged"] | None = None) -> frozenset[str]:
-    """Every name that a complete stream of this model holds: tied weights under each of their names."""
+    """Returns every name that a complete stream of this model holds: tied weights under each of their names."""
     return _published_names(model.state_dict().keys(), lora)
 
 
@@ -75,7 +75,7 @@ def stream_of(
     names: Iterable[str] | None = None,
     gather: Gather | None = None,
 ) -> WeightStream:
-    """A stream of the model's weights under Hugging Face names; fingerprints are taken as tensors leave.
+    """Makes a stream of the model's weights under Hugging Face names; fingerprints are taken as tensors leave.
 
     Parameters that are cut over processes leave whole: every process of the mesh must consume the stream, in lock step.
     At any time one tensor is whole; tied weights are made whole once and leave under one name after the other.
@@ -110,14 +110,14 @@ def stream_of(
             if fingerprints:
                 stream.published[name] = fingerprint(tensor)
             yield name, tensor
-            del tensor  # or it would live on beside the next one
+            del tensor  # without this it would stay in memory beside the next one
 
     stream.tensors = leave()
     return stream
 
 
 def receive(stream: WeightStream, received: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-    """The stream's tensors, as a receiver takes them: their fingerprints go to `received`."""
+    """Yields the stream's tensors, as a receiver takes them: their fingerprints go to `received`."""
     for name, tensor in stream.tensors:
         received[name] = fingerprint(tensor)
         yield name, tensor
@@ -167,7 +167,7 @@ def copy_weights(stream: WeightStream, own: Mapping[str, Tensor]) -> tuple[dict[
 
 
 def verify(stream: WeightStream, receipts: Receipt | Sequence[Receipt], version: int) -> None:
-    """Holds receipts against the stream that they acknowledge.
+    """Compares receipts with the stream that they acknowledge.
 
     Args:
         stream: consumed.
@@ -192,7 +192,7 @@ def verify(stream: WeightStream, receipts: Receipt | Sequence[Receipt], version:
 
 
 def _problems(stream: WeightStream, receipt: Receipt, version: int) -> Iterator[str]:
-    """What is wrong with a receipt, in words."""
+    """Yields the faults of a receipt, in words."""
     received, published = receipt.received, stream.published
     if receipt.version != version:
         yield f"the engine says version {receipt.version}, published was {version}"
@@ -226,7 +226,7 @@ def _same_names(published: frozenset[str], expected: frozenset[str]) -> None:
 
 
 def _gatherer(model: PreTrainedModel) -> Gather:
-    """Gives this model's tensors, whole, in its own order; tied ones one after the other."""
+    """Makes a function that gives this model's tensors, whole, in its own order; tied ones one after the other."""
 
     def gather(wanted: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
         # state_dict, not named_parameters: it holds tied weights under every name, as engines need them.

@@ -1,9 +1,9 @@
-"""Weight streams between processes, in the way that `weights.carriers` has chosen.
+"""Weight streams between processes, carried as `weights.carriers` chose.
 
-One process sends, any number receive. They meet at a key-value store of the sender's, over which headers and what the
-receivers say goes; bytes go through two buckets in turn, so that one is filled while the other is read. A bucket is
-filled again when every receiver has taken it. Every receiver says that it is there before a stream begins, so one that
-was started again (under its old number) takes part in the next stream like any other.
+One process sends, any number receive. They meet at a key-value store of the sender's, which carries headers and the
+receivers' messages. Bytes go through two buckets in turn, so that one is filled while the other is read. A bucket is
+filled again when every receiver has taken it. Every receiver announces itself before a stream begins, so one that was
+started again (under its old number) takes part in the next stream like any other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from hybridflow.weights.carriers import Kind, first_line, incoming, outgoing
 from hybridflow.weights.delta import Base
 from hybridflow.weights.stream import WeightSyncError
 
-SAID = "said"  # the queue of what receivers say to the sender
+SAID = "said"  # the queue of the receivers' messages to the sender
 
 
 def pick_transport(wanted: Transport, *, one_host: bool) -> Kind:
-    """What ``placement.transport`` means here.
+    """Returns what ``placement.transport`` means here.
 
     Raises:
         UserError: memory is to be shared between hosts, or by a system that cannot (it is Linux that can).
@@ -83,12 +83,12 @@ class Sender:
         self._carrier = outgoing(kind, size, device, folder=folder, store=self._store, ends=ends, timeout=self._timeout)
         self._base = Base() if delta else None
         self._here: dict[int, dict[str, str]] = {}  # receivers that wait for the next stream
-        self._present: dict[int, dict[str, str]] = {}  # those that take this one
-        self._met: list[str] = []  # whom the carrier has brought together, and how often it has done so
+        self._present: dict[int, dict[str, str]] = {}  # receivers that take this one
+        self._met: list[str] = []  # the receivers that the carrier has connected, and how often it has done so
         self._generation = 0
-        self._took: dict[int, set[int]] = {}  # who has taken a message that is under way
-        self._messages = 0  # buckets and ends, of all streams so far
-        self._ending = True  # nothing but acknowledgements is still to come
+        self._took: dict[int, set[int]] = {}  # the receivers that have taken a message in flight
+        self._messages = 0  # buckets and ends, of all streams until now
+        self._ending = True  # only acknowledgements are still to come
         self.streams = 0
         opening = self._carrier.opening | {"kind": kind, "receivers": receivers, "bucket_bytes": size}
         self._store.set("opening", json.dumps(opening))
@@ -107,24 +107,24 @@ class Sender:
                 self._store.set(f"stream/{receiver['ticket']}", stopped)
             self._store.set(f"message/{self._messages}", stopped)
             self._messages += 1
-            self._here, self._met = {}, []  # what a collective left undone is not taken up again
+            self._here, self._met = {}, []  # a collective that did not finish is not resumed
             raise
         finally:
             self._present, self._took, self._ending = {}, {}, True
             self.streams += 1
 
     def stop(self, stream: int, reason: str) -> None:
-        """Ends a stream that is being sent in another thread: whoever should take it cannot.
+        """Ends a stream that is being sent in another thread, because its receiver cannot take it.
 
         Args:
-            stream: its number: what `streams` was when it began. One that has ended is not disturbed.
+            stream: its number: the value of `streams` when it began. One that has ended is not disturbed.
             reason: why.
         """
         store = dist.TCPStore(self._host, self._store.port, is_master=False, timeout=self._timeout)
         store.queue_push(SAID, json.dumps(["stop", stream, {"reason": reason}]))
 
     def close(self) -> None:
-        """Gives memory, files and the store back. What was received stays with the receivers."""
+        """Releases memory, files and the store. What was received stays with the receivers."""
         self._carrier.close()
         self._base = None
         del self._store
@@ -153,7 +153,7 @@ class Sender:
         return num_bytes
 
     def _begin(self, stream: WeightStream) -> str:
-        """Tells all receivers what comes, and brings them together if they are others than before."""
+        """Announces the stream to all receivers, and connects them if they are others than before."""
         version, who = secrets.token_hex(8), [self._present[i]["receiver"] for i in range(self._receivers)]
         self._generation += who != self._met
         record = {
@@ -176,11 +176,11 @@ class Sender:
         self._messages += 1
 
     def _free_bucket(self) -> Tensor:
-        self._wait_for(self._messages - 2)  # what lay in it before
+        self._wait_for(self._messages - 2)  # the message that lay in it before
         return self._carrier.memory(self._messages)
 
     def _wait_for(self, message: int) -> None:
-        """Until every receiver has taken a message."""
+        """Waits until every receiver has taken a message."""
         if message not in self._took:
             return
         while owing := self._owing(message):
@@ -193,7 +193,7 @@ class Sender:
         return [i for i in range(self._receivers) if i not in self._took[message]]
 
     def _listen(self, waited_for: list[int]) -> None:
-        """Takes one thing that a receiver says."""
+        """Takes one message of a receiver."""
         try:
             kind, who, what = json.loads(self._store.queue_pop(SAID))
         except RuntimeError as error:
@@ -243,7 +243,7 @@ class Receiver:
         self._generation = self._message = 0
 
     def receive(self) -> WeightStream:
-        """The next stream. Its tensors are views of a bucket; fingerprints of the sender come with them.
+        """Returns the next stream. Its tensors are views of a bucket; fingerprints of the sender come with them.
 
         Raises:
             WeightSyncError: now or while it is consumed: the sender went away, stopped, sent nothing for `timeout`
@@ -264,14 +264,14 @@ class Receiver:
         return stream
 
     def refuse(self, reason: str) -> None:
-        """Tells the sender that the stream under way, if any, is not taken to its end: it does not wait then."""
+        """Reports to the sender that the stream in flight, if any, is not taken to its end: then it does not wait."""
         if self._ticket is not None:
-            with contextlib.suppress(WeightSyncError):  # the sender is gone: there is nobody to tell
+            with contextlib.suppress(WeightSyncError):  # the sender is gone: nobody needs the report
                 self._say("failed", reason=reason)
             self._ticket = None
 
     def close(self) -> None:
-        """Gives memory back."""
+        """Releases memory."""
         self.refuse("it was closed")
         self._carrier.close()
         self._base = None
@@ -299,14 +299,14 @@ class Receiver:
             self._base.version = version
 
     def _arriving(self) -> Iterator[tuple[Bucket, Tensor]]:
-        """Buckets until the stream's end; each is acknowledged when the next one is asked for."""
+        """Yields buckets until the stream's end; each is acknowledged when the next one is asked for."""
         while True:
             header = self._get(f"message/{self._message}")
             if header != "end":
                 bucket = Bucket.from_header(header)
                 try:
                     memory = self._carrier.arrive(self._message, bucket.used)
-                except (RuntimeError, OSError) as error:  # OSError: of a file that went with its sender
+                except (RuntimeError, OSError) as error:  # OSError: of a file that the sender removed when it ended
                     raise self._lost(error) from error
                 yield bucket, memory
                 del memory
@@ -359,7 +359,7 @@ def open_sender(
         kind: "shared_memory" (one Linux host), "broadcast" (gloo; NCCL where `device` is a GPU), "files" or "cuda_ipc"
             (one GPU). The broadcast has a process group of its own, so ends may belong to pools that share none.
         receivers: how many there are.
-        host: what receivers reach this process by.
+        host: the name or address by which receivers reach this process.
         port: of the store; 0 takes a free one.
         bucket_bytes: size of one of the two buckets.
         timeout: seconds that either end waits for the other.
@@ -374,7 +374,7 @@ def open_sender(
 
 
 def open_receiver(address: str, index: int, *, timeout: float = 600, device: torch.device | str = "cpu") -> Receiver:
-    """Opens a receiving end; in which way bytes come is the sender's choice.
+    """Opens a receiving end; the sender chooses the way that bytes take.
 
     Args:
         address: the sender's.
@@ -383,7 +383,7 @@ def open_receiver(address: str, index: int, *, timeout: float = 600, device: tor
         device: where the buckets of a broadcast are, as with the sender.
 
     Raises:
-        WeightSyncError: nobody answers there.
+        WeightSyncError: no sender listens there.
         UserError: the sender's memory, folder or GPU cannot be reached from here.
     """
     return Receiver(address, index, timeout, torch.device(device))

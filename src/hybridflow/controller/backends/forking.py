@@ -1,4 +1,6 @@
-"""The server that processes of this host are forked from. Importable without torch: the server imports it meanwhile."""
+"""The server that processes of this host are forked from. This module imports no torch; the server imports it
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def start_server(preload: Sequence[str]) -> ForkServerContext:
     context.set_forkserver_preload(["hybridflow.controller.backends.processes", *preload])
     resource_tracker.ensure_running()  # here, because it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:  # what it forks inherits this: a scheduler tells all processes to end, and the controller decides
+    try:  # the forked processes inherit this: a scheduler tells all processes to end, and the controller decides
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -41,5 +43,5 @@ def _put_sockets_where_they_fit() -> None:
     parent = socket_parent()
     if parent != tempfile.gettempdir() and process._config.get("tempdir") is None:
         folder = process._config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=parent)
-        # As multiprocessing does with its own: after everything that may use it.
+        # As multiprocessing does with its own folder: removed after everything that may use it.
         util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)

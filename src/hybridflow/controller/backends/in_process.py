@@ -1,4 +1,6 @@
-"""No processes: workers live in the controller's own, so that exceptions and breakpoints are where they arise."""
+"""The back end without processes: workers live in the controller's own, so that exceptions and breakpoints are where
+they arise.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class InProcessBackend:
         self._done: list[tuple[Place, WorkerReply | Lost]] = []
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Nothing is lacking: there is this process."""
+        """Yields no warning: this process is all that is needed."""
         assert all(place.size == 1 for place in places), "in_process is one process"
         return []
 
@@ -34,20 +36,20 @@ class InProcessBackend:
         self._hosts = {place: WorkerHost(place, self._device, None) for place in places}
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """Performs the request, here and now."""
+        """Performs the request at once."""
         self._done.append((place, WorkerReply(request.id, "done", self._hosts[place].perform(request))))
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
-        """What was performed."""
+        """Returns what was performed."""
         done, self._done = self._done, []
         return done
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """What is done now."""
+        """Returns what the worker does now."""
         return self._hosts[place].doing
 
     def kill(self) -> None:
-        """The same as `close`."""
+        """Closes it, as `close` does."""
         self.close()
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
 
 @dataclass(frozen=True)
 class ProcessStart:
-    """What a process is told when it starts."""
+    """What a process is given when it starts."""
 
     place: Place
     device: str
@@ -71,7 +71,7 @@ class ProcessesBackend:
         self._wires: dict[Place, MessagePipe] = {}
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Are there as many devices as processes, and is the port free?"""
+        """Checks that there are as many devices as processes, and that the port is free."""
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise UserError(
                 "a program that starts processes is imported by each of them, and would start its own",
@@ -96,13 +96,13 @@ class ProcessesBackend:
             self._processes[place], self._wires[place] = process, MessagePipe(ours, self._timeout)
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """Over its pipe."""
+        """Sends a request over the process's pipe."""
         if place in self._wires:
             with contextlib.suppress(OSError):  # `receive` finds it gone, or the time limit finds it stopped
                 self._wires[place].send(*request.frames)
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
-        """Whatever has come over the pipes."""
+        """Returns the messages that have come over the pipes."""
         wires = {wire.connection: place for place, wire in self._wires.items()}
         came: list[tuple[Place, WorkerReply | Lost]] = []
         for ready in connection.wait(list(wires), timeout):
@@ -115,17 +115,17 @@ class ProcessesBackend:
         return came
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """From its file."""
+        """Reads the process's file."""
         return read_box(self._box(place))
 
     def kill(self) -> None:
-        """SIGKILL: nothing that a worker could still do is wanted."""
+        """Ends all processes with SIGKILL: nothing that a worker could still do is wanted."""
         for process in self._processes.values():
             process.kill()
         self._join()
 
     def close(self) -> None:
-        """An empty message to each asks it to end."""
+        """Sends an empty message to each process, which asks it to end."""
         for wire in self._wires.values():
             with contextlib.suppress(OSError):
                 wire.send()
@@ -160,7 +160,7 @@ class ProcessesBackend:
 
 
 def _run(start: ProcessStart, pipe: Connection) -> None:
-    """What a process does."""
+    """Runs a process of a pool."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the server ends with the controller
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the controller decides

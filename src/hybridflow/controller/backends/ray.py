@@ -49,22 +49,22 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 MIB = 2**20
-INLINE = 100_000  # bytes of a message that goes along with the call itself, as Ray does with small arguments
+INLINE = 100_000  # bytes of a message that is sent with the call itself, as Ray does with small arguments
 STORE = (80 * MIB, 8 * 2**30)  # least and most bytes of a local instance's object store; Ray refuses less than 75 MiB
-ANSWER_SECONDS = 5.0  # for a port to say that it is open
-PROBE_SECONDS = 20.0  # for a cluster to let another process join; Ray itself would go on trying for minutes
-GATHER_SECONDS = 60.0  # for a pool's devices to become free
-START_SECONDS = 120.0  # for actors to be there
-END_SECONDS = 5.0  # for actors that were asked to end, or killed
+ANSWER_SECONDS = 5.0  # seconds for a port to show that it is open
+PROBE_SECONDS = 20.0  # seconds for a cluster to let another process join; Ray itself would try for minutes
+GATHER_SECONDS = 60.0  # seconds for a pool's devices to become free
+START_SECONDS = 120.0  # seconds for actors to be there
+END_SECONDS = 5.0  # seconds for actors that were asked to end, or killed
 FORWARDED = re.compile(r"(OMP|MKL|HF|TOKENIZERS|TRANSFORMERS|HYBRIDFLOW|NCCL|GLOO|HCCL|TORCH|PYTORCH|VLLM|CUBLAS)_.*")
-UNIT = {"cuda": "GPU", "npu": "NPU"}  # what Ray calls a device, by torch's type
+UNIT = {"cuda": "GPU", "npu": "NPU"}  # Ray's name of a device, by torch's type
 PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 QUIET = {"log_to_driver": False, "logging_level": "error"}
 
 
 @dataclass(frozen=True)
 class RayStart:
-    """What an actor is told before its first call."""
+    """What an actor is given before its first call."""
 
     place: Place
     device: str
@@ -77,7 +77,9 @@ class RayStart:
 
 
 class RayHost:
-    """A `WorkerHost` as a Ray actor. Calls run one by one; the groups "tell" and "life" have threads of their own."""
+    """A `WorkerHost` as a Ray actor. Calls run one after the other; the groups "tell" and "life" have threads of their
+    own.
+    """
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -106,21 +108,21 @@ class RayHost:
         return os.getpid()
 
     def perform(self, frames: Frames) -> list[pickle.PickleBuffer]:
-        """Answers a message."""
+        """Performs a message and returns the reply."""
         return _sendable(self._host.reply(_owned(frames)).frames)
 
     @ray.method(concurrency_group="tell")  # type: ignore[untyped-decorator]
     def where(self, id: int) -> list[pickle.PickleBuffer]:
-        """Says where the process stands, while a call runs."""
+        """Reports where the process stands, while a call runs."""
         return _sendable(WorkerReply(id, "where", self._host.standing()).frames)
 
     @ray.method(concurrency_group="life")  # type: ignore[untyped-decorator]
     def live(self) -> None:
-        """Returns when the actor was closed: the call fails if the process ends before."""
+        """Returns when the actor is closed: the call fails if the process ends before."""
         self._over.wait()
 
     def close(self) -> None:
-        """Ends in order."""
+        """Lets the actor finish and end."""
         self._host.close()
         self._over.set()
 
@@ -192,7 +194,9 @@ class RayBackend:
                 self._lives[self._actors[place].live.remote()] = place
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """As a call of the actor; a large message goes through the object store, where it is put once."""
+        """Sends a request as a call of the actor; a large message goes through the object store, where it is put
+        once.
+        """
         actor = self._actors[place]
         if request.kind == "where":
             ref = actor.where.remote(request.id)
@@ -201,7 +205,7 @@ class RayBackend:
         self._calls[ref] = place
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
-        """What actors have answered, and those whose process has ended."""
+        """Returns the replies of actors, and those actors whose process has ended."""
         refs = [*self._lives, *self._calls]
         if not refs:
             time.sleep(timeout)
@@ -212,7 +216,7 @@ class RayBackend:
         for ref in ready:
             if ref in self._calls:
                 place = self._calls.pop(ref)
-                with contextlib.suppress(RayActorError), _room():  # a dead actor is told by the end of its life
+                with contextlib.suppress(RayActorError), _room():  # `live` reports a dead actor
                     came.append((place, WorkerReply.read(_owned(ray.get(ref)))))
             else:
                 place = self._lives.pop(ref)
@@ -223,17 +227,17 @@ class RayBackend:
         return came
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """From its file, which is read on its host."""
+        """Reads the process's file on its host."""
         if self._is_here(place):
             return read_box(self._box(place))
         task = ray.remote(num_cpus=0)(read_box)
         here = NodeAffinitySchedulingStrategy(self._nodes[place], soft=False)
-        with contextlib.suppress(RayError):  # the whole host is gone: then nothing is known
+        with contextlib.suppress(RayError):  # the whole host is gone: nothing is known
             return dict(ray.get(task.options(scheduling_strategy=here).remote(self._box(place)), timeout=END_SECONDS))
         return {}
 
     def kill(self) -> None:
-        """Ray ends the actors' processes."""
+        """Has Ray end the actors' processes."""
         for actor in self._actors.values():
             with contextlib.suppress(RayError):  # the cluster itself may be gone
                 ray.kill(actor)
@@ -243,7 +247,7 @@ class RayBackend:
         self._leave()
 
     def close(self) -> None:
-        """Actors leave their process groups first."""
+        """Ends the actors, which leave their process groups first."""
         closing = [actor.close.remote() for actor in self._actors.values()]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=END_SECONDS)
@@ -309,13 +313,13 @@ class RayBackend:
     # --- devices ---
 
     def _needs(self) -> dict[str, Any]:
-        """What Ray reserves for one process."""
+        """Returns the resources that Ray reserves for one process."""
         if self._device == "cpu":
             return {"num_cpus": 1}
         return {"num_cpus": 1, **({"num_gpus": 1} if self._device == "cuda" else {"resources": {"NPU": 1}})}
 
     def _reserve(self, places: Sequence[Place]) -> Iterator[str]:
-        """A placement group for each pool, on as few hosts as can be."""
+        """Reserves a placement group for each pool, on as few hosts as possible."""
         unit = UNIT.get(self._device, "CPU")
         until = time.monotonic() + min(GATHER_SECONDS, self._timeout)
         for pool, size in {place.pool: place.size for place in places}.items():
@@ -374,7 +378,9 @@ def _wait_for_start(place: Place, ref: Any) -> int:
 
 
 def _store_bytes() -> int:
-    """Size of a local instance's object store: a quarter of memory, and not more than shared memory holds."""
+    """Returns the size of a local instance's object store: a quarter of memory, and not more than shared memory
+    holds.
+    """
     free, _ = memory_of(torch.device("cpu"))
     if Path("/dev/shm").is_dir():
         free = min(free, 2 * shutil.disk_usage("/dev/shm").free)
@@ -386,12 +392,12 @@ def _sendable(frames: Frames) -> list[pickle.PickleBuffer]:
 
 
 def _owned(frames: Sequence[Any]) -> list[Frame]:
-    """A copy of what lies in the object store, where all processes of a host see the same bytes."""
+    """Copies frames out of the object store, where all processes of a host see the same bytes."""
     return [memoryview(bytearray(frame)) for frame in frames]
 
 
 def _lost(text: str, node: str) -> Lost:
-    """What is known of an actor that died, from what Ray says of it and of its host."""
+    """Describes an actor that died, from Ray's report of it and of its host."""
     if "low on memory" in text:
         return Lost("ended by Ray, because its host ran low on memory", signal.SIGKILL)
     if "node has died" in text or any(n["NodeID"] == node and not n["Alive"] for n in ray.nodes()):
@@ -401,7 +407,7 @@ def _lost(text: str, node: str) -> Lost:
 
 @contextlib.contextmanager
 def _room(what: str = "") -> Iterator[None]:
-    """Says what to do where Ray has no room left for an object."""
+    """Reports what to do where Ray has no room left for an object."""
     try:
         yield
     except (ObjectStoreFullError, OutOfDiskError) as error:

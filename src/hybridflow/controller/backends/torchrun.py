@@ -2,7 +2,7 @@
 
 They are dealt to the pools in order of their rank. Messages go over connections of the standard library to the first
 process, with a key that it draws and leaves in torchrun's store. Its own share of a call runs in the call itself, after
-the others have got theirs; a thread watches them meanwhile.
+the others have received theirs; meanwhile a thread watches the others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class TorchrunBackend:
-    """The back end of processes that are there already.
+    """The back end of processes that exist already.
 
     Args:
         placement: its pools, whose sizes add up to torchrun's processes, and the time limit of collectives.
@@ -66,7 +66,7 @@ class TorchrunBackend:
         self._look: Callable[[float], None] = lambda seconds: None
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Do the pools have as many processes as torchrun has started?"""
+        """Checks that the pools have as many processes as torchrun has started."""
         if len(places) != self._world:
             pools = " + ".join(f"{pool} {sum(p.pool == pool for p in places)}" for pool in {p.pool: 0 for p in places})
             raise UserError(
@@ -87,7 +87,7 @@ class TorchrunBackend:
             while len(self._wires) < len(places) - 1:
                 try:
                     wire = MessagePipe(listener.accept(), self._timeout)
-                except (AuthenticationError, EOFError, ConnectionError):  # somebody else has found the port
+                except (AuthenticationError, EOFError, ConnectionError):  # another process has found the port
                     continue
                 place = places[decode(wire.receive())]
                 wire.send(*encode((place, self._device, self._threads, self._meeting(), self._box(place))))
@@ -96,11 +96,11 @@ class TorchrunBackend:
             signal.signal(signal.SIGTERM, _end_soon)
 
     def attend(self, look: Callable[[float], None]) -> None:
-        """Sets what a thread calls, again and again, while the controller's own share of a call runs."""
+        """Sets the function that a thread calls, again and again, while the controller's own share of a call runs."""
         self._look = look
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """To another process over its wire; the controller's own share waits until `receive`."""
+        """Sends a request to another process over its wire; the controller's own share waits until `receive`."""
         if place != self._place:
             with contextlib.suppress(OSError, KeyError):  # `receive` finds it gone
                 self._wires[place].send(*request.frames)
@@ -129,18 +129,18 @@ class TorchrunBackend:
         return came
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """From its file, if it is on this host."""
+        """Reads the process's file, if it is on this host."""
         return read_box(self._box(place))
 
     def kill(self) -> None:
-        """Hangs up: a process that nobody talks to ends itself."""
+        """Closes the connections: a process without one ends itself."""
         for wire in self._wires.values():
             wire.close()
         self._wires = {}
         self._folder.cleanup()
 
     def close(self) -> None:
-        """An empty message to each asks it to end."""
+        """Sends an empty message to each process, which asks it to end."""
         for wire in self._wires.values():
             with contextlib.suppress(OSError):
                 wire.send()
@@ -149,7 +149,7 @@ class TorchrunBackend:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Runs what is inside while a thread looks after the other workers; raises the failure that it finds."""
+        """Runs the block while a thread watches the other workers; raises the failure that it finds."""
         over, found = threading.Event(), list[UserError]()
 
         def look() -> None:
@@ -210,16 +210,18 @@ def _key() -> str:
 
 
 def _leave() -> None:
-    """Ends a process that has told its failure: the others then come out of collectives that it will not join.
+    """Ends a process that has reported its failure: the others then come out of collectives that it will not join.
 
-    Its status is 0, because torchrun would end the controller before it can tell the cause.
+    Its status is 0, because torchrun would end the controller before the controller can report the cause.
     """
     sys.stdout.flush()
     os._exit(0)
 
 
 def _end_soon(number: int, frame: object) -> None:
-    """torchrun ends all processes when one has died; the controller takes a moment to say which one, and why."""
+    """Delays the end: torchrun ends all processes when one has died, and the controller first reports which one, and
+    why.
+    """
     timer = threading.Timer(COME_OUT_SECONDS, os._exit, args=(128 + number,))
     timer.daemon = True
     timer.start()

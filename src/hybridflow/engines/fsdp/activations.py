@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-SMALL = 2**16  # bytes: moving less than this costs more than it frees
+SMALL = 2**16  # bytes: moving fewer costs more than it frees
 
 
 @contextmanager
 def kept_on_host() -> Iterator[None]:
-    """What a forward pass within saves for its backward pass is moved to host memory, but for weights.
+    """Moves to host memory what a forward pass in the block saves for its backward pass, except weights.
 
-    Weights are left out because they are not kept either: what shards them gathers them again.
+    Weights stay where they are: they are gathered again in the backward pass.
     """
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:

@@ -1,7 +1,7 @@
 """Training and scoring with a model that is cut over processes: every rank calls the same methods in the same order.
 
-Each rank has sequences of its own, maybe none. Weights were computed for the whole mini-batch, so gradients are summed
-over micro-batches and ranks and never averaged; sums are the same on every rank, so all decide alike.
+Each rank has its own sequences, maybe none. Weights were computed for the whole mini-batch, so gradients are summed
+over micro-batches and ranks and never averaged; sums are the same on every rank, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ShardedEngine(AdamEngine, TrainEngine):
         if rows is not None:
             check_parts(found, rows)
         if not any(found):
-            return Update({})  # nothing to learn from: no step, and the schedule stands still
+            return Update({})  # no sequence carries loss: no step, and the schedule stands still
         self.optimizer.zero_grad(set_to_none=True)
         own = self.sharded.passes.accumulate(batch, loss)
         sums = joined(self.ranks.one_per_place(self.ranks.gathered(own)))

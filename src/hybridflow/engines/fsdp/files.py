@@ -1,4 +1,4 @@
-"""What a sharded engine writes into a checkpoint, and how it reads what any engine of the same model wrote.
+"""The files that a sharded engine writes into a checkpoint, and how it reads those of any engine of the same model.
 
 shards/                 weights and AdamW's moments, see `engines.shards`; of adapters, theirs alone
 model/config.json       and what else stands beside a model's weights, where all of them are trained
@@ -41,7 +41,7 @@ from hybridflow.weights.adapters import adapted_weights
 
 
 class Engine(Protocol):
-    """What files read of a sharded engine, and put back into it (`engines.fsdp.engine.ShardedEngine`).
+    """The parts of a sharded engine that files read and restore (`engines.fsdp.engine.ShardedEngine`).
 
     Attributes:
         model: the module, with this rank's pieces in it.
@@ -66,7 +66,7 @@ class Engine(Protocol):
     steps_done: int
 
     def moments(self) -> Moments:
-        """AdamW's state, by parameter name."""
+        """Returns AdamW's state, by parameter name."""
         ...
 
     def stream_weights(self, *, lora: Literal["adapters", "merged"] | None = None) -> WeightStream:
@@ -78,20 +78,22 @@ class State(Protocol):
     """This rank's pieces of an engine's tensors, as DTensors by name: `Fsdp2State`, `Fsdp1State`."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters, and buffers that are saved; tied ones under their first name."""
+        """Returns parameters, and buffers that are saved; tied ones under their first name."""
         ...
 
     def moments(self) -> Moments:
-        """AdamW's state, by parameter name."""
+        """Returns AdamW's state, by parameter name."""
         ...
 
     def put(self, weights: Mapping[str, Tensor], moments: Moments) -> None:
-        """Goes on with these: weights that `weights` gave and that were then filled, and moments cut as they are."""
+        """Takes over these tensors: weights that `weights` gave and that were then filled, and moments cut in the same
+        way.
+        """
         ...
 
 
 class Fsdp2State:
-    """Pieces of an engine whose parameters are DTensors: these very tensors."""
+    """Pieces of an engine whose parameters are DTensors: these tensors themselves."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -163,13 +165,13 @@ class ShardedFiles:
         self.engine = engine
         self.state = STATES[engine.section.strategy](engine)
         self.adapters = has_adapters(engine.model)
-        if self.adapters:  # what cannot be merged is refused now, not when the trained model is to be written
+        if self.adapters:  # adapters that cannot be merged are refused now, not when the trained model is to be written
             adapted_weights(engine.model, {n for names in engine.sharded.names.values() for n in names})
         world = dist.group.WORLD
         assert world is not None
         limit = world._get_backend(torch.device("cpu")).options._timeout
         self.writing = Background()
-        # Of its own: files are written beside other collectives, and through host memory.
+        # A group of its own: files are written beside other collectives, and through host memory.
         self.group = dist.new_group(backend="gloo", timeout=limit)
 
     def save(self, folder: Path, *, background: bool = False) -> None:
@@ -179,7 +181,7 @@ class ShardedFiles:
             tensors = host_copies(tensors)
         first, beside = self.engine.ranks.rank == 0, {}
         if first and not self.adapters:
-            # Now: a thread must not ask a model that is at work (FSDP1 takes its parameters away meanwhile).
+            # Read now: a thread must not use a model that computes (FSDP1 takes its parameters away meanwhile).
             beside = files_beside_weights(self.engine.model)
             (folder / "model").mkdir()
 
@@ -218,7 +220,9 @@ class ShardedFiles:
                 pass
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint has, cut over the ranks: "model/NAME" are weights, "exp_avg/NAME" and so on moments."""
+        """Returns all tensors of a checkpoint, cut over the ranks: "model/NAME" are weights, "exp_avg/NAME" and so on
+        moments.
+        """
         moments = {f"{kind}/{name}": t for name, kept in self.state.moments().items() for kind, t in kept.items()}
         return {f"model/{name}": t for name, t in self._weights().items()} | moments
 
@@ -260,7 +264,7 @@ def _scorer_name(name: str) -> str:
 
 @contextmanager
 def _fsdp1_state(root: torch.nn.Module) -> Iterator[None]:
-    """State dicts have this rank's pieces in here; torch advises against them, and has no others for FSDP1."""
+    """Sets state dicts of the block to this rank's pieces; torch advises against them, and has no others for FSDP1."""
     settings: list[Any] = [StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""FSDP1 (`FullyShardedDataParallel`), for those who depend on it: shards, HSDP, bfloat16, host offload on a GPU.
+"""FSDP1 (`FullyShardedDataParallel`), for users who depend on it: shards, HSDP, bfloat16, host offload on a GPU.
 
 It keeps the parameters of a layer end to end in one flat tensor, of which every rank holds a piece: `parameters` are
 views of this rank's piece, of one dimension, and empty where the piece holds nothing of them.
@@ -80,7 +80,7 @@ class Fsdp1:
             unit._gradient_predivide_factor = unit._gradient_postdivide_factor = 1
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's piece of every parameter, by its name in the scorer."""
+        """Returns this rank's piece of every parameter, by its name in the scorer."""
         named = torch.nn.Module.named_parameters(self._root)
         return {name.replace(WRAPPED, ""): parameter for name, parameter in named}
 
@@ -109,7 +109,7 @@ class Fsdp1:
                 handle.reshard(True)
 
     def to(self, device: torch.device) -> None:
-        """Leaves the parameters where they are: `_refuse` has refused to be asked for more."""
+        """Leaves the parameters where they are: `_refuse` has refused every other request."""
 
     def full_tensors(self, *, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
         """See `Sharding.full_tensors`: the parameters of one layer are gathered together.
@@ -123,10 +123,10 @@ class Fsdp1:
             ):
                 own = [(n, p.grad if gradients else p) for n, p in _own_parameters(prefix, unit)]
                 copies = [(name, tensor.detach().clone()) for name, tensor in own if tensor is not None]
-            yield from copies  # outside: who stops in the middle leaves nothing gathered
+            yield from copies  # outside of the block: a caller that stops in the middle then leaves nothing gathered
 
     def _units(self) -> dict[str, FullyShardedDataParallel]:
-        """The modules that are gathered as a whole, by name."""
+        """Returns the modules that are gathered as a whole, by name."""
         named = torch.nn.Module.named_modules(self._root)
         return {name: m for name, m in named if isinstance(m, FullyShardedDataParallel)}
 
@@ -144,15 +144,15 @@ def _refuse(section: Fsdp1Section, device: torch.device, root: torch.nn.Module) 
 
 
 def _own_parameters(prefix: str, unit: FullyShardedDataParallel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a module that are gathered with it, by their names in the scorer."""
+    """Yields the parameters of a module that are gathered with it, by their names in the scorer."""
     for name, parameter in torch.nn.Module.named_parameters(unit):
         inner = name.removeprefix(WRAPPED)
-        if WRAPPED not in inner:  # else of a module within that is gathered by itself
+        if WRAPPED not in inner:  # otherwise it is of an inner module that is gathered on its own
             yield ".".join(part for part in (prefix, inner) if part).replace(WRAPPED, ""), parameter
 
 
 def _on(device: torch.device) -> Callable[[torch.nn.Module], None]:
-    """Gives a module's own parameters and buffers memory; those that are tied stay tied."""
+    """Returns a function that gives a module's own parameters and buffers memory; those that are tied stay tied."""
     made: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
 
     def materialize(module: torch.nn.Module) -> None:

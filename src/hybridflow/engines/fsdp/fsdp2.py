@@ -32,8 +32,8 @@ class Fsdp2:
         root: on the meta device.
         layers: its modules whose parameters are gathered together.
         mesh: of all ranks: one dimension, or two where several copies of the parameters are kept (HSDP).
-        section: how.
-        compute: what products are computed in.
+        section: how it is cut.
+        compute: the type that products are computed in.
         device: of this rank.
     """
 
@@ -64,7 +64,8 @@ class Fsdp2:
             )
         if root.value_head is not None:  # values are float32 whatever the trunk computes in
             fully_shard(root.value_head, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
-        # The output layer is of the root, and read again in the backward pass outside of any module (log_probs.py).
+        # The output layer belongs to the root, and the backward pass reads it again outside of any module
+        # (log_probs.py).
         fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
         self.root: torch.nn.Module = root
         self.device, self.home = device, torch.device("cpu") if section.cpu_offload else device
@@ -73,7 +74,7 @@ class Fsdp2:
             module.set_force_sum_reduction_for_comms(True)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every parameter by its name in the scorer: DTensors."""
+        """Returns every parameter by its name in the scorer: DTensors."""
         return dict(self.root.named_parameters())
 
     def fill(self, source: Mapping[str, Tensor]) -> None:
@@ -97,7 +98,7 @@ class Fsdp2:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients of backward passes within stay with their rank."""
+        """Keeps the gradients of backward passes in the block on their rank."""
         assert isinstance(self.root, FSDPModule)
         self.root.set_requires_gradient_sync(False)
         try:
@@ -111,7 +112,7 @@ class Fsdp2:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def reshard(self) -> None:
-        """Gives gathered parameters back: after a pass without a backward pass they would stay, and become old."""
+        """Frees gathered parameters: after a pass without a backward pass they would stay, and become outdated."""
         for module in self._modules():
             module.reshard()
 
@@ -120,7 +121,7 @@ class Fsdp2:
         self.root.to(device)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole parameters, one after the other, by name in the scorer; all ranks take them in lock step."""
+        """Yields the whole parameters, one after the other, by name in the scorer; all ranks take them in lock step."""
         for name, parameter in self.parameters().items():
             assert isinstance(parameter, DTensor)
             own = parameter.detach().to(self.device)
@@ -132,7 +133,7 @@ class Fsdp2:
 
 
 def from_first(source: Tensor | None, like: Tensor, device: torch.device) -> Tensor:
-    """Rank 0's tensor, on every rank; the others give None, and what it is like."""
+    """Returns rank 0's tensor, on every rank; the others give None, and a tensor that it is like."""
     if source is None:
         tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
     else:

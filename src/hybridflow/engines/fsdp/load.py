@@ -14,10 +14,10 @@ from hybridflow.models.lora import load_trainable
 def load_sharded(
     section: ModelSection, *, seed: int, classifier: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What `load_trainable` loads, to be given to a `ShardedModel` by all ranks of the default process group.
+    """Loads what `load_trainable` loads, for a `ShardedModel`, on all ranks of the default process group.
 
     Only rank 0 holds weights, in host memory; the others have the same modules on the meta device. A function of the
-    user's makes a whole model on every rank: it is asked for small ones.
+    user's makes a whole model on every rank, so it should make small ones.
 
     Args:
         section: which model.
@@ -31,7 +31,7 @@ def load_sharded(
         return load_trainable(section, seed=seed, classifier=classifier)
     if dist.get_rank() == 0:
         loaded = load_trainable(section, seed=seed, classifier=classifier)
-        dist.barrier()  # what had to be fetched is there now, and fits
+        dist.barrier()  # the files are fetched by now, and were checked
         return loaded
     dist.barrier()
     return load_trainable(section, seed=seed, classifier=classifier, outline=True)

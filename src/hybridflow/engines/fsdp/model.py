@@ -25,12 +25,12 @@ from hybridflow.weights.adapters import WRAPPED
 
 
 class Sharding(Protocol):
-    """What differs between the ways to cut a scorer over ranks: `Fsdp2`, `Fsdp1`."""
+    """The interface of the ways to cut a scorer over ranks: `Fsdp2`, `Fsdp1`."""
 
     root: torch.nn.Module
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's part of every parameter, by its name in the scorer."""
+        """Returns this rank's part of every parameter, by its name in the scorer."""
         ...
 
     def fill(self, source: Mapping[str, Tensor]) -> None:
@@ -38,7 +38,7 @@ class Sharding(Protocol):
         ...
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Gradients of backward passes within stay with their rank."""
+        """Keeps the gradients of backward passes in the block on their rank."""
         ...
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], most: float) -> float:
@@ -46,7 +46,7 @@ class Sharding(Protocol):
         ...
 
     def reshard(self) -> None:
-        """Gives back what is still gathered."""
+        """Frees the parameters that are still gathered."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Sharding(Protocol):
         ...
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole parameters, one after the other, by name in the scorer."""
+        """Yields the whole parameters, one after the other, by name in the scorer."""
         ...
 
 
@@ -122,16 +122,20 @@ class ShardedModel:
         return scores
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's part of every parameter, by its Hugging Face name; of the value head, behind ``value_head.``"""
+        """Returns this rank's part of every parameter, by its Hugging Face name; of the value head, behind
+        ``value_head.``
+        """
         return {name.removeprefix("model."): p for name, p in self.sharding.parameters().items()}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole parameters one after the other, under the same names; all ranks take them in lock step."""
+        """Yields the whole parameters one after the other, under the same names; all ranks take them in lock step."""
         for name, tensor in self.sharding.full_tensors():
             yield name.removeprefix("model."), tensor
 
     def state(self, wanted: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of the model under these names: tied ones under each of theirs, and buffers that are saved."""
+        """Yields whole tensors of the model under these names: tied ones under each of theirs, and buffers that are
+        saved.
+        """
         for first, tensor in self.full_tensors():
             for name in self.names.get(first, ()):
                 if name in wanted:
@@ -142,13 +146,13 @@ class ShardedModel:
 
 
 def compute_dtype(section: ShardedSection, device: torch.device) -> torch.dtype:
-    """What products are computed in; auto is bfloat16 on an accelerator."""
+    """Returns the type that products are computed in; auto is bfloat16 on an accelerator."""
     low = device.type != "cpu" if section.dtype == "auto" else section.dtype == "bfloat16"
     return torch.bfloat16 if low else torch.float32
 
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The modules whose parameters are gathered together: those that the model's class does not let be split.
+    """Returns the modules whose parameters are gathered together: those that the model's class does not let be split.
 
     The rest (embeddings, the last norm, the output layer) is gathered as one.
     """
@@ -158,13 +162,13 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def _shapes(root: torch.nn.Module) -> str:
-    """A line for every tensor of a module: its name and shape."""
+    """Returns a line for every tensor of a module: its name and shape."""
     tensors = [*root.named_parameters(), *root.named_buffers()]
     return "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors)
 
 
 def _names_of_each(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Of every tensor in the model's state, by its first name, all its names: tied ones have several."""
+    """Returns, for every tensor in the model's state, by its first name, all its names: tied ones have several."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

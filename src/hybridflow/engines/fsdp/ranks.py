@@ -50,22 +50,22 @@ class Ranks:
             self.sp = SequenceParallel(peers.get_group(), self.rank % self.sp_size, self.sp_size)
 
     def gathered(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, by rank."""
+        """Gathers a small picklable value of every rank, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def one_per_place(self, values: Sequence[Any]) -> list[Any]:
-        """Of values by rank, those of the first rank at each place: its peers have the same sequences."""
+        """Returns, of values by rank, those of the first rank at each place: its peers have the same sequences."""
         return list(values[:: self.sp_size])
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """Returns the largest of all ranks' numbers."""
         return max(self.gathered(number))
 
 
 def check_degrees(processes: int, section: ShardedSection) -> None:
-    """Every copy of the parameters, and every micro-batch, is shared by as many processes as the others.
+    """Checks that every copy of the parameters, and every micro-batch, is shared by equally many processes.
 
     Raises:
         UserError: a degree does not divide the processes.
@@ -84,7 +84,7 @@ def check_degrees(processes: int, section: ShardedSection) -> None:
 
 
 def check_parts(rows: Sequence[int], expected: Sequence[int]) -> None:
-    """Holds the sequences that ranks were given against what the controller sent to each data-parallel place.
+    """Compares the sequences that ranks were given with what the controller sent to each data-parallel place.
 
     Args:
         rows: sequences at hand, by rank.
@@ -105,7 +105,7 @@ def check_parts(rows: Sequence[int], expected: Sequence[int]) -> None:
 
 
 def check_same_model(models: Sequence[str]) -> None:
-    """Holds what the ranks want to cut against each other.
+    """Compares the models that the ranks want to cut.
 
     Args:
         models: a line for every tensor, by rank.
