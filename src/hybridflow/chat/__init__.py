@@ -1,1 +1,1 @@
-"""Chat templates, and special tokens in what they make."""
+"""Chat templates, and special tokens in their text."""

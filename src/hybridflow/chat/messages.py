@@ -1,4 +1,4 @@
-"""Chat messages in the forms in which people keep them, read into the one that chat templates render."""
+"""Chat messages in the forms in which data sets keep them, read into the one that chat templates render."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ALIASES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "ai", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
-# In a text of messages: somebody whose turn is an answer.
+# Names in a text of messages whose turn is a response.
 _ANSWERS = r"['\"](role|from)['\"]\s*:\s*['\"](assistant|gpt|model|bot)['\"]"
 _FORMS = "write messages as {role, content} with a text as content, or as ShareGPT's {from, value}"
 
 
 class RefusedValue(ValueError):
-    """A value of a row that is no prompt, no conversation or no answer.
+    """A value of a row that is no prompt, no conversation or no response.
 
     Args:
         what: what is wrong, as the end of a sentence; the same for all rows of a kind.
@@ -50,7 +50,7 @@ def read_messages(
         value: of the row.
         template: the chat template: a role that it names itself is not taken for another's alias.
         markers: texts that the template puts around turns, which no message may hold; see `chat.turn_markers`.
-        empty_answers: whether the assistant's messages may be empty, as answers that are judged may.
+        empty_answers: whether the assistant's messages may be empty, as responses that are judged may.
 
     Raises:
         RefusedValue: it is something else, or a message has no text that can be rendered.
@@ -109,7 +109,7 @@ def check_text(text: str, markers: Sequence[str] = ()) -> str:
 
 
 def check_truth(value: object) -> None:
-    """Holds a ground truth to what JSON can hold, at any depth.
+    """Checks that a ground truth is what JSON can hold, at any depth.
 
     Raises:
         RefusedValue: it has a number that is none, bytes, or half of a surrogate pair.
@@ -133,7 +133,7 @@ def check_truth(value: object) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What kind of value it is, in JSON's words."""
+    """Returns the kind of a value, in JSON's words."""
     words = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
     words |= {dict: "an object", type(None): "null"}
     return words.get(type(value), f"a {type(value).__name__}")
@@ -183,7 +183,7 @@ def _message(message: object, template: str) -> dict[str, Any]:
         raise RefusedValue(
             "has something else than true or false as train", detail=repr(rest["train"]), fix="write true or false"
         )
-    if "train" in rest:  # 0 and 1 are what tables make of it
+    if "train" in rest:  # tables turn booleans into 0 and 1
         rest["train"] = bool(rest["train"])
     if roles[0] == "assistant" and rest.get("weight") in (0, 1):
         rest |= {"train": False} if not rest.pop("weight") else {}
@@ -198,12 +198,12 @@ def _role(role: object, template: str) -> str:
 
 
 def _named(role: str, template: str) -> bool:
-    """Whether a template tells this role from others."""
+    """Returns whether a template has its own name for this role."""
     return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _text(content: object) -> str:
-    """The text of a message: a string, or a list of parts that hold text."""
+    """Returns the text of a message: a string, or a list of parts that hold text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -225,7 +225,9 @@ def _part(part: object) -> str:
 
 
 def messages_in(text: str) -> object | None:
-    """The messages in a text that is JSON of them, as files without nested columns hold it; None for other texts."""
+    """Returns the messages in a text that is JSON of them, as files without nested columns hold it; None for other
+    texts.
+    """
     head = "".join(text[:60].split()).removeprefix("array(")
     if not head.startswith(("[{", "{")):
         return None
@@ -239,14 +241,16 @@ def messages_in(text: str) -> object | None:
                 fix="write the column with json.dumps, or as a list",
             ) from None
         return None
-    if isinstance(found, dict):  # one message alone is refused as the object that it is
+    if isinstance(found, dict):  # a single message is refused as the object that it is
         return found if {"role", "from"} & found.keys() and {"content", "value"} & found.keys() else None
     messages = isinstance(found, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
     return found if messages else None
 
 
 def answer_in(value: object) -> object:
-    """An answer that is JSON text of the assistant's turns, as those turns; any other as it is: answers may be JSON."""
+    """Reads a response that is JSON text of the assistant's turns as those turns; any other stays: responses may be
+    JSON.
+    """
     if not isinstance(value, str) or not re.search(_ANSWERS, value):
         return value
     found = messages_in(value)

@@ -1,4 +1,4 @@
-"""Special tokens in answers: what rewards and stop texts read of them."""
+"""Special tokens in responses: which of them rewards and stop texts see."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Decode = Callable[[list[int]], str]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids of special tokens, by their text."""
+    """Returns the ids of special tokens, by their text."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
 
 
 def answer_decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, keep: bool) -> Decode:
-    """From the token ids of an answer to the text that rewards see.
+    """Makes the function from the token ids of a response to the text that rewards see.
 
     Args:
         tokenizer: of the model.
-        ends: tokens that end an answer by themselves.
+        ends: tokens that end a response by themselves.
         keep: ``reward.keep_special_tokens``.
     """
     frame = {*ends, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
@@ -35,7 +35,9 @@ def answer_decoder(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *,
 
 
 def reader(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, keep: bool) -> Callable[[str], str]:
-    """From the text of an answer to what a reward sees of it once a model has written it token by token."""
+    """Makes the function from the text of a response to what a reward would see if a model had written it token by
+    token.
+    """
     names, decode = special_tokens(tokenizer), answer_decoder(tokenizer, ends, keep=keep)
 
     def read(text: str) -> str:
@@ -47,7 +49,8 @@ def reader(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, keep: b
 
 
 def stop_decoder(tokenizer: PreTrainedTokenizerBase, stops: Iterable[str | None]) -> Decode:
-    """From token ids to the text in which stops are looked for: with special tokens, where a stop names one.
+    """Makes the function from token ids to the text in which stops are searched: with special tokens, where a stop
+    names one.
 
     Args:
         tokenizer: of the model.
@@ -62,5 +65,5 @@ def stop_decoder(tokenizer: PreTrainedTokenizerBase, stops: Iterable[str | None]
 
 
 def named_in(text: str, tokens: Iterable[str]) -> Iterator[str]:
-    """The tokens whose text stands in this one, which may be a regular expression."""
+    """Yields the tokens whose text stands in this one, which may be a regular expression."""
     return (token for token in tokens if token and (token in text or re.escape(token) in text))

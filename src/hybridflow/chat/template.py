@@ -1,4 +1,4 @@
-"""Prompts and conversations to tokens, and which of these the assistant wrote."""
+"""Prompts and conversations to tokens, and the mask of those that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ CHAT = Style()
 
 
 def as_messages(prompt: str | Messages, style: Style = CHAT) -> Messages:
-    """A plain string is one message of the user; the style's system prompt comes first, unless there is one."""
+    """Makes messages of a prompt: a plain string is one message of the user; the style's system prompt comes first,
+    unless there is one.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if style.system_prompt is not None and (not messages or messages[0].get("role") not in ("system", "developer")):
         return [{"role": "system", "content": style.system_prompt}, *messages]
@@ -38,7 +40,7 @@ def as_messages(prompt: str | Messages, style: Style = CHAT) -> Messages:
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> None:
-    """Raises a UserError if the tokenizer's chat template cannot do what the style asks for."""
+    """Raises a UserError if the tokenizer's chat template cannot render what the style asks for."""
     if style.format == "text":
         return
     if not tokenizer.chat_template:
@@ -56,7 +58,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) ->
 
 
 def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tuple[str, ...]:
-    """Returns what the chat template writes around turns and no text may hold, and the end of sequence.
+    """Returns the texts that the chat template writes around turns and no text may hold, and the end of sequence.
 
     These are special tokens and, for tokenizers that lack them, names in the form of special tokens. Tags of thinking
     and tools are not among them: rows may hold those on purpose.
@@ -65,7 +67,7 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tup
         return ()
     text = ""
     for roles in (("system", "user", "assistant"), ("user", "assistant")):
-        with suppress(UserError):  # a template for other conversations is told in its own words where a row is rendered
+        with suppress(UserError):  # a template for other conversations gets its own message where a row is rendered
             text += _apply(tokenizer, _probe(roles), style)
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(_MARKER.findall(text))
     inside = (t for t in special if t in text and not re.search("think|tool|call|reason|answer", t))
@@ -81,10 +83,10 @@ SHOWN = {
 
 
 def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str | None:
-    """Returns what of such messages the chat template leaves out without a word; None where it has all.
+    """Returns what of such messages the chat template leaves out silently; None where it has all.
 
-    Found by rendering the messages with one word in each. Of earlier thoughts a template may leave out what it will. A
-    template that refuses such turns is told where a row is rendered.
+    It renders the messages with one word in each, and looks for the words. A template may leave out any earlier
+    thoughts. A template that refuses such turns is reported where a row is rendered.
     """
     probe = [
         {**message, "content": f"word{i}end" if message["content"].strip() else ""}
@@ -126,7 +128,7 @@ def _apply(
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: Style = CHAT) -> str:
-    """The prompt as the model sees it, with the template's opening of the assistant's turn."""
+    """Returns the prompt as the model sees it, with the template's opening of the assistant's turn."""
     if style.format == "text":
         assert isinstance(prompt, str)
         return prompt
@@ -134,7 +136,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, styl
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], style: Style = CHAT) -> list[list[int]]:
-    """Token ids of rendered texts. A template writes its own special tokens; plain text gets the tokenizer's."""
+    """Tokenizes rendered texts. A template writes its own special tokens; plain text gets the tokenizer's."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=style.format == "text").input_ids
     return ids
 
@@ -142,13 +144,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], style: St
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: Style = CHAT
 ) -> tuple[str, list[int]]:
-    """Text and token ids of a prompt."""
+    """Renders the text and token ids of a prompt."""
     text = prompt_text(tokenizer, prompt, style)
     return text, tokenize(tokenizer, [text], style)[0]
 
 
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str:
-    """A whole conversation as the model sees it."""
+    """Returns a whole conversation as the model sees it."""
     return _apply(tokenizer, as_messages(messages, style), style)
 
 
@@ -159,16 +161,16 @@ def render_conversations(
     *,
     loss_on: LossOn = "all_assistant",
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of whole conversations, and a mask of the tokens to learn: those that the assistant wrote.
+    """Returns token ids of whole conversations, and a mask of the tokens to learn: those that the assistant wrote.
 
-    The boundaries come from rendering each conversation message by message: what precedes an assistant's turn, with
-    the template's opening of that turn, must be a prefix of what follows it. Nothing is searched for in the text.
-    The assistant's closing token counts as written by it; a template's own text after that token does not. With
-    `loss_on` "last_assistant" only the last turn counts; a message with ``train: false`` never does.
+    The boundaries come from rendering each conversation message by message: the text before an assistant's turn, with
+    the template's opening of that turn, must be a prefix of the text after it. No text is searched. The assistant's
+    closing token counts as written by it; a template's own text after that token does not. With `loss_on`
+    "last_assistant" only the last turn counts; a message with ``train: false`` never does.
 
     Raises:
         UserError: the template rewrites earlier turns, so that no prefix of the conversation stays as it was, or a
-            token straddles the start of an answer.
+            token straddles the start of a response.
     """
     texts, spans = [], []
     for messages in conversations:
@@ -191,7 +193,8 @@ def render_conversations(
 def render_texts(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of plain texts, and a mask of the tokens to learn: what follows the prompt, and the end of sequence.
+    """Returns token ids of plain texts, and a mask of the tokens to learn: what follows the prompt, and the end of
+    sequence.
 
     Args:
         tokenizer: its own special tokens are put around the text; the end of sequence is added if it is not among them.
@@ -224,10 +227,11 @@ def _tokens_between(
     *,
     special: bool = False,
 ) -> range:
-    """The tokens of these characters of a text; what is before them must be the same tokens when it stands alone.
+    """Returns the tokens of these characters of a text; those before them must be the same tokens when the text before
+    stands alone.
 
-    Offsets tell where they are exact. Those of some tokenizers leave out spaces (``trim_offsets``), and then a token
-    that holds a space of the prompt and the beginning of the answer seems to begin with the answer.
+    Offsets decide where they are exact. Those of some tokenizers leave out spaces (``trim_offsets``), and then a token
+    that holds a space of the prompt and the beginning of the response seems to begin with the response.
     """
     first = next((i for i, (a, b) in enumerate(offsets) if b > start and b > a), len(ids))
     stop = next((i for i in reversed(range(len(ids))) if offsets[i][0] < end and offsets[i][1] > offsets[i][0]), -1) + 1
@@ -250,7 +254,7 @@ def _tokens_between(
 def _assistant_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, loss_on: LossOn
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character ranges of the assistant's turns that are learned."""
+    """Returns the rendered conversation and the character ranges of the assistant's turns that are learned."""
     full = _apply(tokenizer, messages, style)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []

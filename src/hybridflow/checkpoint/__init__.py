@@ -1,1 +1,1 @@
-"""What a run leaves on disk so that it can go on."""
+"""The files from which a run resumes."""

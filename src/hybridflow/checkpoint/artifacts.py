@@ -32,7 +32,7 @@ def export_engine(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, targe
 
 
 def not_written(target: Path, error: Exception) -> UserError:
-    """Says why a model could not be written to a folder, and what helps."""
+    """Makes the error for a model that could not be written to a folder, with what helps."""
     return UserError(
         f"the model could not be written to {target}: {error}",
         fix=f"make room on the disk of {target}, or give another folder",

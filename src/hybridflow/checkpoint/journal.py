@@ -1,4 +1,4 @@
-"""The journal: finished, scored groups are written ahead, so that killing a run loses none of them.
+"""The journal: finished, scored groups are written at once, so that killing a run loses none of them.
 
 One file per step, one line per group: a checksum, then the group as JSON (floats are written so that they read back bit
 for bit). A line that a kill cut short fails its checksum and is dropped.
@@ -36,7 +36,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self, step: int) -> dict[int, Group]:
-        """The groups of a step, by draw; empty if there are none."""
+        """Reads the groups of a step, by draw; empty if there are none."""
         path, groups = self._file(step), {}
         if path.is_file():
             for line in path.read_bytes().splitlines():
@@ -47,7 +47,7 @@ class Journal:
         return groups
 
     def mend(self, step: int) -> None:
-        """Rewrites a step's file without a line that was cut short, so that what is appended next starts a new line."""
+        """Rewrites a step's file without a line that was cut short, so that the next append starts a new line."""
         path, whole = self._file(step), b"".join(_line(group) for group in self.read(step).values())
         if not path.is_file() or path.read_bytes() == whole:
             return
@@ -59,7 +59,7 @@ class Journal:
         os.replace(aside, path)  # a kill here loses no group either
 
     def forget_up_to(self, step: int) -> None:
-        """Deletes what no resume can need any more: the files of all steps up to this one."""
+        """Deletes the files of all steps up to this one, which no resume can need any more."""
         for path in self.folder.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) <= step:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""The files that a run's configuration names, known again by what is in them when they are elsewhere."""
+"""The files that a run's configuration names, recognised by their content when they have moved."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _MODEL = ("config.json", "*.safetensors", "*.bin")
 
 
 def content_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """For every file or folder that a configuration names (dotted keys): the digest of what is in it."""
+    """Returns, for every file or folder that a configuration names (dotted keys), the digest of its content."""
     names = {name for key in PATH_KEYS for name in _split(config.get(key))[0]}
     found = {name: _digest(name) for name in sorted(names)}
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def same_files(before: Any, now: Any, known: Mapping[str, str], *, moved: bool) -> bool:
-    """Whether two values of a key that names files name the same ones.
+    """Returns whether two values of a key that names files name the same ones.
 
     Args:
         before: the value that the run began with.
-        now: the one that it is to go on with.
-        known: what `content_of` said when the run began.
-        moved: whether the user says that they do.
+        now: the one that it is to resume with.
+        known: the result of `content_of` when the run began.
+        moved: whether the user says that they are the same.
     """
     (old, rest), (new, other) = _split(before), _split(now)
     if rest != other or len(old) != len(new):
         return False
-    if moved and not {"shuffled", "sequential"} & {*old, *new}:  # data.order may be a word of ours
+    if moved and not {"shuffled", "sequential"} & {*old, *new}:  # data.order may be one of our keywords
         return True
     return all(
         a == b or os.path.abspath(a) == os.path.abspath(b) or (a in known and known[a] == _digest(b))
@@ -42,7 +42,7 @@ def same_files(before: Any, now: Any, known: Mapping[str, str], *, moved: bool) 
 
 
 def _split(value: Any) -> tuple[list[str], str]:
-    """The names in a value, and what stands beside them (weights)."""
+    """Splits a value into its names, and what stands beside them (weights)."""
     if isinstance(value, list):
         rest = [{k: v for k, v in entry.items() if k != "source"} for entry in value]
         return [entry["source"] for entry in value], json.dumps(rest, sort_keys=True)
@@ -50,7 +50,9 @@ def _split(value: Any) -> tuple[list[str], str]:
 
 
 def _digest(name: str) -> str | None:
-    """Of a file whole, or of a large one its size, beginning and end; of a folder its model's files."""
+    """Computes the digest of a file: of all of it, or of a large one's size, beginning and end; of a folder, of its
+    model's files.
+    """
     file, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     path = Path(file)
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():

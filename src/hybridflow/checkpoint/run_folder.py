@@ -33,7 +33,7 @@ class RunFolder:
     Args:
         path: the folder; made if absent.
         config: the resolved configuration, plain values; `keep_config` writes it into config.yaml.
-        resume: "auto" goes on in a folder that has a run, "never" refuses it; "moved" goes on with files that are
+        resume: "auto" resumes in a folder that has a run, "never" refuses it; "moved" resumes with files that are
             elsewhere now.
         kind: the class of the configuration, where it is a whole one.
 
@@ -68,27 +68,27 @@ class RunFolder:
         self.close()
 
     def keep_config(self) -> None:
-        """Writes ``config.yaml``: the run goes on with these settings, or begins. A model that is there is old then."""
+        """Writes ``config.yaml``: the run resumes with these settings, or begins. A model that is there is old then."""
         (self.path / STEP).unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         write_atomically(self.path / FILES, json.dumps(content_of(flatten(self.config)), indent=1) + "\n")
 
     def exported_step(self) -> int | None:
-        """The step that the run was done at, if ``model/`` has its weights."""
+        """Returns the step that the run was done at, if ``model/`` has its weights."""
         return exported_step(self.path)
 
     def note_export(self, step: int) -> None:
-        """Notes that ``model/`` holds the weights of this step."""
+        """Records that ``model/`` holds the weights of this step."""
         write_atomically(self.path / STEP, str(step))
 
     def close(self) -> None:
-        """Lets other processes have the folder."""
+        """Releases the folder to other processes."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _acquire(self) -> int:
-        # The lock goes with the process, however it ends; a lock file alone would outlive a kill.
+        # The system drops the lock when the process ends, in any way; a lock file alone would outlive a kill.
         try:
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -111,12 +111,12 @@ class RunFolder:
 def changed_settings(
     path: Path, config: Mapping[str, Any], *, moved: bool = False, kind: type[Section] | None = None
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ from those that the run in a folder had last, with what each was and is.
+    """Returns the keys whose values differ from those that the run in a folder had last, with the old and new values.
 
-    Files are the same, whatever they are called now, where the same is in them; or where `moved` says so.
+    Files are the same, whatever their names are now, where their content is the same; or where `moved` says so.
 
     Raises:
-        UserError: keys are among them that a run has for good, or config.yaml cannot be read.
+        UserError: keys are among them that a run cannot change, or config.yaml cannot be read.
     """
     file = path / "config.yaml"
     begun = [n for n in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*") if any(path.glob(n))]
@@ -148,7 +148,7 @@ def changed_settings(
 
 
 def _word(value: Any) -> str:
-    """A value as a configuration has it.
+    """Returns a value as a configuration writes it.
 
     >>> _word([{"source": "a.jsonl", "weight": None}]), _word(True), _word(None)
     ('a.jsonl', 'true', 'unset')
@@ -162,7 +162,9 @@ def _word(value: Any) -> str:
 
 
 def exported_step(path: Path) -> int | None:
-    """The step that a run was done at, whose weights its ``model/`` has; None if there is none, or it went on since."""
+    """Returns the step of the weights in ``model/``, at which a run was done; None if there is none, or the run has
+    continued since.
+    """
     file = path / STEP
     return int(file.read_text()) if file.is_file() and (path / "model").is_dir() else None
 
@@ -180,7 +182,7 @@ def make_folder(path: Path) -> None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys.
+    """Converts nested sections to dotted keys.
 
     >>> flatten({"optim": {"lr": 1.0}, "x": 2})
     {'optim.lr': 1.0, 'x': 2}

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder is complete or absent, and says so itself.
+"""Checkpoints: a folder is complete or absent, and its manifest proves it.
 
     checkpoints/step-000010/
         ...                     what the engines wrote
@@ -48,18 +48,18 @@ class Best:
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Returns the folder of a step's checkpoint."""
     return checkpoints / f"step-{step:06d}"
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
+    """Returns the steps with a complete checkpoint, ascending."""
     return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*") if (p / MANIFEST).is_file())
 
 
 @dataclass(frozen=True, slots=True)
 class NewCheckpoint:
-    """The checkpoint of a step on its way: begun, filled by the engines, and completed, whole or not at all.
+    """A checkpoint that is being written: begun, filled by the engines, and completed, whole or not at all.
 
     Args:
         checkpoints: the run's ``checkpoints/``.
@@ -77,11 +77,11 @@ class NewCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """Where engines write: aside of where it will stand."""
+        """Where engines write: a folder aside, until the checkpoint is complete."""
         return _aside(step_folder(self.checkpoints, self.step))
 
     def begin(self) -> None:
-        """Makes the folder, and writes the run's state into it: as it is now, whatever the run goes on to do."""
+        """Makes the folder, and writes the run's state into it: as it is now, whatever the run does next."""
         _make_empty(self.folder)
         state = {"step": self.step, "run": dict(self.run_state)}
         (self.folder / STATE).write_text(json.dumps(state, indent=1))
@@ -91,7 +91,7 @@ class NewCheckpoint:
         fault_point("save", self.step)
         _write_manifest(self.folder)
         _take_place(self.folder, step_folder(self.checkpoints, self.step))
-        if self.best is not None:  # before the best one until now is deleted: what best.json names is always there
+        if self.best is not None:  # before the best one until now is deleted: what best.json names always exists
             write_best(self.checkpoints, self.best)
         for old in saved_steps(self.checkpoints)[: -self.keep]:
             if self.best is None or old != self.best.step:
@@ -99,7 +99,7 @@ class NewCheckpoint:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Around all of the above: after an error nothing half written is left, and what was saved before stands.
+        """Wraps all of the above: after an error nothing half written is left, and what was saved before stands.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -119,11 +119,11 @@ class NewCheckpoint:
 
 @contextmanager
 def whole_folder(target: Path, refused: Callable[[Exception], UserError]) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of `target` when all of it is on disk.
+    """Yields an empty folder to fill, which takes the place of `target` when all of it is on disk.
 
     Args:
         target: where it will stand; what stands there is replaced, or stays as it is after an error.
-        refused: what to say where the disk is full or not writable.
+        refused: makes the error where the disk is full or not writable.
 
     Raises:
         UserError: what `refused` returns.
@@ -171,7 +171,7 @@ def write_best(checkpoints: Path, best: Best) -> None:
 
 
 def read_best(checkpoints: Path) -> Best | None:
-    """What ``best.json`` names, if there is one and its checkpoint stands."""
+    """Reads what ``best.json`` names, if there is one and its checkpoint stands."""
     with suppress(FileNotFoundError):
         best = Best(**json.loads((checkpoints / BEST).read_text()))
         if best.step in saved_steps(checkpoints):
@@ -180,12 +180,12 @@ def read_best(checkpoints: Path) -> Best | None:
 
 
 def _disk_refused(error: Exception) -> bool:
-    """Whether the disk is why writing failed: safetensors and tokenizers say so under types of their own."""
+    """Returns whether the disk is why writing failed: safetensors and tokenizers report that by types of their own."""
     return isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The run's state of a checkpoint with its "step", after every file was held against the manifest.
+    """Reads the run's state of a checkpoint with its "step", after every file was compared with the manifest.
 
     Raises:
         UserError: a file is missing, cut short or altered; the message names it.
@@ -223,7 +223,7 @@ def _verify_manifest(folder: Path) -> None:
 
 
 def _problem(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file, if anything."""
+    """Returns what is wrong with a file, if anything."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != expected["bytes"]:

@@ -1,1 +1,1 @@
-"""Where models are: built in this process, or in the processes of pools."""
+"""The placement of models: in this process, or in the processes of pools."""

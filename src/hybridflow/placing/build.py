@@ -1,4 +1,4 @@
-"""Models of roles, built in the process that will compute them: whole, or this rank's part."""
+"""Builds models of roles, in the process that will compute them: whole, or this rank's part."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hybridflow.placing.role import Role
 
 
 def load_role(role: Role, *, outline: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The whole model of a role, in this process, and its tokenizer.
+    """Loads the whole model of a role, in this process, and its tokenizer.
 
     Args:
         role: which model.
-        outline: without its weights, to find out before anything starts what would be refused.
+        outline: without its weights: what would be refused is then refused before anything starts.
 
     Raises:
         UserError: it cannot be loaded or not be cut as its engine section says, or a sequence can be longer than its
@@ -37,12 +37,12 @@ def load_role(role: Role, *, outline: bool = False) -> tuple[PreTrainedModel, Pr
 
 
 def role_tokenizer(role: Role) -> PreTrainedTokenizerBase:
-    """The tokenizer alone."""
+    """Loads the tokenizer alone."""
     return load_tokenizer(role.model.path, seed=role.seed, trust_remote_code=role.model.trust_remote_code)
 
 
 def local_engine(role: Role, device: torch.device) -> LocalEngine:
-    """A role that is trained by one process: this one.
+    """Makes the engine of a role that is trained by one process: this one.
 
     Raises:
         UserError: see `load_role`.
@@ -62,7 +62,7 @@ def local_engine(role: Role, device: torch.device) -> LocalEngine:
 
 
 def local_reference(role: Role, device: torch.device) -> LocalReference:
-    """A role that is never trained, in this process.
+    """Makes the scorer of a role that is never trained, in this process.
 
     Raises:
         UserError: see `load_role`.
@@ -78,7 +78,7 @@ def local_reference(role: Role, device: torch.device) -> LocalReference:
 
 
 def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine | LocalReference | ShardedReference:
-    """A role's model, or this rank's part of it."""
+    """Makes a role's engine or scorer, for the whole model or this rank's part."""
     trained = role.optim is not None
     if role.engine.strategy == "local":
         return local_engine(role, device) if trained else local_reference(role, device)
@@ -86,7 +86,7 @@ def engine_of(role: Role, device: torch.device) -> LocalEngine | ShardedEngine |
 
 
 def sharded_engine(role: Role, section: ShardedSection, device: torch.device) -> ShardedEngine:
-    """This rank's part of a model that is trained."""
+    """Makes this rank's part of a model that is trained."""
     assert role.optim is not None and role.name in ("actor", "critic")
     model = _sharded_model(role)
     return ShardedEngine(
@@ -102,7 +102,7 @@ def sharded_engine(role: Role, section: ShardedSection, device: torch.device) ->
 
 
 def sharded_reference(role: Role, section: ShardedSection, device: torch.device) -> ShardedReference:
-    """This rank's part of a model that is never trained."""
+    """Makes this rank's part of a model that is never trained."""
     model = _sharded_model(role)
     return ShardedReference(model, section=section, tokens_per_microbatch=role.tokens_per_microbatch, device=device)
 

@@ -17,11 +17,11 @@ from hybridflow.protocols.training import Scorer, TrainEngine
 
 @dataclass
 class Critic:
-    """What values the states of answers.
+    """The model that values the states of responses.
 
     Args:
         engine: scores "value" and learns "value"; the actor's own engine where the trunk is shared.
-        shared: whether it is; the actor's part of a checkpoint then has the value head too.
+        shared: whether the trunk is shared; the actor's part of a checkpoint then has the value head too.
     """
 
     engine: TrainEngine
@@ -29,7 +29,7 @@ class Critic:
 
 
 def check_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Says what stands beside the actor, before anything is loaded.
+    """Yields lines on the models beside the actor, before anything is loaded.
 
     Raises:
         UserError: one of them cannot be loaded, or reads other tokens than the actor.
@@ -48,7 +48,7 @@ def check_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def make_critic(config: RlConfig, actor: TrainEngine, places: Places, *, steps: int) -> Critic | None:
-    """The critic of a configuration, if it has one.
+    """Makes the critic of a configuration, if it has one.
 
     Args:
         config: the configuration.
@@ -66,7 +66,7 @@ def make_critic(config: RlConfig, actor: TrainEngine, places: Places, *, steps: 
 
 
 def make_reference(config: RlConfig, actor: TrainEngine, places: Places) -> Scorer | None:
-    """The reference of a configuration, if something uses one: the actor without its adapters, or a frozen model.
+    """Makes the reference of a configuration, if something uses one: the actor without its adapters, or a frozen model.
 
     Raises:
         UserError: its model cannot be loaded.
@@ -79,7 +79,7 @@ def make_reference(config: RlConfig, actor: TrainEngine, places: Places) -> Scor
 
 
 def require_companions(config: RlConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Looks at the models of critic and reference, and holds their tokenizers against the actor's.
+    """Reads the outlines of critic and reference, and compares their tokenizers with the actor's.
 
     Raises:
         UserError: one of them cannot be loaded, or reads other tokens than the actor.

@@ -1,4 +1,4 @@
-"""How a configuration's `rollout` section becomes a generation engine and the way it samples."""
+"""Makes the generation engine of a configuration's `rollout` section, and the way it samples."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def inline_engine(
     stop: Sequence[str] = (),
     same_memory: bool = False,
 ) -> InlineEngine:
-    """The inline engine on this model, as the section says.
+    """Makes the inline engine on this model, with the section's settings.
 
     Args:
         model: a model that `models.load` loaded.
-        tokenizer: reads answers, where they end by their text.
+        tokenizer: decodes responses, where a text ends them.
         section: None takes its defaults.
-        stop: texts that may end answers, besides those of the section.
+        stop: texts that may end responses, besides those of the section.
         same_memory: see `InlineEngine`.
     """
     r = section or InlineSection()
@@ -63,18 +63,18 @@ def own_engine(
     run_folder: Path | None = None,
     note: Callable[[str, str], None] | None = None,
 ) -> RolloutEngine:
-    """vLLM or SGLang, with weights of its own, as the section says.
+    """Starts vLLM or SGLang, with weights of its own and the section's settings.
 
     Args:
         role: the actor's.
-        section: how answers are generated.
+        section: how responses are generated.
         placement: how weights travel to its processes.
         start: the folder of a model to begin with; None where servers run already.
         run_folder: see `Launch`.
-        note: told (kind, text) of what happens to the engine's processes.
+        note: called with (kind, text) for events of the engine's processes.
 
     Raises:
-        UserError: the engine is missing, of another version, or refuses the configuration; no server answers.
+        UserError: the engine is missing, of another version, or refuses the configuration; no server responds.
     """
     assert role.longest is not None
     model = EngineModel(
@@ -120,7 +120,7 @@ def own_engine(
 
 
 def describe_engine(section: OwnEngine) -> str:
-    """One line on the engine that answers, for `check`.
+    """Describes in one line the engine that generates, for `check`.
 
     Raises:
         UserError: it is missing, or of another version.
@@ -141,11 +141,11 @@ def describe_engine(section: OwnEngine) -> str:
 
 
 def training_sampling(section: GenerationSection, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How training samples are drawn.
+    """Returns how training samples are drawn.
 
     Args:
         section: the configuration.
-        stop_token_ids: tokens that end an answer.
+        stop_token_ids: tokens that end a response.
     """
     return Sampling(
         section.max_response_tokens,

@@ -1,7 +1,8 @@
-"""Engines whose models live in worker groups: what the loop calls, and what it never notices.
+"""Engines whose models live in worker groups. The loop calls them like engines of its own process.
 
 The controller cuts a batch into one part for every data-parallel place, balanced by the work in it, and sends each part
-the columns that are read there. Everything between ranks (gathered parameters, summed gradients) is the workers' own.
+the columns that are read there. The workers handle everything between ranks themselves (gathered parameters, summed
+gradients).
 
 Shapes: T tokens of all sequences.
 """
@@ -48,7 +49,7 @@ class GroupScorer(Scorer):
         return self.score_later(batch, outputs, temperature=temperature)()
 
     def score_later(self, batch: Batch, outputs: Sequence[str], *, temperature: float = 1.0) -> Pending:
-        """Begins to score; what it returns waits for the scores."""
+        """Begins to score; the result waits for the scores when it is called."""
         if not len(batch):
             return Pending(lambda: {name: torch.zeros(0) for name in outputs})
         rows = self.rows(batch)
@@ -69,11 +70,11 @@ class GroupScorer(Scorer):
         return Pending(in_order, future.done)
 
     def rest(self) -> None:
-        """Something else works on its devices now: what its section's `offload` names moves to host memory."""
+        """Moves what its section's `offload` names to host memory, because another model works on its devices now."""
         self.group.rest()
 
     def rows(self, batch: Batch) -> list[list[int]]:
-        """The sequences of every data-parallel place."""
+        """Returns the sequences of every data-parallel place."""
         costs, places = sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"]
         if "group_B" not in batch:
             return balanced_ranks(costs, places)
@@ -98,16 +99,16 @@ class GroupEngine(GroupScorer, TrainEngine):
     ) -> None:
         super().__init__(group)
         self.name, self.placement = name, placement or PlacementSection()
-        self._receiver: Receiver | None = None  # in the controller's process
-        self._address: str | None = None  # where other processes take weights from
-        self._receivers: list[str] = []  # who they are
+        self._receiver: Receiver | None = None  # of a stream that this process takes
+        self._address: str | None = None  # the address where other processes take weights from
+        self._receivers: list[str] = []  # the hosts of these processes
 
     def update(self, batch: Batch, loss: Loss) -> Update:
         """See `TrainEngine.update`."""
         return self.update_later(batch, loss)()
 
     def update_later(self, batch: Batch, loss: Loss) -> Callable[[], Update]:
-        """Begins an optimizer step; what it returns waits for its end."""
+        """Begins an optimizer step; the result waits for its end when it is called."""
         if not len(batch):
             return lambda: Update({})
         rows = self.rows(batch)
@@ -119,7 +120,7 @@ class GroupEngine(GroupScorer, TrainEngine):
     def _joined(self, batch: Batch, rows: list[list[int]], updates: list[Update]) -> Update:
         bad_rows = sorted(r[i] for r, update in zip(rows, updates) for i in update.bad_rows)
         most = {key: max(u.metrics[key] for u in updates) for key in updates[0].metrics if key.startswith("perf/")}
-        metrics = updates[0].metrics | most  # the memory of the worker that has the most; all else is alike
+        metrics = updates[0].metrics | most  # memory is the largest of all workers; all else is the same on each
         if self.name == "actor":
             metrics = metrics | seqlen_metrics(batch.lengths().tolist(), rows)
         return Update(metrics, updates[0].applied, bad_rows)
@@ -153,9 +154,9 @@ class GroupEngine(GroupScorer, TrainEngine):
         """Sends weights from the workers to other processes, past the controller's.
 
         Args:
-            stream: of this engine; what left is noted in it.
+            stream: of this engine; the fingerprints of what left are added to it.
             receivers: the host of each process that takes them.
-            take: has them take what comes from an address; returns when they have.
+            take: has them receive from an address; returns when they have.
         """
         if self._address is None or self._receivers != [*receivers]:
             self._address, self._receivers = self.group.open_weights(receivers, self.placement), [*receivers]
@@ -181,7 +182,7 @@ class GroupEngine(GroupScorer, TrainEngine):
         self.group.to(where)
 
     def _arriving(self, stream: RemoteStream) -> Iterator[tuple[str, Tensor]]:
-        """The weights in the controller's process: for an engine that lives here (vLLM)."""
+        """Yields the weights in the controller's process: for an engine that lives here (vLLM)."""
         if self._receiver is None:
             address = self.group.open_weights([socket.gethostname()], self.placement, "cpu")
             self._receiver = open_receiver(address, 0, timeout=self.placement.timeout)

@@ -12,15 +12,15 @@ from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.readback import together
 
-SLICE_SECONDS = 0.5  # how long replicas generate before they hand over what has ended
+SLICE_SECONDS = 0.5  # seconds that replicas generate before they return what has ended
 
 
 class GroupRollout:
-    """A `RolloutEngine` over replicas in a pool: each answers its share of the prompts.
+    """A `RolloutEngine` over replicas in a pool: each generates for its share of the prompts.
 
-    Replicas generate for a moment, hand over what has ended, and go on while the controller scores it. What a replica
-    gets is decided by the requests alone, so tokens and the company that they were computed in repeat. A request may
-    name its replica.
+    Replicas generate for a moment, return what has ended, and continue while the controller scores it. The requests
+    alone decide which replica gets a prompt, so tokens, and the batches that they were computed in, repeat. A request
+    may name its replica.
 
     Args:
         group: `placing.rollout_worker.RolloutWorker`.
@@ -39,7 +39,7 @@ class GroupRollout:
         self._next = 0
         self._queue: list[tuple[int, Request]] = []
         self._in_flight: set[int] = set()
-        self._slice: Future | None = None  # under way in the replicas
+        self._slice: Future | None = None  # in flight in the replicas
         self._ready: list[Result] = []
 
     def submit(self, request: Request) -> int:
@@ -108,7 +108,7 @@ class GroupRollout:
         return []
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """Is never called: there are no `receivers`."""
+        """Raises an AssertionError: it is never called, because there are no `receivers`."""
         raise AssertionError("replicas take weights through update_weights")
 
     def read_back(self, names: Sequence[str]) -> dict[str, int]:
@@ -147,13 +147,15 @@ class GroupRollout:
                 self._ready.append(result)
 
     def _settle(self) -> None:
-        """Waits for the moment of generation that is under way, if any: commands reach replicas in order."""
+        """Waits for the round of generation that is in flight, if any: commands reach replicas in order."""
         if self._slice is not None:
             self._finish()
 
 
 def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[tuple[int, Request]]]:
-    """The requests of every replica: those of one prompt together, as many tokens to each as can be told beforehand."""
+    """Deals requests to replicas: those of one prompt together, and as far as known beforehand equally many tokens to
+    each.
+    """
     prompts: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
     for handle, request in queue:
         if request.replica is None:

@@ -1,4 +1,4 @@
-"""Whose turn it is on devices that generation and training share: one has the memory, the other rests.
+"""Turns on devices that generation and training share: one has the memory, the other rests.
 
     generation, evaluation   models rest (what ``engine.offload`` names goes to host memory), then the engine wakes
     training, saving         the engine sleeps; a model comes back with its first call
@@ -20,7 +20,7 @@ class HandOver:
 
     Args:
         rollout: awake.
-        models: what is trained or scores, and may rest while answers are generated.
+        models: the models that train or score, and may rest while responses are generated.
         sleeps: whether they share devices.
     """
 
@@ -29,25 +29,25 @@ class HandOver:
         self.models = list(models)
 
     def to_generation(self) -> None:
-        """Answers are generated next."""
+        """Prepares for generation."""
         if self.sleeps:
             for model in self.models:
                 model.rest()
             self.to_publication()
 
     def to_publication(self) -> None:
-        """Weights are published next."""
+        """Prepares for the publication of weights."""
         if not self.awake:
             self.rollout.wake()
             self.awake = True
 
     def to_training(self) -> None:
-        """Models score, learn, or are saved next."""
+        """Prepares for models that score, learn, or are saved."""
         if self.sleeps and self.awake:
             self.rollout.sleep()
             self.awake = False
 
     def close(self) -> None:
-        """Ends the engine: it holds no memory any more."""
+        """Ends the engine, which then holds no memory."""
         self.rollout.close()
         self.sleeps = False

@@ -1,4 +1,4 @@
-"""Where a run's models are: in this process, or in the worker groups of a cluster. The loop cannot tell."""
+"""The place of each model of a run: this process, or the worker groups of a cluster. The loop cannot tell."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Places:
 
     Args:
         config: the configuration.
-        events: told (kind, text) of what happens to processes.
+        events: called with (kind, text) for events of processes.
 
     Raises:
-        UserError: there are not enough devices, a port is taken, no cluster answers, ...
+        UserError: there are not enough devices, a port is taken, no cluster responds, ...
     """
 
     def __init__(self, config: TrainingConfig, events: Callable[[str, str], None]) -> None:
@@ -64,7 +64,7 @@ class Places:
             )
 
     def on_close(self, end: Callable[[], None]) -> None:
-        """Has something end when the processes do."""
+        """Adds a function that is called when the processes end."""
         self._beside.callback(end)
 
     def close(self) -> None:
@@ -74,15 +74,15 @@ class Places:
             self.cluster.close()
 
     def begin_step(self, step: int) -> None:
-        """Tells the processes which step is under way, for reports and fault points."""
+        """Tells the processes the current step, for reports and fault points."""
         if self.cluster is not None:
             self.cluster.step = step
 
     def take_metrics(self) -> dict[str, float]:
-        """Bytes that passed through the controller since the last call, by class.
+        """Returns the bytes that passed through the controller since the last call, by class.
 
-        They are of this process, not of the step alone: one that goes on has started its workers and read journaled
-        answers instead of generating them.
+        They are of this process, not of the step alone: a resumed process has started its workers and read journaled
+        responses instead of generating them.
         """
         if self.cluster is None:
             return {}
@@ -91,7 +91,7 @@ class Places:
         return found
 
     def trained(self, role: Role) -> TrainEngine:
-        """A model that is trained.
+        """Makes a model that is trained.
 
         Raises:
             UserError: it cannot be loaded, or not be cut as its engine section says.
@@ -102,7 +102,7 @@ class Places:
         return GroupEngine(self._group(role, EngineWorker), role.name, placement=self.placement)
 
     def reference(self, role: Role) -> Scorer:
-        """A model of its own that is never trained.
+        """Makes a model of its own that is never trained.
 
         Raises:
             UserError: it cannot be loaded, or not be cut as its engine section says.
@@ -114,12 +114,12 @@ class Places:
     def rollout(
         self, role: Role, actor: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
     ) -> RolloutEngine:
-        """The generation engine of ``rollout.engine``.
+        """Makes the generation engine of ``rollout.engine``.
 
         Args:
             role: the actor's.
             actor: whose weights it will sample with.
-            tokenizer: reads answers, where they end by their text.
+            tokenizer: decodes responses, where a text ends them.
             folder: the run's.
         """
         r = self.roles.rollout
@@ -141,7 +141,9 @@ class Places:
         return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
 
     def rollout_sleeps(self) -> bool:
-        """Whether the generation engine shares devices with models, and rests while they work: ``rollout.sleep``."""
+        """Returns whether the generation engine shares devices with models, and rests while they work:
+        ``rollout.sleep``.
+        """
         r = self.roles.rollout
         assert r is not None
         if r.sleep != "auto":
@@ -161,7 +163,7 @@ class Places:
 
 
 def describe_placement(config: TrainingConfig) -> Iterator[str]:
-    """Says which model is in which pool, before anything starts."""
+    """Yields lines on which model is in which pool, before anything starts."""
     placement, roles = resolved_placement(config.placement), config.roles()
     if placement.backend == "ray":
         importlib.import_module("hybridflow.controller.backends.ray")  # refused where Ray is not installed
@@ -181,7 +183,7 @@ def describe_placement(config: TrainingConfig) -> Iterator[str]:
 
 
 def serve_torchrun(placement: PlacementSection) -> None:
-    """In a process that torchrun started beside the first: works for the controller there, and ends with it."""
+    """Works for the controller, in a process that torchrun started beside the first, and ends with it."""
     if resolved_placement(placement).backend == "torchrun" and int(os.environ.get("RANK", "0")) > 0:
         serve()
         raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""What processes with models import before they are forked. Importable without torch."""
+"""Modules that processes with models import before they are forked. This module imports no torch."""
 
 from __future__ import annotations
 

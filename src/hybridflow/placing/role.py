@@ -1,4 +1,4 @@
-"""What each model of a run is: enough for any process to build it.
+"""The roles of a run's models: enough for any process to build each one.
 
 A role travels to the processes of its pool, which build the model there; without pools it is built in this process.
 """
@@ -23,7 +23,7 @@ class Role:
 
     Args:
         name: actor, critic, reference or reward.
-        model: where it begins.
+        model: the model that it begins with.
         engine: how it is cut over processes.
         optim: how it is trained; None: never.
         value_head: whether it values states.
@@ -32,7 +32,7 @@ class Role:
         tokens_per_microbatch: most tokens in one forward pass.
         longest: tokens of the longest sequence that it can meet, where that is known beforehand.
         seed: of fresh weights.
-        publish: how adapters leave for an engine that has weights of its own.
+        publish: how adapters are sent to an engine that has weights of its own.
     """
 
     name: Literal["actor", "critic", "reference", "reward"]
@@ -49,7 +49,7 @@ class Role:
 
 
 def actor_role(config: RlConfig, steps: int) -> Role:
-    """The model that a reinforcement-learning run of so many steps trains."""
+    """Returns the role of the model that a reinforcement-learning run of this many steps trains."""
     c = config.critic
     return Role(
         name="actor",
@@ -66,7 +66,7 @@ def actor_role(config: RlConfig, steps: int) -> Role:
 
 
 def critic_role(config: RlConfig, steps: int) -> Role:
-    """The critic of a run, where it is a model of its own."""
+    """Returns the role of the critic of a run, where it is a model of its own."""
     c, t = config.critic, config.train
     assert c is not None and not c.shared_trunk
     return Role(
@@ -85,7 +85,7 @@ def critic_role(config: RlConfig, steps: int) -> Role:
 
 
 def reference_role(config: RlConfig) -> Role:
-    """The reference of a run, where it is a model of its own."""
+    """Returns the role of the reference of a run, where it is a model of its own."""
     return Role(
         name="reference",
         model=beside(config, config.model.reference),
@@ -98,7 +98,7 @@ def reference_role(config: RlConfig) -> Role:
 
 
 def sft_role(config: SftConfig, steps: int) -> Role:
-    """The model that a supervised run of so many steps trains."""
+    """Returns the role of the model that a supervised run of this many steps trains."""
     return Role(
         name="actor",
         model=config.model,
@@ -112,7 +112,7 @@ def sft_role(config: SftConfig, steps: int) -> Role:
 
 
 def reward_model_role(config: RewardModelConfig, steps: int) -> Role:
-    """The model that a run of so many steps trains on preferences."""
+    """Returns the role of the model that a run of this many steps trains on preferences."""
     return Role(
         name="actor",
         model=config.model,
@@ -127,7 +127,7 @@ def reward_model_role(config: RewardModelConfig, steps: int) -> Role:
 
 
 def reward_role(config: RlConfig | EvalConfig, *, packing: bool) -> Role:
-    """The reward model of a run.
+    """Returns the role of the reward model of a run.
 
     Args:
         config: the configuration; it has the section.
@@ -144,12 +144,12 @@ def reward_role(config: RlConfig | EvalConfig, *, packing: bool) -> Role:
         optim=None,
         classifier=True,
         tokens_per_microbatch=max(budget, section.max_tokens + 1),
-        longest=None,  # its own limit, reward.model.max_tokens, is held against its context before
+        longest=None,  # its own limit, reward.model.max_tokens, was checked against its context before
         seed=config.run.seed,
     )
 
 
 def beside(config: RlConfig, path: str | None) -> ModelSection:
-    """A model beside the actor, loaded as the actor is; None: the actor's own."""
+    """Returns a model beside the actor, loaded as the actor is; None: the actor's own."""
     m = config.model
     return ModelSection(path=path or m.path, packing=m.packing, liger=m.liger, trust_remote_code=m.trust_remote_code)

@@ -25,9 +25,9 @@ class RolloutWorker:
     """A replica that generates: on the memory of an actor that is whole in this process, else with weights of its own.
 
     Args:
-        context: where this is.
+        context: where the worker runs.
         role: the actor's.
-        section: how answers are generated.
+        section: how responses are generated.
         start: the folder of a model to begin with, for an engine that is not inline.
     """
 
@@ -45,12 +45,12 @@ class RolloutWorker:
             model.to(context.device).requires_grad_(False)
             self.engine = inline_engine(model, tokenizer, section)
         self.paused = False
-        self.handles: dict[int, int] = {}  # the engine's to the controller's
+        self.handles: dict[int, int] = {}  # the engine's handles to the controller's
         self.inbox = Inbox(timeout=context.timeout, device=context.device)
 
     @remote(ALL_TO_ALL)
     def advance(self, new: Sequence[tuple[int, Request]], seconds: float) -> list[Result]:
-        """Takes new requests and generates until so much time is over; what has ended."""
+        """Takes new requests and generates until this much time is over; returns what has ended."""
         take_turn(self.context)
         for handle, request in new:
             self.handles[self.engine.submit(request)] = handle
@@ -69,7 +69,7 @@ class RolloutWorker:
 
     @remote(ONE_TO_ALL)
     def sizes(self) -> tuple[int, int]:
-        """`RolloutEngine.max_model_len` and `cache_block` of its engine."""
+        """Returns `RolloutEngine.max_model_len` and `cache_block` of its engine."""
         return self.engine.max_model_len, self.engine.cache_block
 
     @remote(ONE_TO_ALL)
@@ -79,12 +79,14 @@ class RolloutWorker:
 
     @remote(ONE_TO_ALL)
     def host(self) -> str:
-        """The name of the host that this process is on."""
+        """Returns the name of the host that this process is on."""
         return self.context.host
 
     @remote(ONE_TO_ALL)
     def take_weights(self, actor: str, version: int, lora: Lora) -> tuple[list[Receipt], dict[str, int]]:
-        """Takes the weights of the actor in this process; what was received, and (on rank 0) what was published."""
+        """Takes the weights of the actor in this process; returns what was received, and (on rank 0) what was
+        published.
+        """
         worker = self.context.siblings[actor]
         take_turn(worker.context)
         stream = worker.engine.stream_weights(lora=lora)
@@ -120,10 +122,10 @@ class RolloutWorker:
         self.engine.wake()
 
     def rest(self) -> None:
-        """Nothing is kept: the cache goes with the last answer."""
+        """Does nothing: the cache is freed with the last response."""
 
     def work(self) -> None:
-        """Nothing is to be fetched back."""
+        """Does nothing: there is nothing to restore."""
 
     def _named(self, results: Sequence[Result]) -> list[Result]:
         for result in results:
@@ -132,7 +134,9 @@ class RolloutWorker:
 
 
 def replica_of(role: Role) -> Role:
-    """The actor's role as a replica has it: never trained, and plain where adapters arrive as part of the weights."""
+    """Returns the actor's role as a replica has it: never trained, and plain where adapters arrive as part of the
+    weights.
+    """
     lora = role.model.lora if role.publish == "adapters" else None
     model = role.model.model_copy(update={"lora": lora, "activation_checkpointing": False})
     return replace(role, model=model, optim=None)

@@ -29,7 +29,7 @@ class ScoringWorker:
     """One rank of a model that scores and shares its process with others: a reference, or an `EngineWorker`.
 
     Args:
-        context: where this is.
+        context: where the worker runs.
         role: the model.
 
     Raises:
@@ -54,17 +54,17 @@ class ScoringWorker:
         return self.scorer(whose).score(part, outputs, temperature=temperature)
 
     def scorer(self, whose: Literal["own", "reference"]) -> Scorer:
-        """What scores."""
+        """Returns the scorer."""
         assert whose == "own", "only what is trained has a reference in it"
         return self.engine
 
     @remote(ONE_TO_ALL)
     def rest(self) -> None:
-        """Another model of this process works now: what ``engine.offload`` names moves to host memory."""
+        """Moves what ``engine.offload`` names to host memory, because another model of this process works now."""
         self._move("host")
 
     def work(self) -> None:
-        """The reverse of `rest`."""
+        """Reverses `rest`."""
         self._move("device")
 
     def _move(self, where: Literal["device", "host"]) -> None:
@@ -83,7 +83,7 @@ class EngineWorker(ScoringWorker):
         self.sender: Sender | None = None
 
     def scorer(self, whose: Literal["own", "reference"]) -> Scorer:
-        """What scores: the model, or the model as it was before its adapters were trained."""
+        """Returns the scorer: the model, or the model as it was before its adapters were trained."""
         return self.engine if whose == "own" else self.engine.without_adapters()
 
     @remote(over("dp"))
@@ -129,21 +129,21 @@ class EngineWorker(ScoringWorker):
 
     @remote(RANK_ZERO)
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer of this model."""
+        """Returns the token ids that end a response of this model."""
         return self.engine.stop_ids(role_tokenizer(self.role))
 
     @remote(RANK_ZERO)
     def weight_names(self, lora: Lora) -> frozenset[str]:
-        """The names that a publication holds."""
+        """Returns the names that a publication holds."""
         return self.engine.stream_weights(lora=lora).names
 
     @remote(RANK_ZERO)
     def open_weights(self, receivers: Sequence[str], placement: PlacementSection, device: str | None = None) -> str:
-        """Opens the end that weights leave from, in place of an earlier one; its address.
+        """Opens the end that weights leave from, in place of an earlier one; returns its address.
 
         Args:
             receivers: the host of each process that takes them.
-            placement: says how they travel.
+            placement: how they travel.
             device: where bytes are broadcast from; None: from this worker's.
         """
         if self.sender is not None:
@@ -162,7 +162,7 @@ class EngineWorker(ScoringWorker):
 
     @remote(ONE_TO_ALL)
     def send_weights(self, lora: Lora) -> dict[str, int]:
-        """Sends the weights from rank 0 to all receivers; the fingerprints that left, on rank 0."""
+        """Sends the weights from rank 0 to all receivers; returns the fingerprints that left, on rank 0."""
         take_turn(self.context)
         stream = self.engine.stream_weights(lora=lora)
         if self.sender is None:

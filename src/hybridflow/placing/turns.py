@@ -10,7 +10,7 @@ Lora = Literal["adapters", "merged"] | None
 
 
 def take_turn(context: WorkerContext) -> None:
-    """The other models of this process rest, and this one works."""
+    """Lets the other models of this process rest, and this one work."""
     for name, worker in context.siblings.items():
         if name != context.name:
             worker.rest()

@@ -1,1 +1,1 @@
-"""Weights given to the generation engine, and verified there."""
+"""Publication of weights to the generation engine, verified there."""

@@ -1,10 +1,11 @@
-"""The canary: a prompt that the generation engine answers and the trainer scores. Both must say the same.
+"""The canary: the generation engine responds to a prompt and the trainer scores the response. Both must have the same
+log-probabilities.
 
-Where both sides compute in float32 their log-probabilities agree to `EXACT`, and a single tensor that stayed behind is
-seen. Where one rounds to bfloat16 they differ by hundredths: the canary then sees a layer that is wrong or a cache that
-is old, and not a change as small as that of one optimizer step.
+Where both sides compute in float32 their log-probabilities agree to `EXACT`, and a single tensor that was not updated
+shows. Where one rounds to bfloat16 they differ by hundredths: the canary then shows a layer that is wrong or a cache
+that is old, but no change as small as that of one optimizer step.
 
-Shapes: M tokens of the answers.
+Shapes: M tokens of the responses.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from hybridflow.protocols.generation import Request, Result, RolloutEngine, Samp
 from hybridflow.protocols.training import TrainEngine
 
 ANSWER = 16  # tokens to generate
-PROMPT, LONG = 64, 128  # tokens to ask with: an engine without a prefix cache; all prompts but the first, at least
+PROMPT, LONG = 64, 128  # tokens of a prompt: an engine without a prefix cache; all prompts but the first, at least
 EXACT = 1e-3  # most that a log-probability may differ where both sides compute in float32
 LOOSE = 0.25  # most that they may differ on average elsewhere, and
-NOISE, FACTOR = 0.01, 5  # so many times what was measured at the start, which counts as this much at least
+NOISE, FACTOR = 0.01, 5  # this many times what was measured at the start, which counts as this much at least
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class CanaryAnswer:
-    """What a replica of an engine answered to a prompt."""
+    """The response of an engine's replica to a prompt."""
 
     replica: int
     prompt_ids: tuple[int, ...]
@@ -54,18 +55,18 @@ class CanaryAnswer:
 
 @dataclass(kw_only=True)
 class Canary:
-    """Asks an engine and scores its answers with the trainer.
+    """Asks an engine for responses and scores them with the trainer.
 
     The engine must be awake and not paused. Requests may be in flight.
 
     Args:
-        trainer: what scores.
+        trainer: scores.
         rollout: the engine.
         tokens: token ids that prompts are made of, see `ordinary_tokens`.
         room: most tokens of a sequence in the engine.
         seed: the run's.
         exact: whether both sides compute in float32, see `computes_exactly`.
-        keep: takes results of others.
+        keep: takes results of other requests.
     """
 
     trainer: TrainEngine
@@ -81,7 +82,9 @@ class Canary:
         self.limit = EXACT if self.exact else LOOSE
 
     def prompt(self, number: int = 0) -> tuple[int, ...]:
-        """One of many prompts. The first is of two blocks of the engine's prefix cache and a little, where they fit."""
+        """Makes one of many prompts. The first is a little longer than two blocks of the engine's prefix cache, where
+        that fits.
+        """
         block = self.rollout.cache_block
         usual = 2 * block + 3 if block else PROMPT
         length = max(1, min(max(usual, LONG) if number else usual, self.room - self._most()))
@@ -89,11 +92,11 @@ class Canary:
         return tuple(self.tokens[int(i)] for i in drawn)
 
     def ask(self, version: int, numbers: Sequence[int] = (0,), *, tokens: int | None = None) -> list[CanaryAnswer]:
-        """What every replica answers.
+        """Returns the response of every replica to every prompt.
 
         Args:
-            version: of the weights: answers to later versions are drawn with other noise.
-            numbers: to which prompts.
+            version: of the weights: responses to later versions are drawn with other noise.
+            numbers: of the prompts.
             tokens: how many to generate; None: as many as usual.
         """
         replicas, sampling = self.rollout.replicas, Sampling(tokens or self._most())
@@ -112,7 +115,7 @@ class Canary:
         return [CanaryAnswer(*where, found[handle]) for handle, where in asked.items()]
 
     def gap(self, answers: Sequence[CanaryAnswer]) -> Gap:
-        """Holds the answers' log-probabilities against the trainer's."""
+        """Compares the responses' log-probabilities with the trainer's."""
         prompts, results = [list(a.prompt_ids) for a in answers], [a.result for a in answers]
         batch = Batch.from_rows(
             {
@@ -130,11 +133,11 @@ class Canary:
         return Gap(float(off_M.max()), float(off_M.mean()), f"at token {place + 1} of the answer{of}")
 
     def near(self, gap: Gap) -> bool:
-        """Whether a gap is what two engines with the same weights have."""
+        """Returns whether a gap is one that two engines with the same weights have."""
         return (gap.largest if self.exact else gap.mean) <= self.limit
 
     def settle(self, gap: Gap) -> None:
-        """Where one side rounds, lowers the limit to what this gap of an engine with the right weights allows."""
+        """Lowers the limit, where one side rounds, to what this gap of an engine with the right weights allows."""
         if not self.exact:
             self.limit = min(LOOSE, FACTOR * max(gap.mean, NOISE))
 
@@ -143,11 +146,11 @@ class Canary:
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of tokens that stand for text: neither special nor added ones (which may stand for images)."""
+    """Returns the ids of tokens that stand for text: neither special nor added ones (which may stand for images)."""
     other = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return sorted({*tokenizer.get_vocab().values()} - other)
 
 
 def computes_exactly(device: str, *dtypes: str) -> bool:
-    """Whether what has these data types, as configured, computes in float32 there."""
+    """Returns whether a model with these data types computes in float32 there."""
     return "bfloat16" not in dtypes and kind_of(device).torch_type == "cpu"

@@ -1,12 +1,13 @@
-"""Publishing weights so that what is sampled from is what was trained, and saying what is wrong where it is not.
+"""Publication of weights: it verifies that the engine samples from what was trained, and reports what is wrong where it
+does not.
 
-- *Receipts*, every time: a fingerprint of each tensor as it left, held against those that every process of the engine
-  took of what arrived; missing names; the version.
-- *A canary*, every time (`canary.py`): the engine answers a prompt that it has answered under the weights before. It
+- *Receipts*, every time: the fingerprint of each tensor as it left is compared with those that every process of the
+  engine took of what arrived; so are names and the version.
+- *A canary*, every time (`canary.py`): the engine responds to a prompt that it has seen under the weights before. It
   shows what no receipt can: weights that arrived and are not computed with, a cache of old weights that was kept.
 - *A drill*, at the first publication of a process: every tensor is changed (`weights.drill`) and published, then the
-  true weights are. A tensor that the engine does not take shows, whichever it is: the trainer computes with another.
-- *Read-back*, every so often, of engines that can say what lies in their memory now.
+  true weights are. Any tensor that the engine does not take shows, because the trainer computes with another one.
+- *Read-back*, once in a while, of engines that can report what lies in their memory now.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.publishing.canary import Canary, CanaryAnswer, Gap, ordinary_tokens
 from hybridflow.weights.stream import WeightSyncError, verify
 
-PROMPTS = 4  # of the drill: so many tokens that rarely used experts are among them
-BLAMED = 4  # most tensors that are looked for when the drill fails
+PROMPTS = 4  # of the drill: enough tokens that rarely used experts are among them
+BLAMED = 4  # most tensors that are searched for when the drill fails
 DRILL = "the start-up drill's, in which every tensor is changed"
 
 
 @dataclass
 class Publisher:
-    """Gives a trainer's weights to a generation engine and makes sure that it samples from them.
+    """Publishes a trainer's weights to a generation engine and verifies that it samples from them.
 
     Args:
-        canary: knows both.
+        canary: of the trainer and the engine.
         stream: makes the stream of the trainer's weights, as the engine takes them: called with whether weights that
             are not trained must be in it.
         read_back_every: ``rollout.read_back_every``.
-        note: told (kind, text) of what was found at the start.
+        note: called with (kind, text) of what was found at the start.
     """
 
     canary: Canary
@@ -50,7 +51,7 @@ class Publisher:
     _elsewhere: set[str] = field(default_factory=set, init=False)  # tensors that it keeps in another form
 
     def publish(self, version: int) -> dict[str, float]:
-        """Publishes the trainer's weights; what was measured.
+        """Publishes the trainer's weights; returns metrics.
 
         Raises:
             WeightSyncError: the engine has other weights, or computes with others.
@@ -68,7 +69,7 @@ class Publisher:
         return measured
 
     def _drill(self, version: int) -> dict[str, float]:
-        """The drill, and the true weights."""
+        """Runs the drill, and publishes the true weights."""
         trainer, canary = self.canary.trainer, self.canary
         trainer.perturb()
         try:
@@ -77,7 +78,7 @@ class Publisher:
             drilled = canary.gap(answers)
             self._require(drilled, version, answers, DRILL)
         finally:
-            trainer.perturb()  # as it was, bit for bit
+            trainer.perturb()  # as they were, bit for bit
         measured = self._sync(version)
         if not canary.near(drilled):  # by what the true weights' gap allows
             trainer.perturb()
@@ -94,7 +95,7 @@ class Publisher:
         return measured
 
     def _sync(self, version: int) -> dict[str, float]:
-        """Sends the weights and checks them."""
+        """Sends the weights and verifies them."""
         began = time.perf_counter()
         num_bytes = self.send(version, whole=not self.count)
         delivered = time.perf_counter()
@@ -115,7 +116,7 @@ class Publisher:
         return measured
 
     def send(self, version: int, *, whole: bool = True) -> int:
-        """Sends the weights and holds the receipts against them; the bytes that all processes received.
+        """Sends the weights and compares the receipts with them; returns the bytes that all processes received.
 
         Args:
             version: of the weights.
@@ -128,9 +129,9 @@ class Publisher:
         return sum(receipt.num_bytes for receipt in receipts)
 
     def _read_back(self, version: int) -> dict[str, float]:
-        """Holds the engine's memory against what was published."""
+        """Compares the engine's memory with what was published."""
         held, differing = self.held()
-        if not self.count:  # the drill has shown that these are computed with: they are kept in another form
+        if not self.count:  # the drill has shown that the engine computes with these: they are kept in another form
             self._elsewhere |= {*differing}
         elif differing:
             raise WeightSyncError(
@@ -140,7 +141,7 @@ class Publisher:
         return {"rollout_sync/read_back_tensors": float(held)} if held else {}
 
     def held(self) -> tuple[int, list[str]]:
-        """How many tensors the engine can read back, and which of them are not what was published."""
+        """Returns how many tensors the engine can read back, and which of them are not what was published."""
         held = self.canary.rollout.read_back(sorted(self._published.keys() - self._elsewhere))
         return len(held), sorted(name for name, value in held.items() if value != self._published[name])
 
@@ -157,7 +158,7 @@ class Publisher:
         )
 
     def _blame(self, version: int, answers: list[CanaryAnswer]) -> str:
-        """What explains the gap."""
+        """Describes what explains the gap."""
         if self.canary.near(self.canary.gap(self.canary.ask(version, [PROMPTS]))):
             return (
                 "A prompt that it has not seen before gets the right ones: its prefix cache holds keys and values of "
@@ -175,9 +176,11 @@ class Publisher:
         )
 
     def _unchanged(self, answers: list[CanaryAnswer]) -> list[str]:
-        """The tensors whose change explains the gap: with them changed back, the trainer computes what the engine did.
+        """Returns the tensors whose change explains the gap: with them changed back, the trainer computes what the
+        engine did.
 
-        One after the other, each time the one that explains most; every candidate is a score of the answers.
+        It finds one after the other, each time the one that explains most; every candidate costs one scoring of the
+        responses.
         """
         canary, found = self.canary, list[str]()
         try:
@@ -201,10 +204,10 @@ class Publisher:
 
 
 def deliver(stream: WeightStream, engine: RolloutEngine, version: int) -> list[Receipt]:
-    """Gives an engine new weights: from where they are straight to its own processes, or through this one.
+    """Gives an engine new weights: straight from where they are to its own processes, or through this one.
 
     Returns:
-        A receipt of every process that took them; none is held against the stream yet.
+        A receipt of every process that took them; none is compared with the stream yet.
     """
     receivers = engine.receivers() if stream.send is not None else []
     if stream.send is None or not receivers:
@@ -223,7 +226,7 @@ def publisher_of(
     keep: Callable[[Sequence[Result]], None],
     note: Callable[[str, str], object],
 ) -> Publisher:
-    """The publisher of a run.
+    """Makes the publisher of a run.
 
     Args:
         role: the actor's.
