@@ -29,7 +29,7 @@ def pages() -> dict[Path, str]:
     """The page of the site that a Markdown file of the repository is."""
     found = {path: path.name for path in (ROOT / "docs").glob("*.md")}
     found |= {path: f"recipes/{path.parent.name}.md" for path in (ROOT / "recipes").glob("*/README.md")}
-    others = {"README.md": "index.md", "CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
+    others = {"README.md": "readme.md", "CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
     return found | {ROOT / name: uri for name, uri in others.items()} | {ROOT / "benchmarks/README.md": "benchmarks.md"}
 
 
