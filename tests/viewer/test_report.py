@@ -159,7 +159,7 @@ def test_rollouts_of_first_middle_and_last_step_say_why(tmp_path: Path):
     assert varied["answers"][1]["why"] == "reward 0.00, group mean 0.25, std 0.50 \u2192 advantage -0.50"
     assert (
         equal["answers"][0]["why"]
-        == "all 4 answers of the group have reward 1.00: nothing to prefer \u2192 advantage 0"
+        == "all 4 responses of the group have reward 1.00 \u2192 advantage 0"
     )
     assert varied["answers"][3]["tokens"] == ["answer", " 3"] and varied["answers"][3]["logps"] == [-0.25, -2.5]
 
@@ -340,7 +340,7 @@ def test_whatever_a_run_can_write_has_a_report(steps: list[Any]) -> None:
         assert shown["reward"] == (statistics.mean(given) if given else None)
         for group in shown["shown"]:
             for answer in group["answers"]:
-                assert (answer["reward"] is None) == (answer["why"] == "no reward: nothing is learned from it")
+                assert (answer["reward"] is None) == (answer["why"] == "no reward: not trained on")
 
 
 @pytest.mark.parametrize("damaged", [b"train: [", b"", b"- 1", b"\xff\xfe: 1", b"train:\n\tsteps: 3", b"train: 3"])

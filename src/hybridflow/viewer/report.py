@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens from disk, with nothing to load from anywhere else."""
+"""The report of a run: one HTML file that opens from disk and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SMALL_CHARTS = (
     ("Entropy", ("actor/entropy",), "nats per token", "zero"),
     ("Gradient norm", ("actor/grad_norm",), "", "zero"),
     ("Response length", ("response_length/mean",), "tokens", "zero"),
-    ("Answers cut at the limit", ("response_length/clip_ratio",), "", "share"),
+    ("Responses cut at the limit", ("response_length/clip_ratio",), "", "share"),
     ("Groups of equal reward", ("training/equal_reward_groups",), "", "share"),
     ("Clipped tokens", ("actor/pg_clipfrac",), "", "share"),
-    ("Sampler against trainer", ("training/rollout_probs_diff_mean",), "", "zero"),
-    ("Divergence of the sampler", ("mismatch/k3/total", "rollout_corr/k3_kl"), "nats per token", "zero"),
-    ("Gap of log-probabilities", ("mismatch/abs_logp_diff/p99",), "99th percentile", "zero"),
+    ("Probability gap, sampler to trainer", ("training/rollout_probs_diff_mean",), "", "zero"),
+    ("KL, sampler to trainer", ("mismatch/k3/total", "rollout_corr/k3_kl"), "nats per token", "zero"),
+    ("Log-probability gap, sampler to trainer", ("mismatch/abs_logp_diff/p99",), "99th percentile", "zero"),
     ("Learning rate", ("actor/lr", "train/lr"), "", "zero"),
     ("Throughput", ("perf/throughput",), "tokens/s", "zero"),
     ("GPU memory", ("perf/max_memory_allocated_gb",), "GB, peak", "zero"),
@@ -63,7 +63,7 @@ def write_report(run_folder: Path) -> Path:
     template = resources.files("hybridflow.viewer").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only "<" can end it; escaping it as JSON keeps every text as it is.
     encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    # Names of files can hold bytes that are no text.
+    # Names of files can hold bytes that are not UTF-8.
     page = template.replace("{{data}}", encoded, 1).replace("{{title}}", html.escape(data["title"]), 1)
     target = run_folder / "report.html"
     aside = run_folder / ".report.html.partial"
@@ -123,7 +123,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     parts = [str(_section(config, "model").get("path", ""))]
     if algorithm:
         parts.append(str(algorithm.get("preset", "")))
-        parts.append(f"{train.get('prompts_per_step')} prompts x {train.get('samples_per_prompt')} answers per step")
+        parts.append(f"{train.get('prompts_per_step')} prompts x {train.get('samples_per_prompt')} responses per step")
     elif train:
         parts.append(f"supervised, {train.get('sequences_per_update')} conversations per step")
     return " \u00b7 ".join(filter(None, parts))

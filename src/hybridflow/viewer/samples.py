@@ -1,4 +1,4 @@
-"""Picks the responses that a report shows, and says in words why each got its advantage."""
+"""Picks the responses that a report shows, and explains why each got its advantage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridflow.tracking.rollouts import read_rollouts
 
-# A report is one file that opens at once, so it shows a part and says of what.
+# A report is one file that opens at once, so it shows a part of the run, and says which part.
 PAIRS_PER_KIND = 6
 ROLLOUT_STEPS = 3
 GROUPS_WITH_SIGNAL = 4
@@ -96,7 +96,7 @@ def explain(
     """Explains why a response got its advantage.
 
     Args:
-        reward: what the response was worth; None where it has no reward (`reward.on_failure` is mask).
+        reward: its reward; None where it has none (`reward.on_failure` is mask).
         rewards: of all responses of its group that have one, this one included.
         advantage: as it was trained on.
         algorithm: the configuration's ``algorithm`` section.
@@ -105,13 +105,13 @@ def explain(
     'reward 1.00, group mean 0.50, std 0.71 \u2192 advantage +0.71'
     """
     if reward is None:
-        return "no reward: nothing is learned from it"
+        return "no reward: not trained on"
     if advantage is None:
         return f"reward {reward:.2f}"
     if len(rewards) > 1 and min(rewards) == max(rewards):
-        every = f"all {len(rewards)} answers of the group have reward {reward:.2f}"
+        every = f"all {len(rewards)} responses of the group have reward {reward:.2f}"
         if advantage == 0:
-            return f"{every}: nothing to prefer \u2192 advantage 0"
+            return f"{every} \u2192 advantage 0"
     average = mean(rewards)
     spread = stdev(rewards) if len(rewards) > 1 else 0.0
     estimator = algorithm.get("advantage", "unknown")
@@ -122,7 +122,7 @@ def explain(
         expected = (reward - average) / (spread + 1e-6 if by_std else 1.0)
         if math.isclose(expected, advantage, rel_tol=1e-3, abs_tol=1e-3):
             return f"{words}, std {spread:.2f} {result}" if by_std else f"{words} {result}"
-    # Never claim a rule that does not give the number that was trained on.
+    # Never state a rule that does not give the recorded advantage.
     return f"{words} {result} (as recorded; estimator {estimator})"
 
 
