@@ -41,8 +41,11 @@ def rows_file(folder: Path, rows: list[dict[str, Any]]) -> str:
         (["model.lora.rnak=4"], ["model.lora.rnak: unknown key; did you mean 'rank'?"]),
         (["train.steps=-1"], ["train.steps: input should be greater than 0 (it is -1)"]),
         (["rollout.max_response_tokens=0", "optim.lr=-1"], ["2 mistakes", "rollout.max_response_tokens", "optim.lr"]),
-        (["train.samples_per_prompt=1"], ["samples_per_prompt is 1", "grpo advantage compares answers", "at least 2"]),
-        (["train.sequences_per_update=3"], ["sequences_per_update 3 does not divide the 4 answers", "2 prompts x 2"]),
+        (
+            ["train.samples_per_prompt=1"],
+            ["samples_per_prompt is 1", "grpo advantage compares responses", "at least 2"],
+        ),
+        (["train.sequences_per_update=3"], ["sequences_per_update 3 does not divide the 4 responses", "2 prompts x 2"]),
         (["train.tokens_per_microbatch=20"], ["tokens_per_microbatch is 20", "can have 24 tokens", "16 +", "8)"]),
         (["rollout.max_cache_tokens=23"], ["rollout.max_cache_tokens is 23", "can have 24 tokens"]),
         (["train.steps"], ["'train.steps' is not an override", "fix: write dotted.key=value"]),
@@ -377,7 +380,7 @@ def test_other_rows_in_the_same_file(done: Path, capsys: Output) -> None:
     finally:
         rows_file(done, ROWS)
     assert f"the data in {source} is not what the run in {done / 'run'} began with" in said
-    assert "why: going on would draw other rows" in said and "fix: restore the data" in said
+    assert "why: resuming would draw other rows" in said and "fix: restore the data" in said
 
 
 def test_a_configuration_on_disk_that_was_damaged(tmp_path: Path, capsys: Output) -> None:
@@ -396,7 +399,7 @@ def test_rows_that_change_before_the_first_checkpoint_are_noticed_too(tmp_path: 
     rows_file(tmp_path, ROWS[4:])
     said = mistake(capsys, *arguments)
     assert "the journal of step 1 was written with other data: its prompt of row 0 differs" in said
-    assert "why: going on would train on answers to prompts" in said and "fix: restore the data" in said
+    assert "why: resuming would train on responses to prompts" in said and "fix: restore the data" in said
 
 
 def test_a_model_folder_that_is_not_there_is_not_looked_for_on_the_network(tmp_path: Path, capsys: Output) -> None:

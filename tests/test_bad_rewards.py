@@ -38,7 +38,7 @@ def write(folder: Path, rows: list[dict[str, Any]], source: str = "", **reward: 
         ({"function": "model"}, ["the reward 'model' is named, but there is no section reward.model"]),
         ({"function": "gsm8k", "judge": {"url": "http://localhost:1/v1"}}, ["reward.judge is given, but nothing uses"]),
         ({"function": "judge", "judge": {}}, ["reward.judge.path: missing; or give reward.judge.url"]),
-        ({"function": "gsm8k", "terms": {"a": {"function": "gsm8k"}}}, ["reward.terms stands instead of"]),
+        ({"function": "gsm8k", "terms": {"a": {"function": "gsm8k"}}}, ["reward.terms takes the place of"]),
         ({"terms": {}}, ["terms is empty"]),
         ({"function": "gsm8k", "failure_value": -1}, ["failure_value is for reward.on_failure=value"]),
         ({"function": "gsm8k", "clip": [1, 0]}, ["reward.clip is [1.0, 0.0]: the first number must be below"]),

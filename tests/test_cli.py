@@ -83,10 +83,10 @@ def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pyte
     said = succeed(capsys, "check", config, *overrides, "train.epochs_per_step=2", "train.steps=5")
     row = load_function(f"{CARRY}:problems")(seed=3)[0]
     assert f"first prompt, token by token: <|user|>|{'|'.join(row['prompt'])}|<|end|>|<|assistant|>" in said
-    assert "draws 6 prompts and generates 4 answers to each: 24 answers of at most 8 tokens" in said
-    assert "it makes 6 optimizer steps on 8 answers each" in said
+    assert "draws 6 prompts and generates 4 responses to each: 24 responses of at most 8 tokens" in said
+    assert "it makes 6 optimizer steps on 8 responses each" in said
     assert "the longest possible sequence has 24" in said
-    assert "5 steps: 30 prompts, 120 answers, 30 optimizer steps" in said
+    assert "5 steps: 30 prompts, 120 responses, 30 optimizer steps" in said
     assert "longest prompt 11 tokens" in said and "100 rows" in said and "8 rows" in said
     value = sum(map(ord, row["ground_truth"])) % 101 / 101
     assert f"ground truth {row['ground_truth']!r} given as the answer scores {value:g}\n" in said
@@ -209,7 +209,7 @@ def test_a_shorter_run_may_be_made_longer_and_says_when_it_was_stopped_again(
     succeed(capsys, "train", config, "train.steps=1")
     assert main(["train", config, "train.steps=2", "run.max_minutes=1e-9"]) == 130  # model/ of the first is still there
     said = capsys.readouterr().out
-    assert f"stopped after step 1; to go on: hybridflow train {config} train.steps=2 run.max_minutes=1e-9" in said
+    assert f"stopped after step 1; to resume: hybridflow train {config} train.steps=2 run.max_minutes=1e-9" in said
     succeed(capsys, "train", config, "train.steps=2")
     kinds = [e["kind"] for e in read_events(tmp_path / "run/events.jsonl") if e["kind"] != "advice"]
     assert kinds == ["done", "resume", "config", "stopped", "resume", "config", "done"]

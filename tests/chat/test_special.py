@@ -159,10 +159,10 @@ def test_check_names_special_tokens_that_a_reward_looks_for(
 @pytest.mark.parametrize(
     ("command", "model", "wanted"),
     [
-        ("train", "other_end", "closes an answer with '<|end|>', and answers end at '<|pad|>'"),
+        ("train", "other_end", "closes a response with '<|end|>', and responses end at '<|pad|>'"),
         ("sft", "other_end", "set eos_token to '<|end|>' in tokenizer_config.json"),
-        ("sft", "no_end", "closes an answer with no special token, and answers end at '<|end|>'"),
-        ("eval", "no_end", "have the template write '<|end|>' after an answer"),
+        ("sft", "no_end", "closes a response with no special token, and responses end at '<|end|>'"),
+        ("eval", "no_end", "have the template write '<|end|>' after a response"),
         ("sft", "model", ""),
         ("train", "model", ""),
     ],
@@ -171,7 +171,7 @@ def test_check_says_where_a_template_does_not_end_answers_as_generation_does(
     command: str, model: str, wanted: str, config: Callable[..., str], capsys: Output
 ) -> None:
     said = succeed(capsys, "check", config(command, model))
-    assert wanted in said if wanted else "closes an answer" not in said
+    assert wanted in said if wanted else "closes a response" not in said
 
 
 def test_check_says_where_the_template_opens_the_answer(config: Callable[..., str], capsys: Output) -> None:
@@ -179,9 +179,9 @@ def test_check_says_where_the_template_opens_the_answer(config: Callable[..., st
         "train", "opened", reward={"function": "format", "keep_special_tokens": True, "pool": {"processes": 0}}
     )
     said = succeed(capsys, "check", file)
-    assert "opens every answer with <think>" in said and "give the reward kwargs.opened=<think>" in said
+    assert "begins every response with <think>" in said and "give the reward kwargs.opened=<think>" in said
     for more in ('reward.kwargs={"opened": "<think>"}', 'reward.kwargs={"tags": ["answer"]}', "reward.function=gsm8k"):
-        assert "opens every answer" not in succeed(capsys, "check", file, more)
+        assert "begins every response" not in succeed(capsys, "check", file, more)
 
 
 @pytest.mark.slow

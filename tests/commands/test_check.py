@@ -58,7 +58,7 @@ def test_check_says_what_an_evaluation_does_and_measures(tmp_path: Path, capsys:
     said = succeed(capsys, "check", configuration(
         tmp_path, "eval", eval={"samples_per_prompt": 2, "temperature": 0.5, "answer": "task.py:last"}
     ))  # fmt: skip
-    assert "an evaluation: 4 prompts, 2 sampled at temperature 0.5 answers to each" in said
+    assert "an evaluation: 4 prompts, 2 sampled at temperature 0.5 responses to each" in said
     name = "val-core/carry/reward"
     assert f"it measures {name}/mean@2, {name}/pass@1, {name}/pass@2, {name}/maj@2/mean\n" in said
     assert "eval.answer: the answer in '1639' is '39'" in said
@@ -82,7 +82,7 @@ def test_a_script_reads_what_check_found(tmp_path: Path, capsys: Output) -> None
         ("train", ["data.max_prompt_tokens=300"], "the longest possible sequence has 308 tokens"),
         ("eval", ["rollout.max_response_tokens=250"], "11 prompt tokens and up to 250 new ones does not fit in 256"),
         ("eval", ["rollout.max_cache_tokens=18"], "does not fit in 18 tokens"),
-        ("eval", ["rollout.engine=vllm"], "hybridflow eval answers with the inline engine"),
+        ("eval", ["rollout.engine=vllm"], "hybridflow eval generates with the inline engine"),
         ("eval", ["eval.logit_bias={100: 1}"], "logit_bias names token 100, the model's tokens are 0 to 99"),
     ],
 )  # fmt: skip
@@ -124,7 +124,7 @@ def test_check_and_the_run_say_alike_that_a_tracker_is_not_installed(
     file = configuration(tmp_path, track={name: True}, reward={"pool": {"processes": 0}})
     assert "not available" not in succeed(capsys, "check", file)
     monkeypatch.setitem(sys.modules, name, None)
-    expected = f"pip install 'hybridflow[{name}]'; training goes on, and metrics.jsonl has everything"
+    expected = f"pip install 'hybridflow[{name}]'; training continues, and metrics.jsonl has everything"
     assert f"warning: {name}: not available; install it with: {expected}" in succeed(capsys, "check", file)
 
 

@@ -30,7 +30,7 @@ def check(
     ("row", "reward", "expected"),
     [
         ({"data_source": "openai/gsm8k", "ground_truth": "72"}, {"function": "by_source"},
-         ["scores 0", "written as 'Let me think.\\n#### 72' it scores 1: a right answer needs such a form"]),
+         ["scores 0", "written as 'Let me think.\\n#### 72' it scores 1: a right response needs such a form"]),
         ({}, {"function": "gsm8k"}, ["scores 0", "#### 2' it scores 1"]),
         ({"answer": "so it is #### 2"}, {"function": "gsm8k"}, ["its column 'answer', 'so it is #### 2' it scores 1"]),
         ({}, {"function": "math"}, ["written as", "it scores 1"]),
@@ -68,7 +68,7 @@ VERL = {"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "1
     [
         ([], ["algorithm.aggregation=seq-mean-token-mean (verl: token-mean)", "clip_dual unset (verl: 3.0)",
               "optim.weight_decay=0 on matrices only (verl: 0.01 on all)", "checkpoint.keep=2 (verl: all)",
-              "activation_checkpointing=false (verl: on)", "counts answers", "(verl: -1)"],
+              "activation_checkpointing=false (verl: on)", "counts responses", "(verl: -1)"],
          ["critic", "kl_loss", "lam="]),
         (["algorithm.preset=dapo", "algorithm.clip_dual=3", "model.activation_checkpointing=true"],
          ["checkpoint.keep"], ["aggregation", "clip_dual", "activation_checkpointing"]),

@@ -170,7 +170,7 @@ def test_group_advantages_need_a_group(preset: str) -> None:
     [
         (
             {"train__sequences_per_update": 5},
-            ["sequences_per_update 5 does not divide the 24 answers", "4 prompts x 6"],
+            ["sequences_per_update 5 does not divide the 24 responses", "4 prompts x 6"],
         ),
         ({"train__tokens_per_microbatch": 299}, ["train.tokens_per_microbatch is 299", "300 tokens", "100", "200"]),
         ({"rollout__max_cache_tokens": 299}, ["rollout.max_cache_tokens is 299", "300 tokens"]),

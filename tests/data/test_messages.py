@@ -292,7 +292,7 @@ def test_the_prompt_is_asked_once_whatever_the_answers_repeat(
     assert pairs(tokenizer, tmp_path, chosen=answer("a", user), rejected=answer("b", user)) == answer("a", user)  # TRL
     with pytest.raises(RowError, match="begins with other turns than the prompt"):
         pairs(tokenizer, tmp_path, prompt="other", chosen=answer("a", user), rejected="b")
-    with pytest.raises(RowError, match="answers another question than chosen"):
+    with pytest.raises(RowError, match="responds to another prompt than chosen"):
         pairs(tokenizer, tmp_path, chosen=answer("a", user), rejected=answer("b", {"role": "user", "content": "p"}))
     with pytest.raises(RowError, match="ends in a turn of 'user'"):
         pairs(tokenizer, tmp_path, chosen=answer("a", user), rejected=[*answer("b", user), user])

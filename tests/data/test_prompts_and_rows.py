@@ -229,7 +229,7 @@ def test_an_order_of_ones_own_is_used_and_checked(tokenizer: PreTrainedTokenizer
     for name, message in [
         ("some", "returned 2 places that are not an order of 10 rows"),
         ("broken", "raised ZeroDivisionError"),
-        ("strange", "wants 'difficulty'"),
+        ("strange", "asks for 'difficulty'"),
         ("gone", "has no function 'gone'"),
     ]:
         with pytest.raises(UserError, match=message):

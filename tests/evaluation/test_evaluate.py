@@ -140,7 +140,7 @@ def test_answers_that_never_end_are_told_with_what_to_do(tmp_path: Path, capsys:
     succeed(capsys, "train", config)
     told = [e["text"] for e in read_events(tmp_path / "run/events.jsonl") if e["kind"] == "advice"]
     assert [t.partition(":")[0] for t in told] == ["evaluation before training", "first step"]
-    assert "'<|end|>' was never generated: 4 of 4 answers ended at the length limit of 2 tokens" in told[0]
+    assert "'<|end|>' was never generated: 4 of 4 responses ended at the length limit of 2 tokens" in told[0]
     assert "raise rollout.max_response_tokens" in told[0] and "chat template" in told[0]
     said = succeed(capsys, "eval", configuration(tmp_path, "eval", rollout={"max_response_tokens": 2}))
     assert "advice: '<|end|>' was never generated: 4 of 4" in said
@@ -160,7 +160,7 @@ def test_a_long_evaluation_tells_how_far_it_is(tmp_path: Path, capsys: Output, m
     config = configuration(tmp_path, "eval", rollout={"max_cache_tokens": 64, "max_response_tokens": 8})
     assert main(["eval", config]) == 0
     printed = capsys.readouterr()
-    assert "evaluation: 2 of 4 answers, about" in printed.err and "evaluation:" not in printed.out
+    assert "evaluation: 2 of 4 responses, about" in printed.err and "evaluation:" not in printed.out
 
 
 @pytest.mark.parametrize(

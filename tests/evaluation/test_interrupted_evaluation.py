@@ -78,7 +78,7 @@ def test_a_run_that_is_stopped_in_its_evaluations_ends_as_one_that_was_not(
     run = tmp_path / "stopped/run"
     assert "stopped after step 0;" in said[0] and "stopped after step 2;" in said[3]
     for text, step in zip(said[1:], (1, 1, 2)):
-        assert f"stopped in the evaluation of step {step}: it is made when the run goes on" in text
+        assert f"stopped in the evaluation of step {step}: it is made when the run resumes" in text
     assert [m["step"] for m in metrics(run)] == [0, 1] and not (run / "model").exists()
     stops = [e["text"] for e in read_events(run / "events.jsonl") if e["kind"] == "stopped"]
     assert stops == [f"after step {step} of 2: Ctrl-C" for step in (0, 1, 1, 2)]

@@ -69,7 +69,7 @@ def test_majority_of_one_is_the_mean_and_many_answers_take_no_time() -> None:
     assert maj_at_k(votes, rewards, 1) == pytest.approx(sum(rewards) / 128)
     assert 0 <= maj_at_k(votes, rewards, 64) <= 1
     assert maj_at_k(list(map(str, range(128))), rewards, 64) == pytest.approx(sum(rewards) / 128)
-    with pytest.raises(ValueError, match="maj@3 of 2 answers"):
+    with pytest.raises(ValueError, match="maj@3 of 2 responses"):
         maj_at_k(["a", "b"], [0.0, 1.0], 3)
 
 

@@ -101,10 +101,10 @@ def test_an_honest_reward_is_clean(tmp_path: Path, rows: Path) -> None:
         ("main_thread_only", "unstable", "in a thread that is not the main one"),
         ("raises", "failure", "raised: empty"),
         ("nan", "failure", "nonsense: a currency"),
-        ("upside_down", "failure", "a right answer earns no more than a wrong one"),
+        ("upside_down", "failure", "a right response earns no more than a wrong one"),
         ("likes_empty", "leak", "empty: earns more than a wrong answer"),
         ("changes_the_row", "leak", "it changes the row"),
-        ("uneven", "range", "answers have different components: none or seen"),
+        ("uneven", "range", "responses have different components: none or seen"),
     ],
 )
 def test_a_bad_reward_is_found(tmp_path: Path, rows: Path, name: str, kind: str, text: str) -> None:
@@ -144,7 +144,7 @@ def test_a_ground_truth_in_the_prompt_is_told(tmp_path: Path) -> None:
     lines = [{"prompt": f"Which is larger, {n} or {n - 3}?", "ground_truth": str(n)} for n in (15, 28, 137)]
     path.write_text("\n".join(map(json.dumps, lines)))
     [note] = [f for f in run(tmp_path, path, "honest").findings if f.kind == "note"]
-    assert note.lines()[0] == "note: the ground truth stands in the prompt (3 of 3)" and not note.fault
+    assert note.lines()[0] == "note: the prompt holds the ground truth (3 of 3)" and not note.fault
 
 
 def test_the_command_finds_the_form_of_answers_and_ends_with_1_on_a_fault(

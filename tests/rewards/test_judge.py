@@ -89,7 +89,7 @@ def test_an_own_template_is_filled_in(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("{{ question }}", "never mentions the response"),
-        ("{{ response }} {{ truth }}", "wants 'truth'"),
+        ("{{ response }} {{ truth }}", "asks for 'truth'"),
         ("{{ response }", "malformed in line 1"),
         (None, "no file"),
     ],

@@ -217,7 +217,7 @@ def of_a_function_for_groups_the_group_has_its_time(make: Make) -> None:
         grader.submit(key, answers("a", "hang" if key == 1 else "b", "c"))
     found = drain(grader)
     assert found[0] == found[2] == [Score(3.0)] * 3
-    assert [s.kind for s in found[1]] == ["timeout"] * 3 and "scoring 3 answers" in str(found[1][0].failure)
+    assert [s.kind for s in found[1]] == ["timeout"] * 3 and "scoring 3 responses" in str(found[1][0].failure)
 
 
 @pytest.mark.parametrize(

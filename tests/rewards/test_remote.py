@@ -108,7 +108,7 @@ def test_a_server_that_misbehaves_loses_that_group_alone(
         grader.submit(key, answers("4", "5"))
     found = drain(grader)
     assert [s.kind for s in found[0]] == [kind] * 2 and said in str(found[0][0].failure)
-    assert "it was scoring 2 answers, the first '4' against '4'" in str(found[0][0].failure)
+    assert "it was scoring 2 responses, the first '4' against '4'" in str(found[0][0].failure)
     assert found[1] == found[2] == [Score(1.0, {"n": 1.0}), Score(0.0, {"n": 1.0})]
 
 

@@ -191,7 +191,7 @@ def test_a_dict_needs_a_score_and_its_numbers_must_be_finite() -> None:
 def test_a_group_needs_as_many_scores_as_answers(value: Any, found: str) -> None:
     scores = RewardFunction(lambda responses: value, "mine").scores(answers("a", "b"))
     assert [s.kind for s in scores] == ["nonsense"] * 2
-    assert f"the reward mine was given 2 responses and returned {found} (it was scoring 2 answers" in str(
+    assert f"the reward mine was given 2 responses and returned {found} (it was scoring 2 responses" in str(
         scores[0].failure
     )
 

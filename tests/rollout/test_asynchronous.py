@@ -153,7 +153,7 @@ def test_a_server_that_stays_broken_is_left_out_and_the_others_take_over(
     as_undisturbed(asked, generate(engine, asked))
     assert time.monotonic() - began < 20
     assert engine.wait() == [] and engine.replicas == 1 and engine.receivers() == ["this-host"]
-    assert any("the run goes on without the server http://127.0.0.1" in text for text in said)
+    assert any("the run continues without the server http://127.0.0.1" in text for text in said)
 
 
 def test_without_any_server_left_the_run_ends_with_the_reason(theirs: Engines) -> None:
@@ -161,7 +161,7 @@ def test_without_any_server_left_the_run_ends_with_the_reason(theirs: Engines) -
     ask(urls(engine)[0], "/behave", {"fail": 10**6})
     with pytest.raises(UserError, match=r"failed 4 times: .* 500: .*out of memory") as error:
         generate(engine, requests(2))
-    assert "no other is left" in error.value.why
+    assert "no other replica is left" in error.value.why
     with pytest.raises(UserError, match="failed 4 times"):
         engine.pause()
 
@@ -205,7 +205,7 @@ def test_a_restart_without_anybody_who_gives_it_weights_is_an_error(ours: Engine
     quick = engine.submit(Request((7,), Sampling(1), NoiseKey(0, "quick")))
     assert [r.handle for r in engine.wait()] == [quick]
     os.kill(pids(engine)[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="nobody can give it them"):
+    with pytest.raises(RuntimeError, match="nothing can send them"):
         engine.wait()
 
 
@@ -277,7 +277,7 @@ def test_two_runs_on_one_server_are_refused(theirs: Engines) -> None:
         second()
     assert "give every run servers of its own" in error.value.fix
     ask(url, "/update_weight_version", {"new_version": "3 of elsewhere 1 runs/third"})
-    with pytest.raises(UserError, match="was taken by somebody else: its weights are '3 of elsewhere 1 runs/third'"):
+    with pytest.raises(UserError, match="was taken by another run: its weights are '3 of elsewhere 1 runs/third'"):
         generate(engine, requests(1))
     with pytest.raises(UserError, match="3 of elsewhere 1 runs/third"):
         second()
@@ -322,7 +322,7 @@ def test_an_address_where_nothing_is_said_is_told() -> None:
 
 
 def test_a_server_that_does_not_start_says_why(ours: Engines, model: Path) -> None:
-    with pytest.raises(UserError, match=r"ended by itself with exit status 3[^$]*ValueError: no room for the cache"):
+    with pytest.raises(UserError, match=r"ended with exit status 3[^$]*ValueError: no room for the cache"):
         ours(exit="ValueError: no room for the cache")
     empty = model / "empty"
     empty.mkdir()

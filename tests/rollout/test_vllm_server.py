@@ -157,7 +157,7 @@ def test_a_running_server_is_taken_by_its_address_and_not_by_two_runs(server: Se
 
 def test_the_server_says_why_it_does_not_start(tmp_path: Path, server: Server) -> None:
     server.model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"did not start: it ended by itself with exit status [\s\S]*unrecognized"):
+    with pytest.raises(UserError, match=r"did not start: it ended with exit status [\s\S]*unrecognized"):
         VllmServerEngine(EngineModel(tmp_path, CONTEXT, engine_args={"no_such_argument": 1}))
     with pytest.raises(UserError, match="sets 'logprobs_mode' itself"):
         VllmServerEngine(EngineModel(tmp_path, CONTEXT, engine_args={"logprobs_mode": "raw_logprobs"}))

@@ -112,7 +112,7 @@ def test_a_run_that_is_done_is_taken_up_where_more_is_asked_for_or_its_model_is_
     shutil.rmtree(run / "model")
     assert f"model: {run / 'model'}" in succeed(capsys, "sft", config)
     said = succeed(capsys, "sft", config, "train.steps=3", "optim.lr=5e-4")
-    assert f"going on after step 2 of 3, from {run / 'checkpoints/step-000002'}\n" in said
+    assert f"resuming after step 2 of 3, from {run / 'checkpoints/step-000002'}\n" in said
     assert "settings changed since: optim.lr was 0.001, is 0.0005; train.steps was 2, is 3\n" in said
     assert "sft 3/3" in said
     with open_sft(load_config(config, ["train.steps=5"], kind=SftConfig)):

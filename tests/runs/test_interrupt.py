@@ -78,7 +78,7 @@ def test_a_signal_stops_a_run_in_order_and_the_same_command_goes_on(
     assert "stopping: saving a checkpoint first (once more to end at once)" in complained
     step = metrics(run)[-1]["step"]
     assert saved_steps(run / "checkpoints")[-1] == step >= 2
-    assert f"stopped after step {step}; to go on: hybridflow {shlex.join(arguments)}" in said
+    assert f"stopped after step {step}; to resume: hybridflow {shlex.join(arguments)}" in said
     assert not (run / "model").exists()
     events = [e for e in read_events(run / "events.jsonl") if e["kind"] not in ("advice", "warning", "weights")]
     assert [e["kind"] for e in events] == ["stopped"]
@@ -104,7 +104,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, capsys: Output) 
             stopped = read_events(folder / "run/events.jsonl")[-1]
             assert stopped["kind"] == "stopped"
             assert "minutes (run.max_minutes) was reached" in stopped["text"]
-            assert f"to go on: hybridflow train {config} {limit}" in said
+            assert f"to resume: hybridflow train {config} {limit}" in said
         ends.append(folder / "run")
         if limits:
             assert 0 < metrics(ends[0])[-1]["step"] < STEPS

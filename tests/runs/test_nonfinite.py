@@ -125,8 +125,8 @@ def test_a_poisoned_parameter_is_noticed_in_reinforcement_too(
     model = {"path": str(tmp_path / "mine.py:model")}
     config = configuration(tmp_path, model=model, data={"eval": None}, train={"steps": 5})
     said = mistake(capsys, "train", config)
-    assert "the log-probabilities of an answer to row " in said and "are not finite" in said
-    assert "why: the model's weights hold numbers that are not finite" in said and "fix: look at model.path" in said
+    assert "the log-probabilities of a response to row " in said and "are not finite" in said
+    assert "why: the model's weights hold numbers that are not finite" in said and "fix: check model.path" in said
     assert not (tmp_path / "run/model").exists()
 
 
@@ -167,10 +167,10 @@ def test_evaluation_and_generation_say_so(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "poison").touch()
     model = f"{tmp_path}/mine.py:model"
     said = mistake(capsys, "eval", configuration(tmp_path, "eval", model={"path": model}))
-    assert "an answer to row 0 of the evaluation data are not finite" in said and "look at model.path" in said
+    assert "a response to row 0 of the evaluation data are not finite" in said and "check model.path" in said
     for more in ([], ["--temperature", "0.7"]):
         said = mistake(capsys, "generate", model, "1+1=", "--max-tokens", "4", *more)
-        assert "an answer to prompt 1 are not finite" in said and "look at model.path" in said
+        assert "a response to prompt 1 are not finite" in said and "check model.path" in said
 
 
 def test_a_checkpoint_or_a_precision_without_end_is_not_exported(

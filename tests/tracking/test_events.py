@@ -25,11 +25,11 @@ def test_events_of_many_threads_are_all_there(tmp_path: Path):
 
 def test_an_event_after_one_that_was_cut_short_is_whole(tmp_path: Path):
     path = tmp_path / "events.jsonl"
-    EventLog(path).append("resume", "going on after step 3")
+    EventLog(path).append("resume", "resuming after step 3")
     path.write_bytes(path.read_bytes() + b'{"time": "2026-01-')
     EventLog(path).append("done", "40 steps")
     assert [(e["kind"], e["text"]) for e in read_events(path)] == [
-        ("resume", "going on after step 3"),
+        ("resume", "resuming after step 3"),
         ("done", "40 steps"),
     ]
 

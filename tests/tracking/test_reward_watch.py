@@ -77,12 +77,12 @@ def test_nothing_is_said_of_a_real_model_that_learned_its_task(run: str) -> None
 @pytest.mark.parametrize(
     ("reward", "told"),
     [
-        ("nines", "answers repeat themselves"),
+        ("nines", "responses repeat themselves"),
         ("nines", "different prompts get the same final answer"),
-        ("has_nine", "the limit cuts more answers"),
-        ("starts_with_nine", "the limit cuts more answers"),
+        ("has_nine", "the limit cuts more responses"),
+        ("starts_with_nine", "the limit cuts more responses"),
         ("large", "different prompts get the same final answer"),
-        ("quick", "answers shrink"),
+        ("quick", "responses shrink"),
     ],
 )
 def test_it_is_said_of_runs_that_hacked_their_reward(reward: str, told: str) -> None:
@@ -129,14 +129,14 @@ def test_a_run_that_hacks_its_reward_says_so(
 @pytest.mark.parametrize(
     ("curves", "told"),
     [
-        ({"cut": to(0, 0.8)}, "the limit cuts more answers (response_length/clip_ratio"),
-        ({"length": to(100, 400), "pull": 0.95}, "answers grow (response_length/mean"),
-        ({"length": to(400, 40), "pull": -0.95}, "answers shrink (response_length/mean"),
+        ({"cut": to(0, 0.8)}, "the limit cuts more responses (response_length/clip_ratio"),
+        ({"length": to(100, 400), "pull": 0.95}, "responses grow (response_length/mean"),
+        ({"length": to(400, 40), "pull": -0.95}, "responses shrink (response_length/mean"),
         (
             {"entropy": lambda t: 0.4 * 0.01**t, "score": lambda t: min(0.4, 0.1 + t)},
             "the policy stops exploring (actor/entropy",
         ),
-        ({"repeated": to(0.1, 0.8)}, "answers repeat themselves (rollout/seq_rep_2"),
+        ({"repeated": to(0.1, 0.8)}, "responses repeat themselves (rollout/seq_rep_2"),
         ({"top": to(0.05, 0.7)}, "different prompts get the same final answer (rollout/top_answer_share"),
     ],
 )
@@ -144,7 +144,7 @@ def test_the_number_that_disagrees_is_named_with_what_to_look_at(curves: dict[st
     found = said(steps(**curves))
     assert len(found) == 1  # once
     assert found[0].startswith("the reward rises (critic/score/mean 0.") and told in found[0]
-    assert "read some of the best answers of this step" in found[0]
+    assert "read some of the best responses of this step" in found[0]
     assert said(steps(**curves | {"score": 0.3})) == []  # the same where the reward does not rise
 
 

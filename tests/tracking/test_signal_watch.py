@@ -111,23 +111,25 @@ def test_nothing_is_said_where_rewards_vary_now_and_then() -> None:
 
 
 def test_the_advice_names_the_reward_and_what_to_look_at() -> None:
-    assert "every answer was worth 0. Read a few answers" in said([(0.0, 0.0)] * 3)[3]
-    assert "every answer was worth -1" in said([(-1.0, -1.0)] * 3)[3]
-    assert "every answer was worth 1. If the reward gives no more, these rows are solved" in said([(1.0, 1.0)] * 3)[3]
-    assert "all answers to a prompt were worth the same" in said([(0.0, 1.0)] * 5)[5]
+    assert "every response had reward 0. Compare a few responses" in said([(0.0, 0.0)] * 3)[3]
+    assert "every response had reward -1" in said([(-1.0, -1.0)] * 3)[3]
+    assert (
+        "every response had reward 1. If that is the highest reward, these rows are solved" in said([(1.0, 1.0)] * 3)[3]
+    )
+    assert "all responses to a prompt had the same reward" in said([(0.0, 1.0)] * 5)[5]
 
 
 @pytest.mark.parametrize(
     ("source", "more", "expected"),
     [
-        ("0", {}, "every answer was worth 0"),
+        ("0", {}, "every response had reward 0"),
         (
             "0",
             {"algorithm": {"preset": "ppo"}, "critic": {}, "train": {"steps": 4, "samples_per_prompt": 1}},
-            "worth 0",
+            "reward 0",
         ),
         ("sum(map(ord, response)) % 101 / 101", {}, None),
-        ("0", {"train": {"steps": 2}}, "every answer was worth 0"),  # too short to be told before its end
+        ("0", {"train": {"steps": 2}}, "every response had reward 0"),  # too short to be told before its end
     ],
 )
 def test_a_run_that_cannot_learn_says_so_on_the_console_in_its_events_and_at_its_end(

@@ -84,7 +84,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path, capsys: Output) -
         ("policy_loss", "def f(:", ["is not Python"]),
         ("advantage", "def f(rewards): ...", ["takes 'rewards'", "def mine(reward_N"]),
         ("advantage", "def f(value_T, mask_T): ...", ["needs a critic"]),
-        ("advantage", "def f(reward_N, group_N): ...", ["compares answers to one prompt", "at least 2"]),
+        ("advantage", "def f(reward_N, group_N): ...", ["compares responses to one prompt", "at least 2"]),
         ("aggregation", "def f(lengths): ...", ["takes 'lengths'", "def mine(length_N"]),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_signature_that_does_not_fit(
     what: str, code: str, expected: list[str], tmp_path: Path, capsys: Output
 ) -> None:
     (tmp_path / "mine.py").write_text(code)
-    samples = 1 if "compares answers" in expected[0] else 2
+    samples = 1 if "compares responses" in expected[0] else 2
     algorithm = {what: f"{tmp_path / 'mine.py'}:f"}
     said = mistake(capsys, "train", configuration(tmp_path, algorithm=algorithm, train={"samples_per_prompt": samples}))
     assert [e for e in expected if e not in said] == [], said

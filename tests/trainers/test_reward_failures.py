@@ -181,7 +181,7 @@ def test_a_reward_that_fails_on_all_answers_of_a_step_says_so(
     )
     reward = {"function": f"{tmp_path}/late.py:score", "on_failure": "mask"}
     said = mistake(capsys, "train", file_of(tmp_path, "clean", reward=reward))
-    assert "the reward failed on the answers of all 4 groups of a step" in said
+    assert "the reward failed on the responses of all 4 groups of a step" in said
 
 
 def workers() -> list[int]:

@@ -190,9 +190,9 @@ def test_pairs_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None
     data = {"train": write(tmp_path, rows), "eval": None, "over_long": "filter"}
     said = "\n".join(check_preferences(config_of(tmp_path, data=data)))
     assert "pairs.jsonl: 6, longest conversation" in said
-    assert "pairs of the same answer twice, left out: 1" in said
+    assert "pairs of two equal responses, left out: 1" in said
     assert "pairs with a conversation of more than 64 tokens, left out: 1" in said
-    assert "advice: 1 of 12 answers are empty" in said
+    assert "advice: 1 of 12 responses are empty" in said
     assert "(read at '<|end|>'" in said
 
 
@@ -220,7 +220,7 @@ def test_conversations_are_read_in_every_form(tmp_path: Path) -> None:
         ({"prompt": "q", "chosen": "a", "rejectd": "b"}, "row 0 of .* has no column 'rejected'.*\n.*'rejectd'"),
         ({"chosen": "a", "rejected": "b"}, "has no column 'prompt'"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt of row 0 of .* is a number"),
-        ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen of row 0 of .* is no answer: it is a number"),
+        ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen of row 0 of .* is no response: it is a number"),
         ({"prompt": "q", "chosen": "a" * 99, "rejected": "b"}, "row 0 of .* has a conversation of 1.. tokens"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "in every row of .* chosen and rejected are the same"),
     ],

@@ -157,10 +157,7 @@ def test_rollouts_of_first_middle_and_last_step_say_why(tmp_path: Path):
     varied, equal = first["shown"]
     assert varied["answers"][0]["why"] == "reward 1.00, group mean 0.25, std 0.50 \u2192 advantage +1.50"
     assert varied["answers"][1]["why"] == "reward 0.00, group mean 0.25, std 0.50 \u2192 advantage -0.50"
-    assert (
-        equal["answers"][0]["why"]
-        == "all 4 responses of the group have reward 1.00 \u2192 advantage 0"
-    )
+    assert equal["answers"][0]["why"] == "all 4 responses of the group have reward 1.00 \u2192 advantage 0"
     assert varied["answers"][3]["tokens"] == ["answer", " 3"] and varied["answers"][3]["logps"] == [-0.25, -2.5]
 
 
@@ -219,7 +216,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path: Path):
     ("events", "steps", "word"),
     [
         ([("stopped", "after step 4 of 10: Ctrl-C")], 4, "stopped"),
-        ([("stopped", "after step 4 of 10: Ctrl-C"), ("resume", "going on after step 4")], 6, "unfinished"),
+        ([("stopped", "after step 4 of 10: Ctrl-C"), ("resume", "resuming after step 4")], 6, "unfinished"),
         ([("stopped", "after step 4 of 10: Ctrl-C"), ("resume", "going on"), ("done", "10 steps")], 10, "done"),
         ([], 6, "unfinished"),
         ([], 10, "done"),

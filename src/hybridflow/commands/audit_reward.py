@@ -82,7 +82,7 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
     if reward in SPECIAL:
         raise UserError(
             f"{reward!r} is not one function",
-            fix="audit the rewards that it stands for, or what parses a judge's words",
+            fix="audit the rewards that it selects, or the parser of a judge's verdict",
         )
     if reward not in REWARDS and ".py:" not in reward and "://" not in reward:
         raise UserError(
@@ -94,7 +94,7 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
         raise UserError(f"the audit makes no {unknown!r}", fix=nearest(unknown, (*MUTATIONS, OTHERS)))
     if rows is None and reward not in CASES:
         raise UserError(
-            f"there are no known answers to audit {reward} with",
+            f"there are no known responses to audit {reward} with",
             fix="give rows with ground truths: --data rows.jsonl",
         )
     built_in = CASES[reward] if rows is None else None

@@ -57,7 +57,7 @@ def check(config: Any) -> Iterator[str]:
     if config.run.resume == "never" and (Path(config.run.folder) / "metrics.jsonl").exists():
         raise UserError(
             f"{config.run.folder} already holds a run, and run.resume is never",
-            fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
+            fix="choose another run.folder, delete this one, or set run.resume=auto to resume",
         )
     yield from kind_for(config).checked(config)
 
@@ -99,7 +99,7 @@ def check_eval(config: EvalConfig) -> Iterator[str]:
 
 
 def _describe_model(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    yield f"model {path}: tokenizer with {len(tokenizer)} tokens, answers end with {tokenizer.eos_token!r}"
+    yield f"model {path}: tokenizer with {len(tokenizer)} tokens, responses end with {tokenizer.eos_token!r}"
     rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if rows > ids:
         yield f"  its vocabulary has {rows} rows, {rows - ids} more than the tokenizer has ids (padding, as a rule)"
@@ -125,7 +125,7 @@ def _check_evaluation(
     rows = prompts.data.rows[: e.max_rows]
     how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
     plural = "s" * (e.samples_per_prompt > 1)
-    yield f"  an evaluation: {len(rows)} prompts, {e.samples_per_prompt} {how} answer{plural} to each"
+    yield f"  an evaluation: {len(rows)} prompts, {e.samples_per_prompt} {how} response{plural} to each"
     sources = sorted({str(row.get("data_source") or "data") for row in rows})
     measured = [f"val-core/{source}/reward/{name}" for source in sources for name in e.metric_names()]
     yield f"  it measures {', '.join(measured)}"
@@ -141,12 +141,12 @@ def arithmetic(config: RlConfig, rows: int) -> str:
     answers, updates = t.answers_per_step, t.updates_per_step
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
     return (
-        f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} answers to each: {answers} "
-        f"answers of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} on "
-        f"{t.answers_per_update} answers each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the "
+        f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} responses to each: {answers} "
+        f"responses of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} "
+        f"on {t.answers_per_update} responses each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the "
         f"longest possible sequence has {config.longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
-        f"{steps * answers} answers, {steps * updates} optimizer steps."
-        + " Every prompt has a greedy answer besides." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
+        f"{steps * answers} responses, {steps * updates} optimizer steps."
+        + " Every prompt also has a greedy response." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
         + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
     )
 

@@ -123,7 +123,7 @@ def _evaluation(path: str, name: str, config: EvalConfig | None, note: Callable[
     if config is None:
         raise UserError(
             f"{path} is not the folder of an evaluation (evaluation.json and answers.parquet)",
-            why="a model has to be asked first, and a configuration says what",
+            why="a model has to be evaluated first, and that needs a configuration",
             fix="hybridflow eval A B --config eval.yaml, where A and B are models, runs or evaluations",
         )
     run = config.run.model_copy(update={"folder": str(Path(config.run.folder) / name)})

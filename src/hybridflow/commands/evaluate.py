@@ -127,4 +127,4 @@ def evaluation_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} = {m['value']:.4f}, {interval}, {m['prompts']} prompts"
     for advice in result["advice"]:
         yield f"advice: {advice}"
-    yield f"answers: {Path(result['settings']['run']['folder']) / 'answers.parquet'}"
+    yield f"responses: {Path(result['settings']['run']['folder']) / 'answers.parquet'}"

@@ -85,7 +85,7 @@ def ask(
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {model_path} has no chat template",
-            why="`generate` asks as a user does in a chat, and the template says how",
+            why="`generate` sends prompts as a user's chat messages, which the template renders",
             fix="score a model that continues plain text with `hybridflow eval` and data.format=text, or set "
             "chat_template in its tokenizer_config.json",
         )

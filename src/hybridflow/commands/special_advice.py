@@ -59,7 +59,7 @@ def advice_on_tokens(
     if unseen and not r.keep_special_tokens:
         yield (
             f"{', '.join(unseen)}: special tokens of this tokenizer, which the reward looks for and does not see in "
-            "answers; set reward.keep_special_tokens=true"
+            "responses; set reward.keep_special_tokens=true"
         )
     if style.format == "text":
         return
@@ -71,8 +71,8 @@ def advice_on_tokens(
         if any(kwargs.get("opened") != mark for kwargs in wanted) or (not wanted and mark in read):
             key = f"kwargs.opened={mark}" if wanted else "a reward that begins with what the template wrote"
             yield (
-                f"the template opens every answer with {mark}, so the answer itself, which the reward sees, has none; "
-                f"give the reward {key}"
+                f"the template begins every response with {mark}, so the response itself, which the reward sees, has "
+                f"none; give the reward {key}"
             )
 
 
@@ -91,13 +91,13 @@ def advice_on_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
         by = f"with {tokenizer.decode([closing[-1]])!r}" if closing else "with no special token"
         first = tokenizer.decode([closing[-1]]) if closing else tokenizer.eos_token
         yield (
-            f"the chat template closes an answer {by}, and answers end at {_texts(tokenizer, ends)}: a model that is "
-            f"trained on this template does not learn to stop; "
+            f"the chat template closes a response {by}, and responses end at {_texts(tokenizer, ends)}: a model that "
+            f"is trained on this template does not learn to stop; "
             + (
                 f"set eos_token to {first!r} in tokenizer_config.json, or add it to eos_token_id in "
                 "generation_config.json"
                 if closing
-                else f"have the template write {first!r} after an answer"
+                else f"have the template write {first!r} after a response"
             )
         )
 

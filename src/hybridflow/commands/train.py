@@ -55,7 +55,7 @@ def start(config: TrainingConfig, *, again: str) -> int:
             print(f"best: step {best.step}, {best.metric} {best.value:.4f}; hybridflow export {folder} FOLDER --best")
         return 0
     last = max([0, *(int(m["step"]) for m in steps), *saved_steps(folder / "checkpoints")])
-    print(f"stopped after step {last}; to go on: {again}")
+    print(f"stopped after step {last}; to resume: {again}")
     return 130
 
 

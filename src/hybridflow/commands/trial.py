@@ -95,7 +95,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     worth = {text: total(score) for text, score in zip(tried, scores) if score.failure is None}
     best = max(worth, key=worth.__getitem__, default="")
     if worth.get(best, floor) > floor:
-        yield f"    {tried[best]} {best[:SHOWN]!r} it scores {worth[best]:g}: a right answer needs such a form"
+        yield f"    {tried[best]} {best[:SHOWN]!r} it scores {worth[best]:g}: a right response needs such a form"
         return
     others = f" and {len(tried)} other forms of it" if tried else ""
     yield (

@@ -27,7 +27,7 @@ def differences_from_verl(config: RlConfig) -> Iterator[str]:
         f"the critic's lr is optim.lr={o.lr:g} (verl: 1e-5)": c is not None and not c.shared_trunk and c.optim is None,
     }
     run = {
-        "train.sequences_per_update counts answers (verl's ppo_mini_batch_size: prompts)": True,
+        "train.sequences_per_update counts responses (verl's ppo_mini_batch_size: prompts)": True,
         f"checkpoint.keep={config.checkpoint.keep} (verl: all)": True,
         "model.activation_checkpointing=false (verl: on)": not config.model.activation_checkpointing,
         "0 means never, as in eval.every (verl: -1)": True,

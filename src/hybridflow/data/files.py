@@ -165,7 +165,7 @@ def _read_json(path: Path, text: str) -> list[Any]:
 def _json_fix(text: str) -> str:
     end = text.rstrip()
     if end.endswith(","):
-        return "leave out the comma at its end: each line is an object by itself"
+        return "leave out the comma at its end: each line is an object of its own"
     if "".join(end[-20:].split()).endswith((",]", ",}")):
         return "leave out the comma before the last bracket"
     if "'" in text and '"' not in text:

@@ -181,14 +181,14 @@ class PreferenceSet:
 
     def notes(self) -> list[str]:
         """Returns notes on the rows, as sentences."""
-        lines = [f"pairs of the same answer twice, left out: {self.alike}"] if self.alike else []
+        lines = [f"pairs of two equal responses, left out: {self.alike}"] if self.alike else []
         if self.config.over_long == "filter":
             lines.append(
                 f"pairs with a conversation of more than {self.config.max_tokens} tokens, left out: {self.over_long}"
             )
         empty = sum(not str(pair[-1].get("content")).strip() for i in range(len(self)) for pair in self.pair(i))
         if empty:
-            lines.append(f"advice: {empty} of {2 * len(self)} answers are empty")
+            lines.append(f"advice: {empty} of {2 * len(self)} responses are empty")
         return lines
 
     def pair(self, index: int) -> tuple[Messages, Messages]:
@@ -211,9 +211,9 @@ class PreferenceSet:
                 pair.append(self.reader.whole(self._conversation(value, prompt)))
                 if _asked(pair[0]) != _asked(pair[-1]):
                     raise RefusedValue(
-                        f"answers another question than {c.chosen_key}",
-                        why="answers to different prompts cannot be told apart by how good they are",
-                        fix="give two answers to one prompt in each row",
+                        f"responds to another prompt than {c.chosen_key}",
+                        why="responses to different prompts cannot be compared",
+                        fix="give two responses to one prompt in each row",
                     )
         return pair[0], pair[1]
 
@@ -227,15 +227,15 @@ class PreferenceSet:
         if not isinstance(answer, list) or not answer:
             what = "a string without a prompt" if isinstance(answer, str) else kind_of(answer)
             raise RefusedValue(
-                f"is no answer: it is {what}",
+                f"is no response: it is {what}",
                 fix="give a string and a prompt column (data.prompt_key), or a list of chat messages",
             )
         turns = self.reader.read(answer, empty_answers=True)
         if turns[-1]["role"] in ("user", "system", "developer"):
             raise RefusedValue(
                 f"ends in a turn of {turns[-1]['role']!r}",
-                why="the answer is what is judged, and it comes last",
-                fix="end the conversation with the answer",
+                why="the response is what is scored, and it comes last",
+                fix="end the conversation with the response",
             )
         return joined(prompt, turns)
 

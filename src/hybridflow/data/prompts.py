@@ -144,7 +144,9 @@ class PromptSet:
         with reading(self.data, index, c.prompt_key):
             prompt = self.reader.prompt(value) if c.format == "chat" else self.reader.text(value)
             if not prompt:
-                raise RefusedValue("is empty", why="a model needs something to go on from", fix="leave the row out")
+                raise RefusedValue(
+                    "is empty", why="a model needs at least one token to continue", fix="leave the row out"
+                )
         return prompt, truth
 
 

@@ -79,7 +79,7 @@ class ConversationReader:
                 "ends in an assistant's turn",
                 why="the chat template would close that turn and open another one after it",
                 fix="end the prompt with a turn of the user or a tool; of a whole conversation take what is before the "
-                "answer",
+                "response",
             )
         return messages
 
@@ -115,7 +115,7 @@ def joined(prompt: Messages, turns: Messages) -> Messages:
         "begins with other turns than the prompt",
         detail=f"{str(other['content'])[:40]!r} instead of {str(first['content'])[:40]!r}",
         why="the question would be asked twice",
-        fix="give the answer alone, or set data.prompt_key=null where answers are whole conversations",
+        fix="give the response alone, or set data.prompt_key=null where responses are whole conversations",
     )
 
 

@@ -190,7 +190,7 @@ class SftSet:
         if first["role"] == "assistant" and first.get("train") is not False and (alone or not last):
             raise RefusedValue(
                 "begins with an assistant's turn",
-                why="nothing is before it that the model would answer, so it cannot be learned as an answer",
+                why="nothing is before it that the model would respond to, so it cannot be learned as a response",
                 fix='leave the turn out, give it "train": false, or put a turn of the user or a system before it',
             )
 

@@ -115,7 +115,7 @@ def _users_order(reference: str, rows: Sequence[Row], seed: int) -> Order:
     parameters = inspect.signature(function).parameters
     unknown = [n for n, p in parameters.items() if n not in known and p.default is p.empty]
     if unknown:
-        raise UserError(f"data.order {reference} wants {unknown[0]!r}", fix=f"it can take any of {', '.join(known)}")
+        raise UserError(f"data.order {reference} asks for {unknown[0]!r}", fix=f"it can take any of {', '.join(known)}")
 
     def order(part: range, epoch: int) -> list[int]:
         given = {"rows": [rows[i] for i in part], "seed": seed, "epoch": epoch}

@@ -213,9 +213,9 @@ def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | No
     if count < 2 or any(reason != "length" for reason in finish_reasons):
         return None
     return (
-        f"{eos} was never generated: {count} of {count} answers ended at the length limit of {limit} tokens; raise "
-        f"rollout.max_response_tokens if they need more, else see that the chat template ends answers with {eos} and "
-        "that the model was trained on answers that end so"
+        f"{eos} was never generated: {count} of {count} responses ended at the length limit of {limit} tokens; raise "
+        f"rollout.max_response_tokens if they need more, else see that the chat template ends responses with {eos} and "
+        "that the model was trained on responses that end so"
     )
 
 
@@ -234,7 +234,7 @@ def _answers(
             done.update({result.handle: result for result in engine.wait()})
         except KeyboardInterrupt:
             if note is not None:
-                note(f"given up after {len(done)} of {len(handles)} answers: an evaluation is whole, or is not kept")
+                note(f"stopped after {len(done)} of {len(handles)} responses: an incomplete evaluation is not kept")
             raise
         if should_stop():
             engine.abort([handle for handle in handles if handle not in done])
@@ -242,7 +242,7 @@ def _answers(
         now = time.monotonic()
         if note is not None and done and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
             left = (now - began) / len(done) * (len(handles) - len(done))
-            note(f"evaluation: {len(done)} of {len(handles)} answers, about {left:.0f} s left")
+            note(f"evaluation: {len(done)} of {len(handles)} responses, about {left:.0f} s left")
             told = now
     return [done[handle] for handle in handles]
 

@@ -37,7 +37,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: k is not within 1..n, or c not within 0..n.
     """
     if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@{k} of {n} answers with {c} successes")
+        raise ValueError(f"pass@{k} of {n} responses with {c} successes")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -63,7 +63,7 @@ def maj_at_k(votes: Sequence[Hashable], rewards: Sequence[float], k: int) -> flo
         ValueError: k is not within 1..n.
     """
     if not 1 <= k <= len(votes):
-        raise ValueError(f"maj@{k} of {len(votes)} answers")
+        raise ValueError(f"maj@{k} of {len(votes)} responses")
     worth: dict[Hashable, list[float]] = defaultdict(list)
     for vote, reward in zip(votes, rewards, strict=True):
         worth[vote].append(reward)

@@ -137,7 +137,7 @@ class ModelGrader:
         except TemplateError as error:
             return self._failed(f"its template refuses the conversation: {error}", response, "raised")
         if place is None:
-            return self._failed("its template rewrites the answer, so steps have no place", response, "refused")
+            return self._failed("its template rewrites the response, so steps have no place", response, "refused")
         ends = step_ends(response, self.section.step_separator)
         start, kept = place
         where = [_token_before(encoded.offset_mapping, start + min(end, kept)) for end in ends]
@@ -145,7 +145,7 @@ class ModelGrader:
         return _ReadAnswer(ids, read, [(end, read.index(token)) for end, token in zip(ends, where)])
 
     def _failed(self, what: str, response: str, kind: str) -> _ReadAnswer:
-        text = f"the reward model {self.section.path}: {what}; answer {response!r}"
+        text = f"the reward model {self.section.path}: {what}; response {response!r}"
         return _ReadAnswer(failure=Failure(kind, text[:MOST_WORDS]))
 
     def _score(self, reading: _ReadAnswer, values: Sequence[float]) -> Score:

@@ -36,7 +36,7 @@ class FailurePolicy:
         return UserError(f"{where}: {failure.what}", why=why, fix=fix)
 
 
-OTHERWISE = "; or let reward.on_failure (drop_group, mask, value) say what such answers are worth"
+OTHERWISE = "; or let reward.on_failure (drop_group, mask, value) decide the reward of such responses"
 
 
 FAIL: FailurePolicy = FailurePolicy()  # the first failure ends the run

@@ -135,7 +135,7 @@ class GroupSource:
             if draw in done and (done[draw].row, done[draw].prompt_ids) != (row, list(self.question(row).token_ids)):
                 raise UserError(
                     f"the journal of step {step} was written with other data: its prompt of row {row} differs",
-                    why="going on would train on answers to prompts that are not in the data",
+                    why="resuming would train on responses to prompts that are not in the data",
                     fix="restore the data, or choose another run.folder",
                 )
         missing = [d for d in draws if d[0] not in done]
@@ -281,9 +281,9 @@ def require_finite(results: Iterable[Result], to: str, temperature: str) -> None
     """
     if not all(math.isfinite(logp) for result in results for logp in result.logps):
         raise UserError(
-            f"the log-probabilities of an answer to {to} are not finite",
+            f"the log-probabilities of a response to {to} are not finite",
             why=f"the model's weights hold numbers that are not finite, or {temperature} is far too small",
-            fix="look at model.path, or go on from an earlier checkpoint with a lower optim.lr",
+            fix="check model.path, or resume from an earlier checkpoint with a lower optim.lr",
         )
 
 

@@ -188,7 +188,9 @@ class Session:
         try:
             self.saver.settle()
         except Exception as error:  # the first error is the one that is raised
-            self.trackers.events.append("failed", f"the checkpoint on its way was lost: {str(error).splitlines()[:1]}")
+            self.trackers.events.append(
+                "failed", f"the checkpoint that was being written was lost: {str(error).splitlines()[:1]}"
+            )
 
     def done(self) -> bool:
         """Returns whether nothing is left to do."""
@@ -257,7 +259,7 @@ class Session:
             if run_state["data"] != self._fingerprint:
                 raise UserError(
                     f"the data in {self.data.source} is not what the run in {self.folder.path} began with",
-                    why="going on would draw other rows than the records say",
+                    why="resuming would draw other rows than the records say",
                     fix="restore the data, or choose another run.folder",
                 )
             for name, engine in self.saver.engines.items():
@@ -272,7 +274,7 @@ class Session:
         self.folder.keep_config()
         self.trackers.start(self.step)
         if steps:
-            self.trackers.tell("resume", f"going on after step {self.step} of {self.total_steps}, from {folder}")
+            self.trackers.tell("resume", f"resuming after step {self.step} of {self.total_steps}, from {folder}")
         if self.folder.changed:
             self.trackers.tell("config", f"settings changed since: {said_changes(self.folder.changed)}")
         if self.step > self.total_steps:

@@ -20,8 +20,8 @@ PARTS = {
         "set rollout.dtype=float32 (and look for a wrong sync if it is)",
     ),
     "staleness": (
-        "staleness, answers drawn with older weights than score them",
-        "publish weights more often, or finish answers before it",
+        "staleness, responses drawn with older weights than score them",
+        "publish weights more often, or finish responses before it",
     ),
     "support": (
         "the sampling support, words of the policy that are never drawn",

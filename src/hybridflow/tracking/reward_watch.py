@@ -40,7 +40,7 @@ SCORE, LENGTH, CLIPPED, ENTROPY = (
 )
 REPEATED, TOP, PULL = "rollout/seq_rep_2", "rollout/top_answer_share", "rollout/length_reward_corr"
 CORRECTNESS = ("acc", "accuracy", "correct", "correctness")  # components that a right answer raises
-LOOK = "read some of the best answers of this step (rollouts/, or the report)"
+LOOK = "read some of the best responses of this step (rollouts/, or the report)"
 
 
 @dataclass(slots=True)
@@ -151,8 +151,8 @@ class RewardWatch:
         clipped = self.levels[CLIPPED]
         if clipped.change >= CUT:
             return (
-                f"the limit cuts more answers ({CLIPPED} {clipped.said()}): answers may be paid before they end, or "
-                f"for not ending; {LOOK}, and set reward.overlong_buffer, or raise rollout.max_response_tokens"
+                f"the limit cuts more responses ({CLIPPED} {clipped.said()}): responses may be rewarded before they "
+                f"end, or for not ending; {LOOK}, and set reward.overlong_buffer, or raise rollout.max_response_tokens"
             )
         return None
 
@@ -161,17 +161,17 @@ class RewardWatch:
         if not length.known or not pull.known:
             return None
         ratio = length.now / max(length.then, 1.0)
-        paid = f"among the answers to one prompt length and reward go together ({PULL} {pull.now:.2f})"
+        paid = f"among the responses to one prompt length and reward go together ({PULL} {pull.now:.2f})"
         if ratio >= LONGER and pull.now >= PAID:
             return (
-                f"answers grow ({LENGTH} {length.said()}), and {paid}: the reward may pay for length itself; {LOOK}, "
-                "and take it off with reward.length_coef"
+                f"responses grow ({LENGTH} {length.said()}), and {paid}: the reward may reward length itself; {LOOK}, "
+                "and penalise it with reward.length_coef"
             )
         # Responses that the limit cut before, and that learn to end, become shorter and better.
         if ratio <= 1 / LONGER and pull.now <= -PAID and self.levels[CLIPPED].then < CUT:
             return (
-                f"answers shrink ({LENGTH} {length.said()}), and {paid}: the reward may pay for ending early; {LOOK}, "
-                "and see what it gives to an empty answer (hybridflow audit-reward)"
+                f"responses shrink ({LENGTH} {length.said()}), and {paid}: the reward may reward early ends; {LOOK}, "
+                "and see what it gives to an empty response (hybridflow audit-reward)"
             )
         return None
 
@@ -192,8 +192,8 @@ class RewardWatch:
         repeated = self.levels[REPEATED]
         if repeated.known and 1 - repeated.now < NEW * (1 - repeated.then):
             return (
-                f"answers repeat themselves ({REPEATED} {repeated.said()}): one phrase may be all that the reward asks "
-                f"for; {LOOK}, and run hybridflow audit-reward"
+                f"responses repeat themselves ({REPEATED} {repeated.said()}): one phrase may be all that the reward "
+                f"asks for; {LOOK}, and run hybridflow audit-reward"
             )
         return None
 
@@ -253,8 +253,8 @@ class RewardWatch:
         if now.trained - best.trained > max(RISE * span, unrest) and now.high < best.low:
             return (
                 f"the reward rises ({SCORE} {best.trained:.3g} -> {now.trained:.3g}) while the held-out reward falls "
-                f"({name} {best.held:.3g} -> {now.held:.3g}, intervals apart): {meaning}; compare answers in rollouts/ "
-                "and evaluations/, and go back to the best step (checkpoint.best)"
+                f"({name} {best.held:.3g} -> {now.held:.3g}, intervals apart): {meaning}; compare responses in "
+                "rollouts/ and evaluations/, and go back to the best step (checkpoint.best)"
             )
         for base in past:
             gained, kept = now.trained - base.trained, now.held - base.held
@@ -262,7 +262,7 @@ class RewardWatch:
             if gained > max(LEFT_BEHIND * span, unrest) and kept < 0.2 * gained and behind:
                 return (
                     f"the reward rises ({SCORE} {base.trained:.3g} -> {now.trained:.3g}) while the held-out reward "
-                    f"stays ({name} {base.held:.3g} -> {now.held:.3g}): {meaning}; compare answers in rollouts/ and "
+                    f"stays ({name} {base.held:.3g} -> {now.held:.3g}): {meaning}; compare responses in rollouts/ and "
                     "evaluations/, and train on more or other rows"
                 )
         return None

@@ -81,19 +81,22 @@ class SignalWatch:
 def _sentence(steps: int, ends: set[float], cut: float) -> str:
     if len(ends) > 1:
         return (
-            f"nothing was learned in the last {steps} steps: in each of them, all answers to a prompt were worth the "
-            "same. Take rows that the model solves sometimes, or raise train.samples_per_prompt or rollout.temperature"
+            f"nothing was learned in the last {steps} steps: in each of them, all responses to a prompt had the same "
+            "reward. Use rows that the model solves sometimes, or raise train.samples_per_prompt or "
+            "rollout.temperature"
         )
     (worth,) = ends
-    said = f"nothing was learned in the last {steps} steps: every answer was worth {worth:g}. "
+    said = f"nothing was learned in the last {steps} steps: every response had reward {worth:g}. "
     if worth > 0:
-        said += "If the reward gives no more, these rows are solved: take harder ones, or stop here; else look at it"
+        said += (
+            "If that is the highest reward, these rows are solved: use harder ones, or stop here; else check the reward"
+        )
     else:
         said += (
-            "Read a few answers (hybridflow report RUN, or rollouts/) beside what the reward wants, and score a right "
-            "answer by hand (hybridflow audit-reward); if the reward is right, take easier rows, or begin with "
-            "fine-tuning (hybridflow sft)"
+            "Compare a few responses (hybridflow report RUN, or rollouts/) with what the reward expects, and score a "
+            "right response by hand (hybridflow audit-reward); if the reward is right, use easier rows, or begin with "
+            "supervised fine-tuning (hybridflow sft)"
         )
     if cut == 1:
-        said += "; every answer was cut at rollout.max_response_tokens"
+        said += "; every response was cut at rollout.max_response_tokens"
     return said

@@ -18,7 +18,7 @@ from hybridflow.tracking.tensorboard import TensorBoardTracker
 from hybridflow.tracking.wandb import WandbTracker
 
 _INSTALL = "pip install 'hybridflow[{}]'"
-_GOES_ON = "training goes on, and metrics.jsonl has everything"
+_GOES_ON = "training continues, and metrics.jsonl has everything"
 
 
 def not_installed(config: TrackSection) -> Iterator[str]:

@@ -44,8 +44,7 @@ def problems_of_algorithm(
         yield "the distillation advantage holds every token against a teacher: name it in model.reference"
     if filters.active and train.epochs is not None:
         yield (
-            "train.epochs says how often the rows are gone through, but a filter draws as many as it needs: give "
-            "train.steps"
+            "train.epochs counts passes over the rows, but a filter draws as many rows as it needs: give train.steps"
         )
 
 
@@ -54,12 +53,12 @@ def problems_of_reward(r: RewardSection, *, advantage: str, longest_answer: int)
     if r.overlong_buffer is not None and r.overlong_buffer > longest_answer:
         yield (
             f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens {longest_answer}: "
-            "every answer would be punished"
+            "every response would be punished"
         )
     normalized = [name for name, term in (r.terms or {}).items() if term.normalize == "group"]
     if normalized and needs_of(advantage, ADVANTAGES).needs_greedy:
         yield (
-            f"reward.terms.{normalized[0]}.normalize is group, but {advantage} holds answers against a greedy one, "
+            f"reward.terms.{normalized[0]}.normalize is group, but {advantage} compares responses with a greedy one, "
             "which is scored alone: leave it out"
         )
 

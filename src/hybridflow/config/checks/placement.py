@@ -85,7 +85,7 @@ def _rollout_problems(p: PlacementSection, r: RolloutSection, models: tuple[Plac
         )
     elif any(p.pool_of(model.role) == pool and model.engine.strategy != "local" for model in models):
         yield (
-            f"pool {pool!r} has both vLLM and a sharded model, and either wants torch.distributed for itself: give "
+            f"pool {pool!r} has both vLLM and a sharded model, and each needs torch.distributed for itself: give "
             "rollout a pool of its own, or set rollout.mode=workers and leave rollout out of placement.roles"
         )
 

@@ -29,7 +29,7 @@ class EvalConfig(Section):
     @classmethod
     def _check_engine(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("engine", "inline") != "inline":
-            raise ValueError("hybridflow eval answers with the inline engine: leave rollout.engine out")
+            raise ValueError("hybridflow eval generates with the inline engine: leave rollout.engine out")
         return given
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class RlConfig(Section):
     rollout: RolloutSection = InlineSection()
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
     filter: FilterSection = FilterSection()
-    reweight: ReweightSection | None = Field(None, description="Draw some answers of a step again (PF-PPO).")
+    reweight: ReweightSection | None = Field(None, description="Draw some responses of a step again (PF-PPO).")
     train: RlTrainSection
     optim: OptimSection = OptimSection()
     engine: EngineSection = LocalSection()
@@ -54,7 +54,7 @@ class RlConfig(Section):
         if needs_of(self.algorithm.advantage, ADVANTAGES).needs_group and t.samples_per_prompt < 2:
             raise ValueError(
                 f"train.samples_per_prompt is {t.samples_per_prompt}, but the {self.algorithm.advantage} advantage "
-                "compares answers to one prompt: give at least 2"
+                "compares responses to one prompt: give at least 2"
             )
         algorithm = problems_of_algorithm(
             self.algorithm, t, critic=self.critic, reference=self.model.reference, filters=self.filter
@@ -67,7 +67,7 @@ class RlConfig(Section):
         if t.answers_per_step % t.answers_per_update:
             raise ValueError(
                 f"train.sequences_per_update {t.sequences_per_update} does not divide the {t.answers_per_step} "
-                f"answers of a step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
+                f"responses of a step ({t.prompts_per_step} prompts x {t.samples_per_prompt} samples)"
             )
         rooms = {"train.tokens_per_microbatch": t.tokens_per_microbatch}
         if self.rollout.engine == "inline":

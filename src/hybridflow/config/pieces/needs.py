@@ -22,13 +22,13 @@ class Needs:
     """What a piece needs from the run."""
 
     needs_group: bool = False
-    """several answers to one prompt"""
+    """several responses to one prompt"""
     needs_critic: bool = False
     """values of states, from a critic that it trains"""
     needs_reference: bool = False
     """log-probabilities of the reference"""
     needs_greedy: bool = False
-    """the reward of a greedy answer to every prompt"""
+    """the reward of a greedy response to every prompt"""
     needs_components: bool = False
     """a reward function that returns several numbers by name"""
     needs_rollout_logp: bool = False
@@ -38,7 +38,7 @@ class Needs:
     statistics: bool = False
     """statistics of the whole mini-batch under the current policy: an extra forward pass per update"""
     every_answer: bool = False
-    """answers without an advantage have a loss too, so none may be left out"""
+    """responses without an advantage have a loss too, so none may be left out"""
     modes: tuple[str, ...] = ()
     """the only aggregations that it has a meaning in; empty: any"""
     values: tuple[str, ...] = ()

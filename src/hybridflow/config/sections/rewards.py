@@ -366,7 +366,7 @@ class RewardSection(Section):
     @model_validator(mode="after")
     def _check(self) -> RewardSection:
         if self.terms is not None and (self.function != "by_source" or self.kwargs):
-            raise ValueError("reward.terms stands instead of reward.function and reward.kwargs: leave those out")
+            raise ValueError("reward.terms takes the place of reward.function and reward.kwargs: leave those out")
         named = self.functions()
         for key, section in [("model", self.model), ("judge", self.judge)]:
             if key in named and section is None:

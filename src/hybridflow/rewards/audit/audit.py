@@ -132,7 +132,7 @@ class Report:
             kinds = [f"{self.count(kind)} x {kind}" for kind in get_args(Kind) if kind in FAULTS and self.count(kind)]
             return f"not to be trained on: {', '.join(kinds)}"
         if self.count("false reject"):
-            return f"usable; {self.count('false reject')} kinds of right answers are rejected"
+            return f"usable; {self.count('false reject')} kinds of right responses are rejected"
         return "clean"
 
     def values(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yields the report as lines for a reader."""
-        yield f"{self.reward}: {self.answers} answers to {self.cases} questions"
+        yield f"{self.reward}: {self.answers} responses to {self.cases} questions"
         for finding in self.findings:
             yield from finding.lines()
         for name, reason in self.by_design.items():
@@ -260,12 +260,12 @@ def judge(case_set: CaseSet, tried: Sequence[Tried]) -> list[Finding]:
     skipped = sum(one.score is None for one in tried)
     if skipped:
         found.append(
-            Finding("note", f"{skipped} answers were not scored, because {MOST_TIMEOUTS} others took too long")
+            Finding("note", f"{skipped} responses were not scored, because {MOST_TIMEOUTS} others took too long")
         )
     names = {tuple(sorted(one.score.components)) for one in tried if one.score and one.score.failure is None}
     if len(names) > 1:
         shown = " or ".join(sorted(", ".join(some) or "none" for some in names))
-        found.append(Finding("range", f"answers have different components: {shown}"))
+        found.append(Finding("range", f"responses have different components: {shown}"))
     return found
 
 
@@ -301,7 +301,7 @@ def _judge_case(case_set: CaseSet, tried: Sequence[Tried], judged: _Judged) -> N
     if right is None or wrong is None:
         return
     if right <= wrong:
-        judged.add("failure", "a right answer earns no more than a wrong one", by_name[mutations.RIGHT])
+        judged.add("failure", "a right response earns no more than a wrong one", by_name[mutations.RIGHT])
         return
     least = right - 1e-9 if case_set.partial else (right + wrong) / 2 + 1e-9
     for one in tried:

@@ -130,4 +130,4 @@ def truth_in_prompt(cases: Sequence[KnownCase]) -> Finding | None:
         return None
     shortest = min(shown, key=lambda case: len(case.question))
     example = {"question": shortest.question[:200], "ground truth": shortest.answer}
-    return Finding("note", "the ground truth stands in the prompt", len(shown), len(cases), example)
+    return Finding("note", "the prompt holds the ground truth", len(shown), len(cases), example)

@@ -138,7 +138,7 @@ class ComposedGrader:
         for job, scores in found:
             key, part = self._jobs.pop(job)
             opened = self._open[key]
-            assert len(scores) == opened.answers, f"{len(scores)} scores for {opened.answers} answers"
+            assert len(scores) == opened.answers, f"{len(scores)} scores for {opened.answers} responses"
             opened.scores[part] = scores
             if len(opened.scores) == len(opened.parts):
                 del self._open[key]

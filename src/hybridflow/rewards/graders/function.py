@@ -51,16 +51,16 @@ CUT = 200  # characters of whatever a message shows
 _FORMS = (
     "def score(response: str, ground_truth) -> float, with any of the arguments response, ground_truth, prompt, row; "
     "or def score(responses: list[str], ...) -> list[float] for a whole group; a dict of numbers with 'score' among "
-    "them may stand for a number"
+    "them may take the place of a number"
 )
-STEPS = "rewards of parts of an answer are {'score': ..., 'steps': [(characters up to its end, reward), ...]}"
+STEPS = "rewards of parts of a response are {'score': ..., 'steps': [(characters up to its end, reward), ...]}"
 FIXES = {
-    "raised": "make it return a number for every answer, however malformed",
-    "timeout": "make it give up earlier by itself, or raise reward.pool.timeout",
-    "died": "its process ended twice on this answer (a crash in native code, os._exit, memory): try the answer with "
-    "reward.pool.processes=0, where a debugger works",
+    "raised": "make it return a number for every response, however malformed",
+    "timeout": "make it end earlier, or raise reward.pool.timeout",
+    "died": "its process ended twice on this response (a crash in native code, os._exit, memory): try the response "
+    "with reward.pool.processes=0, where a debugger works",
     "nonsense": f"write {_FORMS}; {STEPS}",
-    "refused": "look at what the server says; reward.pool.retries is how often it is asked again",
+    "refused": "read the server's log; reward.pool.retries is the number of further attempts",
 }
 
 
@@ -226,7 +226,7 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
         index: which of them; None: all.
     """
     if index is None:
-        many = f"{len(answers.responses)} answers, the first "
+        many = f"{len(answers.responses)} responses, the first "
         response, count = (answers.responses or [""])[0], len(answers.responses)
     else:
         many, response, count = "", answers.responses[index], 1

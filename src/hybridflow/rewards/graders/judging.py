@@ -206,7 +206,7 @@ def _template(file: str | None) -> jinja2.Template:
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the judge's template {file} is malformed in line {error.lineno}: {error.message}") from error
     for name in sorted(wanted - set(GIVEN)):
-        raise UserError(f"the judge's template {file} wants {name!r}", fix=nearest(name, GIVEN))
+        raise UserError(f"the judge's template {file} asks for {name!r}", fix=nearest(name, GIVEN))
     if "response" not in wanted:
         raise UserError(
             f"the judge's template {file} never mentions the response", fix="put {{ response }} where it belongs"
@@ -225,7 +225,7 @@ def _grade(verdict: Verdict, *, quotable: bool) -> float:
         raise NoVerdict(f"there is no [[grade]] in its text: {_tail(verdict.text)}")
     found = every[-1]
     if quotable and verdict.text[found.end() :].strip(" \t\r\n.*_`"):
-        raise NoVerdict(f"the answer holds a [[grade]] itself, and the judge's text does not end with one: "
+        raise NoVerdict(f"the response holds a [[grade]] itself, and the judge's text does not end with one: "
                         f"{_tail(verdict.text)}")  # fmt: skip
     if not NUMBER.fullmatch(found[1]) or not 0 <= float(found[1]) <= BEST:
         raise NoVerdict(f"its grade [[{found[1][:SHOWN]}]] is no number from 0 to {BEST:g}")

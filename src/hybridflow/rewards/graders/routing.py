@@ -62,7 +62,7 @@ def route(data_source: str | None, extra: Mapping[str, str]) -> str:
     if data_source is None:
         raise UserError(
             "rows have no data_source, and reward.function is by_source",
-            why="nothing says how their answers are scored",
+            why="nothing says how their responses are scored",
             fix="name the reward (reward.function=gsm8k, or file.py:function), or give the rows a column data_source",
         )
     if data_source in extra:

@@ -301,8 +301,8 @@ class ProcessGrader:
                 self._give_up(
                     UserError(
                         f"a reward process {how} while it loaded {self._names}",
-                        why="what it printed stands above",
-                        fix="import the file by itself; reward.pool.memory_mb limits its memory",
+                        why="its output is above",
+                        fix="import the file alone; reward.pool.memory_mb limits its memory",
                     )
                 )
             return

@@ -67,7 +67,7 @@ class FusionSandbox:
         """
         raise SandboxError(
             "tests that are assert statements need a local sandbox (reward.sandbox.backend=local): on a server their "
-            "expected values would stand beside the program"
+            "expected values would be in reach of the program"
         )
 
     def _outcome(self, reply: dict[str, Any]) -> Outcome:

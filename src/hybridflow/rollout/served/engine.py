@@ -281,7 +281,9 @@ class AsyncEngine(Hooks):
         Whoever publishes may generate, to see that the weights are right: meanwhile `wait` gives no other results.
         """
         if self.on_restart is None:
-            raise RuntimeError("a replica has not the current weights, and nobody can give it them: on_restart is None")
+            raise RuntimeError(
+                "a replica does not have the current weights, and nothing can send them: on_restart is None"
+            )
         oldest, self._oldest = self._oldest, self._next_handle
         try:
             self.on_restart()
@@ -488,11 +490,11 @@ class AsyncEngine(Hooks):
         if len(self._live) == 1:
             raise UserError(
                 f"{replica.name} {why}",
-                why="it was started by somebody else, so it cannot be started again from here, and no other is left",
+                why="this run did not start it, so it cannot start it again, and no other replica is left",
                 fix="start it again, then resume the run",
             )
         self._live = [other for other in self._live if other is not replica]
-        self.note("rollout", f"the run goes on without {replica.name}: {len(self._live)} are left")
+        self.note("rollout", f"the run continues without {replica.name}: {len(self._live)} are left")
 
     def _now_current(self, replica: Replica) -> None:
         replica.current.set()

@@ -90,7 +90,7 @@ class Owner:
         version = mark.partition(" of ")[0]
         if mark != self.mark(int(version) if version.isdecimal() else -1):
             raise UserError(
-                f"a server that this run samples from was taken by somebody else: its weights are {mark!r}",
+                f"a server that this run samples from was taken by another run: its weights are {mark!r}",
                 why="two runs that give one server their weights would both sample from the wrong ones",
                 fix="give every run servers of its own",
             )

@@ -44,7 +44,7 @@ class ServerProcess:
         status = self._process.returncode
         if status is None:
             return None
-        how = f"ended by itself with exit status {status}"
+        how = f"ended with exit status {status}"
         if status > 128 and status - 128 in set(signal.Signals):
             how = f"was killed by signal {status - 128} ({signal.Signals(status - 128).name})"
             if status == 128 + signal.SIGKILL:

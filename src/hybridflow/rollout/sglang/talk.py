@@ -126,7 +126,7 @@ class SglangTalk(AsyncEngine):
         if sampling.repetition_penalty != 1:
             raise UserError(
                 "the SGLang engine cannot sample with a repetition penalty",
-                why="SGLang penalises tokens of the answer alone, other engines those of the prompt too",
+                why="SGLang penalises tokens of the response alone, other engines those of the prompt too",
                 fix="leave repetition_penalty at 1, or use the inline engine or vLLM",
             )
         if request.images:
@@ -292,7 +292,7 @@ class SglangTalk(AsyncEngine):
     def _answer(self, number: str, rank: int) -> dict[str, Any]:
         key = f"answer/{number}/{rank}"
         if not self._store.check([key]):
-            return {"error": "it did not obey: the log of the server says why"}
+            return {"error": "it failed: the log of the server gives the reason"}
         answer: dict[str, Any] = json.loads(self._store.get(key))
         self._store.delete_key(key)
         return answer

@@ -239,7 +239,7 @@ class VllmEngine:
             return  # ended by its text
         reason = None
         for token, logprobs in zip(new.token_ids, new.logprobs, strict=True):
-            assert reason is None, "vLLM went on after the end of a request"
+            assert reason is None, "vLLM continued after the end of a request"
             reason = job.take(token, logprobs[token].logprob)
         if reason is not None:
             if not output.finished:
@@ -380,7 +380,7 @@ class VllmEngine:
             raise UserError(
                 "vLLM's worker processes ended or hung too often",
                 why=f"the last time: {why}",
-                fix="look at what they wrote; if they ran out of memory, lower max_num_seqs or the cache in "
+                fix="read their output; if they ran out of memory, lower max_num_seqs or the cache in "
                 "rollout.engine_args; rollout.restarts and rollout.answer_timeout say how often and after how long",
             ) from error
         self._restarts_left -= 1
@@ -407,7 +407,7 @@ class VllmEngine:
             self.on_restart()
         if not self._whole:
             raise WeightSyncError(
-                "vLLM was started again and has the weights of its start, and nobody publishes the current ones"
+                "vLLM was restarted with its initial weights, and nothing publishes the current ones"
             ) from error
         for job in lost:
             self._send(job.handle, job.request)

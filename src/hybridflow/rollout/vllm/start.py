@@ -200,7 +200,7 @@ def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: fl
             if too_late:
                 raise UserError(
                     f"vLLM's workers did not start within {timeout:g} s",
-                    fix="raise rollout.start_timeout, or look at what they wrote",
+                    fix="raise rollout.start_timeout, or read their output",
                 ) from error
         else:
             vllm.distributed.cleanup_dist_env_and_memory()  # or the next start would find a process group

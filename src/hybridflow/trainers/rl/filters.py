@@ -43,15 +43,15 @@ def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     if set(dropped) == {NOT_SCORED}:
         return UserError(
-            f"the reward failed on the answers of all {dropped.total()} groups of a step",
+            f"the reward failed on the responses of all {dropped.total()} groups of a step",
             why="reward.on_failure leaves nothing to learn from",
-            fix="look at the reward: reward.on_failure=fail says what happens to the first answer that it fails on",
+            fix="check the reward: reward.on_failure=fail reports the first response that it fails on",
         )
     return UserError(
         f"no group of {dropped.total()} passed the filter: {counts}",
         why=f"filter.max_rounds={section.max_rounds} rounds of prompts gave nothing to learn from",
         fix="look at critic/score/mean: the data may be too hard or solved; change the data, the filter, or "
-        "rollout.temperature, and go on from the last checkpoint",
+        "rollout.temperature, and resume from the last checkpoint",
     )
 
 

@@ -137,7 +137,7 @@ class RlRun(Session):
                 raise
             self.unevaluated = {}
             self.trackers.tell(
-                "evaluation", f"stopped in the evaluation of step {step}: it is made when the run goes on"
+                "evaluation", f"stopped in the evaluation of step {step}: it is made when the run resumes"
             )
             return {}
         for r in done.records:
