@@ -68,24 +68,19 @@ def room_page(room: str) -> str:
     return f"{LATER}# {room}\n\n{summary(room)}\n\n" + "\n".join(f"::: {name}\n" for name in names)
 
 
-def exported() -> list[str]:
-    """The names that `import hybridflow` gives."""
-    for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
-    return []
-
-
 def public_page() -> str:
-    """The reference of the names in `hybridflow` itself, after a table of the rooms."""
+    """The reference of the names that `import hybridflow` gives, as its stub has them, and a table of the rooms."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    names = [name.name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    names.sort(key=lambda name: name[0].isupper())  # functions first
     rows = [f"| [{room}]({room}.md) | {summary(room)} |" for room in rooms()]
-    names = [f"::: hybridflow.{name}\n" for name in exported()]
-    return "\n".join([PUBLIC, *names, ROOMS, *rows, ""])
+    return "\n".join([PUBLIC, *(f"::: hybridflow.{name}\n" for name in names), ROOMS, *rows, ""])
 
 
 PUBLIC = """# API reference
 
-`import hybridflow as hf` gives the names below. They are the public interface; everything else may move.
+`import hybridflow as hf` gives the names below, and [Python](../python.md) shows them at work. They are the public
+interface; everything else may move.
 """
 LATER = "---\nsearch:\n  boost: 0.2\n---\n\n"  # a search finds what is written for readers first
 ROOMS = """
