@@ -35,7 +35,7 @@ def main(out: str, names: list[str]) -> None:
 def table(reports: dict[str, Any]) -> list[str]:
     """The reports as a table of Markdown."""
     lines = [
-        "| reward | answers | faults | right answers rejected | by design | calls / CPU s | slowest call |",
+        "| reward | responses | faults | correct responses rejected | by design | calls / CPU s | slowest call |",
         "| --- | ---: | ---: | --- | --- | ---: | --- |",
     ]
     for name, report in reports.items():
