@@ -259,7 +259,8 @@ def test_the_recipe_page_has_the_numbers_of_the_recipe() -> None:
     assert str(sft["train"].get("stop_below_loss", "")) in rows["Steps"][0]
     assert str(sft["train"]["sequences_per_update"]) in rows["A step"][0]
     assert (
-        f"{rl['train']['prompts_per_step']} problems x {rl['train']['samples_per_prompt']} answers" in rows["A step"][1]
+        f"{rl['train']['prompts_per_step']} problems x {rl['train']['samples_per_prompt']} responses"
+        in rows["A step"][1]
     )
     for said, config in zip(rows["AdamW"], (sft, rl)):
         assert f"lr {config['optim']['lr']}, betas {', '.join(map(str, config['optim']['betas']))}" == said.strip()

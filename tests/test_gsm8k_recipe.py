@@ -32,9 +32,9 @@ def test_the_page_has_the_numbers_of_the_configuration() -> None:
     assert t.sequences_per_update is not None
     updates = t.prompts_per_step * t.samples_per_prompt // t.sequences_per_update
     for words in (
-        f"{t.prompts_per_step:,} prompts x {t.samples_per_prompt} answers, {updates} updates on "
-        f"{t.sequences_per_update:,} answers each",
-        f"prompts up to {config.data.max_prompt_tokens} tokens, answers up to {config.rollout.max_response_tokens:,}",
+        f"{t.prompts_per_step:,} prompts x {t.samples_per_prompt} responses, {updates} updates on "
+        f"{t.sequences_per_update:,} responses each",
+        f"prompts up to {config.data.max_prompt_tokens} tokens, responses up to {config.rollout.max_response_tokens:,}",
         f"| Steps | {t.steps}, about {round((t.steps or 0) * t.prompts_per_step / 7473)} passes",
         f"lr {yaml.safe_load((RECIPES / 'gsm8k/qwen2.5-0.5b-grpo.yaml').read_text())['optim']['lr']}",
         f"weight {config.algorithm.kl_loss_coef}",
