@@ -34,6 +34,7 @@ from hybridflow.placing.companions import check_companions
 from hybridflow.placing.generation import describe_engine, training_sampling
 from hybridflow.placing.places import describe_placement
 from hybridflow.placing.role import actor_role, sft_role
+from hybridflow.rewards.graders.given import with_given
 from hybridflow.rollout.inline.engine import require_room
 from hybridflow.rollout.sampling import check_sampling
 from hybridflow.runs.session import total_steps
@@ -44,11 +45,12 @@ MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are dra
 MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
 
 
-def check(config: Any) -> Iterator[str]:
+def check(config: Any, **objects: Any) -> Iterator[str]:
     """Checks one thing after the other, and says in words what it found.
 
     Args:
         config: a configuration of any kind.
+        objects: what a program gives beside it, see `Kind.checked`.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -59,11 +61,17 @@ def check(config: Any) -> Iterator[str]:
             f"{config.run.folder} already holds a run, and run.resume is never",
             fix="choose another run.folder, delete this one, or set run.resume=auto to resume",
         )
-    yield from kind_for(config).checked(config)
+    yield from kind_for(config).checked(config, **objects)
 
 
-def check_rl(config: RlConfig) -> Iterator[str]:
-    """Looks at a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes."""
+def check_rl(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> Iterator[str]:
+    """Looks at a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes.
+
+    Args:
+        config: the configuration.
+        reward: a reward that a program gives as an object, see `open_run`.
+    """
+    config = with_given(config, reward)
     model, tokenizer = load_role(actor_role(config, 1), outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
     yield from describe_placement(config)
@@ -73,13 +81,17 @@ def check_rl(config: RlConfig) -> Iterator[str]:
     yield from check_companions(config, tokenizer)
     assert config.data.train is not None
     lacking = partial(lacking_components, config)
-    prompts, seen = yield from _check_prompts(config, config.data.train, model, tokenizer, "training", lacking)
+    prompts, seen = yield from _check_prompts(
+        config, config.data.train, model, tokenizer, "training", lacking, reward=reward
+    )
     yield from _advise_on_tokens(config, model, tokenizer, prompts)
     if is_verl_row(prompts.data.rows[0]):
         yield from (f"  {line}" for line in differences_from_verl(config))
     prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
     if config.data.eval is not None:
-        yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation", lacking, seen)
+        yield from _check_prompts(
+            config, config.data.eval, model, tokenizer, "evaluation", lacking, seen, reward=reward
+        )
         measured = yield from _check_evaluation(config, model, tokenizer)
         best = config.checkpoint.best
         if best is not None and best not in measured:
@@ -159,6 +171,7 @@ def _check_prompts(
     purpose: str,
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
     trained: Set[int] = frozenset(),
+    reward: Callable[..., Any] | None = None,
 ) -> Generator[str, None, tuple[PromptSet, set[int]]]:
     """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
     prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
@@ -184,7 +197,7 @@ def _check_prompts(
         )
     yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
     ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
-    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS, lacking)
+    yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS, lacking, reward)
     return prompts, set(texts)
 
 

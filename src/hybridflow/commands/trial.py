@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
-from hybridflow.config.sections.rewards import EndpointJudgeSection
+from hybridflow.config.sections.rewards import GIVEN, EndpointJudgeSection
 from hybridflow.data.prompts import Prompt, PromptSet, answers_to
 from hybridflow.errors import UserError, nearest
 from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, first_of_each, make_grader, require_score
@@ -29,6 +30,7 @@ def try_reward(
     read: Read,
     rows: int,
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
+    function: Callable[..., Any] | None = None,
 ) -> Iterator[str]:
     """Scores the ground truth of the first row of every data source. Where that is worth no more than an empty
     response, scores other forms of it too, and yields which is worth most.
@@ -39,16 +41,17 @@ def try_reward(
         read: what a reward sees of a response with this text.
         rows: among how many of them the first of each source is looked for.
         lacking: what to say where the components that the reward returned are not all that the run reads.
+        function: a reward that a program gives, instead of the configured one.
 
     Raises:
         UserError: the reward fails on the ground truth, or returns no components that the configuration names.
     """
-    check_rows(config, prompts)
+    check_rows(config, prompts, function=function)
     r, name = config.reward, reward_name(config)
-    loaded = [name for name in (MODEL, JUDGE) if name in r.functions()]
-    if isinstance(r.judge, EndpointJudgeSection):
+    loaded = [name for name in (MODEL, JUDGE) if name in r.functions() and function is None]
+    if JUDGE in loaded and isinstance(r.judge, EndpointJudgeSection):
         loaded.remove(JUDGE)
-    with closing(make_grader(config, None, data_sources(prompts), scoring=not loaded)) as grader:
+    with closing(make_grader(config, None, data_sources(prompts), function=function, scoring=not loaded)) as grader:
         grader.check()
         if loaded:
             yield f"  reward {name}: its {' and '.join(loaded)} can be loaded; nothing was scored"
@@ -77,7 +80,8 @@ def try_reward(
 
 def reward_name(config: RlConfig | EvalConfig) -> str:
     """Returns the name of a configuration's reward for messages."""
-    return config.reward.function if config.reward.terms is None else " + ".join(config.reward.terms)
+    function = config.reward.function.removeprefix(GIVEN).partition("@")[0]
+    return function if config.reward.terms is None else " + ".join(config.reward.terms)
 
 
 def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:

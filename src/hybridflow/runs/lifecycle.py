@@ -15,7 +15,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and a wall-clock limit into a question that the loop asks; use it as a context.
+    """Turns Ctrl-C, SIGTERM, a wall-clock limit and a program's own request into a question that the loop asks; use it
+    as a context.
 
     A second Ctrl-C ends the process at once.
 
@@ -27,14 +28,23 @@ class StopRequest:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.max_minutes = max_minutes
         self.signal: str | None = None
+        self._asked: str | None = None
         self._before: dict[int, object] = {}
+
+    def request(self, reason: str) -> None:
+        """Asks the run to stop after the step that is under way; it is saved, and the same program resumes it.
+
+        Args:
+            reason: why, for the run's records.
+        """
+        self._asked = reason
 
     @property
     def reason(self) -> str | None:
         """Why the run should stop, or None."""
         if self.signal is None and self.deadline is not None and time.monotonic() > self.deadline:
             return f"the limit of {self.max_minutes:g} minutes (run.max_minutes) was reached"
-        return self.signal
+        return self.signal or self._asked
 
     def requested(self) -> bool:
         """Returns whether the run should stop."""

@@ -245,6 +245,13 @@ class Session:
         }
         self.saver.save(step, state)
 
+    def keep(self, step: int) -> None:
+        """Saves a step that is done, unless it is saved; returns when its checkpoint is complete."""
+        self.saver.settle()
+        if step > self.saver.saved_step:
+            self.save(step)
+            self.saver.settle()
+
     def restore(self) -> None:
         """Goes on from the newest checkpoint, if there is one, and drops records of later steps.
 
@@ -291,10 +298,7 @@ class Session:
         Raises:
             Interrupted: a signal stopped the run; everything is saved.
         """
-        self.saver.settle()
-        if self.step > self.saver.saved_step:
-            self.save(self.step)
-            self.saver.settle()
+        self.keep(self.step)
         fault_point("finish", self.step)
         if self.done():
             export_engine(self.engine, self.tokenizer, self.folder.path / "model")

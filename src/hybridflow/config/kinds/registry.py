@@ -55,19 +55,28 @@ class Kind:
     example: str
     starter: Starter = field(default_factory=Starter)
 
-    def checked(self, config: Section) -> Iterator[str]:
+    def checked(self, config: Section, **objects: Any) -> Iterator[str]:
         """Looks for what is wrong with a configuration of this kind; what it found, line by line.
+
+        Args:
+            config: the configuration.
+            objects: what a program gives beside it, as keyword arguments of the function `check`.
 
         Raises:
             UserError: the first thing that is wrong.
         """
-        lines: Iterator[str] = _imported(self.check)(config)
+        lines: Iterator[str] = _imported(self.check)(config, **objects)
         return lines
 
-    def trained(self, config: TrainingConfig) -> None:
-        """Runs a configuration of this kind to its end, or to where it is asked to stop."""
+    def trained(self, config: TrainingConfig, **objects: Any) -> None:
+        """Runs a configuration of this kind to its end, or to where it is asked to stop.
+
+        Args:
+            config: the configuration.
+            objects: what a program gives beside it, as keyword arguments of the function `train`.
+        """
         assert self.train is not None
-        _imported(self.train)(config)
+        _imported(self.train)(config, **objects)
 
 
 class TrainingConfig(Protocol):

@@ -40,10 +40,16 @@ REWARDS = (
     "tool_format",
     "code",
 )
+GIVEN = "given:"  # begins the name that a run records for a reward which a program gave as an object
 SPECIAL = ("by_source", "model", "judge")  # routed by data_source; the sections reward.model and reward.judge
 
 
 def _check_name(name: str) -> str:
+    if name.startswith(GIVEN):
+        raise ValueError(
+            f"{name} is a function that a program gave to this run, and a configuration cannot hold it: run that "
+            "program again, or name a reward, such as file.py:function"
+        )
     if ".py:" not in name and "://" not in name and name not in (*REWARDS, *SPECIAL):
         raise ValueError(
             f"{name!r} is neither file.py:function, nor the address of a server, nor a built-in reward; "
@@ -56,7 +62,7 @@ def _no_object(value: Any) -> Any:
     if callable(value):
         raise ValueError(
             "a configuration is text, and this is a function in memory: write it into a file and name it, as "
-            "file.py:function; a program may give it beside the configuration: open_run(config, reward=function)"
+            "file.py:function; a program may give it as an object: hybridflow.open_run(config, reward=function)"
         )
     return value
 

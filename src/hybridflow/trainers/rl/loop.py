@@ -6,8 +6,9 @@ Shapes: B responses, T tokens of all responses and their prompts, S spans of one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from hybridflow.protocols.training import Loss, Scorer, TrainEngine
 from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.tracking.signal_watch import TEACHES, teaches
 from hybridflow.trainers.rl.batches import batch_of
+from hybridflow.trainers.rl.callbacks import Callback, call_back, require_callbacks
 from hybridflow.trainers.rl.corrections import (
     corrected,
     old_logp_is,
@@ -42,8 +44,13 @@ from hybridflow.trainers.rl.run import RlRun, open_run
 from hybridflow.trainers.rl.shaping import shaped_rewards, token_rewards
 
 
-def train(config: RlConfig) -> Path:
-    """Runs a configuration to its end, or to where it is asked to stop; the same call then goes on.
+def train(config: RlConfig, *, reward: Callable[..., Any] | None = None, callbacks: Sequence[Callback] = ()) -> Path:
+    """Runs a configuration to its end, or to where it is asked to stop; the same call then resumes it.
+
+    Args:
+        config: the configuration.
+        reward: see `open_run`.
+        callbacks: called after each step, see `callbacks`.
 
     Returns:
         The run's folder, with ``model/`` in it once the run has ended.
@@ -51,7 +58,8 @@ def train(config: RlConfig) -> Path:
     Raises:
         Interrupted: Ctrl-C or SIGTERM stopped the run; its checkpoint is saved.
     """
-    with open_run(config) as run:
+    require_callbacks(callbacks)
+    with open_run(config, reward=reward) as run:
         if run.step == 0 and config.eval.before_training:
             record(run, 0, [], None, {})
         for step in run.steps():
@@ -59,7 +67,8 @@ def train(config: RlConfig) -> Path:
             batch, estimated = estimate(run, groups)
             learned = update(run, batch)
             sent = publish_weights(run, step)
-            record(run, step, groups, batch, learned | drawn | estimated | sent)
+            line = record(run, step, groups, batch, learned | drawn | estimated | sent)
+            call_back(callbacks, run, step, line, groups, batch)
         run.finish()
     return run.folder.path
 
@@ -174,8 +183,10 @@ def publish_weights(run: RlRun, step: int) -> dict[str, float]:
     return sent
 
 
-def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]) -> None:
-    """Evaluates, writes what happened, and saves a checkpoint, each where it is due."""
+def record(
+    run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]
+) -> dict[str, float]:
+    """Evaluates, writes what happened, and saves a checkpoint, each where it is due; returns the step's metrics."""
     config, last = run.config, step == run.total_steps
     if run.held_out is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
         metrics = metrics | run.evaluate(step)
@@ -204,13 +215,15 @@ def record(run: RlRun, step: int, groups: list[Group], batch: Batch | None, metr
             "perf/time_per_step": times["timing_s/step"],
             "perf/throughput": batch.total() / times["timing_s/step"],
         }
-    run.note(step, {"training/global_step": step} | metrics | times)
+    metrics = {"training/global_step": step} | metrics | times
+    run.note(step, metrics)
     fault_point("record", step)
     due = bool(config.checkpoint.every) and step % config.checkpoint.every == 0
     if (run.note_best(step, metrics) or due) and step and not last:
         with run.clock.phase("save_checkpoint"):
             run.save(step)
         fault_point("saved", step)
+    return metrics
 
 
 # --- the pieces ---

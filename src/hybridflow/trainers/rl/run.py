@@ -32,6 +32,7 @@ from hybridflow.protocols.training import Scorer
 from hybridflow.protocols.waiting import Stopped
 from hybridflow.publishing.canary import computes_exactly
 from hybridflow.publishing.publisher import Publisher, publisher_of
+from hybridflow.rewards.graders.given import with_given
 from hybridflow.runs.best import best_of, better
 from hybridflow.runs.session import Opened, Session, opening, total_steps
 from hybridflow.tracking.jsonl import read_metrics
@@ -226,11 +227,13 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
 
     Args:
         config: the configuration.
-        reward: a function to use instead of ``reward.function``, with the same arguments.
+        reward: a function to use instead of ``reward.function``, with the same arguments. The run records its name
+            and a fingerprint of it.
 
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
+    config = with_given(config, reward)
     with opening(config) as opened:
         run = _assemble(config, opened, reward)
         if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in run.folder.changed):

@@ -1,0 +1,93 @@
+"""Rewards that a program gives as objects: the name that the run's configuration records for them.
+
+The name holds a fingerprint of the source text, defaults, closure values and bound arguments. When the run is resumed
+with another function, the setting has changed, and the run says so. What a function reads elsewhere (globals, files) is
+not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.sections.rewards import GIVEN
+from hybridflow.rewards.graders.function import name_of
+
+GivenReward: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
+
+
+def with_given(config: RlConfig, reward: GivenReward | None) -> RlConfig:
+    """Returns a configuration that records a reward which a program gave, instead of those that it names.
+
+    Args:
+        config: the configuration.
+        reward: a function, a callable object, or a list of them; None leaves the configuration as it is.
+    """
+    if reward is None:
+        return config
+    named: dict[str, Any] = {"function": recorded_name(reward), "terms": None, "kwargs": {}}
+    return config.model_copy(update={"reward": config.reward.model_copy(update=named)})
+
+
+def recorded_name(reward: GivenReward) -> str:
+    """Returns what stands for a reward in the configuration of a run: ``given:NAME@FINGERPRINT``.
+
+    Args:
+        reward: a function, a callable object, or a list of them.
+    """
+    functions = list(reward) if isinstance(reward, Sequence) else [reward]
+    names = "+".join(re.sub(r"\W", "", name_of(function)) for function in functions)
+    content = json.dumps([_content(function, ()) for function in functions], sort_keys=True)
+    return f"{GIVEN}{names}@{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
+
+
+def _content(value: Any, above: tuple[int, ...]) -> Any:
+    """Returns what JSON can hold of a value, without addresses; of a function what it is made of."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if id(value) in above:  # an object that holds itself
+        return "..."
+    above = (*above, id(value))
+    if isinstance(value, Mapping):
+        return {str(key): _content(inside, above) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(inside, above) for inside in value]
+    if isinstance(value, functools.partial):
+        return [_content(inside, above) for inside in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [value.__name__, _content(value.__self__, above)]
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
+        closure = {name: _content(cell.cell_contents, above) for name, cell in cells if _is_filled(cell)}
+        defaults = [_content(inside, above) for inside in (value.__defaults__, value.__kwdefaults__)]
+        return [value.__qualname__, _source(value) or _code(value.__code__), defaults, closure]
+    if isinstance(value, type):
+        return [value.__qualname__, _source(value)]
+    fields = getattr(value, "__dict__", {})  # plain data: the settings of a callable object
+    return [_content(type(value), above), {name: _content(inside, above) for name, inside in fields.items()}]
+
+
+def _source(value: Any) -> str | None:
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # typed into an interpreter, or written in C
+        return None
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not set yet
+        return False
