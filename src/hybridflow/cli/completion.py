@@ -46,7 +46,7 @@ complete -o default -F _hybridflow hybridflow
 
 
 def _words(name: str, parser: argparse.ArgumentParser) -> list[str]:
-    """Options, choices, and the keys of configurations where the command takes overrides."""
+    """Returns options, choices, and the keys of configurations where the command takes overrides."""
     options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     choices = [str(choice) for action in parser._actions for choice in action.choices or ()]
     found = [*options, *choices]

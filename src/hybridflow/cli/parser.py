@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def never_fails_to_print() -> None:
-    """Lets output go on where the terminal cannot show a character: it is written as an escape."""
+    """Writes a character that the terminal cannot show as an escape, so that printing never raises."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -65,7 +65,7 @@ def check(config: Any, **objects: Any) -> Iterator[str]:
 
 
 def check_rl(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> Iterator[str]:
-    """Looks at a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes.
+    """Checks a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes.
 
     Args:
         config: the configuration.
@@ -101,7 +101,7 @@ def check_rl(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> I
 
 
 def check_eval(config: EvalConfig) -> Iterator[str]:
-    """Looks at an evaluation: its model, its rows and its reward."""
+    """Checks an evaluation: its model, its rows and its reward."""
     model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
     assert config.data.eval is not None
@@ -209,7 +209,7 @@ def _advise_on_tokens(
 
 
 def check_sft(config: SftConfig) -> Iterator[str]:
-    """Looks at a supervised run: its model, its conversations and its sizes."""
+    """Checks a supervised run: its model, its conversations and its sizes."""
     model, tokenizer = load_role(sft_role(config, 1), outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
     yield from describe_placement(config)

@@ -14,7 +14,7 @@ from hybridflow.trainers.reward_model import load_pairs
 
 
 def check_preferences(config: RewardModelConfig) -> Iterator[str]:
-    """Looks at a run that trains a reward model: its model, its pairs and its sizes."""
+    """Checks a run that trains a reward model: its model, its pairs and its sizes."""
     tokenizer, data, held_out = load_pairs(config)
     yield _describe_start(config)
     yield from describe_placement(config)

@@ -60,7 +60,7 @@ class Diagnosis:
 
 
 def examine(*, time_limit: float = TIME_LIMIT) -> Iterator[Diagnosis]:
-    """Does all checks, and yields what each found as soon as it is known.
+    """Runs all checks, and yields the finding of each as soon as it is known.
 
     Args:
         time_limit: seconds for the collective of two processes.
@@ -205,7 +205,7 @@ def _collective(time_limit: float) -> str:
 
 
 def _two_processes(wanted: str, time_limit: float) -> float:
-    """Seconds until both processes have the sum."""
+    """Returns the seconds until both processes have the sum."""
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:

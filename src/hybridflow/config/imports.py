@@ -55,7 +55,7 @@ def user_folders() -> list[Path]:
 
 
 def know(folders: Iterable[Path]) -> None:
-    """Has objects of modules in these folders, which another process has imported, be found here too."""
+    """Makes objects of modules in these folders, which another process has imported, importable here too."""
     for folder in folders:
         _package_of(folder)
 

@@ -155,7 +155,7 @@ def require_one_schema(rows: Sequence[Row], keys: Mapping[str, str], *, source: 
 
 
 def uneven_columns(rows: Sequence[Row]) -> dict[str, int]:
-    """Columns that some rows have and others lack, with the number of rows that lack them."""
+    """Returns the columns that some rows have and others lack, with the number of rows that lack them."""
     counts = Counter(key for row in rows for key in row)
     return {key: len(rows) - count for key, count in counts.items() if count < len(rows)}
 

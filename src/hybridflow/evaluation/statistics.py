@@ -74,7 +74,8 @@ def maj_at_k(votes: Sequence[Hashable], rewards: Sequence[float], k: int) -> flo
 
 
 def _wins(m: int, j: int, k: int, sizes: Counter[int]) -> float:
-    """Subsets of size k in which an answer with m responses has j of them and wins, each counted by its share of ties.
+    """Counts the subsets of size k in which an answer with m responses has j of them and wins, each by its share of
+    ties.
 
     Args:
         m: responses that give the answer.

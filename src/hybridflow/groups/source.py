@@ -177,7 +177,7 @@ class GroupSource:
         return Request(question.token_ids, greedy, NoiseKey(self.seed, "greedy", draw))
 
     def _submit(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> _Scoring:
-        """Has a finished group scored."""
+        """Submits a finished group to the grader."""
         require_finite(results.values(), f"row {row} of the training data", "rollout.temperature")
         began = time.perf_counter()
         greedy = results.pop(GREEDY, None)

@@ -1,4 +1,4 @@
-"""Ends of responses that are told by their text: stop strings and regular expressions."""
+"""Ends of responses that their text decides: stop strings and regular expressions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StopText:
         self.longest = max(map(len, stop), default=0)
 
     def ends_with(self, token: int) -> bool:
-        """Adds a token; whether a stop is complete with it."""
+        """Adds a token; returns whether a stop is complete with it."""
         self.tokens.append(token)
         known = self.decode(self.tokens[self.begin : self.read])
         new = self.decode(self.tokens[self.begin :])[len(known) :]

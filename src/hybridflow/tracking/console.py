@@ -147,7 +147,7 @@ def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``7 s``, ``3:05 min``, ``2:10 h``.
+    """Formats seconds: ``7 s``, ``3:05 min``, ``2:10 h``.
 
     >>> duration(185)
     '3:05 min'

@@ -22,7 +22,7 @@ _GOES_ON = "training continues, and metrics.jsonl has everything"
 
 
 def not_installed(config: TrackSection) -> Iterator[str]:
-    """Says which trackers are asked for and cannot be started, as a run says it."""
+    """Yields a line for each tracker that is asked for and cannot be started, as a run prints it."""
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             yield f"warning: {name}: not available; install it with: {_INSTALL.format(name)}; {_GOES_ON}"

@@ -117,7 +117,7 @@ def values_of(run: RewardModelRun, batch: Batch) -> Tensor:
 
 
 def pair_metrics(value_N2: Tensor, batch: Batch, center_coef: float) -> dict[str, float]:
-    """Means over pairs: "loss", "accuracy" (a tie counts half), "margin", "chosen_reward" and "rejected_reward"."""
+    """Computes means over pairs: "loss", "accuracy" (ties count half), "margin", "chosen_reward", "rejected_reward"."""
     chosen_N, rejected_N = value_N2.double().unbind(1)
     margin_N = batch["margin_T"][batch["loss_mask_T"]][::2].double()
     loss_N, _ = bradley_terry(chosen_N, rejected_N, margin_N, center_coef=center_coef)

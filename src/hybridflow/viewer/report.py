@@ -219,7 +219,7 @@ def _stride(size: int, most: int) -> int:
 
 
 def _phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
-    """Seconds of each step by phase; the small phases and what no phase covers are "other"."""
+    """Sums the seconds of each step by phase; small phases and the time outside of phases are "other"."""
     steps = [m for m in metrics if math.isfinite(m.get("timing_s/step", math.nan))]
     if not steps:
         return None

@@ -64,7 +64,7 @@ def problems_of_reward(r: RewardSection, *, advantage: str, longest_answer: int)
 
 
 def _unread_values(a: AlgorithmSection) -> Iterator[str]:
-    """Values that were given and that none of the chosen pieces takes."""
+    """Yields values that were given and that none of the chosen pieces takes."""
     read = values_taken(a.advantage, a.policy_loss, a.aggregation)
     for name in sorted(set(a.values) - read):
         yield f"algorithm.values.{name} is set, but no function of your own takes a keyword-only parameter of that name"

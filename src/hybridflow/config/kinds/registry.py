@@ -56,7 +56,7 @@ class Kind:
     starter: Starter = field(default_factory=Starter)
 
     def checked(self, config: Section, **objects: Any) -> Iterator[str]:
-        """Looks for what is wrong with a configuration of this kind; what it found, line by line.
+        """Checks a configuration of this kind; yields the findings line by line.
 
         Args:
             config: the configuration.

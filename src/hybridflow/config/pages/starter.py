@@ -20,7 +20,9 @@ WIDTH = 100
 
 
 def _limits(model: str, begin: Mapping[str, Any]) -> dict[str, Any]:
-    """Lengths that fit a model whose folder tells its context: a prompt and its response get half of it each."""
+    """Returns lengths that fit the model's context, where its folder states that: half for the prompt, half for the
+    response.
+    """
     for folder in (home(model), home(model) / "model"):
         with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` says what is wrong with it
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -224,7 +224,7 @@ def add_probe(report: Report, tried: Sequence[Tried], function: FunctionSpec, *,
 
 
 def answers_of(case: KnownCase, texts: Sequence[str]) -> Answers:
-    """Responses to a case, as a grader takes them."""
+    """Returns responses to a case, as a grader takes them."""
     prompt = [{"role": "user", "content": case.question}]
     row = {"prompt": prompt, "ground_truth": case.ground_truth, **case.row}
     return Answers(list(texts), case.ground_truth, prompt, row)
@@ -270,7 +270,7 @@ def judge(case_set: CaseSet, tried: Sequence[Tried]) -> list[Finding]:
 
 
 class _Judged:
-    """Responses that show something, by what they show."""
+    """Responses that give a finding, by the kind of finding."""
 
     def __init__(self) -> None:
         self._shown: dict[tuple[Kind, str], list[Tried]] = {}

@@ -260,7 +260,7 @@ def _other_number_of_items(case: KnownCase) -> list[str]:
 
 
 def _other_base(case: KnownCase) -> list[str]:
-    """Digits of a base with another, or with none."""
+    """Returns the digits of a base with another base, or with none."""
     found = _BASED.fullmatch(case.answer)
     if found is None:
         return []

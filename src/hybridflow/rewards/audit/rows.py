@@ -124,7 +124,7 @@ def case_set_of(cases: Sequence[KnownCase], kwargs: Mapping[str, Any]) -> CaseSe
 
 
 def truth_in_prompt(cases: Sequence[KnownCase]) -> Finding | None:
-    """Tells in how many prompts the ground truth can be read; None where in none."""
+    """Counts the prompts that contain the ground truth; None where none does."""
     shown = [c for c in cases if c.answer and re.search(rf"(?<![\w.]){re.escape(c.answer)}(?![\w]|\.\d)", c.question)]
     if not shown:
         return None

@@ -427,7 +427,7 @@ class ProcessGrader:
         self._watch(process)
 
     def _watch(self, process: PoolProcess) -> None:
-        """Has the thread wake when the process takes more, if there is more for it."""
+        """Makes the thread wake when the process can take more, if there is more for it."""
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.wire.unsent else 0)
         if self._selector.get_key(process.wire.connection).events != wanted:
             self._selector.modify(process.wire.connection, wanted, process)

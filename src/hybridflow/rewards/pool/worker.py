@@ -82,7 +82,7 @@ class WorkerSocket:
         self.connection.sendall(frame(message))
 
     def receive(self, *, wait: bool) -> list[Any]:
-        """Messages that have arrived; with `wait`, at least a piece of one.
+        """Returns messages that have arrived; with `wait`, blocks for at least a piece of one.
 
         Raises:
             EOFError: the parent has closed its end.

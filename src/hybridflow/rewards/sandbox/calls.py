@@ -76,7 +76,7 @@ def serve(program: str, requests: int, replies: int, judge: bool) -> None:
         served = Served(_load(program, judge), printed)
 
         def back(request: dict[str, Any]) -> Any:
-            """Has the test call a function of its own, which may call the program."""
+            """Makes the test call a function of its own, which may call the program."""
             out.write(json.dumps(request) + "\n")
             out.flush()
             while True:
@@ -177,7 +177,7 @@ class Theirs:
         self._served, self._number = served, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Has the test call it.
+        """Makes the test call it.
 
         Raises:
             Exception: of the built-in kind that it raised.
@@ -263,7 +263,7 @@ class Served:
         return {"value": wire.encode(getattr(type(target), name)(target, *args, **kwargs))}
 
     def ask_back(self, op: str, number: int, args: Any, kwargs: Any) -> Any:
-        """Has the test do something with what it gave."""
+        """Makes the test use an object that it gave."""
         wire = ValueCodec(self._refer, self._resolve)
         sent = {"back": op, "theirs": number, "args": wire.encode(args), "kwargs": wire.encode(kwargs)}
         reply = self.back(sent)

@@ -223,7 +223,7 @@ def _root(of: Any, degree: Any) -> Any:
 
 
 def _in_radians(node: Node) -> Node:
-    """Degrees in the argument of a trigonometric function as what they are."""
+    """Converts degrees in the argument of a trigonometric function to radians."""
     parts = tuple(_in_radians(part) for part in node.parts)
     if node.kind == "degree":
         half_turn = Node("div", (Node("constant", (), "pi"), Node("number", (), "180")))

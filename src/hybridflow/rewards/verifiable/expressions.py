@@ -348,7 +348,7 @@ def _amount(node: Node) -> tuple[Node, str]:
 
 
 def _as_matrix(node: Node) -> Node:
-    """Brackets in brackets, all of one length, as the matrix that they are; ``[x]`` as x."""
+    """Returns brackets in brackets, all of one length, as a matrix; ``[x]`` as x."""
     if node.kind == "bracket" and node.text == "[]":
         rows = [Node("row", part.parts) for part in node.parts if part.kind == "bracket" and part.text == "[]"]
         if len(rows) == len(node.parts):

@@ -118,7 +118,7 @@ class _Reader:
         return Node("relation", tuple(sides), " ".join(signs)) if signs else sides[0]
 
     def join(self, thousands: bool) -> Node:
-        """Unions and the like of sets, ratios, sums."""
+        """Parses unions and other operations on sets, ratios, sums."""
         node = self.ratio(thousands)
         while self.is_next(*JOINS):
             node = Node(JOINS[self.take().text], (node, self.ratio(thousands)))

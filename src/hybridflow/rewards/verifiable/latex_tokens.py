@@ -175,7 +175,7 @@ def _rewritten(text: str) -> str:
 
 
 def _based(found: re.Match[str]) -> str:
-    """Digits with their base; A_1 is a name."""
+    """Rewrites digits with their base; A_1 is a name."""
     digits, name = found[1] or found[2], (found[3] or found[4]).lower()
     base = int(_BASE_NAMES.get(name, name))
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits.replace(".", "")):

@@ -134,7 +134,7 @@ class Decoder:
         return F.rms_norm(x_TC, (x_TC.shape[-1],), self.norm, self.eps)
 
     def logits(self, hidden_TC: Tensor) -> Tensor:
-        """Logits ``[T, V]`` of these states."""
+        """Computes the logits ``[T, V]`` of these states."""
         return _product(hidden_TC, self.head)
 
 

@@ -102,7 +102,7 @@ class InlineEngine:
         self._decoder: Decoder | None = None
 
     replicas = 1
-    cache_block = 0  # prompts that come together share a prefill, which is kept for nobody else
+    cache_block = 0  # prompts that come together share a prefill, which is not kept for later ones
 
     @property
     def max_model_len(self) -> int:
@@ -235,7 +235,7 @@ class InlineEngine:
         self._draw(logits_RV, running)
 
     def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor, width: int) -> Tensor:
-        """Runs distinct contexts once and copies their keys and values to each row; each row's logits ``[R, V]``."""
+        """Runs distinct contexts once, copies their keys and values to each row; returns each row's logits ``[R, V]``."""
         device, running = self.model.device, len(self._rows.jobs)
         if not self.packs:
             return self._whole(contexts)[which.to(device)]
@@ -258,7 +258,7 @@ class InlineEngine:
         self._draw(self._forward(rows.last_R, rows.length_R - 1, layout), 0)
 
     def _forward(self, ids_T: Tensor, position_T: Tensor, layout: Layout, ends: Tensor | None = None) -> Tensor:
-        """Logits after the tokens `ends` of a prefill ``[len(ends), V]``, or after every row's token ``[R, V]``."""
+        """Computes logits after tokens `ends` of a prefill ``[len(ends), V]``, or after every row's token ``[R, V]``."""
         if self.quick:
             if self._decoder is None:
                 self._decoder = Decoder(self.model, self.dtype, self._steps)
@@ -275,7 +275,9 @@ class InlineEngine:
         return logits[:, 0] if ends is None else logits[0]
 
     def _whole(self, contexts: list[tuple[int, ...]]) -> Tensor:
-        """Logits after whole sequences ``[len(contexts), V]``, of a model that takes no layout: nothing is cached."""
+        """Computes logits after whole sequences ``[len(contexts), V]``, for a model without a layout: nothing is
+        cached.
+        """
         lengths = torch.tensor([len(c) for c in contexts])
         ids_T = torch.tensor([t for c in contexts for t in c], device=self.model.device)
         states_TC = padded_states(trunk(self.model), ids_T, lengths)
@@ -314,7 +316,7 @@ class InlineEngine:
         return old
 
     def _free(self) -> None:
-        """Gives the memory of the cache and of copied weights back, to training above all."""
+        """Frees the memory of the cache and of copied weights, mainly for training."""
         self._cache = self._decoder = None
 
     def _autocast(self) -> AbstractContextManager[None]:

@@ -1,13 +1,13 @@
-"""Engines that generate outside of this process: requests go out at once, answers come back in order of completion.
+"""Engines that generate outside of this process: requests are sent at once, results arrive in order of completion.
 
-`AsyncEngine` is all of a `RolloutEngine` but the talking: a thread with an asyncio loop sends requests to one or
-several replicas, and whoever waits sleeps until something has ended. What talks to an engine fills in `replica.Hooks`.
+`AsyncEngine` is a `RolloutEngine` without the protocol of one engine: a thread with an asyncio loop sends requests to
+one or several replicas, and `wait` sleeps until a request has ended. The code for one engine implements
+`replica.Hooks`.
 
-A replica that died, that fails again and again, or that was silent for `answer_timeout` is started again, or left out
-where it is not ours to start. What it had been asked is asked again from the beginning, with the same seeds: nothing
-of it was handed out, so nothing is lost or counted twice. A replica that was started again has the weights of its
-folder: `on_restart` is called, in the thread that waits, and must publish the current ones; before that nothing is
-sampled from it.
+A replica that died, that fails again and again, or that was silent for `answer_timeout` is started again, or evicted
+where this run did not start it. Its requests are requeued and start over with the same seeds: no part of them was
+handed out, so nothing is lost or counted twice. A restarted replica has the weights of its folder: `on_restart` is
+called, in the thread that waits, and must publish the current ones; before that nothing is sampled from it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AsyncEngine(Hooks):
     Args:
         names: of the replicas, for messages.
         max_model_len: most tokens of a sequence, prompt and response together.
-        managed: whether replicas that died may be started again by us.
+        managed: whether this process may start replicas again that died.
         supervision: when a replica counts as hung, and how often each is started again.
         route: how `update_weights` sends a stream of this process.
         decode: token ids to text; needed by requests that end by their text.
@@ -60,7 +60,7 @@ class AsyncEngine(Hooks):
     Attributes:
         version: of the weights that are sampled from.
         on_restart: publishes the current weights; called from `wait` when a replica was started again.
-        note: is told (kind, text) of what happened to replicas.
+        note: is called with (kind, text) for every event of a replica.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AsyncEngine(Hooks):
         self._loop.call_soon_threadsafe(self._running.set)
 
     def open(self) -> None:
-        """Starts all replicas; a subclass calls it when it is set up. What was started is ended if one cannot be."""
+        """Starts all replicas; a subclass calls it when it is set up. If one cannot start, ends those that did."""
         try:
             self._do(all_of([self._first_start(replica) for replica in self._live]))
         except BaseException:
@@ -133,7 +133,7 @@ class AsyncEngine(Hooks):
         """See `RolloutEngine.wait`.
 
         Raises:
-            UserError: no replica is left, or what keeps one from answering is for the user to mend.
+            UserError: no replica is left, or one fails for a reason that the user must mend.
         """
         self._send()
         while True:
@@ -195,14 +195,14 @@ class AsyncEngine(Hooks):
     def receivers(self) -> list[str]:
         """Returns the host of every process that takes weights, in the order of their indices; see `receive_weights`.
 
-        It becomes shorter when a replica that is not ours to start again is left out.
+        It becomes shorter when a replica is evicted that this run cannot start again.
         """
         return [host for replica in self._live for host in self._hosts(replica)]
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
         """Makes every process take the stream that is sent at `address`, and returns what each received.
 
-        Requests in flight go on with the new weights: their results have several spans.
+        Requests in flight continue with the new weights: their results have several spans.
 
         Raises:
             WeightSyncError: a process could not take it, or its replica died; the latter is started again meanwhile.
@@ -250,7 +250,7 @@ class AsyncEngine(Hooks):
         """Makes the search for the texts that end a job, begun at its current token; None where the job has no such
         texts.
 
-        An engine need not look: what lies behind such a text is cut off. It may, to end a job sooner.
+        An engine may ignore it: tokens after such a text are cut off. It may use it to end a job sooner.
         """
         sampling = job.request.sampling
         if not sampling.stop and sampling.stop_regex is None:
@@ -276,9 +276,9 @@ class AsyncEngine(Hooks):
         return [result for result in self._ready if result.handle >= self._oldest]
 
     def _publish_again(self) -> None:
-        """Has the current weights published to a replica that was started again.
+        """Publishes the current weights to a replica that was started again.
 
-        Whoever publishes may generate, to see that the weights are right: meanwhile `wait` gives no other results.
+        The publisher may generate, to verify the weights: meanwhile `wait` returns no other results.
         """
         if self.on_restart is None:
             raise RuntimeError(
@@ -418,7 +418,7 @@ class AsyncEngine(Hooks):
         return "look at the engine's own output, and start with fewer or smaller replicas if memory ran out"
 
     async def _watch(self, replica: Replica) -> None:
-        """Asks a replica whose answers stay away for a sign of life: half the time for either."""
+        """Pings a replica that has been silent for half of the timeout; the other half is for its reply."""
         half = self.supervision.answer_timeout / 2
         while replica.flights and replica.current.is_set():
             replica.answered.clear()
@@ -437,7 +437,7 @@ class AsyncEngine(Hooks):
                     self._lost(replica, why_lost(error, self.supervision.answer_timeout))
 
     def _lost(self, replica: Replica, why: str) -> None:
-        """Begins to put a replica right, once."""
+        """Begins to recover a replica, once."""
         if replica in self._live and (replica.recovery is None or replica.recovery.done()):
             replica.up.clear()
             replica.current.clear()
@@ -486,7 +486,7 @@ class AsyncEngine(Hooks):
             self._fail(error)
 
     def _leave_out(self, replica: Replica, why: str) -> None:
-        """Goes on without a replica that is not ours to start."""
+        """Evicts a replica that this run cannot start again."""
         if len(self._live) == 1:
             raise UserError(
                 f"{replica.name} {why}",
@@ -510,7 +510,7 @@ class AsyncEngine(Hooks):
             replica.up.set()
 
     async def _each(self, act: Callable[[Replica], Awaitable[None]]) -> None:
-        """Does it with every replica that there is; one that is lost meanwhile is put right first."""
+        """Calls a function for every replica; one that is lost meanwhile is recovered first."""
 
         async def one(replica: Replica) -> None:
             while replica in self._live:

@@ -1,9 +1,9 @@
-"""Runs a command as its child, and lets nothing of it live longer than whoever asked for it.
+"""Runs a command as its child, and ends all of its processes when the process that asked for it ends.
 
-``python guardian.py COMMAND...``; when standard input ends (whoever asked for it has gone, however), or the command
-itself ends, every process that it has started is told to end, and killed `GRACE` seconds later. The exit status is
-that of the command, 128 + N where signal N ended it. Needs nothing but the standard library: it is started by path,
-without site packages, and takes little memory.
+``python guardian.py COMMAND...``; when standard input ends (the process that asked for it has ended, in any way), or
+the command itself ends, every process that it has started gets SIGTERM, and SIGKILL `GRACE` seconds later. The exit
+status is that of the command, 128 + N where signal N ended it. Needs nothing but the standard library: it is started by
+path, without site packages, and takes little memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Engines behind HTTP: servers that run already, or that this process starts, watches and ends.
+"""Engines behind HTTP: servers that run already, or servers that this process starts, watches and ends.
 
-`ServerEngine` is `AsyncEngine` with HTTP between; what the servers understand is for its subclasses. A server samples
-for one run at a time: its weight version, which servers of both kinds keep and tell, carries the name of the run.
+`ServerEngine` is an `AsyncEngine` over HTTP; its subclasses know the requests of each kind of server. A server samples
+for one run at a time: its weight version, which servers of both kinds store and report, carries the name of the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONNECTIONS = 400  # requests that are with one server at once: every one holds 
 KEEP_ALIVE = 2.0  # seconds that an idle connection is used again: less than any server keeps it
 LOOK_AGAIN = 0.1  # seconds between two looks whether a server that is starting answers
 GONE = 5.0  # seconds until a process whose port is closed is over, with all that it had started
-FREE = "default"  # weight version of a server that nobody has
+FREE = "default"  # weight version of a server without an owner
 SAID = 400  # characters of a server's error in ours
 
 
@@ -65,7 +65,7 @@ class Refused(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The run that a server samples for, as it is told to others through the server's weight version.
+    """The run that a server samples for; other runs read it from the server's weight version.
 
     Args:
         host: where the run's controller is.
@@ -85,7 +85,7 @@ class Owner:
         """Returns the weight version in a mark.
 
         Raises:
-            UserError: the mark is of somebody else, who has taken the server meanwhile.
+            UserError: the mark is of another run, which has taken the server meanwhile.
         """
         version = mark.partition(" of ")[0]
         if mark != self.mark(int(version) if version.isdecimal() else -1):
@@ -101,7 +101,7 @@ class Owner:
         owner's process has ended.
         """
         _, of, owner = mark.partition(" of ")
-        if not of:  # FREE, or what somebody wrote by hand
+        if not of:  # FREE, or a mark that was written by hand
             return True
         host, _, rest = owner.partition(" ")
         pid, _, run = rest.partition(" ")
@@ -117,7 +117,7 @@ class ServerEngine(AsyncEngine):
         servers: addresses of servers that run already; empty: `replicas` are started.
         replicas: how many to start.
         max_model_len: see `AsyncEngine`; so are `supervision`, `route` and `decode`.
-        launch: where they are started. Its folder is what other runs are told about who has a server.
+        launch: where they are started. Other runs see its folder as the owner of a server.
         supervision: when a server counts as hung, and how often each is started again.
         route: how weights travel.
         decode: token ids to text.
@@ -159,15 +159,15 @@ class ServerEngine(AsyncEngine):
 
     @abstractmethod
     def _environment(self) -> dict[str, str]:
-        """Variables of a server that we start."""
+        """Returns the environment variables of a server that this process starts."""
 
     @abstractmethod
     async def _settle(self, replica: Replica) -> None:
-        """Looks at a server that answers (is it one that can be worked with?), claims it, and asks for its hosts."""
+        """Checks that a server which answers fits the run, claims it, and asks for its hosts."""
 
     @abstractmethod
     async def _leave(self, replica: Replica) -> None:
-        """Lets another run have a server: its weight version is `FREE` again."""
+        """Releases a server for other runs: its weight version is `FREE` again."""
 
     # --- calls ---
 
@@ -189,10 +189,10 @@ class ServerEngine(AsyncEngine):
             body: is sent as JSON.
             method: of HTTP.
             params: of the query.
-            answers: whether it is one of many that take long; others have connections of their own.
+            answers: whether it is one of many long calls; others have connections of their own.
 
         Raises:
-            ReplicaLost: nobody listens there, or the process has ended.
+            ReplicaLost: nothing listens there, or the process has ended.
             Failed: it answered 5xx, or closed the connection.
             UserError: it answered 4xx.
         """

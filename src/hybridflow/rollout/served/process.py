@@ -1,7 +1,7 @@
 """A server that this process started: its port, its log, its end.
 
-Between the two stands a small process, `guardian.py`, which ends the server with everything that it started when this
-process ends, however that happens: nothing is left that holds memory or a port.
+A small process in between, `guardian.py`, ends the server with everything that it started when this process ends in any
+way: nothing is left that holds memory or a port.
 """
 
 from __future__ import annotations

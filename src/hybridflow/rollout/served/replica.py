@@ -1,4 +1,4 @@
-"""What `served/engine.py` and those who fill it in share: an engine that answers, what it was asked, what it said."""
+"""What `served/engine.py` and the code for each engine share: a replica, its requests, its replies."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ T = TypeVar("T")
 
 
 class ReplicaLost(Exception):
-    """A replica cannot answer any more; the message says why, as in "replica 0 has ...": "died ..."."""
+    """A replica cannot answer any more; the message gives the reason, as in "replica 0 has ...": "died ..."."""
 
 
 class ReplicaFailed(Exception):
-    """A replica answered that something went wrong inside it."""
+    """A replica reported an error of its own."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """What an engine answered to one call.
+    """An engine's reply to one call.
 
     Args:
         tokens: new tokens.
         logps: their log-probabilities, see `Result.logps`.
-        reason: "abort" where the engine was told to stop.
+        reason: "abort" where the engine was asked to stop.
         versions: (weight version, index in `tokens` of the first one sampled under it), in order; None: all under the
             version that the engine had when it was asked.
         supports: for each token the ids that could have been sampled, empty for all of them; None where nothing was
-            cut, or the engine does not tell.
+            cut, or the engine does not report it.
     """
 
     tokens: list[int]
@@ -46,13 +46,13 @@ class Piece:
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """A job and where it is.
+    """A job in flight.
 
     Args:
         job: the job.
-        task: what sends it and takes its answers.
+        task: sends it and takes its replies.
         out: whether it is with the engine now.
-        aborting: whether somebody asked for its end.
+        aborting: whether its end was asked for.
     """
 
     job: Job
@@ -63,19 +63,19 @@ class Flight:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """One engine that answers.
+    """One engine that generates.
 
     Args:
         name: how messages call it.
         state: what the subclass keeps: its process, its address.
         restarts: how often it was started again.
-        flights: what it was given and has not ended.
+        flights: its jobs in flight.
         up: whether it answers.
         current: whether it has the current weights.
-        answered: set by every answer.
-        said: what went wrong last: it is told once, not by every request.
-        watch: looks whether it is silent.
-        recovery: starts it again.
+        answered: set by every reply.
+        said: its last error: it is reported once, not for every request.
+        watch: the task that checks whether it is silent.
+        recovery: the task that starts it again.
     """
 
     name: str
@@ -95,11 +95,11 @@ class Replica:
 
 
 class Hooks(ABC):
-    """What talks to an engine, for `engine.AsyncEngine`.
+    """The calls to one kind of engine, for `engine.AsyncEngine`.
 
     All but `_check` and `_hosts` run in the thread of its loop, and must not block it. They raise `ReplicaLost` when
-    the replica cannot answer any more, `ReplicaFailed` when it answered that something went wrong inside it (the
-    request is sent again, a few times), and UserError for what the user must mend.
+    the replica cannot answer any more, `ReplicaFailed` when it reported an error of its own (the request is sent again,
+    a few times), and UserError for what the user must mend.
     """
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Hooks(ABC):
 
     @abstractmethod
     async def _start(self, replica: Replica) -> None:
-        """Returns when the replica can answer. Where it is not ours to start, it is only looked at."""
+        """Returns when the replica can answer. Checks a replica that this run did not start."""
 
     @abstractmethod
     async def _end(self, replica: Replica) -> None:
@@ -116,15 +116,15 @@ class Hooks(ABC):
 
     @abstractmethod
     async def _generate(self, replica: Replica, job: Job) -> Piece:
-        """Sends a job on from where it is (`Job.context`, `Job.left`, `Job.seed`); returns what the engine answered.
+        """Sends a job from its current token (`Job.context`, `Job.left`, `Job.seed`); returns the engine's reply.
 
-        A piece with reason "abort" that nobody asked for is kept, and the job goes on after it as soon as the engine
+        A piece with reason "abort" that was not asked for is kept, and the job continues after it as soon as the engine
         may generate: an engine that can only pause by aborting needs nothing more.
         """
 
     @abstractmethod
     async def _abort(self, replica: Replica, jobs: list[Job]) -> None:
-        """Has the engine end jobs; their `_generate` then returns the part done."""
+        """Makes the engine end jobs; their `_generate` then returns the part done."""
 
     @abstractmethod
     async def _pause(self, replica: Replica) -> None:
@@ -132,11 +132,11 @@ class Hooks(ABC):
 
     @abstractmethod
     async def _resume(self, replica: Replica) -> None:
-        """Goes on."""
+        """Resumes generation."""
 
     @abstractmethod
     async def _take_weights(self, replica: Replica, address: str, first: int, version: int) -> list[Receipt]:
-        """Has the replica's processes take the stream that is sent at an address, and drop what is of older weights.
+        """Makes the replica's processes take the stream that is sent at an address, and drop state of older weights.
 
         The replica is paused if something is in flight. From its end on it samples from the new version.
 
@@ -149,11 +149,11 @@ class Hooks(ABC):
 
     @abstractmethod
     async def _ping(self, replica: Replica) -> None:
-        """Returns as soon as the engine itself, not just the process before it, has answered something."""
+        """Returns as soon as the engine itself, not just the process in front of it, has answered."""
 
     @abstractmethod
     async def _sleep(self, replica: Replica) -> None:
-        """Gives back memory; nothing is in flight."""
+        """Frees memory; nothing is in flight."""
 
     @abstractmethod
     async def _wake(self, replica: Replica) -> None:

@@ -42,7 +42,7 @@ class _Host:
         process: the one around the engine.
         writer: where lines go in.
         reader: takes the lines that come out.
-        waiting: who waits for which answer.
+        waiting: the future of each reply, by number.
     """
 
     process: ServerProcess | None = None
@@ -125,7 +125,7 @@ class SglangEngine(SglangTalk):
         await self._look(replica, self._said(replica, "/server_info", *await started))
 
     async def _read(self, host: _Host, reader: asyncio.StreamReader) -> None:
-        """Gives answers to who waits for them, until the process ends."""
+        """Hands replies to the calls that wait for them, until the process ends."""
         while line := await reader.readline():
             answer = json.loads(line)
             future = host.waiting.pop(answer["number"], None)

@@ -1,11 +1,11 @@
-"""A process around SGLang's Engine object, which does what whoever started it asks for, over a socket.
+"""A process around SGLang's Engine object, which serves the process that started it over a socket.
 
 ``python -m hybridflow.rollout.sglang.host SOCKET ARGUMENTS``: the path of a listening Unix socket, and the engine's
 arguments in JSON. A line of JSON goes either way: {"number", "path", "body"} in, {"number", "status", "content"} out;
 paths are those of SGLang's HTTP interface. The first line out, number 0, says that the engine has started.
 
-Why not in the process of whoever asks: SGLang's Engine kills all children of its process when it ends, whoever started
-them, and the process itself when a scheduler fails; it also sets how processes are started and when garbage is
+Why a process of its own: SGLang's Engine kills all children of its process when it ends, also those that it did not
+start, and the process itself when a scheduler fails; it also sets how processes are started and when garbage is
 collected.
 """
 
@@ -22,7 +22,7 @@ LINE = 1 << 30  # bytes of the longest line
 
 
 class Refusal(Exception):
-    """SGLang says no."""
+    """SGLang refused a request."""
 
 
 class EngineHost:
@@ -63,7 +63,7 @@ class EngineHost:
             task.add_done_callback(tasks.discard)
 
     async def _answer(self, path: str, body: Any) -> tuple[int, Any]:
-        """Status of HTTP, and what is said."""
+        """Returns the HTTP status and the content."""
         try:
             return 200, await self._do(path, body)
         except (ValueError, Refusal) as error:

@@ -26,8 +26,7 @@ class SglangServerEngine(ServerEngine, SglangTalk):
         model: what servers compute. Of servers that run already `max_model_len` alone is read.
         servers: addresses of servers that run already, as ``http://host:port``; see docs/rollout.md.
         replicas: how many servers to start, where none is given.
-        launch: where these are started: an environment with SGLang. Its folder is what others are told who want the
-            same server.
+        launch: where these are started: an environment with SGLang. Other runs see its folder as the owner of a server.
         supervision: when a server counts as hung, and how often each is started again.
         route: how weights travel.
         decode: token ids to text; needed by requests with stop texts only.
@@ -91,7 +90,7 @@ class SglangServerEngine(ServerEngine, SglangTalk):
         await self._call(replica, "/update_weight_version", {"new_version": FREE, "abort_all_requests": False})
 
     def _check_server(self, replica: Replica, info: Mapping[str, Any]) -> None:
-        """Looks at a server that somebody else started.
+        """Checks a server that this run did not start.
 
         Raises:
             UserError: it was started with other arguments than it must have.

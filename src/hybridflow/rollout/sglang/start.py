@@ -110,7 +110,7 @@ def arguments(model: EngineModel) -> dict[str, Any]:
 
 
 def flags(named: Mapping[str, Any]) -> list[str]:
-    """Arguments as a command line has them; false and None are left out."""
+    """Returns arguments as a command line has them; false and None are left out."""
     line: list[str] = []
     for name, value in named.items():
         if value is None or value is False:
@@ -122,7 +122,7 @@ def flags(named: Mapping[str, Any]) -> list[str]:
 
 
 def environment(tensor_parallel: int) -> dict[str, str]:
-    """Variables of the processes that run SGLang.
+    """Returns the environment variables of the processes that run SGLang.
 
     Args:
         tensor_parallel: how many compute.

@@ -1,9 +1,9 @@
-"""What is said to SGLang, whichever way it travels: requests, pauses, weights.
+"""The requests to SGLang, over any connection: generation, pauses, weights.
 
-What SGLang does by itself and a trainer must not be exposed to is handled here:
+This file handles what SGLang does by default and a trainer must not be exposed to:
 
 - A request that ignores the model's end-of-sequence token ignores its own stop tokens too. So one with stop tokens
-  ignores nothing, and goes on where something else ended it: `Piece` with reason "abort".
+  ignores nothing, and is continued where something else ended it: `Piece` with reason "abort".
 - A request that gets not-a-number ends with a stop token in its place, as if all were well. That is an error here.
 - The id of a request is compared by its beginning when requests are aborted: ids are of one length.
 - Noise is ours (`sglang/sampler.py`), and so are the filters; where they cut, SGLang returns which tokens could have
@@ -47,7 +47,7 @@ LIMITS = {"stop": 32, "stop_regex": 256}  # texts, bytes: SGLang refuses more
 
 @dataclass(slots=True)
 class Known:
-    """What an engine said about itself.
+    """What an engine reported about itself.
 
     Args:
         processes: how many take weights.
@@ -64,11 +64,11 @@ class Known:
 
 @dataclass(slots=True)
 class Line:
-    """What is kept about a replica.
+    """What is kept for a replica.
 
     Args:
         hosts: of its processes.
-        known: what it said about itself.
+        known: what it reported about itself.
         ids: what requests that are with it are called there, by handle.
     """
 
@@ -223,11 +223,11 @@ class SglangTalk(AsyncEngine):
     # --- weights ---
 
     async def _look(self, replica: Replica, info: Mapping[str, Any]) -> None:
-        """Makes a replica that answers ours: our noise, version 0.
+        """Claims a replica that answers for this run: with our noise, and version 0.
 
         Args:
             replica: it.
-            info: what it says of itself at "/server_info".
+            info: what it reports at "/server_info".
         """
         line = self._lines[replica.name] = Line()
         line.known = Known(
@@ -257,7 +257,7 @@ class SglangTalk(AsyncEngine):
         return together((answer["held"] for answer in answers), "processes of SGLang")
 
     async def _order(self, replica: Replica, what: Mapping[str, Any], *, version: str | None) -> list[dict[str, Any]]:
-        """Has every process of a replica do what `sglang/worker.py` understands; their answers, by rank.
+        """Sends an order to every process of a replica (see `sglang/worker.py`); returns their replies, by rank.
 
         Args:
             replica: which.

@@ -1,11 +1,11 @@
-"""What SGLang's schedulers do for this library: take weights, say what arrived, read back what they hold.
+"""What SGLang's schedulers do for this library: take weights, report what arrived, read back what they hold.
 
 SGLang calls a custom weight loader in every scheduler process with its model and whatever tensors the call for an
 update carried. `load_weights` is ours (``--custom-weight-loader``); the only "tensor" that it is given is empty, and
 its name is an order in JSON. Weights come over the stream that vLLM's workers take, whatever its transport.
 
-The loader never raises: an exception ends a scheduler, and the server with it. What became of an order is written to
-the key-value store of whoever gave it.
+The loader never raises: an exception ends a scheduler, and the server with it. The outcome of an order is written to
+the key-value store of the process that gave it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STORE_TIMEOUT = timedelta(seconds=30)
 
 @dataclass
 class _Worker:
-    """What this process remembers from one order to the next."""
+    """The state that this process keeps from one order to the next."""
 
     inbox: Inbox | None = None
     stores: dict[str, dist.Store] = field(default_factory=dict)
@@ -50,7 +50,7 @@ def order(number: str, reply: str, what: Mapping[str, Any]) -> str:
 
     Args:
         number: of the order, never used twice.
-        reply: ``host:port`` of the store that answers go to, as "answer/NUMBER/RANK".
+        reply: ``host:port`` of the store that replies go to, as "answer/NUMBER/RANK".
         what: {"do": "look"}, {"do": "take", "address", "first", "version"}, or {"do": "read_back", "names"}.
     """
     text = json.dumps({"number": number, "reply": reply, **what})
@@ -69,7 +69,7 @@ def load_weights(model: torch.nn.Module, named_tensors: Sequence[tuple[str, Tens
             traceback.print_exc()
             answer = {"error": str(error) if isinstance(error, WeightSyncError) else f"{type(error).__name__}: {error}"}
         _store(told["reply"]).set(f"answer/{told['number']}/{rank}", json.dumps(answer))
-    except Exception:  # whoever gave the order has gone, or speaks another language: he gets no answer
+    except Exception:  # the process that gave the order has ended, or is of another version: it gets no reply
         traceback.print_exc()
 
 
@@ -108,8 +108,8 @@ def _obey(model: torch.nn.Module, told: Mapping[str, Any], rank: int) -> dict[st
 def as_stored(name: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields a tensor under the names that SGLang's loaders know.
 
-    Hugging Face joins a mixture's experts in memory and not in files; SGLang reads files, and passes over names that it
-    does not know without a word.
+    Hugging Face joins a mixture's experts in memory and not in files; SGLang reads files, and silently skips names that
+    it does not know.
 
     Args:
         name: of the tensor in the model.

@@ -4,7 +4,7 @@ vLLM's scheduler runs here as a plain object: `wait` steps it in the calling thr
 nothing is polled and nothing runs in between. The model computes in this process, with one worker and one device, or
 in worker processes, each with a part of it (tensor parallelism); the engine keeps its own copy of the weights.
 
-What vLLM does by itself and a trainer must not be exposed to is handled here:
+This file handles what vLLM does by default and a trainer must not be exposed to:
 
 - Only the request's stop tokens and stop texts end it: not the model's end-of-sequence token, not
   `generation_config.json`.
@@ -18,7 +18,7 @@ What vLLM does by itself and a trainer must not be exposed to is handled here:
   torch's CPU generator cannot be rewound ("CPU Generator does not use offset").
 - After new weights every cached key and value is dropped, also of requests in flight: they are prefilled again.
 - A worker process that ends or hangs takes the whole engine with it. It is started again, given the current weights,
-  and what was in flight is generated anew from its beginning, with the same seed.
+  and requests in flight start over, with the same seed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class VllmEngine:
         cache_block: tokens of a block of the prefix cache.
         on_restart: publishes the current weights; called after a restart, before lost requests are sent again. The
             model's folder has not the current ones.
-        note: told of what happened: kind and text.
+        note: is called with (kind, text) for every event of the engine.
 
     Raises:
         UserError: vLLM is missing, of another version, or refuses the configuration; no model in the folder, or one
@@ -280,7 +280,7 @@ class VllmEngine:
         return self._ask("host_name")
 
     def receive_weights(self, address: str, version: int) -> list[Receipt]:
-        """Has every process take the stream that is sent at an address; returns what each of them received.
+        """Makes every process take the stream that is sent at an address; returns what each of them received.
 
         Raises:
             WeightSyncError: one of them did not.
@@ -343,7 +343,7 @@ class VllmEngine:
                 told: list[Any] = self._engine.collective_rpc(method, args=args)
         except Exception as error:
             if self._watch is not None:
-                self._watch.kill()  # answers of some may still be on their way: the next call starts it again
+                self._watch.kill()  # replies of some workers may still arrive: the next call starts it again
             raise WeightSyncError(f"vLLM's workers ended, or hung, in {method}: {error}") from error
         failed = [f"worker {i}: {t['error']}" for i, t in enumerate(told) if isinstance(t, dict) and "error" in t]
         if failed:
@@ -373,7 +373,7 @@ class VllmEngine:
         vllm_start.end(self._engine, workers=self._workers)
 
     def _begin_anew(self, error: Exception | None) -> list[Job]:
-        """Starts an engine again whose workers are gone; returns what was in flight."""
+        """Starts an engine again whose workers have ended; returns the jobs that were in flight."""
         assert self._watch is not None
         why = "its worker processes ended" if error is None else f"{type(error).__name__}: {error}"
         if not self._restarts_left:

@@ -3,7 +3,7 @@
 Tokens go in and come out (``/inference/v1/generate``); weights reach the server's workers past HTTP, through
 `vllm/worker.py`, which its methods for development call. What `vllm/engine.py` says about vLLM holds here too: the same
 stop tokens, seeds, log-probabilities, and caches dropped with new weights. Requests freeze while weights are exchanged
-and go on with the new ones; the server says which token was sampled under which weight version.
+and continue with the new ones; the server reports which token was sampled under which weight version.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ class VllmServerEngine(ServerEngine):
         servers: addresses of servers that run already, as ``http://host:port``; see docs/rollout.md.
         replicas: how many servers to start, where none is given.
         lora: the adapter that is trained and published alone: it is swapped in place. None: weights are always whole.
-        launch: where these are started: an environment with vLLM. Its folder is what others are told who want the same
-            server.
+        launch: where these are started: an environment with vLLM. Other runs see its folder as the owner of a server.
         supervision: when a server counts as hung, and how often each is started again.
         route: how weights travel.
         decode: token ids to text; needed by requests with stop texts only.
@@ -148,7 +147,7 @@ class VllmServerEngine(ServerEngine):
         await self._call(replica, "/update_weight_version", {"new_version": FREE})
 
     async def _check_server(self, replica: Replica) -> None:
-        """Looks at a server that somebody else started.
+        """Checks a server that this run did not start.
 
         Raises:
             UserError: of another version, or started with other arguments than it must have.
@@ -301,7 +300,7 @@ class VllmServerEngine(ServerEngine):
 
 
 def _flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments as the server's command line takes them."""
+    """Returns arguments as the server's command line takes them."""
     flags = []
     for name, value in arguments.items():
         dashed = name.replace("_", "-")

@@ -40,7 +40,7 @@ def import_vllm() -> Any:
     """Imports and checks the vllm package, set up so that the engine's core runs in this process.
 
     Raises:
-        UserError: it is missing, of another version, or told to run elsewhere.
+        UserError: it is missing, of another version, or set to run elsewhere.
     """
     quiet = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -1,4 +1,4 @@
-"""An eye on the processes of vLLM: that they live, and that none is left behind."""
+"""Watches the processes of vLLM: ends all when one has died or hangs, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from multiprocessing.process import BaseProcess
 class WorkerWatch:
     """Ends all worker processes of an engine when one of them has died, or none has answered for a while.
 
-    vLLM notices a dead worker by itself, but gives the others, which wait for it in a collective, many seconds; a
-    hung one it does not end at all.
+    vLLM notices a dead worker, but gives the others, which wait for it in a collective, many seconds; it never ends a
+    worker that hangs.
 
     Args:
         processes: the workers.
@@ -47,7 +47,7 @@ class WorkerWatch:
             process.kill()
 
     def close(self) -> None:
-        """Looks no longer."""
+        """Stops watching."""
         self._ended.close()
 
     def _look(self) -> None:

@@ -1,10 +1,10 @@
-"""What vLLM's workers do for this library: take weights and adapters, say what arrived, read back what they hold.
+"""What vLLM's workers do for this library: take weights and adapters, report what arrived, read back what they hold.
 
 vLLM mixes `WeightTaker` into its worker class (``worker_extension_cls``), wherever its workers run: in the training
 process, in processes of their own, or behind an HTTP server. Its methods are then called by name through
 ``collective_rpc``; arguments and results are plain, so that they pass through JSON. Nothing here raises: when one of
-several workers answers with an exception, vLLM leaves the answers of the others unread, and every later call gets the
-answer of an earlier one. What went wrong is told in the result, under "error".
+several workers replies with an exception, vLLM leaves the replies of the others unread, and every later call gets the
+reply to an earlier one. The result holds the error, under "error".
 
 Weights go through vLLM's layer-wise reload alone, which packs them for the kernels again; loading into the model
 directly raises on CPUs. What a stream lacks keeps its old packed copy, silently: its receipt then lacks it too.
@@ -33,7 +33,7 @@ ADAPTER_ID = 1  # vLLM's number for the adapter that is trained; requests name i
 
 @dataclass
 class _Taken:
-    """What a worker remembers from one stream to the next."""
+    """The state that a worker keeps from one stream to the next."""
 
     inbox: Inbox | None = None
     shapes: dict[str, tuple[list[int], torch.dtype]] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class WeightTaker:
         return _told(drop)
 
     def read_back(self, names: Iterable[str]) -> dict[str, Any]:
-        """Fingerprints of tensors as they lie in this worker's memory now; see `weights.readback.read_back`.
+        """Fingerprints tensors as they are in this worker's memory now; see `weights.readback.read_back`.
 
         Returns:
             {"held": fingerprints by name} of those that it holds whole, unpacked and in the precision they arrived in,

@@ -21,7 +21,7 @@ PENALTY = "actor/reward_kl_penalty"
 
 
 def kl_metrics(batch: Batch, a: AlgorithmSection, reward_coef: float) -> dict[str, float]:
-    """Coefficients of the KL terms and the penalty, under verl's names.
+    """Returns the coefficients of the KL terms and the penalty, under verl's names.
 
     Args:
         batch: the step's.

@@ -41,7 +41,7 @@ class Moments:
         return Moments(total, self.mean + apart * n / total, squares)
 
     def scale(self, value_B: Tensor) -> Tensor:
-        """Values less the mean, divided by the deviation ``[B]``."""
+        """Subtracts the mean from values and divides by the standard deviation ``[B]``."""
         deviation = math.sqrt(self.squares / max(self.count, 1))
         return (value_B - self.mean) / max(deviation, LEAST_DEVIATION)
 
