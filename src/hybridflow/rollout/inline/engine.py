@@ -235,7 +235,7 @@ class InlineEngine:
         self._draw(logits_RV, running)
 
     def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor, width: int) -> Tensor:
-        """Runs distinct contexts once, copies their keys and values to each row; returns each row's logits ``[R, V]``."""
+        """Runs distinct contexts once, copies keys and values to each row; returns each row's logits ``[R, V]``."""
         device, running = self.model.device, len(self._rows.jobs)
         if not self.packs:
             return self._whole(contexts)[which.to(device)]
