@@ -58,13 +58,13 @@ class Measure:
 
 @dataclass(slots=True)
 class Evaluation:
-    """What came out of an evaluation.
+    """The results of an evaluation.
 
     Args:
         measures: all of one data source, then those of the next.
         others: ``response_length`` metrics of each source, and how many of its responses the reward failed on.
         records: a row for each response, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
-        prompts: how many prompts were answered.
+        prompts: the number of prompts.
     """
 
     measures: list[Measure]
@@ -111,8 +111,8 @@ def evaluate(
     training's, and two models that are evaluated with one seed get the same.
 
     Args:
-        answering: what answers and scores; its engine holds the weights to evaluate. Unless its policy ends the
-            evaluation where the reward fails, such a response gets the failure policy's value, and is counted.
+        answering: generates and scores; its engine holds the weights to evaluate. Unless its policy ends the evaluation
+            where the reward fails, such a response gets the failure policy's value, and is counted.
         prompts: the evaluation set.
         section: how many rows and responses, and what is measured.
         sampling: what `sampling_for` gave.
@@ -125,7 +125,7 @@ def evaluate(
     """
     engine, grader, should_stop = answering.engine, answering.grader, answering.should_stop
     if section.answer is not None:
-        load_function(section.answer)  # a mistake in it is told before anything is generated
+        load_function(section.answer)  # a mistake in it is raised before anything is generated
     count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
     asked, n = [prompts[i] for i in range(count)], section.samples_per_prompt
     stream = "eval" if sampling.temperature else "greedy"
@@ -169,7 +169,7 @@ def measure(
 
     Args:
         source: its name.
-        rewards: for every prompt, what its responses are worth.
+        rewards: for every prompt, the rewards of its responses.
         votes: for every prompt, the answers as `maj_at_k` counts them.
         section: what is measured.
         seed: of the intervals' resamples.

@@ -1,4 +1,4 @@
-"""What evaluations are judged by: pass@k, maj@k, confidence intervals, and paired tests. Numbers in, numbers out.
+"""The statistics of evaluations: pass@k, maj@k, confidence intervals, and paired tests, as pure functions.
 
 A prompt has n responses, of which c succeed. An interval is over prompts: prompts are the sample from a population, and
 responses to one prompt are not independent. All randomness is a function of a `NoiseKey`. Shapes: P prompts, R
@@ -51,7 +51,7 @@ def maj_at_k(votes: Sequence[Hashable], rewards: Sequence[float], k: int) -> flo
 
     Args:
         votes: the answer that each response gives, n of them.
-        rewards: what each response is worth, n of them; answers that are equal may be worth different rewards.
+        rewards: the reward of each response, n of them; equal answers may have different rewards.
         k: size of the subsets.
 
     >>> maj_at_k(["7", "7", "8"], [1.0, 1.0, 0.0], 3)

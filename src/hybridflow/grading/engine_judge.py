@@ -1,4 +1,5 @@
-"""A judge that a generation engine of this project answers for: inline, in this process, or vLLM and SGLang servers.
+"""A judge whose verdicts a generation engine of this library writes: inline, in this process, or vLLM or SGLang
+servers.
 
 It has a tokenizer and a chat template of its own. What the judged model wrote is put into the judge's conversation as
 text: the texts of its special tokens are broken up first, so that a response cannot end the judge's turn.
@@ -68,7 +69,7 @@ class EngineJudge:
 
     Args:
         section: ``reward.judge``.
-        start: starts the engine; called once, when something is to be judged first.
+        start: starts the engine; called once, before the first verdict.
         require: raises a UserError where it could not be started, without starting it.
         seed: of the run.
 
@@ -194,10 +195,10 @@ def make_judge(
         pool: how many questions an endpoint is sent at once.
         run: its seed, its device and its folder.
         rollout: how the run's own engine is started, for what the judge's section does not say.
-        note: told (kind, text) of what happens to the engine's processes; None: nobody is.
+        note: is called with (kind, text) for events of the engine's processes; None: events are dropped.
 
     Raises:
-        UserError: the template, the parser or the key is missing. What else is wrong is found by `check`.
+        UserError: the template, the parser or the key is missing. `check` finds other mistakes.
     """
     if isinstance(section, EndpointJudgeSection):
         return EndpointJudge(section, pool, seed=run.seed)

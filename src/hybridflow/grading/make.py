@@ -1,4 +1,4 @@
-"""From the reward section of a configuration to what scores answers: a grader, its parts, and where each runs."""
+"""Makes the grader that the section ``reward`` describes: its parts, and where each runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def make_grader(
         places: where models are built.
         sources: the data sources that rows have, for ``by_source``.
         function: a function instead of the configured ones.
-        scoring: False looks at a reward model without loading it; the grader can then be checked, and not score.
+        scoring: False reads a reward model's configuration without its weights; the grader can then be checked, but
+            cannot score.
 
     Raises:
         UserError: rows are of an unknown source; a function, model or judge cannot be used.
@@ -136,15 +137,15 @@ class _Parts:
 def check_rows(
     config: RlConfig | EvalConfig, *sets: PromptSet | None, function: Callable[..., Any] | None = None
 ) -> None:
-    """Makes sure that the built-in rewards can judge responses to every row.
+    """Checks that the built-in rewards can score responses to every row.
 
     Args:
         config: its ``reward`` section.
         sets: the rows.
-        function: a function instead of the configured ones, which is asked for nothing.
+        function: a function instead of the configured ones, which is not checked.
 
     Raises:
-        UserError: rows have ground truths that they cannot judge by; says which is the first, and how many there are.
+        UserError: rows have ground truths that the rewards cannot read; names the first row, and how many there are.
     """
     section, terms = config.reward, config.reward.terms
     functions = {section.function} if terms is None else {term.function for term in terms.values()}

@@ -1,7 +1,7 @@
-"""A reward model at run time: a `Grader` whose scores a sequence classifier reads from conversations.
+"""A `Grader` around a reward model: a sequence classifier scores conversations.
 
 The responses to one prompt are scored as a batch of their own, so a score never depends on what else is being scored,
-and a run that is gone on with scores as the first one did.
+and a resumed run gets the same scores.
 
 Shapes: T tokens of all conversations of a batch.
 """
@@ -45,7 +45,7 @@ class _ReadAnswer:
         token_ids: of the conversation; empty where there is none.
         read: the tokens to read at, ascending, each once.
         steps: of a process reward model: after how many characters each step ends, and which of `read` it is read at.
-        failure: why there is no reading.
+        failure: why it cannot be read.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _ReadAnswer:
 class ModelGrader:
     """A `Grader` around a reward model.
 
-    A model in a pool works on one group while others are generated; one in this process scores when it is asked.
+    A model in a pool scores one group while others are generated; one in this process scores when it is called.
 
     Args:
         scorer: gives "value" of sequences: the model.
@@ -214,7 +214,7 @@ def make_reward_model(config: RlConfig | EvalConfig, places: Places | None) -> M
 
 
 def check_reward_model(config: RlConfig | EvalConfig) -> tuple[PreTrainedTokenizerBase, str]:
-    """Holds the reward model of a configuration against what a run needs of it, without reading its weights.
+    """Checks that the reward model of a configuration fits the run, without reading its weights.
 
     Returns:
         Its tokenizer, with the template that conversations are rendered with, and its family.

@@ -1,4 +1,4 @@
-"""What answers prompts and scores the answers: the same for training and for evaluation."""
+"""What generates responses to prompts and scores them: the same for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybridflow.protocols.waiting import never
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """Who answers, who scores, and when both end.
+    """The engine that generates, the grader that scores, and when both end.
 
     Args:
         engine: where responses come from.

@@ -1,4 +1,4 @@
-"""What becomes of responses that the reward failed on: ``reward.on_failure``."""
+"""The treatment of responses that the reward failed on: ``reward.on_failure``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FailurePolicy:
             failure: the first one.
             where: which row of which data.
         """
-        otherwise = OTHERWISE if self.on_failure == "fail" else ""  # else the user has said so already
+        otherwise = OTHERWISE if self.on_failure == "fail" else ""  # else the configuration asks for it already
         fix = self.advice.get(failure.kind, "look at the reward") + otherwise
         why = f"it was scoring {failure.scoring}" if failure.scoring else ""
         return UserError(f"{where}: {failure.what}", why=why, fix=fix)

@@ -66,17 +66,17 @@ class GroupSource:
     """Generates and scores groups of responses.
 
     Args:
-        answering: what answers and scores.
+        answering: generates and scores.
         question: the prompt of a row index.
         sampling: how responses are drawn.
         samples: responses per prompt.
-        greedy: whether every prompt is answered once more, greedily, for a baseline.
+        greedy: whether every prompt gets one more response, greedy, for a baseline.
         seed: the run's seed.
-        tell: takes a sentence about the first response that the reward failed on in each way, where the run goes on.
+        tell: takes a sentence about the first response that the reward failed on in each way, where the run continues.
         journal: where finished groups are kept; None keeps none.
         whole_step: a step whose groups are partly journaled is generated again as a whole, so that every sequence is
-            computed in the company it had (the inline engine's log-probs then repeat bit for bit); otherwise only what
-            is missing. Journaled groups are used as they are either way, and never scored twice.
+            computed in the same batch as before (the inline engine's log-probs then repeat bit for bit); otherwise only
+            what is missing. Journaled groups are used as they are either way, and never scored twice.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class GroupSource:
         self.reward_seconds = 0.0
         self._kept: list[Result] = []
         self._submitted = 0
-        # What the grader was asked, by its key: the draw, and whether it is the greedy response to it.
+        # What was submitted to the grader, by its key: the draw, and whether it is the greedy response to it.
         self._asked: dict[int, tuple[int, bool]] = {}
 
     def keep(self, results: Sequence[Result]) -> None:
-        """Takes results of this source that somebody else got from the engine while it waited for its own."""
+        """Takes results of this source that another caller got from the engine while it waited for its own."""
         self._kept += results
 
     def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
@@ -191,7 +191,7 @@ class GroupSource:
 
         ask(group.texts, baseline=False)
         if greedy is not None:
-            # Scored apart: a reward that looks at the whole group must not see the response that it is held against.
+            # Scored apart: a reward that reads the whole group must not see the response that it is compared with.
             ask([self.decode(greedy.token_ids)], baseline=True)
         self.reward_seconds += time.perf_counter() - began
         return group
@@ -269,12 +269,12 @@ class GroupSource:
 
 
 def require_finite(results: Iterable[Result], to: str, temperature: str) -> None:
-    """Makes sure that a model gave responses their probabilities.
+    """Checks that a model gave finite log-probabilities.
 
     Args:
         results: of the model.
-        to: what it answered.
-        temperature: what says how it drew, for the message.
+        to: the prompt, for the message.
+        temperature: the name of its setting, for the message.
 
     Raises:
         UserError: its numbers are not finite.
@@ -289,7 +289,7 @@ def require_finite(results: Iterable[Result], to: str, temperature: str) -> None
 
 @dataclass(slots=True)
 class _Scoring:
-    """A finished group that is being scored: what is there of it."""
+    """A finished group that is being scored, as far as it has scores."""
 
     results: dict[int, Result]
     texts: list[str]

@@ -1,1 +1,1 @@
-"""What holds a run together: its folder, stopping, saving, going on."""
+"""What every kind of run shares: its folder, stopping, saving, resuming."""

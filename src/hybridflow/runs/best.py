@@ -1,4 +1,4 @@
-"""Which step of a run is the best by a held-out metric (``checkpoint.best``)."""
+"""The best step of a run by a held-out metric (``checkpoint.best``)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run, and its checkpoint is saved: whoever called it is stopped too."""
+    """A signal stopped the run, and its checkpoint is saved: the caller stops too."""
 
 
 class StopRequest:
@@ -54,7 +54,7 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not in the main thread: whoever runs us there decides about signals
+            except ValueError:  # not in the main thread: the program that runs us there handles signals
                 break
         return self
 

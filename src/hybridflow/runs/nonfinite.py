@@ -1,4 +1,6 @@
-"""Updates that were not applied because the loss was not finite: a few are noted, several in a row end the run."""
+"""Counts updates that were not applied because the loss was not finite: a few are recorded, several in a row end the
+run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class NonfiniteUpdates:
         self.in_a_row: dict[str, int] = {}  # of the actor, of the critic
 
     def note(self, update: Update, data_rows: list[int], step: int) -> None:
-        """Takes in what an engine did.
+        """Counts an update.
 
         Args:
             update: what it did.

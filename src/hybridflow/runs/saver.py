@@ -1,4 +1,4 @@
-"""How a run is saved. With ``checkpoint.asynchronous`` a checkpoint is completed while the run goes on."""
+"""Saves a run. With ``checkpoint.asynchronous`` a checkpoint is completed while the run continues."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Saver:
     Args:
         checkpoints: the run's ``checkpoints/``.
         section: how many are kept, and whether the run waits for them.
-        tokenizer: stands beside every model.
+        tokenizer: is saved beside every model.
         engines: what is trained, by its folder in a checkpoint.
-        forget: called when a checkpoint stands; it lets go of what no resume can need any more.
+        forget: called when a checkpoint is complete; it deletes what no resume can need any more.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Saver:
         self._writing = Background()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Writes the checkpoint of a step; with ``checkpoint.asynchronous``, copies what it needs and goes on.
+        """Writes the checkpoint of a step; with ``checkpoint.asynchronous``, copies the state and returns.
 
         Args:
             step: the step, which is done.
@@ -64,7 +64,7 @@ class Saver:
             self.settle()
 
     def settle(self, *, wait: bool = True) -> None:
-        """Completes the checkpoint that is on its way, if there is one and all of its files are written.
+        """Completes the checkpoint that is being written, if there is one and all of its files are written.
 
         Args:
             wait: until they are.

@@ -1,4 +1,4 @@
-"""What every run has: its folder, engine and records, where it stands, and how it goes on after it was stopped."""
+"""What every run has: its folder, engine and records, its step, and how it resumes after it was stopped."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_st
 
 
 class TrainingRows(Protocol):
-    """What a run draws from."""
+    """The rows that a run draws from."""
 
     @property
     def source(self) -> str:
-        """Where the rows come from, in words."""
+        """A description of the source of the rows."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the rows: with others, a run that goes on would draw what the records do not say."""
+        """Changes with the rows: with other rows, a resumed run would draw prompts that do not match its records."""
 
     def sampler(self, *, seed: int) -> Sampler:
         """Draws from the rows."""
@@ -103,8 +103,8 @@ class Opened:
 def opening(config: TrainingConfig) -> Iterator[Opened]:
     """Opens the run's folder, its stop request and its processes for the block.
 
-    On an error the processes end and the folder is let go of. In a process that torchrun started as a worker this
-    serves the controller, and does not come back.
+    On an error the processes end and the folder is unlocked. In a process that torchrun started as a worker this serves
+    the controller, and does not come back.
 
     Raises:
         UserError: see `RunFolder` and `Places`.
@@ -206,7 +206,7 @@ class Session:
             self.saver.settle(wait=False)
 
     def record_training(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Writes what happened in a step that trained on so many tokens, and saves a checkpoint where it is due."""
+        """Writes the metrics of a step that trained on so many tokens, and saves a checkpoint if one is due."""
         times = self.clock.take()
         counts = {
             "training/global_step": step,
@@ -233,7 +233,7 @@ class Session:
         return {}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `extra_state` gave."""
+        """Restores what `extra_state` returned."""
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of a step; see `Saver.save`."""
@@ -253,7 +253,7 @@ class Session:
             self.saver.settle()
 
     def restore(self) -> None:
-        """Goes on from the newest checkpoint, if there is one, and drops records of later steps.
+        """Resumes from the newest checkpoint, if there is one, and drops records of later steps.
 
         Raises:
             UserError: it is damaged, of another model, or of other data.

@@ -16,7 +16,7 @@ from hybridflow.errors import UserError
 class MetricsFile:
     """Appends one object per step: ``{"step": 3, "actor/pg_loss": 0.12, ...}``.
 
-    A value that is not finite is written as ``null``, since JSON has no other word for it; `read_metrics` gives NaN.
+    A value that is not finite is written as ``null``, since JSON has no form for it; `read_metrics` returns NaN.
 
     Args:
         path: the file; it appears with the first line.
@@ -32,7 +32,7 @@ class MetricsFile:
             file.write(line + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, and a last line that a kill cut short; for going on after `step`."""
+        """Drops the lines of later steps, and a last line that a kill cut short: a run resumes after `step`."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()

@@ -1,9 +1,9 @@
-"""An eye on the gap between the engine that samples and the policy that trains: one sentence when it has grown.
+"""Watches the gap between the engine that samples and the policy that is trained, and gives advice when it has grown.
 
-Three metrics of `algorithms.mismatch` are watched: the divergence over the words that tokens were drawn from, the 99th
-percentile of the gaps of log-probabilities, and what cutting the vocabulary adds. Each has an early level, the median
-of its first `EARLY` steps. It has grown when it was above `TIMES` that level and above a floor in each of the last
-`STAYS` steps, and is told again only after it was below half of that bound as long.
+Three metrics of `algorithms.mismatch` are watched: the divergence over the vocabulary that tokens were drawn from, the
+99th percentile of the gaps of log-probabilities, and what cutting the vocabulary adds. Each has an early level, the
+median of its first `EARLY` steps. It has grown when it was above `TIMES` that level and above a floor in each of the
+last `STAYS` steps, and the advice is repeated only after the metric was below half of that bound as long.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CORRECT = "; or weigh it out with algorithm.correction.preset=decoupled_token_is
 
 @dataclass(slots=True)
 class Level:
-    """One number over the steps: how it was early, and how it is."""
+    """One number over the steps: its early level, and its last values."""
 
     early: list[float] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
@@ -53,10 +53,10 @@ class Level:
 class MismatchWatch:
     """Takes the metrics of every step.
 
-    Its state follows from them alone: a run that goes on shows it those that it has on record.
+    Its state follows from them alone: a resumed run feeds it the recorded metrics.
 
     Args:
-        corrected: whether the run corrects for the gap already, and need not be told to.
+        corrected: whether the run corrects for the gap already, so that the advice does not ask for it.
     """
 
     def __init__(self, *, corrected: bool) -> None:

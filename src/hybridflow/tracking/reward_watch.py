@@ -1,21 +1,23 @@
-"""An eye on rewards that rise for the wrong reason: one sentence when the reward has risen and something disagrees.
+"""Watches for rewards that rise for the wrong reason, and gives advice when the reward has risen and other metrics
+disagree.
 
 The level of a number is its median over `WINDOW` steps. Now is the last window; then is the oldest one of the last
 `HORIZON` steps. The reward has risen when its level did by `RISE` of the span between the least and the greatest reward
-seen, and by three times of what it moves from step to step. What may then disagree:
+seen, and by three times its usual change from step to step. What may then disagree:
 
 - held-out reward: it fell beyond both confidence intervals, or stayed where it was while the training reward left it
   behind;
 - length: responses are `LONGER` times as long or as short as they were, and among the responses to one prompt it is
-  length that is paid (a correlation of `PAID`); or the limit cuts `CUT` more of them;
-- entropy: `COLLAPSED` of what it was, with `MISSING` of the span still to be had, and no more coming;
-- repetition within answers: the share of new pairs of tokens is `NEW` of what it was;
+  length that earns reward (a correlation of `PAID`); or the limit cuts `CUT` more of them;
+- entropy: it fell to `COLLAPSED` of its old level while `MISSING` of the span of reward is still missing, and the
+  reward rises no more;
+- repetition within responses: the share of new pairs of tokens is `NEW` of what it was;
 - one final answer: its share of the prompts for which it is not right grew by `SAME`;
 - parts of the reward: one fell while the sum rose.
 
-None of it is proof, and rising together with the reward is none either: an honest run shortens responses, loses entropy
-and answers more alike. So each bound is far from what honest runs do, a cause must last `STAYS` steps (held-out reward:
-evaluations), and it is told once, and again only after it was gone for `RESTS`.
+None of this proves a hack: a run that learns also shortens responses, loses entropy and gives more similar responses.
+So each bound is far from what such runs do, a cause must last `STAYS` steps (held-out reward: evaluations), and the
+advice comes once, and again only after the cause was absent for `RESTS`.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Trend:
 
     @property
     def unrest(self) -> float:
-        """How much it moves from one step to the next, usually."""
+        """Its usual change from one step to the next."""
         values = list(self.values)
         return statistics.median(abs(b - a) for a, b in itertools.pairwise(values)) if len(values) > 1 else 0.0
 
@@ -93,7 +95,7 @@ class HeldOutReward:
 class RewardWatch:
     """Takes the metrics of every step.
 
-    Its state follows from them alone: a run that goes on shows it those that it has on record.
+    Its state follows from them alone: a resumed run feeds it the recorded metrics.
 
     Args:
         parts: the weights of the reward's parts, by name (``reward.terms``), of those that are not 0.
@@ -232,7 +234,7 @@ class RewardWatch:
     # --- held-out reward ---
 
     def _evaluated(self, metrics: Mapping[str, float]) -> list[str]:
-        """Takes this step's evaluations; gives the names of those."""
+        """Takes this step's evaluations; returns their names."""
         names = [name for name in metrics if name.startswith("val-core/") and "/reward/mean@" in name]
         values = list(self.levels[SCORE].values)
         if not values:

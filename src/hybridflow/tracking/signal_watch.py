@@ -1,9 +1,9 @@
-"""An eye on whether rewards tell answers apart at all: where they never do, a run ends as done and has learned nothing.
+"""Watches whether rewards differ between responses: a run in which they never do ends as done and has learned nothing.
 
-A step teaches if some response is worth more or less than those it is held against: those to the same prompt where the
-advantage compares responses to one prompt, else all of the step (`teaches`). The advice comes after `ALIKE` steps in a
-row that do not, if every response of them was worth the same, and after `GROUPS_ALIKE` if that holds within prompts
-only. It comes once, and again only where the run has learned in between.
+A step teaches if a response has another reward than those it is compared with: the responses to the same prompt if the
+advantage compares these, else all responses of the step (`teaches`). The advice comes after `ALIKE` steps in a row that
+do not teach, if all of their responses had the same reward, and after `GROUPS_ALIKE` if that holds within prompts only.
+It comes once, and again only if the run has learned in between.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def teaches(groups: Sequence[Group], advantage: str, clip: tuple[float, float] |
     """Returns whether a response of a step has another reward than those it is compared with; None where rewards are
     not read.
 
-    Bounds on the reward (``reward.clip``) count. What else shapes it (penalties on length or divergence) does not: a
-    run on these alone is one whose reward says nothing.
+    Bounds on the reward (``reward.clip``) count. Penalties on length or divergence do not: a run on these alone learns
+    nothing from its reward.
 
     Args:
         groups: of the step.
@@ -44,7 +44,7 @@ def teaches(groups: Sequence[Group], advantage: str, clip: tuple[float, float] |
         return None
     scored = [[worth(g, t) for t in g.trajectories if t.failure is None] for g in groups]
     compared = scored if needs.needs_group else [[value for group in scored for value in group]]
-    if not any(compared):  # the reward failed on all: that is told elsewhere
+    if not any(compared):  # the reward failed on all: other code reports that
         return None
     return any(len(set(values)) > 1 for values in compared)
 
@@ -54,7 +54,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.streak: list[tuple[float, float]] = []  # least and highest reward of each step since one has taught
-        self.told: str | None = None  # what was said of this streak
+        self.told: str | None = None  # the advice on this streak
         self.learned = False  # in some step
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:

@@ -1,4 +1,4 @@
-"""Everything that is told about a step: metrics.jsonl always, console, TensorBoard and wandb as asked."""
+"""The records of a step: metrics.jsonl always; console, TensorBoard and wandb as configured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def not_installed(config: TrackSection) -> Iterator[str]:
 
 
 class Tracker(Protocol):
-    """What is told about every step besides metrics.jsonl."""
+    """A record of every step besides metrics.jsonl."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""
@@ -41,14 +41,14 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Tells all trackers of a run; use it as a context, or `close` it.
+    """Sends metrics and events to all trackers of a run; use it as a context, or `close` it.
 
-    ``metrics.jsonl`` is the record: what goes wrong there is raised. The others are a convenience: one that raises, at
-    the start or later, is switched off with one warning, and training goes on.
+    ``metrics.jsonl`` is the record: an error there is raised. The others are a convenience: one that raises, at the
+    start or later, is switched off with one warning, and training continues.
 
     Args:
         folder: the run's folder; it exists.
-        config: which trackers to tell.
+        config: which trackers there are.
         resolved_config: the whole configuration, for trackers that show it.
         total_steps: where the run ends.
         title: first word of the progress line.
@@ -72,7 +72,8 @@ class Trackers:
         self.close(failed=kind is not None)
 
     def start(self, done_steps: int = 0) -> None:
-        """Starts what is asked for. `log` does it if nobody has; earlier, the terminal shows that the run is alive.
+        """Starts the trackers that are configured. `log` starts them if needed; an earlier start shows on the terminal
+        that the run is alive.
 
         Args:
             done_steps: steps that an earlier process has done and that stay; 0 in a new run.
@@ -97,7 +98,7 @@ class Trackers:
                 self.note(f"wandb: {tracker.where}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Records the metrics of a step, then tells the trackers.
+        """Records the metrics of a step, then passes them to the trackers.
 
         Raises:
             OSError: metrics.jsonl cannot be written.
@@ -129,8 +130,8 @@ class Trackers:
 
         Args:
             kind: of the event.
-            said: to whoever watches.
-            text: of the event, if it is another.
+            said: printed for the user.
+            text: of the event, if it differs.
         """
         self.events.append(kind, said if text is None else text)
         if self.config.console:
@@ -138,7 +139,7 @@ class Trackers:
 
     def note(self, text: str) -> None:
         """Prints a line above the progress bar, or on stderr if there is none."""
-        with suppress(OSError, ValueError):  # nobody is there to read it; events.jsonl has it
+        with suppress(OSError, ValueError):  # no terminal is left to print it to; events.jsonl has it
             console = self._active.get("console")
             if isinstance(console, ProgressConsole):
                 console.note(text)

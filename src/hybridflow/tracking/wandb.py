@@ -8,10 +8,10 @@ from typing import Any
 
 
 class WandbTracker:
-    """Logs every metric under its step.
+    """Logs every metric at its step.
 
     The run's id is kept in ``wandb-id.txt``, so that a resumed run continues the same wandb run. Steps that it repeats
-    are already there; wandb keeps the first values.
+    exist already; wandb keeps the first values.
 
     Args:
         folder: the run's folder.
@@ -23,7 +23,7 @@ class WandbTracker:
 
     Raises:
         ImportError: wandb is not installed.
-        Exception: whatever wandb raises, such as when nobody is logged in.
+        Exception: any that wandb raises, such as when the user is not logged in.
     """
 
     def __init__(self, folder: Path, *, project: str, config: Mapping[str, Any]) -> None:

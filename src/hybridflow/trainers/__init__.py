@@ -1,1 +1,1 @@
-"""The visible loops, and what puts the rooms together."""
+"""The training loops, and the code that assembles a run."""

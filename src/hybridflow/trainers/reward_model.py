@@ -1,5 +1,5 @@
-"""Training a reward model on preferences (Bradley and Terry 1952; arXiv 2203.02155, equation 1): the loop, and putting
-its run together.
+"""Trains a reward model on preferences (Bradley and Terry 1952; arXiv 2203.02155, equation 1): the loop, and the
+assembly of its run.
 
 A step scores its pairs first, under the weights that the update begins with. That gives accuracy and margin, and every
 conversation the value of its partner: both of a pair need not be in one micro-batch, or on one rank, for the gradient
@@ -41,7 +41,7 @@ class RewardModelRun(Session):
 
 
 def train_reward_model(config: RewardModelConfig) -> Path:
-    """Runs a configuration to its end, or to where it is asked to stop; the same call then goes on.
+    """Runs a configuration to its end, or until it is asked to stop; the same call then resumes it.
 
     Returns:
         The run's folder. Once the run has ended, ``model/`` in it is a sequence classifier of one label.
@@ -104,7 +104,7 @@ def evaluate(run: RewardModelRun) -> dict[str, float]:
 
 
 def record(run: RewardModelRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
-    """Evaluates where it is due, writes what happened, and saves a checkpoint where it is due."""
+    """Evaluates if an evaluation is due, writes the metrics, and saves a checkpoint if one is due."""
     every = run.config.eval.every
     if run.held_out is not None and (step == run.total_steps or (every and step % every == 0)):
         metrics = metrics | evaluate(run)
@@ -131,7 +131,7 @@ def pair_metrics(value_N2: Tensor, batch: Batch, center_coef: float) -> dict[str
 
 
 def open_reward_model(config: RewardModelConfig) -> RewardModelRun:
-    """Opens the run that a configuration describes, going on where its folder's records end.
+    """Opens the run that a configuration describes; resumes it where its folder holds one.
 
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
@@ -160,7 +160,7 @@ def load_pairs(config: RewardModelConfig) -> tuple[PreTrainedTokenizerBase, Pref
     """Loads the tokenizer with its template, the training pairs, and the held-out ones.
 
     Raises:
-        UserError: one of them is not as it should be.
+        UserError: one of them does not fit.
     """
     seed, m, d = config.run.seed, config.model, config.data
     model, tokenizer = load_role(reward_model_role(config, 1), outline=True)

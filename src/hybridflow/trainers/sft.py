@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loop, and putting its run together."""
+"""Supervised fine-tuning: the loop, and the assembly of its run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class SftRun(Session):
         return {"recent": list(self.recent)}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
-        """Takes them back."""
+        """Restores them."""
         self.recent.extend(state["recent"])
 
 
 def train_sft(config: SftConfig) -> Path:
-    """Runs a configuration to its end, or to where it is asked to stop; the same call then goes on.
+    """Runs a configuration to its end, or until it is asked to stop; the same call then resumes it.
 
     Returns:
         The run's folder, with ``model/`` in it once the run has ended.
@@ -105,12 +105,12 @@ def update(run: SftRun, batch: Batch, step: int) -> dict[str, float]:
 
 
 def record(run: SftRun, step: int, batch: Batch, metrics: dict[str, float]) -> None:
-    """Writes what happened, and saves a checkpoint where it is due."""
+    """Writes the metrics, and saves a checkpoint if one is due."""
     run.record_training(step, batch.total(), metrics)
 
 
 def open_sft(config: SftConfig) -> SftRun:
-    """Opens the run that a configuration describes, going on where its folder's records end.
+    """Opens the run that a configuration describes; resumes it where its folder holds one.
 
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.

@@ -258,7 +258,7 @@ class InlineEngine:
         self._draw(self._forward(rows.last_R, rows.length_R - 1, layout), 0)
 
     def _forward(self, ids_T: Tensor, position_T: Tensor, layout: Layout, ends: Tensor | None = None) -> Tensor:
-        """Computes logits after tokens `ends` of a prefill ``[len(ends), V]``, or after every row's token ``[R, V]``."""
+        """Computes logits after tokens `ends` of a prefill ``[len(ends), V]``, or every row's token ``[R, V]``."""
         if self.quick:
             if self._decoder is None:
                 self._decoder = Decoder(self.model, self.dtype, self._steps)

@@ -17,11 +17,9 @@ def batch_of(groups: list[Group]) -> Batch:
 
     Columns: ``input_ids_T``, ``loss_mask_T`` (the response), ``rollout_logp_T``, ``reward_B``, ``group_B`` (the draw),
     ``sample_B``, ``trajectory_B``, ``span_version_S``, ``span_start_S``, ``span_end_S``, and the object column ``row``.
-    Where the reward has components: ``components_BK``, in the order of `component_names`, NaN for one that a response
-    lacks. Where it has parts:
-    ``step_reward_T``. Where greedy responses were
-    asked for: ``baseline_B``. Where tokens were drawn from a part of the vocabulary: ``support_size_T`` (0 stands for
-    all of it) and ``support_ids_K``.
+    If the reward has components: ``components_BK``, in the order of `component_names`, NaN for one that a response
+    lacks. If it has parts: ``step_reward_T``. If greedy responses were generated: ``baseline_B``. If tokens were drawn
+    from a part of the vocabulary: ``support_size_T`` (0 means all of it) and ``support_ids_K``.
     """
     answers = [(g, t) for g in groups for t in g.trajectories]
     ragged: dict[str, list[Any]] = {}

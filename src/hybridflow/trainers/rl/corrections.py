@@ -1,4 +1,4 @@
-"""What becomes of a step's responses between their rewards and the loss: filters, outputs, corrections, statistics.
+"""The steps between rewards and the loss: filters, outputs of the policy, corrections, statistics.
 
 Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
 

@@ -1,7 +1,7 @@
-"""How much a step's responses differ, repeat themselves, and whether their length alone earns reward.
+"""Measures how much a step's responses differ, how much they repeat themselves, and whether length alone earns reward.
 
-Numbers of every step; `tracking.reward_watch` holds all but the first against the reward. They look at a bounded part
-of long responses, so that they cost milliseconds.
+Every step has these numbers; `tracking.reward_watch` compares all but the first with the reward. They read a bounded
+part of long responses, so that they cost milliseconds.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def diversity(
 ) -> dict[str, float]:
     """Measures a step's responses; a number that has no meaning for them is left out.
 
-    ``rollout/distinct_2``: the share of different ones among the pairs of neighbouring tokens of all responses
+    ``rollout/distinct_2``: the share of distinct pairs among the pairs of neighbouring tokens of all responses
     (distinct-2 of Li et al., arXiv 1510.03055), of `PAIRS` pairs that are spread evenly over them. It falls when
     responses to one prompt agree, as right ones do.
 
-    ``rollout/seq_rep_2``: the share of pairs that stood in the same response before (seq-rep-2 of Welleck et al.,
+    ``rollout/seq_rep_2``: the share of pairs that occurred earlier in the same response (seq-rep-2 of Welleck et al.,
     arXiv 1908.04319), within stretches of `STRETCH` tokens, so that longer responses of the same kind repeat no more.
 
-    ``rollout/top_answer_share``: how much of the answers to other prompts the most common final answer is: 0 where each
-    prompt has its own, 1 where all prompts are answered the same. `final_answer` says what is compared. Prompts whose
-    ground truth it is are not counted: where A, B, C and D are right in turn, the same letter answers many prompts.
+    ``rollout/top_answer_share``: the share of responses to other prompts that give the most common final answer: 0
+    where each prompt has its own, 1 where all prompts get the same. `final_answer` defines what is compared. Prompts
+    whose ground truth it is are not counted: where A, B, C and D are right in turn, many prompts have the same letter.
 
     ``rollout/length_reward_corr``: the correlation of length and reward among the responses to a prompt, averaged over
     the prompts whose responses differ in both.
@@ -44,9 +44,9 @@ def diversity(
     Args:
         tokens: token ids of each response.
         texts: its text.
-        prompts: which prompt it answers.
-        rewards: what it is worth; without them nothing is said of length and reward.
-        truths: the ground truth of its prompt, where there are such.
+        prompts: the index of its prompt.
+        rewards: its reward; without rewards there is no number for length and reward.
+        truths: the ground truth of its prompt, if the data has one.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The reinforcement-learning loop. Algorithms differ in what `estimate` and `update` are given, not in another loop.
+"""The reinforcement-learning loop, the same for all algorithms: they differ in what `estimate` and `update` are given.
 
 Shapes: B responses, T tokens of all responses and their prompts, S spans of one version of the weights.
 """
@@ -74,7 +74,7 @@ def train(config: RlConfig, *, reward: Callable[..., Any] | None = None, callbac
 
 
 def next_groups(run: RlRun, step: int) -> tuple[list[Group], dict[str, float]]:
-    """Draws prompts until the step has its groups, answered, scored and passed by the filter; and what was counted."""
+    """Draws prompts, generates and scores responses until the step has its groups; returns them with counts."""
     fault_point("gen", step)
     f, wanted = run.config.filter, run.config.train.prompts_per_step
     groups: list[Group] = []
@@ -103,8 +103,6 @@ def next_groups(run: RlRun, step: int) -> tuple[list[Group], dict[str, float]]:
 def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
     """Returns the step's training batch (tokens, log-probabilities and values where they are needed, rewards,
     advantages), and the metrics of this phase.
-
-    Besides it, what was measured on the way.
     """
     config, a = run.config, run.config.algorithm
     run.turn.to_training()
@@ -176,7 +174,7 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
 
 
 def publish_weights(run: RlRun, step: int) -> dict[str, float]:
-    """Gives the new weights to the generation engine; what was measured of that."""
+    """Publishes the new weights to the generation engine; returns the metrics of that."""
     with run.clock.phase("update_weights"):
         sent = run.publish(step)
     fault_point("publish", step)
@@ -186,7 +184,7 @@ def publish_weights(run: RlRun, step: int) -> dict[str, float]:
 def record(
     run: RlRun, step: int, groups: list[Group], batch: Batch | None, metrics: dict[str, float]
 ) -> dict[str, float]:
-    """Evaluates, writes what happened, and saves a checkpoint, each where it is due; returns the step's metrics."""
+    """Evaluates, writes the metrics, and saves a checkpoint, each where it is due; returns the step's metrics."""
     config, last = run.config, step == run.total_steps
     if run.held_out is not None and (step == 0 or last or (config.eval.every and step % config.eval.every == 0)):
         metrics = metrics | run.evaluate(step)
@@ -252,7 +250,7 @@ def score_all(run: RlRun, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _optimizer_step(run: RlRun, engine: TrainEngine, mini: Batch, loss: Loss) -> Callable[[], dict[str, float]]:
-    """Begins an optimizer step; what it returns waits for its end and gives the metrics."""
+    """Begins an optimizer step; returns a function that waits for its end and returns the metrics."""
     result = engine.update_later(mini, loss)
 
     def finish() -> dict[str, float]:

@@ -22,7 +22,7 @@ from hybridflow.protocols.training import Loss
 def divergence(batch: Batch, estimator: str) -> torch.Tensor:
     """Computes the policy's divergence from the reference at every token ``[T]``, 0 where there is no loss.
 
-    Where old log-probabilities were not computed, the sampler's stand for the policy's: no forward pass for this alone.
+    Where old log-probabilities were not computed, the sampler's take their place: no forward pass for this alone.
     """
     logp_T = batch["old_logp_T"] if "old_logp_T" in batch else batch["rollout_logp_T"]
     return KL_ESTIMATORS[estimator](logp_T, batch["ref_logp_T"]) * batch["loss_mask_T"]

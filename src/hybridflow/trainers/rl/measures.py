@@ -1,4 +1,4 @@
-"""What is measured of a step: its batch, its penalty, and its rollouts.
+"""The metrics of a step: its batch, its penalty, and its rollouts.
 
 Shapes: B responses, T tokens of all responses and their prompts, M of them with loss.
 """

@@ -1,4 +1,4 @@
-"""Putting a reinforcement-learning run together: model, engines, data, records, and where to go on."""
+"""The assembly of a reinforcement-learning run: model, engines, data, records, and the step to resume from."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from hybridflow.trainers.rl.shaping import Moments
 
 
 class Watch(Protocol):
-    """Looks at the metrics of every step, and may have something to say."""
+    """Reads the metrics of every step, and may give advice."""
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """Takes in the metrics of a step; an advice, where there is one."""
+        """Takes the metrics of a step; returns advice, where there is some."""
 
 
 @dataclass(kw_only=True)
@@ -58,14 +58,14 @@ class RlRun(Session):
     Args:
         config: the configuration.
         data: the prompts that are trained on.
-        source: generates and scores groups of answers to them.
-        journal: where it keeps them.
-        held_out: makes an evaluation of the weights that the generation engine has; None where there are no rows.
-        critic: what values states, where the algorithm has one.
-        reference: what the policy is held to, where something is.
-        publisher: gives weights to the generation engine, and verifies them there.
+        source: generates and scores groups of responses to them.
+        journal: stores them.
+        held_out: evaluates the weights that the generation engine has; None where there are no rows.
+        critic: predicts values of states, where the algorithm has one.
+        reference: the reference of the KL terms, where the algorithm has them.
+        publisher: sends weights to the generation engine, and verifies them there.
         turn: whose turn it is on devices that generation and training share.
-        watches: look at every step's metrics.
+        watches: read every step's metrics.
         kl: the coefficient of the KL penalty.
         moments: of all rewards so far.
     """
@@ -120,10 +120,10 @@ class RlRun(Session):
         return super().done() and self.unevaluated is None
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluates the weights of a step, and writes the responses; what was measured.
+        """Evaluates the weights of a step, and writes the responses; returns the metrics.
 
-        Where the run is asked to stop meanwhile, answers are dropped and nothing is returned: the step's metrics then
-        wait (`note`) until the run goes on and its evaluation is made.
+        If the run is asked to stop meanwhile, drops the responses and returns nothing: the step's metrics then wait
+        (`note`) until the run resumes and its evaluation is made.
 
         Raises:
             Stopped: the same before the first step, which is then not begun.
@@ -156,14 +156,14 @@ class RlRun(Session):
             self.unevaluated = dict(metrics)
 
     def advise_where_none_ended(self, where: str, finish_reasons: list[str]) -> None:
-        """Says so where not one of several responses ended by itself."""
+        """Gives advice where no response of several ended before the limit."""
         limit, eos = self.config.rollout.max_response_tokens, repr(self.tokenizer.eos_token)
         advice = never_ended(finish_reasons, limit, eos)
         if advice:
             self.trackers.advise(f"{where}: {advice}")
 
     def publish(self, version: int) -> dict[str, float]:
-        """Gives the trainer's weights to the generation engine, and makes sure that it samples from them.
+        """Sends the trainer's weights to the generation engine, and verifies that it samples from them.
 
         Returns:
             What was measured.
@@ -215,7 +215,7 @@ class RlRun(Session):
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         for line in [*lines, *filter(None, [self.unevaluated])]:
             for watch in self.watches:
-                watch.observe(line)  # what they say of these was said before
+                watch.observe(line)  # advice on these steps was given before
         best = best_of(self.config.checkpoint, lines, saved_steps(self.folder.checkpoints))
         self.saver.best = best
         if best is not None:
@@ -223,7 +223,7 @@ class RlRun(Session):
 
 
 def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> RlRun:
-    """Opens the run that a configuration describes, going on where its folder's records end.
+    """Opens the run that a configuration describes; resumes it where its folder holds one.
 
     Args:
         config: the configuration.
@@ -323,7 +323,7 @@ def _prompts(
 def _held_out(
     config: RlConfig, source: GroupSource, prompts: PromptSet, trackers: Trackers
 ) -> Callable[[], Evaluation]:
-    """Evaluations are answered and scored by what answers and scores for training."""
+    """Returns the evaluation, which uses the engine and the grader of training."""
     return partial(
         evaluate,
         source.answering,
@@ -341,6 +341,6 @@ def _watches(config: RlConfig) -> list[Watch]:
 
 
 def _forget(journal: Journal, opened: Opened) -> None:
-    """Lets go of the journal of steps that no checkpoint which is kept can need."""
+    """Deletes the journal of steps that no kept checkpoint can need."""
     keep = opened.config.checkpoint.keep
     journal.forget_up_to(saved_steps(opened.folder.checkpoints)[-keep:][0])

@@ -1,8 +1,8 @@
-"""From the reward of a response to rewards of tokens: what ``reward`` in the configuration does to it in training.
+"""Turns the reward of a response into rewards of tokens, as the section ``reward`` says for training.
 
-In this order: the reward is cut to its bounds (`reward.clip`); long responses lose some (`reward.overlong_buffer`) and
-every token counts (`reward.length_coef`); at last it is put on a common scale (`reward.normalize`). Evaluation and the
-metric ``critic/score`` show the reward as it was given.
+In this order: the reward is clipped (`reward.clip`); long responses are penalised (`reward.overlong_buffer`), and
+length is weighted (`reward.length_coef`); last, rewards are normalised (`reward.normalize`). Evaluation and the metric
+``critic/score`` show the reward as the reward function returned it.
 
 Shapes: B sequences, T tokens, N trajectories.
 """
@@ -52,7 +52,7 @@ class Shaped:
 
     Args:
         reward_B: of every response ``[B]``.
-        baseline_B: what each is held against, cut and scaled as the rewards are; None where there is none.
+        baseline_B: what each is compared with, clipped and scaled as the rewards are; None where there is none.
         moments: of all steps so far, this one among them where ``reward.normalize`` is running.
     """
 
@@ -98,7 +98,7 @@ def token_rewards(batch: Batch, reward_B: Tensor | None = None) -> Tensor:
 
     Args:
         batch: ``loss_mask_T``, and ``reward_B`` unless given.
-        reward_B: what each response is worth.
+        reward_B: the reward of each response.
     """
     reward_B = batch["reward_B"] if reward_B is None else reward_B
     reward_T = torch.zeros(batch.total(), dtype=reward_B.dtype)
