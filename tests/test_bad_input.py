@@ -164,7 +164,7 @@ def test_a_tokenizer_that_cannot_do(command: str, tmp_path: Path, capsys: Output
     assert "fix: set chat_template in its tokenizer_config.json" in said
     path = model_folder(tmp_path / "endless", eos_token=None)
     said = mistake(capsys, command, config, f"model.path={path}")
-    assert f"the tokenizer of {path} has no end-of-sequence token" in said and "why: without one no answer" in said
+    assert f"the tokenizer of {path} has no end-of-sequence token" in said and "why: without one no response" in said
     assert "fix: set eos_token in its tokenizer_config.json" in said
     path = model_folder(tmp_path / "strict", chat_template="{{ raise_exception('a system message comes first') }}")
     said = mistake(capsys, command, config, f"model.path={path}")
@@ -369,7 +369,7 @@ def test_other_settings_in_the_same_folder(override: str, expected: str, done: P
     config = (done / "run/config.yaml").read_bytes()
     said = going_on(done, capsys, override, "train.steps=3")
     assert f"{done / 'run'} holds a run with other settings: " in said and expected in said
-    assert "why: going on with them would mix two runs" in said and "fix: choose another run.folder" in said
+    assert "why: resuming with them would mix two runs" in said and "fix: choose another run.folder" in said
     assert (done / "run/config.yaml").read_bytes() == config
 
 

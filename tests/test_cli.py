@@ -243,7 +243,7 @@ def test_a_run_that_is_not_done_has_no_model_to_ask(tmp_path: Path, capsys: pyte
     succeed(capsys, "sft", config)
     (tmp_path / "run/model/config.json").unlink()
     said = mistake(capsys, "generate", tmp_path / "run", "1+1=")
-    assert f"the run in {tmp_path / 'run'} has left no model yet" in said and "hybridflow export" in said
+    assert f"the run in {tmp_path / 'run'} has no model yet" in said and "hybridflow export" in said
 
 
 # --- how a command line is read, and how its output ends ---

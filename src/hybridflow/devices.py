@@ -57,7 +57,7 @@ def kind_of(wanted: str = "auto") -> DeviceKind:
         more = "torch_npu" if wanted == "npu" else "a CUDA torch"
         raise UserError(
             f"run.device is {wanted}, but torch finds no {'NPU' if wanted == 'npu' else 'GPU'}",
-            fix=f"set run.device=cpu or install {more}; `hybridflow doctor` says what there is",
+            fix=f"set run.device=cpu or install {more}; `hybridflow doctor` lists what this host has",
         )
     return found
 

@@ -9,7 +9,7 @@ saved but the exported model). Supervised steps have update, save, saved and fin
 method of it: ``kill:actor.1@step3:update``. Without a rank it strikes all workers of the group; COUNT is which call of
 the method in that step (the first, if left out); the method ``create`` is the making of the worker. Actions:
 
-   kill      the process ends with SIGKILL, as by the kernel when memory runs out
+    kill      the process ends with SIGKILL, as by the kernel when memory runs out
     raise     the worker raises a RuntimeError
     sleep     the worker never replies; the others of its pool wait for it in their next collective
     oom       the worker raises a MemoryError

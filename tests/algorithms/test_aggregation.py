@@ -93,7 +93,7 @@ def test_an_empty_batch_has_no_weights(mode: str) -> None:
 
 def test_a_batch_without_groups_has_no_mean_over_prompts() -> None:
     batch = batch_of([([True], 0)]).select(["loss_mask_T", "trajectory_B"])
-    with pytest.raises(UserError, match="prompt-mean asks for group_N, which there is not"):
+    with pytest.raises(UserError, match="prompt-mean has the parameter group_N, and no value of that name exists"):
         token_weights(batch, "prompt-mean", norm=4)
 
 
@@ -118,8 +118,8 @@ def test_an_aggregation_of_ones_own(tmp_path: Path) -> None:
     weight_T = token_weights(batch, f"{file}:shorter_counts_more", norm=8)
     assert weight_T.tolist() == [2, 2, 0.5, 0, 0, 0.5, 0.5, 0.5]  # not even that of no tokens is infinite
     for name, said in [
-        ("curious", "asks for reward_N, which there is not"),
-        ("eager", "asks for power, which there is not"),
+        ("curious", "has the parameter reward_N, and no value of that name exists"),
+        ("eager", "has the parameter power, and no value of that name exists"),
         ("short", r"returned a tensor \[1\] for 3 trajectories"),
         ("number", "returned 1.0 for 3 trajectories"),
     ]:

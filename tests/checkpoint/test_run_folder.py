@@ -91,7 +91,7 @@ def test_what_makes_it_another_run_is_refused(key: str, value: Any, shown: str, 
     with pytest.raises(UserError) as caught:
         RunFolder(tmp_path, with_value(key, value), resume="auto")
     assert caught.value.what == f"{tmp_path} holds a run with other settings: {shown}"
-    assert caught.value.why == "going on with them would mix two runs"
+    assert caught.value.why == "resuming with them would mix two runs"
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 

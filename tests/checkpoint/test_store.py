@@ -171,7 +171,7 @@ def test_damage_names_the_file_and_says_how(name: str, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read_checkpoint(folder)
         assert caught.value.what == f"the checkpoint {folder} is damaged: {problem}"
-        assert f"delete {folder} to go on from the checkpoint before it" in caught.value.fix
+        assert f"delete {folder} to resume from the checkpoint before it" in caught.value.fix
         (folder / name).write_bytes(whole)
     read_checkpoint(folder)
 

@@ -77,7 +77,7 @@ def test_a_worker_that_is_struck_is_the_cause(fault: str, words: str, monkeypatc
     expected = {
         "kill": "fix: lower train.tokens_per_microbatch",
         "oom": "fix: lower train.tokens_per_microbatch",
-        "raise": "fix: mend what raised it; the run goes on from its newest checkpoint",
+        "raise": "fix: mend what raised it; the run resumes from its newest checkpoint",
         "sleep": "(placement.timeout is 2); 1 other waits for it in a collective; it stands at\n    src/hybridflow/fa",
     }
     assert expected[fault] in report
@@ -219,7 +219,7 @@ def test_a_process_that_is_stopped_before_a_large_message_is_found_too() -> None
 def test_a_process_that_is_stopped_is_the_one_that_does_not_say_where_it_stands() -> None:
     report = str(failing(lambda actor: actor.stop_process(1), timeout=3.0))
     assert report.startswith("worker actor.1 failed in stop_process of step 3: hangs\n  why: no progress for 3 seconds")
-    assert "does not say where it stands: its process is stopped, or in native code" in report
+    assert "does not report where it stands: its process is stopped, or in native code" in report
 
 
 def test_a_long_call_that_tells_its_progress_is_not_ended() -> None:

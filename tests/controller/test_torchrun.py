@@ -92,7 +92,7 @@ def test_two_pools_of_one_process_each(tmp_path: Path) -> None:
     [
         ("raise", 1, "RuntimeError: a fault that HYBRIDFLOW_FAULT asked for"),
         ("kill", 0, ""),
-        ("kill", 1, "its process has ended, or the network is gone; torchrun tells its signal"),
+        ("kill", 1, "its process has ended, or the network is gone; torchrun reports its signal"),
         ("sleep", 0, "hangs\n  why: no progress for "),
         ("sleep", 1, "hangs\n  why: no progress for "),
     ],

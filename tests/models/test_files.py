@@ -16,7 +16,7 @@ from hybridflow.models.files import assign_weights
     ("change", "expected"),
     [
         ({"bias": None}, "it lacks bias"),
-        ({"scale": torch.ones(1)}, "it has scale, which the model has not"),
+        ({"scale": torch.ones(1)}, "it has scale, which the model lacks"),
         ({"weight": torch.ones(3, 2)}, "weight is (3, 2) there and (2, 3) here"),
         ({"bias": None, "weight": torch.ones(1)}, "it lacks bias; weight is (1,) there and (2, 3) here"),
     ],

@@ -275,7 +275,7 @@ def test_faults_of_a_stream_are_told(fault: str) -> None:
         "truncated": r"\d+ tensors never arrived: ",
         "corrupted": r"1 tensors arrived with other values: model\.layers\.0\.mlp\.up_proj\.weight",
         "tied name dropped": r"1 tensors never arrived: lm_head\.weight",
-        "version": "the engine says version 0, published was 1",
+        "version": "the engine reports version 0, published was 1",
     }
     with pytest.raises(WeightSyncError, match=says[fault]):
         publisher.publish(1)

@@ -447,7 +447,7 @@ def test_the_trainers_own_memory_is_used_without_a_copy(trained_model: PreTraine
 
 def test_a_stream_of_another_model_is_noticed(trained_model: PreTrainedModel) -> None:
     before = copy.deepcopy(trained_model.state_dict())
-    with pytest.raises(WeightSyncError, match=r"6 published tensors that it has not: .*self_attn\.\w_proj\.bias"):
+    with pytest.raises(WeightSyncError, match=r"6 published tensors that it lacks: .*self_attn\.\w_proj\.bias"):
         InlineEngine(trained_model).update_weights(stream_of(packed_model("qwen2")), 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained_model.state_dict().items())
 

@@ -97,7 +97,7 @@ def test_merged_adapters_keep_a_plain_replica_up_to_date() -> None:
 
 def test_a_stream_that_does_not_fit_the_replica_is_refused_by_name() -> None:
     replica = InlineEngine(packed_model(seed=5))
-    with pytest.raises(WeightSyncError, match=r"published tensors that it has not: .*\.lora_A\."):
+    with pytest.raises(WeightSyncError, match=r"published tensors that it lacks: .*\.lora_A\."):
         replica.update_weights(stream_of(with_adapters(packed_model()), lora="adapters"), 1)
     stream = stream_of(packed_model())
     stream.names = frozenset(n for n in stream.names if "_norm" not in n or "self_attn" not in n)

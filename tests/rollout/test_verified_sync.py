@@ -212,7 +212,7 @@ def test_a_wrong_version_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     publisher.publish(0)
     load = WeightTaker._load
     monkeypatch.setattr(WeightTaker, "_load", lambda self, stream, version, lora: load(self, stream, 0, lora))
-    assert "the engine says version 0, published was 5" in told(setup, publisher, version=5)
+    assert "the engine reports version 0, published was 5" in told(setup, publisher, version=5)
 
 
 def test_adapters_are_drilled_beside_the_weights(setup: Setup):

@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_used(
     for arguments in (["train", config], ["export", tmp_path / "run", tmp_path / "target"]):
         said = mistake(capsys, *arguments)
         assert f"the checkpoint {newest} is damaged: {expected}" in said
-        assert f"fix: delete {newest} to go on from the checkpoint before it" in said
+        assert f"fix: delete {newest} to resume from the checkpoint before it" in said
     assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1, 2]
     shutil.rmtree(newest)
     succeed(capsys, "train", config)

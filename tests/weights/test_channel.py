@@ -122,9 +122,9 @@ def test_an_engine_that_never_answers_and_one_of_which_a_process_does_not_are_to
         time.sleep(2)
         return []
 
-    with pytest.raises(WeightSyncError, match="the engine did not say within 1 s what it took"):
+    with pytest.raises(WeightSyncError, match="the engine did not report within 1 s what it received"):
         weights.publish(stream_of(packed_model()), slow)
-    with pytest.raises(WeightSyncError, match="1 processes answer for the weights, and 2 should"):
+    with pytest.raises(WeightSyncError, match="1 processes acknowledge the weights, and 2 should"):
         weights.publish(stream_of(packed_model()), lambda address: engine.take(address)[:1])
 
 

@@ -127,7 +127,7 @@ def test_a_complete_receipt_is_accepted() -> None:
 
 def test_another_version_is_named() -> None:
     stream, received, _ = consumed()
-    with pytest.raises(WeightSyncError, match="the engine says version 3, published was 4"):
+    with pytest.raises(WeightSyncError, match="the engine reports version 3, published was 4"):
         verify(stream, Receipt(3, received, 0), 4)
 
 
@@ -172,7 +172,7 @@ def test_of_several_processes_those_are_named_that_have_something_else() -> None
     assert str(error.value) == (
         "weights in the generation engine are not the trainer's: "
         "process 1, 3 of 4 (counted from 0): 1 tensors never arrived: model.norm.weight; "
-        "process 2, 3 of 4 (counted from 0): the engine says version 1, published was 2"
+        "process 2, 3 of 4 (counted from 0): the engine reports version 1, published was 2"
     )
 
 
@@ -181,5 +181,5 @@ def test_what_nobody_sent_is_no_success_either() -> None:
     with pytest.raises(WeightSyncError, match=r"1 tensors arrived and were not published: model\.layers\.9\.bias"):
         verify(stream, Receipt(1, received | {"model.layers.9.bias": 5}, 0), 1)
     del stream.published["model.norm.weight"]
-    with pytest.raises(WeightSyncError, match=r"1 tensors arrived, and nobody knows what left: model\.norm\.weight"):
+    with pytest.raises(WeightSyncError, match=r"1 tensors arrived, and what left is unknown: model\.norm\.weight"):
         verify(stream, Receipt(1, received, 0), 1)

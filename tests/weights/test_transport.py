@@ -229,7 +229,7 @@ def test_a_receiver_that_was_started_again_in_the_middle_ends_that_stream_and_ta
         next(stream.tensors)
         again = open_receiver(sender.address, 0, timeout=60)
         arriving = pool.submit(received, again)
-        with pytest.raises(WeightSyncError, match=r"receiver 0 of 1 .* began again in the middle of a stream"):
+        with pytest.raises(WeightSyncError, match=r"receiver 0 of 1 .* restarted in the middle of a stream"):
             sent.result()
         with pytest.raises(WeightSyncError, match="the sender of weights stopped"):
             arriving.result()

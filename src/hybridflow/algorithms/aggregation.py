@@ -61,7 +61,9 @@ def token_weights(batch: Batch, mode: str, *, norm: float, values: Mapping[str, 
     function = piece(AGGREGATIONS, mode)
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is parameter.empty and given(name) is ABSENT:
-            raise UserError(f"the aggregation {mode} asks for {name}, which there is not", fix=EXPECTED)
+            raise UserError(
+                f"the aggregation {mode} has the parameter {name}, and no value of that name exists", fix=EXPECTED
+            )
     weight_N = call(function, given)
     if not isinstance(weight_N, Tensor) or weight_N.shape != (count,):
         what = f"a tensor {list(weight_N.shape)}" if isinstance(weight_N, Tensor) else repr(weight_N)

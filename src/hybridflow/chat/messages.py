@@ -119,7 +119,7 @@ def check_truth(value: object) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise RefusedValue(
             f"has {value} where a ground truth should be",
-            why="an empty field of a table becomes this, and no answer equals it",
+            why="an empty field of a table becomes this, and no response equals it",
             fix="fill in the ground truth, or leave the row out",
         )
     elif isinstance(value, bytes):
@@ -149,7 +149,7 @@ def _checked(message: dict[str, Any], markers: Sequence[str], empty_answers: boo
         raise RefusedValue(
             "is empty",
             detail="" if role == "user" else role,
-            why="an empty prompt asks nothing, and of an empty answer only the end would be learned",
+            why="an empty prompt asks nothing, and of an empty response only the end would be learned",
             fix="fill in the text, or leave the row out",
         )
     return message
@@ -168,7 +168,7 @@ def _message(message: object, template: str) -> dict[str, Any]:
     if roles[0] not in STANDARD and not _named(roles[0], template):
         near = get_close_matches(roles[0].strip().lower(), STANDARD, n=1)
         raise RefusedValue(
-            "is from somebody unknown",
+            "is from an unknown role",
             detail=repr(roles[0]),
             why="the chat template does not name this role, so it would write words that the model was never taught",
             fix=f"did you mean {near[0]!r}?" if near else f"rename it; known: {', '.join((*STANDARD, *ALIASES))}",
@@ -181,7 +181,7 @@ def _message(message: object, template: str) -> dict[str, Any]:
     rest = {key: value for key, value in given.items() if key not in ("role", "from", "content", "value")}
     if rest.get("train", True) not in (True, False):
         raise RefusedValue(
-            "has something else than true or false as train", detail=repr(rest["train"]), fix="write true or false"
+            "has a value of train that is neither true nor false", detail=repr(rest["train"]), fix="write true or false"
         )
     if "train" in rest:  # tables turn booleans into 0 and 1
         rest["train"] = bool(rest["train"])
@@ -192,7 +192,7 @@ def _message(message: object, template: str) -> dict[str, Any]:
 
 def _role(role: object, template: str) -> str:
     if not isinstance(role, str) or not role:
-        raise RefusedValue("has something else than a name as its role", detail=repr(role))
+        raise RefusedValue("has a role that is no name", detail=repr(role))
     meant = role.lower() if role.lower() in STANDARD else ALIASES.get(role.lower(), role)
     return role if _named(role, template) and not _named(meant, template) else meant
 
@@ -219,7 +219,7 @@ def _part(part: object) -> str:
     raise RefusedValue(
         "has a part without text",
         detail=f"type {kind!r}" if found else kind_of(part),
-        why="only text is rendered, and what is left out of a prompt changes what is asked",
+        why="only text is rendered, and a prompt without the rest asks something else",
         fix='write parts as {"type": "text", "text": ...}; leave rows with images or other parts out',
     )
 

@@ -243,7 +243,7 @@ def _tokens_between(
         before = before[:-1]
     if list(ids[: len(before)]) != list(before):
         raise UserError(
-            "a token spans the border between a prompt and the answer",
+            "a token spans the border between a prompt and the response",
             why="generation starts at that border, so the model would be trained on tokens it never sees",
             fix="end the prompt (or the template's generation prompt) with a special token or a newline, not with a "
             "space",
@@ -267,7 +267,7 @@ def _assistant_spans(
         if not (full.startswith(before) and full.startswith(after)):
             raise UserError(
                 f"the chat template rewrites turns before message {i}",
-                why="the conversation up to an answer must be rendered the same with and without that answer",
+                why="the conversation up to a response must be rendered the same with and without that response",
                 fix="use a template that only appends (for thinking models: one that keeps earlier turns as they "
                 "were), or set data.loss_on=last_assistant",
             )

@@ -52,7 +52,7 @@ class RunFolder:
             if resume == "never" and (path / "metrics.jsonl").exists():
                 raise UserError(
                     f"{path} already holds a run, and run.resume is never",
-                    fix="choose another run.folder, delete this one, or set run.resume=auto to go on",
+                    fix="choose another run.folder, delete this one, or set run.resume=auto to resume it",
                 )
             self.changed = changed_settings(path, config, moved=resume == "moved", kind=kind)
         except BaseException:
@@ -141,7 +141,7 @@ def changed_settings(
         moving = "; where files have only moved, set run.resume=moved" if set(fixed) <= set(PATH_KEYS) else ""
         raise UserError(
             f"{path} holds a run with other settings: {shown}",
-            why="going on with them would mix two runs",
+            why="resuming with them would mix two runs",
             fix=f"choose another run.folder, or give the old values{moving}",
         )
     return {key: (before.get(key), now.get(key)) for key in changed}

@@ -209,7 +209,7 @@ def _verify_manifest(folder: Path) -> None:
     except ValueError as error:
         raise UserError(
             f"the checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})",
-            fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
+            fix=f"delete {folder} to resume from the checkpoint before it, or restore the file",
         ) from error
     with ThreadPoolExecutor(HASHES) as threads:
         problems = list(threads.map(lambda name: _problem(folder / name, entries[name]), entries))
@@ -218,7 +218,7 @@ def _verify_manifest(folder: Path) -> None:
             continue
         raise UserError(
             f"the checkpoint {folder} is damaged: {name} {problem}",
-            fix=f"delete {folder} to go on from the checkpoint before it, or restore the file",
+            fix=f"delete {folder} to resume from the checkpoint before it, or restore the file",
         )
 
 

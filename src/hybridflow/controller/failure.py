@@ -199,7 +199,7 @@ def first_cause(evidence: Evidence, timeout: float) -> UserError:
 
 def _lost(place: Place, evidence: Evidence) -> WorkerFailure:
     lost, doing = evidence.lost[place], evidence.boxes.get(place, {})
-    fix = "look at what its process printed; the run goes on from its newest checkpoint"
+    fix = "look at what its process printed; the run resumes from its newest checkpoint"
     why = lost.how
     if lost.signal == signal.SIGKILL:
         why += "; the kernel kills processes that run out of memory this way (`dmesg` says so), and so does a scheduler"
@@ -215,21 +215,19 @@ def _raised(place: Place, evidence: Evidence) -> UserError:
         what, why, fix = failure.mistake
         return UserError(what, why=why, fix=fix)
     lines = [failure.error, *failure.frames]
-    fix = "mend what raised it; the run goes on from its newest checkpoint"
+    fix = "mend what raised it; the run resumes from its newest checkpoint"
     if re.search("MemoryError|out of memory|OutOfMemory", failure.error):
         fix = MEMORY_FIX
     elif failure.connection:
-        fix = (
-            "every rank must make the same collectives, of the same sizes, in the same order; else look at the network"
-        )
+        fix = "every rank must make the same collectives, of the same sizes, in the same order; else check the network"
     return _report(place, failure.doing, failure.error.splitlines()[0], "\n    ".join(lines), fix, evidence)
 
 
 def _hangs(place: Place, evidence: Evidence, timeout: float) -> WorkerFailure:
     here = evidence.standing.get(place)
-    fix = "see why it does not go on; if it only needs longer, raise placement.timeout"
+    fix = "find out why it makes no progress; if it only needs longer, raise placement.timeout"
     if here is None:
-        why = f"no progress for {timeout:g} seconds (placement.timeout), and it does not say where it stands: its"
+        why = f"no progress for {timeout:g} seconds (placement.timeout), and it does not report where it stands: its"
         why += " process is stopped, or in native code"
         return _report(place, evidence.boxes.get(place, {}), "hangs", why, fix, evidence)
     waiting = len({p for p, s in evidence.standing.items() if s.collective} | evidence.failed.keys())
@@ -241,7 +239,7 @@ def _hangs(place: Place, evidence: Evidence, timeout: float) -> WorkerFailure:
 def _all_wait(evidence: Evidence, timeout: float) -> WorkerFailure:
     place = next(iter(evidence.standing))
     stacks = [f"{p}: {(s.frames or ('nowhere',))[-1]}" for p, s in evidence.standing.items()]
-    why = "\n    ".join([f"all wait in a collective since {timeout:g} seconds (placement.timeout)", *stacks])
+    why = "\n    ".join([f"all have waited in a collective for {timeout:g} seconds (placement.timeout)", *stacks])
     fix = (
         "every rank must make the same collectives in the same order; if they only need longer, raise placement.timeout"
     )

@@ -97,7 +97,7 @@ class AdamEngine(ABC):
                 f"the model's weights are not finite {when}" + (f": {bad[0]} and {len(bad) - 1} others" if bad else ""),
                 why="nothing is learned or written from here on; "
                 f"optim.lr is {self.optim.lr:g}, optim.weight_decay {self.optim.weight_decay:g}",
-                fix="lower them and go on from the last checkpoint; if there is none, look at model.path",
+                fix="lower them and resume from the last checkpoint; if there is none, check model.path",
             )
 
     def anywhere(self, found: bool) -> bool:

@@ -86,7 +86,7 @@ def attention(
         asked.append("is_causal=False")
     if asked:
         raise UserError(
-            f"{type(module).__name__} asks for attention that packed sequences do not have: {', '.join(asked)}",
+            f"{type(module).__name__} needs attention that packed sequences do not support: {', '.join(asked)}",
             why="leaving it out would silently compute another model",
             fix="set model.packing=false (generate: --no-packing)",
         )

@@ -94,7 +94,7 @@ def classifier_config(path: str, *, key: str, trust_remote_code: bool = False) -
     if not is_classifier(found[0]):
         raise UserError(
             f"{key}: the model in {path} is a {found[0]}: it has no classification head",
-            why="a reward model reads a conversation as one number, and there is nothing that was trained to do so",
+            why="a reward model maps a conversation to one number, and no layer of this model was trained for that",
             fix="give a sequence classifier with one label; `hybridflow reward-model` trains one from such a model",
         )
     labels = len(values["id2label"]) if values.get("id2label") else 2

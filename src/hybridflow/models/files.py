@@ -130,7 +130,7 @@ def require_same_shapes(
     shapes = sorted(n for n in own.keys() & saved.keys() if own[n] != saved[n])
     if absent or strange or shapes:
         detail = [f"it lacks {absent[0]}"] if absent else []
-        detail += [f"it has {strange[0]}, which the model has not"] if strange else []
+        detail += [f"it has {strange[0]}, which the model lacks"] if strange else []
         detail += [f"{n} is {saved[n]} there and {own[n]} here" for n in shapes[:1]]
         raise UserError(
             f"the checkpoint {source} is from another model: {'; '.join(detail)}",

@@ -78,11 +78,11 @@ def load_tokenizer(path: str, *, seed: int = 0, trust_remote_code: bool = False)
     if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys() - {*tokenizer.all_special_ids}:
         # transformers makes one of the family's special tokens where there are no files.
         names = ", ".join(sorted(tokenizer.get_vocab())[:5])
-        raise _no_tokenizer(path, f"all that can be made of its files knows special tokens alone: {names}")
+        raise _no_tokenizer(path, f"the tokenizer made of its files has special tokens alone: {names}")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {path} has no end-of-sequence token",
-            why="without one no answer ever ends before the length limit",
+            why="without one no response ends before the length limit",
             fix="set eos_token in its tokenizer_config.json",
         )
     return tokenizer
@@ -222,7 +222,7 @@ def _require_causal_head(path: str, values: dict[str, Any]) -> None:
     if found and not known & set(found):
         raise UserError(
             f"the model in {path} is a {found[0]}: it has no head that predicts the next token",
-            why="answers are generated, and scored, token by token from left to right",
+            why="responses are generated, and scored, token by token from left to right",
             fix="give a causal language model (LlamaForCausalLM, Qwen3ForCausalLM, ...)",
         )
 

@@ -271,7 +271,7 @@ def _tiles(
 
 def _check_within(logit_M: Tensor, support: SupportPairs | None) -> None:
     if support is not None and bool((logit_M <= FAR / 2).any()):
-        raise ValueError("a token is outside of the support that it is said to be drawn from")
+        raise ValueError("a token is outside of the support that it was drawn from")
 
 
 class _Tiled(torch.autograd.Function):

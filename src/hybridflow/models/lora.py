@@ -89,8 +89,8 @@ def _targets(model: PreTrainedModel, named: str | list[str]) -> str | list[str]:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise UserError(
                 f"model.lora.target_modules: no module of the {type(model).__name__} is named {name!r}",
-                why="a module is meant by the end of its path, as q_proj or layers.0.self_attn.q_proj; patterns are "
-                "not read",
+                why="a module is named by the end of its path, such as q_proj or layers.0.self_attn.q_proj; patterns "
+                "are not read",
                 fix=f"{nearest(name, _linear_names(model))}; several are a list, and {ALL_LINEAR} is every linear "
                 "layer but the output's",
             )

@@ -42,7 +42,7 @@ def model_at(path: str) -> str:
     if steps:
         target = f"{path.rstrip('/')}-step-{steps[-1]}"
         raise UserError(
-            f"the run in {path} has left no model yet: it is not done",
+            f"the run in {path} has no model yet: it is not done",
             fix=f"write its newest checkpoint as a model, {typed('export', path, target)}, and give {target} instead",
         )
     return path
@@ -72,7 +72,7 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds adapters (adapter_config.json), not a whole model",
-            why="they say nothing without the model that they were trained on",
+            why="they are useless without the model that they were trained on",
             fix="merge them into it: `hybridflow export RUN FOLDER` for those of a run, peft's merge_and_unload and "
             "save_pretrained for others",
         )
@@ -139,7 +139,7 @@ def code_files(auto_map: dict[str, Any]) -> list[str]:
 def refuse_own_code(path: str, what: list[str]) -> NoReturn:
     """Raises a UserError for a folder that would have code of its own run: only the user can allow that."""
     raise UserError(
-        f"{path} is made to run code of its own: {', '.join(what)}",
+        f"{path} would run code of its own: {', '.join(what)}",
         why="whoever wrote that code could do anything on this machine; nothing of it has been run",
         fix="read it, then set model.trust_remote_code=true (generate: --trust-remote-code); or take a model that "
         "transformers has built in",

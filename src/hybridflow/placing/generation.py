@@ -126,7 +126,7 @@ def describe_engine(section: OwnEngine) -> str:
         UserError: it is missing, or of another version.
     """
     if section.mode == "server" and section.servers:
-        return f"{section.engine} at {', '.join(section.servers)}: asked when the run starts"
+        return f"{section.engine} at {', '.join(section.servers)}: contacted when the run starts"
     if section.engine == "sglang":
         from hybridflow.rollout.sglang.start import require_sglang
 

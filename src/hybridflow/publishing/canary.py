@@ -109,7 +109,7 @@ class Canary:
         found: dict[int, Result] = {}
         while len(found) < len(asked):
             results = self.rollout.wait()
-            assert results, "the engine has forgotten the canary"
+            assert results, "the engine has lost the canary's requests"
             found |= {r.handle: r for r in results if r.handle in asked}
             self.keep([r for r in results if r.handle not in asked])
         return [CanaryAnswer(*where, found[handle]) for handle, where in asked.items()]

@@ -115,11 +115,13 @@ class Channel:
             if taken.done():
                 failed.insert(0, error)  # the engine's error comes first: the sender's is often only its consequence
             else:
-                failed.append(WeightSyncError(f"the engine did not say within {self.timeout:g} s what it took"))
+                failed.append(WeightSyncError(f"the engine did not report within {self.timeout:g} s what it received"))
         if failed:
             raise _joined(failed) from failed[0]
         if len(receipts) != len(self.receivers):
-            raise WeightSyncError(f"{len(receipts)} processes answer for the weights, and {len(self.receivers)} should")
+            raise WeightSyncError(
+                f"{len(receipts)} processes acknowledge the weights, and {len(self.receivers)} should"
+            )
         return receipts
 
     def close(self) -> None:

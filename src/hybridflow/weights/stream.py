@@ -179,7 +179,7 @@ def verify(stream: WeightStream, receipts: Receipt | Sequence[Receipt], version:
             names them, and the processes.
     """
     every = [receipts] if isinstance(receipts, Receipt) else list(receipts)
-    assert every, "nobody acknowledges the weights"
+    assert every, "no process acknowledges the weights"
     who: dict[str, list[str]] = {}  # processes, by what is wrong with them
     for place, receipt in enumerate(every):
         for problem in _problems(stream, receipt, version):
@@ -195,12 +195,12 @@ def _problems(stream: WeightStream, receipt: Receipt, version: int) -> Iterator[
     """Yields the faults of a receipt, in words."""
     received, published = receipt.received, stream.published
     if receipt.version != version:
-        yield f"the engine says version {receipt.version}, published was {version}"
+        yield f"the engine reports version {receipt.version}, published was {version}"
     for names, what in [
         (stream.names - received.keys(), "never arrived"),
         ({n for n in received if published.get(n, received[n]) != received[n]}, "arrived with other values"),
         (received.keys() - stream.names, "arrived and were not published"),
-        ((stream.names & received.keys()) - published.keys(), "arrived, and nobody knows what left"),
+        ((stream.names & received.keys()) - published.keys(), "arrived, and what left is unknown"),
     ]:
         if names:
             yield f"{len(names)} tensors {what}: {', '.join(sorted(names)[:5])}"
@@ -216,7 +216,7 @@ def _same_names(published: frozenset[str], expected: frozenset[str]) -> None:
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:5])}"
         for what, names in [
-            ("published tensors that it has not", published - expected),
+            ("published tensors that it lacks", published - expected),
             ("tensors of its own that are not published", expected - published),
         ]
         if names

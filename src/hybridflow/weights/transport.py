@@ -209,7 +209,7 @@ class Sender:
             self._here[who] = what
             if present and not (self._ending and all(who in took for took in self._took.values())):
                 raise WeightSyncError(
-                    f"receiver {who} of {self._receivers} (counted from 0) began again in the middle of a stream: "
+                    f"receiver {who} of {self._receivers} (counted from 0) restarted in the middle of a stream: "
                     "its process was started anew, or gave up waiting"
                 )
 

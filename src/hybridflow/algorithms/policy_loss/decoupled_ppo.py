@@ -1,6 +1,6 @@
 """Decoupled PPO (arXiv 2505.24298; the idea: 2110.00641): for responses of older policies, three policies.
 
-   w = exp(old_logp - rollout_logp)      the proximal policy over the behaviour policy, which drew the response
+    w = exp(old_logp - rollout_logp)      the proximal policy over the behaviour policy, which drew the response
     loss = w ppo_clip(logp, old_logp, A)  the current policy is clipped around the proximal one
 
 The proximal policy is that at the start of the step. With behaviour_cap, tokens with w above it have weight 0, as in

@@ -274,7 +274,9 @@ class RayBackend:
                 fix="start it on a host of the cluster, with placement.address=auto, or as a job (docs/cluster.md)",
             )  # fmt: skip
         nobody = f"no Ray cluster answers at placement.address {self._address}"
-        fix = "see that `ray start --head` runs there, and on this host `ray start --address=...`; or leave it out: a "
+        fix = (
+            "check that `ray start --head` runs there, and on this host `ray start --address=...`; or leave it out: a "
+        )
         fix += "local instance is then started"
         if self._address != "auto":
             host, _, port = self._address.rpartition(":")
@@ -402,7 +404,7 @@ def _lost(text: str, node: str) -> Lost:
         return Lost("ended by Ray, because its host ran low on memory", signal.SIGKILL)
     if "node has died" in text or any(n["NodeID"] == node and not n["Alive"] for n in ray.nodes()):
         return Lost("its host left the Ray cluster")
-    return Lost("its process was killed (Ray saw it end and does not tell how; most likely signal 9)", signal.SIGKILL)
+    return Lost("its process was killed (Ray does not report how; most likely signal 9)", signal.SIGKILL)
 
 
 @contextlib.contextmanager

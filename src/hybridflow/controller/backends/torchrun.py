@@ -125,7 +125,7 @@ class TorchrunBackend:
                 came.append((place, WorkerReply.read(self._wires[place].receive())))
             except EOFError:
                 self._wires.pop(place).close()
-                came.append((place, Lost("its process has ended, or the network is gone; torchrun tells its signal")))
+                came.append((place, Lost("its process has ended, or the network is gone; torchrun reports its signal")))
         return came
 
     def box(self, place: Place) -> Mapping[str, Any]:
