@@ -1,7 +1,7 @@
-"""HTTP calls within limits: so many at once, so many a minute, tried again where that may help.
+"""HTTP calls within limits: at most so many at once and per minute, with further attempts where these may help.
 
-`LimitedClient` is what every reward behind HTTP goes through: a server of one's own (`remote`), a judge's endpoint, a
-sandbox server. It needs aiohttp (``hybridflow[server]``), and no event loop of its caller.
+Every reward behind HTTP uses `LimitedClient`: the user's own server (`remote`), a judge's endpoint, a sandbox server.
+It needs aiohttp (``hybridflow[server]``), and no event loop of its caller.
 
     client = LimitedClient(concurrency=64, timeout=60, retries=3, requests_per_minute=600)
     future = client.post("http://host/score", {"responses": ["4"]}, tokens=10)  # returns at once
@@ -37,13 +37,13 @@ RETRIED = (408, 429)  # statuses below 500 that another attempt may change
 
 
 class CallFailed(Exception):
-    """A call that has no answer, after all attempts; its text is one sentence that begins with the address.
+    """A call that has no reply after all attempts; its text is one sentence that begins with the address.
 
     Attributes:
         kind: "timeout", "refused" (4xx, 5xx, no connection) or "nonsense" (an answer that is not JSON): see
             `protocols.rewards.Failure.kind`.
-        status: of the last answer; None where there was none.
-        unreachable: whether nobody listens at the address.
+        status: of the last reply; None where there was none.
+        unreachable: whether nothing listens at the address.
     """
 
     def __init__(self, said: str, *, kind: str, status: int | None = None, unreachable: bool = False) -> None:
@@ -52,10 +52,10 @@ class CallFailed(Exception):
 
 
 class Pace:
-    """When the next piece of work may begin, at so much a minute; evenly spaced, without a saved-up burst.
+    """Decides when the next piece of work may begin, at so much per minute; evenly spaced, without bursts.
 
-    Work of cost c keeps what comes after it waiting for c / rate minutes. So any window of t minutes has work worth at
-    most rate x t, and what began last in it (and a tenth of a second's worth, to make up for late timers).
+    Work of cost c delays the work after it by c / rate minutes. So the work of any window of t minutes costs at most
+    rate x t, plus the piece that began last in it (and a tenth of a second's, to make up for late timers).
 
     Args:
         per_minute: how much.
@@ -94,7 +94,7 @@ class LimitedClient:
         timeout: seconds for one attempt, once it may begin.
         retries: attempts after the first.
         requests_per_minute: most attempts that begin in a minute, evenly spaced; None: any number.
-        tokens_per_minute: the same for what `post` is told as `tokens`.
+        tokens_per_minute: the same for the `tokens` of `post`.
 
     Raises:
         UserError: aiohttp is not installed.
@@ -147,7 +147,7 @@ class LimitedClient:
             url: where to.
             body: is sent as JSON; it must be serialisable (`TypeError` and `ValueError` come from here, not later).
             headers: further ones.
-            tokens: what it costs of `tokens_per_minute`; None: a quarter of the characters that are sent.
+            tokens: its share of `tokens_per_minute`; None: a quarter of the characters that are sent.
             timeout: seconds for each attempt instead of the client's.
             retries: instead of the client's.
 
@@ -261,7 +261,7 @@ class LimitedClient:
 
 
 class _MayPass(Exception):
-    """An attempt that failed, after which another may not; `wait` seconds, if the server says how long."""
+    """An attempt that failed where another may succeed, after `wait` seconds, if the server says how long."""
 
     def __init__(
         self, said: str, *, kind: str, status: int | None = None, wait: float = 0.0, unreachable: bool = False

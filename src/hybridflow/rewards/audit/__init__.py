@@ -1,1 +1,1 @@
-"""Rewards held against answers whose worth is known."""
+"""The audit of rewards: they score responses that are known to be right or wrong."""

@@ -1,8 +1,8 @@
-"""The audit of a reward: changed right and wrong answers are scored, and what the reward says is held to what is known.
+"""The audit of a reward: it scores changed right and wrong responses, and its scores are compared with what is known.
 
-Every response is scored alone and again, in another order, in company with others; a process of its own measures what
-else the reward does (`probe`). All of it goes through the graders that training uses, so that a reward which
-hangs, dies or raises is found and not suffered. docs/audit.md says how to read the result.
+Every response is scored alone, and again in another order together with others; a process of its own measures what else
+the reward does (`probe`). All scoring uses the graders of training, so that the audit survives a reward which hangs,
+dies or raises, and reports it. docs/audit.md explains the result.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class CaseSet:
         cases: questions with right and wrong answers.
         groups: of mutations that fit; see `mutations`.
         kwargs: of the reward.
-        by_design: mutations of which the reward, by what it is, must say something else than usual, and why.
-        partial: wrong answers may earn a part: only what earns as much as the right answer counts as accepted. Else
-            it is what earns more than half of the way from the wrong answer to the right one.
+        by_design: mutations that the reward scores otherwise than usual by design, and why.
+        partial: wrong answers may earn a part: only a response that earns as much as the right one counts as accepted.
+            Else one that earns more than half of the way from the wrong one to the right one.
     """
 
     cases: tuple[KnownCase, ...]
@@ -51,7 +51,7 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Tried:
-    """A response and its score; None where it was not scored, for too many others had hung."""
+    """A response and its score; None where it was not scored, because too many others had hung."""
 
     case: KnownCase
     mutation: str
@@ -62,7 +62,7 @@ class Tried:
 
 @dataclass
 class Finding:
-    """Something that a reward does and should not.
+    """A fault of a reward, or something that its user should know.
 
     Args:
         kind: of what; `FAULTS` are those that a reward must not be used with.
@@ -373,5 +373,5 @@ def example_of(one: Tried) -> dict[str, Any]:
 
 def shortened(value: Any) -> str:
     """Returns any value as one line of text."""
-    text = ascii(value)  # look-alike characters must be told from what they look like
+    text = ascii(value)  # ASCII shows look-alike characters as they are
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -1,8 +1,8 @@
-"""Answers that are changed so that one knows what a reward must say of them: pure functions, in the table `MUTATIONS`.
+"""Changes of answers after which it is known how a reward must score them: pure functions, in the table `MUTATIONS`.
 
-A `KnownCase` is a question with an answer that is right and one that is wrong. A mutation makes responses of it and
-says what must be true of each: "right" (it earns what the right answer earns), "wrong" (it does not), or "any" (the
-reward must only survive it). Which mutations fit a reward is said by their groups:
+A `KnownCase` is a question with an answer that is right and one that is wrong. A mutation makes responses of it, and
+states what is expected of each: "right" (it earns what the right answer earns), "wrong" (it does not), or "any" (the
+reward must only not fail). The groups of mutations say which fit a reward:
 
     text    any response
     answer  responses that say an answer somewhere: it is replaced, repeated, hidden, surrounded
@@ -60,7 +60,7 @@ class KnownCase:
         response: earns the full reward.
         answer: the part of `response` that is the answer: the last place where this text stands. "" where a response
             has no such part (a program, a document).
-        wrong: what may stand there instead, and is wrong.
+        wrong: a wrong answer for the same place.
         same: further ways to write the answer.
         different: answers that look like the right one and are wrong.
         right_responses: whole responses that are right too.
@@ -113,7 +113,7 @@ class Mutation:
     """One way to change an answer.
 
     Args:
-        name: in words.
+        name: for messages.
         group: what it needs; see the head of this file.
         expected: of its responses.
         make: responses of a case; none where it does not apply.

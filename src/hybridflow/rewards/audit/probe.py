@@ -1,4 +1,4 @@
-"""What can be seen of a reward only from within its process: threads, memory, time, what it does to a row.
+"""Measures what only the process of a reward shows: threads, memory, time, changes to a row.
 
 `probe` starts a process of its own (this file, run as a module), which calls the reward directly.
 """
@@ -32,7 +32,7 @@ MEGABYTE = 2**20
 
 @dataclass
 class Probed:
-    """What the process saw.
+    """The measurements of the process.
 
     Args:
         scores: of every response, in order.
@@ -60,12 +60,12 @@ def probe(function: FunctionSpec, answers: Sequence[Answers], *, seconds: float,
 
     Args:
         function: the reward.
-        answers: with one response each; of such as it has scored before.
+        answers: with one response each; all have been scored before.
         seconds: that the process may take for everything.
         calls: how many calls measure cost; fewer where they would take more than a quarter of the time.
 
     Returns:
-        What it saw, or, where the process did not end well, how it ended.
+        The measurements, or how the process ended if it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, told = Path(folder) / "asked", Path(folder) / "told"

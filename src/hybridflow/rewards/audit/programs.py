@@ -1,7 +1,7 @@
-"""Known right and wrong programs for the reward `code`: what a model tries that wants a point without solving a task.
+"""Known right and wrong programs for the reward `code`: the ways to get a point without solving the task.
 
-Wrong are programs that are empty or define nothing, that print or return what is expected of another case, that define
-anew what tests compare with, and that leave to a test's own jail what they should define.
+Wrong are programs that are empty or define nothing, that print or return what another case expects, that redefine what
+tests compare with, and that leave undefined what a test's own jail may define.
 """
 
 from __future__ import annotations

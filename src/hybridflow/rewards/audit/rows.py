@@ -1,4 +1,6 @@
-"""Cases for the audit of a user's reward, made of rows: a right answer is the ground truth in a form that it reads."""
+"""Cases for the audit of a user's reward, from rows: a right response is the ground truth in a form that the reward
+reads.
+"""
 
 from __future__ import annotations
 

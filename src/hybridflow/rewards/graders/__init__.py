@@ -1,1 +1,1 @@
-"""Graders: functions, servers, judges, and what is composed of them."""
+"""Graders: functions, servers, judges, and compositions of them."""

@@ -1,8 +1,8 @@
 """Several rewards as one: the parts of a weighted sum, and rows of several data sources.
 
-A part's value is first held against those of the other responses to its prompt (``normalize: group``), then cut to its
-bounds, then multiplied with its weight. Its raw value is a component under the part's name; what it says besides its
-score is one under ``part/name``.
+A part's value is first normalised over the responses to its prompt (``normalize: group``), then clipped, then
+multiplied by its weight. Its raw value is a component under the part's name; further numbers that it returns are
+components ``part/name``.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Part:
 
     Args:
         name: of its component; None for a reward that has this part alone, and passes as it is.
-        backend: who scores it.
+        backend: scores it.
         function: which of the backend's functions.
-        weight: what it is multiplied with.
-        normalize: whether it is held against the other responses to the prompt.
+        weight: its factor in the sum.
+        normalize: whether it is normalised over the responses to the prompt.
         clip: least and greatest value, before the weight.
     """
 
@@ -150,7 +150,7 @@ def combined(parts: Sequence[Part], scores: Sequence[Sequence[Score]]) -> list[S
     """Returns the scores of responses to one prompt, from those of each part (part by part); a failed part fails the
     response.
 
-    So does a sum that is larger than a reward may be (`config.bounds.LARGEST_REWARD`).
+    A sum beyond the largest reward (`config.bounds.LARGEST_REWARD`) fails it too.
     """
     if len(parts) == 1 and parts[0].name is None:
         return [_bounded(score) for score in scores[0]]

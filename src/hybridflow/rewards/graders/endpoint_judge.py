@@ -1,12 +1,12 @@
-"""A model that reads a response and writes a verdict: what it is asked, how its text is read, and asking an endpoint.
+"""A model that reads a response and writes a verdict, behind an endpoint.
 
-The default question fences whatever the judged model, or the data, has written with a mark that is a hash of it: no
-text can contain its own hash, so a response cannot close the fence and go on as if it were the instructions. A verdict
-is the number in the last ``[[...]]`` of the judge's own text; where there is none, or one that may be a quotation of
-the response, there is no reward (a failure of the kind "nonsense"), never a silent zero.
+The default question fences all text of the judged model and of the data with a mark that is a hash of that text: no
+text can contain its own hash, so a response cannot close the fence and continue as instructions. A verdict is the
+number in the last ``[[...]]`` of the judge's own text; where there is none, or one that may be a quotation of the
+response, there is no reward (a failure of the kind "nonsense"), never a silent zero.
 
-Draws depend on the seed, on what was asked and on which of the samples it is, and on nothing else: the same response
-gets the same verdict, whatever is judged beside it. Equal responses to a prompt are judged once.
+A verdict depends only on the seed, the question and the number of the sample: the same response gets the same verdict,
+whatever else is judged. Equal responses to a prompt are judged once.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class EndpointJudge:
         """See `protocols.rewards.Grader.check`: asks which models there are, and for one token.
 
         Raises:
-            UserError: nobody answers, the model is not there, or the key is not accepted.
+            UserError: the endpoint does not answer, does not have the model, or does not accept the key.
         """
         names = self._names()
         if self.model is None:

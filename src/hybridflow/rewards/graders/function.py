@@ -1,6 +1,6 @@
-"""A user's reward function, called safely: what it returns is checked before anything is trained on it.
+"""Calls a user's reward function safely, and checks what it returns before anything is trained on it.
 
-The names of its arguments decide what it is given. Of one response:
+The names of its arguments decide what it is given. For one response:
 
     response, solution_str      its text
     ground_truth                the row's
@@ -8,9 +8,9 @@ The names of its arguments decide what it is given. Of one response:
     row                         the whole row
     data_source, extra_info     of the row: None and {} where it has none
 
-or of all responses to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
+or for all responses to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
 ``ground_truths`` and ``extra_infos``, lists with one entry per response. So a ``compute_score`` that was written for
-verl works as it is, of one response and of a batch. All of these may be ``async def``.
+verl works as it is, for one response and for a batch. All of these may be ``async def``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _called(name: str, known: Sequence[str]) -> str:
 
 
 class RewardFunction:
-    """Scores the responses to one prompt, and never raises because of what the function did.
+    """Scores the responses to one prompt, and never raises for a failure of the function.
 
     Args:
         function: the user's function.
@@ -221,7 +221,7 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
     Args:
         name: of the reward.
         kind: see `protocols.rewards.Failure.kind`.
-        what: it did, such as "took longer than 60 s".
+        what: happened, such as "took longer than 60 s".
         answers: what it was scoring.
         index: which of them; None: all.
     """
@@ -250,8 +250,8 @@ def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
     """Reads what a reward returned for one response: a number of at most `LARGEST_REWARD`, or a dict with a key such as
     "score".
 
-    Further numbers of a dict are components; what else stands in it, such as text, is left out. "steps" are rewards of
-    parts of the answer: pairs of how many characters of it the part ends after, and the reward.
+    Further numbers of a dict are components; other values in it, such as text, are left out. "steps" are rewards of
+    parts of the response: pairs of the number of characters at which the part ends, and the reward.
     """
     try:
         if not isinstance(value, Mapping):
@@ -344,10 +344,10 @@ def load_all(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> dict
 
 
 def check_builtins(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> None:
-    """Makes sure that built-in rewards have what they need.
+    """Checks that built-in rewards have what they need.
 
     Raises:
-        UserError: one has not.
+        UserError: one lacks something.
     """
     for function in functions.values():
         if isinstance(function, FunctionSpec) and function.reference in rewards.CHECKS:

@@ -1,4 +1,4 @@
-"""Rewards in this process: what a debugger wants, and functions that exist here only."""
+"""Rewards in this process: for a debugger, and for functions that exist here only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybridflow.rewards.graders.function import FunctionSpec, check_builtins, lo
 
 
 class InProcessGrader:
-    """A `protocols.rewards.Grader` that scores when it is given something, and returns then. There are no limits.
+    """A `protocols.rewards.Grader` that scores in the call of `submit`, without limits.
 
     Functions that are ``async def`` run in the loop of one further thread, all responses to a prompt at once.
 
@@ -56,10 +56,10 @@ class InProcessGrader:
         self._done.clear()
 
     def check(self) -> None:
-        """Makes sure that built-in functions have what they need.
+        """Checks that built-in functions have what they need.
 
         Raises:
-            UserError: one has not.
+            UserError: one lacks something.
         """
         check_builtins(self._given)
 

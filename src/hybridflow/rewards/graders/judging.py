@@ -1,4 +1,4 @@
-"""What every judge shares: the question it is asked, and the number in its verdict."""
+"""What all judges share: the question, and the number in a verdict."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ NUMBER = re.compile(r"\s*-?\d+(\.\d+)?\s*")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge wrote.
+    """The text of a judge.
 
     Args:
-        text: of its answer.
+        text: of its reply.
         cut: whether the limit of tokens ended it.
     """
 
@@ -61,7 +61,7 @@ class Verdict:
 
 
 class NoVerdict(Exception):
-    """There is no number in a judge's text, or there is no text; the message says why.
+    """There is no number in a judge's text, or no text; the message gives the reason.
 
     Attributes:
         kind: see `protocols.rewards.Failure.kind`.
@@ -73,7 +73,7 @@ class NoVerdict(Exception):
 
 
 class Judging:
-    """What a judge is asked and how its verdicts are read.
+    """Writes the questions to a judge, and reads its verdicts.
 
     Args:
         section: ``reward.judge``.
@@ -145,8 +145,8 @@ class Hearing:
     Args:
         judging: see `Judging`.
         answers: what is judged.
-        asked: for each response what the judge is asked, or why it cannot be; `hearing` fills it in.
-        missing: verdicts that have not arrived, by what was asked and which sample.
+        asked: for each response the question to the judge, or why there is none; `hearing` fills it in.
+        missing: verdicts that have not arrived, by question and number of the sample.
     """
 
     judging: Judging
@@ -181,7 +181,7 @@ class Hearing:
 
 
 def hearing(judging: Judging, answers: Answers) -> Hearing:
-    """Puts what is to be asked about responses to one prompt: equal ones are asked about once."""
+    """Prepares the questions about the responses to one prompt: one question for equal responses."""
     asked: list[str | NoVerdict] = []
     for response in answers.responses:
         try:

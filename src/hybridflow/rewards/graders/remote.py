@@ -1,12 +1,12 @@
-"""Rewards from a server of one's own: ``reward.function=http://host:port/path``.
+"""Rewards from the user's own server: ``reward.function=http://host:port/path``.
 
 One request for all responses to a prompt, with `reward.kwargs` beside them:
 
     POST {"responses": ["...", ...], "ground_truth": ..., "prompt": [{"role": ..., "content": ...}], "row": {...}}
     200  {"scores": [1.0, {"score": 0.5, "format": 1.0}, ...]}
 
-A score is a number, or an object as a function would return it (`function.read_score`). A server that does not know
-what to do says 4xx, and is not asked again; 429 and 5xx it is (`limits`).
+A score is a number, or an object as a function would return it (`function.read_score`). After a status 4xx the request
+is not sent again; after 429 and 5xx it is (`limits`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ OURS = ("responses", "ground_truth", "prompt", "row")
 
 
 class RemoteGrader:
-    """A `protocols.rewards.Grader` that asks a server.
+    """A `protocols.rewards.Grader` that sends responses to a server.
 
     Args:
         url: of the server.
         pool: ``reward.pool``.
-        kwargs: go with every request.
+        kwargs: part of every request.
 
     Raises:
-        UserError: aiohttp is not installed, or an argument has the name of what a request holds anyway.
+        UserError: aiohttp is not installed, or an argument has the name of a field of the request.
     """
 
     def __init__(self, url: str, pool: RewardPoolSection, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -100,10 +100,10 @@ class RemoteGrader:
             future.cancel()
 
     def check(self) -> None:
-        """Makes sure that somebody listens at the address: whatever a GET is answered will do.
+        """Checks that a server listens at the address; any reply to a GET passes.
 
         Raises:
-            UserError: nobody does.
+            UserError: none does.
         """
         try:
             self._client.get(self.url, timeout=REACHABLE, retries=0).result()

@@ -1,6 +1,6 @@
-"""Which built-in reward scores a row, by the name of the data set that it is from (its column ``data_source``).
+"""Chooses the built-in reward for a row by the name of its data set (its column ``data_source``).
 
-The names and their meaning are those that verl's data scripts write. Two differ in what stands behind them, see
+The names and their meaning are those that verl's data scripts write. Two lead to other rewards than in verl, see
 docs/rewards.md: sets of competition problems whose answers are expressions go to `math`, not to a grader of their own.
 """
 

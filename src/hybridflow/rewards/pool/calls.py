@@ -1,4 +1,4 @@
-"""Calls of reward functions on their way to a process, and the responses that they belong to."""
+"""Calls of reward functions in flight, and the responses that they belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hybridflow.protocols.rewards import Answers, Score
 
 @dataclass(eq=False, slots=True)
 class GroupCalls:
-    """Responses to one prompt, on their way; `scores` by index, None where there is none yet."""
+    """Responses to one prompt that are being scored; `scores` by index, None where there is none yet."""
 
     key: int
     function: str
@@ -27,7 +27,7 @@ class Call:
     Args:
         group: what it scores.
         index: which response of it; see `RewardFunction.calls`.
-        deaths: of processes that were with it.
+        deaths: of processes during this call.
         begun: when it was last given to a process.
     """
 

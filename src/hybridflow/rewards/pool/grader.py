@@ -1,15 +1,15 @@
-"""Rewards in processes of their own, beside generation, with limits of time and memory.
+"""Rewards in processes of their own, during generation, with limits of time and memory.
 
 A thread deals calls of the functions to processes and takes their scores. It sleeps until something has arrived, or a
-call has had its time. What it promises:
+call is out of time. It guarantees:
 
-- A call that takes longer than ``reward.pool.timeout`` ends with its process, and has no score. What waited behind it
-  goes elsewhere long before: a process that is with one call for over a second, and ten times as long as usual, is
-  passed over, and another one takes its place for so long (there are up to `SPARES` of these).
-- A process that dies loses nothing. The call that it was with is made again in another one; if that dies too, the call
-  has no score. Of several ``async def`` calls in one process nobody can say which one ended it, or keeps its loop from
-  going on: each is made again alone.
-- No response is handed out twice, and processes end with this one, however it ends.
+- A call that takes longer than ``reward.pool.timeout`` ends with its process, and has no score. Calls behind it move to
+  other processes long before: a process that runs one call for over a second, and ten times as long as usual, gets no
+  further calls, and a spare process takes its place meanwhile (there are up to `SPARES`).
+- A process that dies loses nothing. Its current call is made again in another one; if that dies too, the call has no
+  score. Of several ``async def`` calls in one process it is not known which one ended it, or blocks its loop: each is
+  made again alone.
+- No score is handed out twice, and the processes end with this one, however it ends.
 
 Functions that are ``async def`` share one process, with up to ``reward.pool.concurrency`` calls in flight.
 """
@@ -133,7 +133,7 @@ class ProcessGrader:
             return self._take()
 
     def cancel(self) -> None:
-        """See `protocols.rewards.Grader.cancel`. Calls that have begun may go on; nobody hears of them."""
+        """See `protocols.rewards.Grader.cancel`. Calls that have begun may continue; their results are dropped."""
         with self._lock:
             for group in self._open.values():
                 group.forgotten = True
@@ -144,7 +144,7 @@ class ProcessGrader:
         self._wake()
 
     def check(self) -> None:
-        """Loads every function in a process, and makes sure that built-in ones have what they need.
+        """Loads every function in a process, and checks that built-in ones have what they need.
 
         Raises:
             UserError: a function cannot be loaded, or lacks something.
@@ -189,7 +189,7 @@ class ProcessGrader:
                 events = self._selector.select(None if until is None else max(0.0, until - time.monotonic()))
                 with self._lock:
                     self._handle(events, time.monotonic())
-        except BaseException as error:  # whoever waits must hear of it
+        except BaseException as error:  # the caller that waits must get the error
             with self._lock:
                 self._error = error
         finally:
@@ -225,7 +225,7 @@ class ProcessGrader:
         for process in touched.values():
             if process not in self._processes:  # all were ended
                 continue
-            # What it said before it exited or had its time is read first: it counts.
+            # What it sent before it exited or ran out of time is read first: it counts.
             messages, ended = process.wire.receive()
             for message in messages:
                 self._hear(process, message, now)
@@ -263,7 +263,7 @@ class ProcessGrader:
             if not process.asynchronous:
                 self._usual += 0.1 * (now - process.since - self._usual)
                 process.since, process.passed_over = now, False
-            if call is not None:  # nobody has taken it over
+            if call is not None:  # no other process has taken it over
                 self._settle(call, [score_of(plain) for plain in scores])
 
     def _look_at(self, process: PoolProcess, now: float) -> None:
@@ -287,7 +287,7 @@ class ProcessGrader:
                 return
             self._remove(process)
             if process.asynchronous and others:
-                self._again([first, *others], alone=True)  # one of them keeps the loop from going on
+                self._again([first, *others], alone=True)  # one of them blocks the loop
                 return
             self._again(others)
             self._fail(first, "timeout", too_long(self._pool.timeout))

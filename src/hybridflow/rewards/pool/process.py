@@ -1,4 +1,4 @@
-"""One process of the pool, as its parent sees it: started, spoken with without ever waiting, and ended with all that it
+"""One process of the pool, as its parent sees it: its start, messages that never block, and its end with all that it
 has started itself.
 """
 
@@ -31,7 +31,7 @@ _PROGRAM = (
 
 @dataclass(eq=False, slots=True)
 class Wire:
-    """Messages to and from a process, without ever waiting.
+    """Messages to and from a process; no method blocks.
 
     Args:
         connection: our end of its socket.
@@ -75,16 +75,16 @@ class PoolProcess:
 
     Args:
         process: the process; it leads a group of its own, so that what it starts can be ended with it.
-        wire: what is said to it and by it.
+        wire: messages to it and from it.
         exited: a handle that becomes readable when it exits; None where the system has no such thing.
         until: the time at which it counts as unable to start, of `time.monotonic`.
         ready: whether it has loaded its functions.
         checks: whether it was also asked to check them.
-        asynchronous: whether it has ``async def`` functions; None until it is given something.
-        calls: what it was given and has not answered, in that order, by number of the task and index.
-        since: since when it is with the first of them.
-        passed_over: whether it is with one call for so long that others take what waits.
-        forget: whether it is to be told to forget what has not begun.
+        asynchronous: whether it has ``async def`` functions; None until its first call.
+        calls: its calls without a result, in their order, by number of the task and index.
+        since: when the first of them began.
+        passed_over: whether one call takes so long that other processes take the calls that wait.
+        forget: whether calls that have not begun are to be withdrawn.
     """
 
     process: subprocess.Popen[bytes]
@@ -103,7 +103,7 @@ class PoolProcess:
         """Ends it and what it has started, and says how it ended.
 
         Args:
-            grace: seconds for it to exit by itself, now that its socket is closed.
+            grace: seconds for it to exit, now that its socket is closed.
         """
         self.wire.connection.close()
         if self.exited is not None:

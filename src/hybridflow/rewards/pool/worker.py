@@ -1,7 +1,7 @@
-"""The program of a process that scores answers: see `pool`.
+"""The program of a process that scores responses: see `pool`.
 
-It is started with the number of a socket, and reads and writes frames there: what a reward prints, reads or forks does
-not touch them. Every frame is the length of what follows in four bytes, and a pickled tuple:
+It is started with the number of a socket, and reads and writes frames there, so that nothing that a reward prints,
+reads or forks touches them. Every frame is a length in four bytes, and a pickled tuple of that length:
 
     to it    ("load", functions, check, memory_mb, timeout, folders)  once; folders: of users' files
              ("score", number, function, answers, indices)       answers: pickled; an index: see `RewardFunction.calls`
@@ -149,7 +149,7 @@ def _answers(channel: WorkerSocket, data: bytes) -> Answers:
     """Unpickles the responses.
 
     Raises:
-        EOFError: it cannot be read here; the parent has been told why.
+        EOFError: it cannot be read here; the parent has the reason.
     """
     try:
         answers: Answers = pickle.loads(data)
@@ -239,7 +239,7 @@ async def _score_async(
         scores = failures(function.name, "raised", "raised CancelledError", answers, index)
     else:
         scores = failures(function.name, "timeout", too_long(timeout), answers, index)
-    with suppress(ConnectionError):  # the parent has gone: whoever reads sees it too
+    with suppress(ConnectionError):  # the parent has ended: the reading side sees it too
         channel.send((number, index, _plain(scores)))
 
 

@@ -1,1 +1,1 @@
-"""Programs that a model wrote, run behind walls."""
+"""Runs programs of the policy in sandboxes."""

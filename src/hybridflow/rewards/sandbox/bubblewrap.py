@@ -16,8 +16,8 @@ def command(bwrap: str, view: dict[str, Any], interpreter: str, privileged: bool
     """Returns what precedes a Python command, so that it runs inside the sandbox: with the same view as
     `jail.build_root` makes.
 
-    As root it keeps the powers to become nobody, which `jail.confine` then does, and to end what did. Else bwrap maps
-    the user to nobody.
+    As root it keeps the capabilities to become the user nobody, which `jail.confine` then does, and to end processes
+    that did. Else bwrap maps the user to nobody.
     """
     words = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if privileged:

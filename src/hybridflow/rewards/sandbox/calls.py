@@ -1,11 +1,11 @@
 """What runs inside the jail around a program.
 
-Everything here shares a process with the program and may be rewritten by it, so nothing here is trusted, and nothing
-here holds an expected value: it has the program's functions called, and says what came of it. Tests run in a jail of
-their own (`standins.py`). Standard library only.
+Everything here shares a process with the program, which may rewrite it. So nothing here is trusted, and nothing here
+holds an expected value: this file calls the program's functions, and reports the results. Tests run in a jail of their
+own (`standins.py`). Standard library only.
 
-**Names.** What a program has defined is its module's dictionary, and nothing else is ever found there: what it may use
-without importing it lies among the built-ins of its module.
+**Names.** The dictionary of the program's module holds only what the program has defined: names that it may use without
+an import are among the built-ins of the module.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def run(program: str) -> None:
 
 
 def serve(program: str, requests: int, replies: int, judge: bool) -> None:
-    """Loads the program, then does what the other side asks: one JSON line in, one out.
+    """Loads the program, then serves requests of the other side: one JSON line in, one out.
 
     Args:
         program: its text.
         requests: a descriptor to read from.
         replies: one to write to.
-        judge: whether one function is called as judges do it; else a test asks for names, and what is printed goes to
-            the test.
+        judge: whether one function is called as judges do it; else a test asks for names, and printed text goes to the
+            test.
     """
     import json  # before the program, which may have another
 
@@ -143,7 +143,7 @@ def _module(name: str) -> dict[str, Any]:
 
 
 class _Printed:
-    """What the program prints, for the test that has called it. At most a megabyte between two calls."""
+    """The text that the program prints, for the test that has called it. At most a megabyte between two calls."""
 
     encoding, errors = "utf-8", "strict"
 
@@ -196,11 +196,11 @@ class TheirIterator(Theirs):
 
 
 class Served:
-    """A loaded program: does what is asked of it, and keeps what is no plain data, by its number.
+    """A loaded program: serves requests, and keeps objects that are no plain data, by their number.
 
     Args:
         space: the program's names.
-        printed: where what it prints goes; None: to its output.
+        printed: takes the text that it prints; None: its output does.
     """
 
     def __init__(self, space: dict[str, Any], printed: _Printed | None) -> None:

@@ -1,7 +1,7 @@
 """Programs on a Sandbox Fusion server, by its HTTP protocol: POST {url}/run_code. github.com/bytedance/SandboxFusion.
 
-The server contains the program; here nothing of it runs. Tests in the form of assert statements are refused: their
-expected values would have to be where the program is.
+The server contains the program; no part of it runs here. Tests that are assert statements are refused: their expected
+values would have to be where the program is.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Builds the walls around one program, starts it inside, waits for it, and says how it ended.
+"""Builds the walls around one program, starts it inside, waits for it, and reports how it ended.
 
 This file is run by `local.py` in a Python process of its own, with nothing but the standard library. The process that
 builds the walls stays outside as the supervisor; its child drops every privilege and becomes the program, so that one
 start of Python is enough. Requests come from `local.py` alone, through a sealed file in memory.
 
-Who holds what, where the walls are "local":
+With the walls "local":
 
 - the supervisor has the namespaces (mount, pid, net, ipc, uts, cgroup; for an ordinary user also the user namespace
   that they need) and a root directory made of read-only binds and one small private tmpfs;
@@ -60,7 +60,7 @@ def main(request: dict[str, Any]) -> None:
     """Builds what the request asks for, runs the program, and writes one line to the request's `report` descriptor.
 
     The line is `ended HOW CODE CPU_SECONDS PEAK_KIB`, where HOW is exited (CODE: its status), killed (CODE: the
-    signal), timeout, or stopped (whoever asked is gone, or has closed `lifeline`); or `broken REASON`.
+    signal), timeout, or stopped (the caller has ended, or has closed `lifeline`); or `broken REASON`.
     """
     report = request["report"]
     try:
@@ -98,7 +98,7 @@ def run_driver(request: dict[str, Any]) -> None:
 
 
 def supervise(child: int, request: dict[str, Any]) -> str:
-    """Waits for the child until its time is up or nobody waits for it any more; it is then killed."""
+    """Waits for the child until its time is up or its caller has ended; it is then killed."""
     began, limit, lifeline = time.monotonic(), request["seconds"], request["lifeline"]
     watch = select.poll()
     ended = os.pidfd_open(child)
@@ -122,7 +122,7 @@ def supervise(child: int, request: dict[str, Any]) -> str:
 
 
 def end_group(leader: int) -> None:
-    """Ends what shares a process group with the program: without a pid namespace nothing more can be found."""
+    """Ends the process group of the program: without a pid namespace no other process of it can be found."""
     try:  # noqa: SIM105  (contextlib takes long to import)
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:  # nothing was left
@@ -220,11 +220,11 @@ def set_attributes(path: str, attributes: int, below: bool) -> None:
 
 
 def confine(request: dict[str, Any], setup: int) -> None:
-    """Gives up everything that the program is not to have; tells `setup` why where that fails, and ends."""
+    """Drops every privilege that the program must not have; if that fails, reports the reason to `setup`, and ends."""
     try:
         os.setsid()
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)  # whoever started us may have ignored some
+            signal.signal(number, signal.SIG_DFL)  # the process that started this one may have ignored some
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -278,7 +278,7 @@ def become_nobody() -> None:
 
 
 def set_limits(limits: dict[str, Any]) -> None:
-    """Limits that cannot be raised again, or lower ones that hold already."""
+    """Sets limits that cannot be raised again; keeps lower ones that hold already."""
     for name, wanted in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

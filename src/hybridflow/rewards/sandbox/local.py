@@ -1,6 +1,6 @@
-"""Programs in jails of this machine: starts `jail.py`, feeds it, reads what comes out, and ends it at its limits.
+"""Programs in jails of this machine: starts `jail.py`, writes its input, reads its output, and ends it at its limits.
 
-This is the side that is trusted. It parses nothing but JSON of what a program wrote, and reads no more than the limits.
+This side is trusted. Of a program's output it parses only JSON, and reads no more than the limits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SE
 
 
 class LocalSandbox:
-    """Runs programs behind walls of this kernel. docs/sandbox.md says what the walls are.
+    """Runs programs behind walls of this kernel. docs/sandbox.md describes the walls.
 
     Args:
         walls: "local" (built here), "bubblewrap" (namespaces and mounts by bwrap, the rest here), or "none".
@@ -114,7 +114,7 @@ class LocalSandbox:
 
 
 class _Descriptors:
-    """File descriptors that are closed at the end, if not before."""
+    """File descriptors that are closed at the end of a block, if not before."""
 
     def __init__(self) -> None:
         self._open: set[int] = set()
@@ -149,17 +149,17 @@ class _Descriptors:
 
 
 class _Jail:
-    """One program, from its start to its outcome. A context manager: whatever happens, it is ended at the end.
+    """One program, from its start to its outcome. A context manager that always ends the program.
 
     Args:
         walls: see `LocalSandbox`.
         limits: of the program.
-        function: which is called inside, of `_DRIVERS`.
+        function: the one of `_DRIVERS` that is called inside.
         arguments: of that function.
         stdin: what the program can read.
         keep: descriptors that it has besides its standard streams.
-        quiet: what it writes to its standard streams is not read.
-        idle: seconds that it may stand still besides its time, for walls that are built elsewhere.
+        quiet: its standard streams are not read.
+        idle: further seconds without progress, for walls that are built elsewhere.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class _Jail:
         """Waits for the end of the program, and reads what it writes meanwhile (`result`: one more descriptor).
 
         Raises:
-            SandboxError: the walls could not be built, or the supervisor is gone.
+            SandboxError: the walls could not be built, or the supervisor has ended.
         """
         names = {self._report: "report"} | ({} if result is None else {result: "result"})
         if self._process.stdout is not None and self._process.stderr is not None:
@@ -261,7 +261,7 @@ class _Jail:
         )
 
     def _read(self, names: dict[int, str], taken: dict[str, bytearray]) -> bool:
-        """Reads until the supervisor has reported; whether the program wrote more than it may."""
+        """Reads until the supervisor has reported; returns whether the program wrote more than it may."""
         most = self.limits.output_kb << 10
         deadline = time.monotonic() + START_SECONDS + self.limits.seconds
         too_much = False

@@ -1,4 +1,4 @@
-"""Where programs run that a model wrote. docs/sandbox.md says what holds them, and what does not."""
+"""Opens the sandbox for programs of the policy. docs/sandbox.md says what it protects, and what it does not."""
 
 from __future__ import annotations
 

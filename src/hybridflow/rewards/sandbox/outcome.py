@@ -1,4 +1,4 @@
-"""How a program ended, and what it may use. Shared by all back ends."""
+"""The outcome and the limits of a program. Shared by all back ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Status = Literal["ok", "error", "timeout", "output"]
 
 
 class SandboxError(RuntimeError):
-    """The sandbox, not the program, has failed: there is no outcome, and no score may be made of it."""
+    """The sandbox, not the program, has failed: there is no outcome, and there must be no score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a program.
+    """The outcome of a program.
 
     Args:
         status: "ok" (exit status 0), "error" (another status, or killed by a signal), "timeout", or "output" (ended
             because it wrote too much).
-        stdout: what it wrote, at most `Limits.output_kb`.
+        stdout: its output, at most `Limits.output_kb`.
         stderr: the same for the other stream.
         code: exit status, or the negative number of the signal.
         cpu_seconds: its CPU time; 0 where the back end does not say.
@@ -42,7 +42,7 @@ class Outcome:
         result: what the called function returned, as JSON of `calls.py`; None unless a function was called.
         asked: whether a test used anything that the program defines.
         strange: whether a test met an object of the program's that it cannot compare, or could not give it something.
-        shadowed: whether a test used built-ins that the program defines anew, and more of the program than that.
+        shadowed: whether a test used built-ins that the program redefines, and other names of the program.
     """
 
     status: Status
@@ -58,7 +58,7 @@ class Outcome:
 
 
 class Sandbox(Protocol):
-    """Where programs run. All methods may be called from several threads at once."""
+    """Runs programs. All methods may be called from several threads at once."""
 
     parallel: int
 
@@ -77,7 +77,7 @@ class Sandbox(Protocol):
         """
 
     def check(self, program: str, test: str) -> Outcome:
-        """Runs a test, Python text with assert statements, against a program; "ok" if the test goes through.
+        """Runs a test, Python text with assert statements, against a program; "ok" if the test passes.
 
         Raises:
             SandboxError: no outcome could be had.

@@ -1,14 +1,13 @@
-"""What runs inside the jail of a test: the test, and what stands there for the program, which is in another jail.
+"""What runs inside the jail of a test: the test, and stand-ins for the program, which is in another jail.
 
 **Names.** A name that the test does not define is the program's if the program defines it, else a built-in, else
-nothing. A built-in of the program's own counts only as far as the test also goes
-through with the real one, where it calls other functions of the program too: it may be what is tested, and it may
-not be what decides (`def abs(x): return 0`).
+nothing. If the program redefines a built-in, and the test calls other functions of the program too, the test must also
+pass with the real built-in: a redefined one may be tested, but must not decide (`def abs(x): return 0`).
 
-**Stand-ins.** Plain data comes over as what it is; an object of the program's is one of a class made here, which asks
-the program for everything but this: how a value of the test's own compares to it. Then only what it is as plain data
-counts, if it is made from a type of that (a namedtuple, an int of an Enum); else it is unequal, and has no order and no
-sum. So no `__eq__` of a program's decides against a value that a test expects. Standard library only.
+**Stand-ins.** Plain data arrives as plain data; an object of the program's is one of a class made here, which asks the
+program for everything except comparisons with a value of the test's own. In these only its plain data counts, if its
+class is derived from a type of plain data (a namedtuple, an int of an Enum); else it is unequal, and has no order and
+no sum. So no `__eq__` of a program decides against a value that a test expects. Standard library only.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class StandIn:
 
 
 class StandInClass(type):
-    """The type of the classes that stand for the program's."""
+    """The type of the stand-ins for the program's classes."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes an object of the class: in the program, unless a test makes it from an exception of the program."""
@@ -151,7 +150,7 @@ def _namespace(special: list[str]) -> dict[str, Any]:
 
 
 class Link:
-    """The way to the program: sends one request at a time, and does what the program asks before it replies.
+    """The link to the program: sends one request at a time, and serves the program's requests before it replies.
 
     Args:
         requests: a descriptor to write to.
@@ -219,7 +218,7 @@ class Link:
         return reply
 
     def _serve(self, request: Any) -> Any:
-        """Does what the program asks of a function or an iterator that it was given."""
+        """Serves a request of the program to a function or an iterator of the test."""
         wire = ValueCodec(self._refer, self._resolve)
         try:
             args, kwargs = wire.decode(request["args"]), wire.decode(request["kwargs"])
@@ -324,11 +323,11 @@ def _attribute(target: Any, name: str) -> Any:
 
 
 class Names(dict):  # type: ignore[type-arg]  # Any is not there in the jail
-    """The built-ins of a test: what its names are that it has not defined itself.
+    """The built-ins of a test: the values of names that it has not defined itself.
 
     Args:
         link: to the program.
-        genuine: whether built-ins are the real ones whatever the program has defined.
+        genuine: whether built-ins are always the real ones.
     """
 
     def __init__(self, link: Link, genuine: bool) -> None:
@@ -360,7 +359,7 @@ def _is_trap(value: Any) -> bool:
 
 
 def check(test: str, requests: int, replies: int, verdict: int, genuine: bool) -> None:
-    """Runs a test; says on the descriptor `verdict` whether it goes through to its end, and what it used."""
+    """Runs a test; writes to the descriptor `verdict` whether it passes, and what it used."""
     import json
 
     code = compile(test, "test.py", "exec")

@@ -3,10 +3,10 @@
 Executed inside jails before `calls.py` or `standins.py`, in one namespace with them, and by the trusted side for the
 arguments of calls. Nothing that arrives is trusted: only types of the tables here are ever made. Standard library only.
 
-**Plain data** arrives as what it was: None, numbers, texts, bytes, lists, tuples, dicts, sets, ranges, slices, views of
-dicts, and of the standard library Counter, OrderedDict, defaultdict, deque, Decimal, Fraction and dates. A container
-that can be changed has a number, so that one that is there twice is one and the same on the other side too. Functions
-and classes of the modules in `KNOWN` arrive as the other side's own.
+**Plain data** arrives unchanged: None, numbers, texts, bytes, lists, tuples, dicts, sets, ranges, slices, views of
+dicts, and of the standard library Counter, OrderedDict, defaultdict, deque, Decimal, Fraction and dates. A mutable
+container has a number, so that one that occurs twice is one object on the other side too. Functions and classes of the
+modules in `KNOWN` arrive as the other side's own.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _ACTS = "breakpoint compile delattr eval exec exit globals help input locals ope
 
 
 class ValueCodec:
-    """One request or reply with its answer: the numbers of what was written and read last as long as it does.
+    """One request with its reply: the numbers of what was written and read are valid for its duration.
 
     Args:
-        refer: what stands for a value that is not plain data.
-        resolve: the value that such a thing stands for.
+        refer: makes the reference to a value that is not plain data.
+        resolve: returns the value of a reference.
         shared: whether containers have numbers, and objects that are also plain data are references.
     """
 
@@ -208,7 +208,7 @@ class ValueCodec:
         return [[n, content] for n, (content, was) in enumerate(zip(now, before)) if content != was]
 
     def change(self, changes: Any) -> None:
-        """Makes on this side the changes of the other."""
+        """Applies the changes of the other side here."""
         for number, content in changes:
             old, new = self.held[number], self.decode(content, new=False)
             if isinstance(old, list | bytearray):
@@ -281,7 +281,7 @@ def known_value(name: str) -> Any:
     """Returns the object that `known_name` named.
 
     Raises:
-        ValueError: it is nothing that it names.
+        ValueError: it is not such a name.
     """
     module, _, path = name.partition(":")
     if module.split(".")[0] not in KNOWN:

@@ -1,4 +1,4 @@
-"""What of this machine's file system a program may read: Python's own files and the system's libraries."""
+"""The part of this machine's file system that a program may read: Python's own files and the system's libraries."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def interpreter() -> str:
 def view() -> dict[str, Any]:
     """Returns what `jail.build_root` needs: paths to bind read-only, paths to cover, and links to set.
 
-    Installed packages are covered: programs have the standard library. Neither home nor /proc, /sys, /etc or /tmp of
-    this machine are there, nor this library's own files.
+    Installed packages are covered: programs have the standard library alone. Home, /proc, /sys, /etc and /tmp of this
+    machine are absent, and so are this library's own files.
     """
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment over it
     stdlib = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}

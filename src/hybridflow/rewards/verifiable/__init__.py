@@ -1,1 +1,1 @@
-"""The built-in rewards, which compare an answer with the truth."""
+"""The built-in rewards, which compare an answer with the ground truth."""

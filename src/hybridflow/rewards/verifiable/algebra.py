@@ -1,7 +1,8 @@
-"""Whether two expressions are equal by algebra: sympy (Meurer 2017); of integrals, sums and limits math-verify.
+"""Decides whether two expressions are equal by algebra: sympy (Meurer 2017); for integrals, sums and limits
+math-verify.
 
-`equal` may take for ever, so `math` calls it through `killable`, and nothing else imports this module. The time limits
-of math-verify are off: they rest on signals, and in any thread but the main one they make every answer wrong.
+`equal` may never end, so `math` calls it through `killable`, and nothing else imports this module. The time limits of
+math-verify are off: they use signals, and in any thread but the main one they make every answer wrong.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _by_library(said: str, true: str) -> bool:
 
 
 class Algebra(Comparison):
-    """Compares by algebra what structure and exact arithmetic leave open."""
+    """Compares by algebra what structure and exact arithmetic cannot decide."""
 
     def by_algebra(self, said: Node, true: Node) -> bool:
         """Returns whether two trees are equal; trees that sympy cannot compare are not."""

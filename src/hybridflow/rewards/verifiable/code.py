@@ -3,13 +3,13 @@
 The program runs in a sandbox (docs/sandbox.md). What is expected of it never enters the place where it runs: output and
 returned values come out and are compared here; tests that are assert statements run in a jail of their own, where the
 program's functions are stand-ins that send their arguments over. So a program cannot earn anything by ending early, by
-changing what compares, or by looking around.
+changing the comparison, or by reading files.
 
 **The program** is the last fenced block that says python (or py, python3); where none does, the last fenced block;
 where there is none, the whole response.
 
-**The ground truth** has one of the forms at the head of `code_cases.py`, which also says what counts as equal. Tests of
-which none uses anything that the program defines earn nothing.
+**The ground truth** has one of the forms at the head of `code_cases.py`, which also says what counts as equal. If no
+test uses anything that the program defines, the score is 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def score(
         ground_truth: the test cases, see above.
         row: where the name of the tested function may be (`entry_point`).
         sandbox: the keys of `reward.sandbox`.
-        partial: whether passing some of the cases is worth their share, instead of nothing.
+        partial: whether passing some of the cases earns their share, instead of nothing.
 
     Returns:
         score; passed: the share of cases that passed before the end; timeouts: how many of them took too long;

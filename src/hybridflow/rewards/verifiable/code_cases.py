@@ -1,6 +1,6 @@
-"""Test cases of programs: the forms that a ground truth has, and whether what came of a program is right.
+"""Test cases of programs: the forms of a ground truth, and whether a program's result is right.
 
-The ground truth, or the JSON text of it, is one of these. Each form is read as the data sets mean it that have it.
+The ground truth, or the JSON text of it, is one of these. Each form is read as the data sets with that form mean it.
 
 - ``{"inputs": [...], "outputs": [...]}``, or ``[{"input": ..., "output": ...}, ...]``: texts for standard input (a list
   is its lines, None is nothing), and what must come out. At least one output says something.
@@ -45,7 +45,7 @@ _FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class ProgramTest:
-    """One test: how to run a program on it, and whether what came of it is right."""
+    """One test: how to run a program on it, and whether the result is right."""
 
     run: Callable[[Sandbox, str], Outcome]
     right: Callable[[Outcome], bool]
@@ -222,7 +222,7 @@ def is_plain(outcome: Outcome) -> bool:
 
 
 class NotPlain(ValueError):
-    """A function returned what is no value of JSON."""
+    """A function returned an object that is no value of JSON."""
 
 
 def _json_like(value: Any) -> Any:

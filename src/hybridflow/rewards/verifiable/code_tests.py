@@ -1,6 +1,6 @@
 """Tests that are Python text: whether they can tell a right program from a wrong one, before any program runs.
 
-Nothing of a test is executed here. Its scopes say which names it would look for outside itself (symtable); functions
+No part of a test is executed here. Its scopes show which names it would look up outside itself (symtable); functions
 that nothing names are not counted, as nothing calls them.
 """
 
@@ -76,12 +76,12 @@ def _refusal(test: str, why: str, fix: str) -> UserError:
 
 
 class _Reached:
-    """What a test does when it is run.
+    """The names and modules that a running test reaches.
 
     Attributes:
         free: the names that it uses and does not define.
         modules: those of `MODULES` of which it uses something, such as math.isclose, without importing them.
-        missing: a module that it imports and that there is not.
+        missing: a module that it imports and that does not exist.
         asserts: whether anything in it can make it fail.
         defined: its functions.
         never_called: those that nothing names.

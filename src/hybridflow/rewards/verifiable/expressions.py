@@ -1,8 +1,8 @@
-r"""Whether two mathematical answers say the same, as far as structure and exact arithmetic tell. No sympy here.
+r"""Decides whether two mathematical answers mean the same, as far as structure and exact arithmetic can. No sympy here.
 
 Both are read as trees (`latex`), and trees are compared part by part: entries of tuples, intervals and matrices in
-their order, items of lists and sets in any, each as often as it stands there. What cannot be read equals nothing but
-its own text. A unit is compared with a unit, and may be left out. A base counts, and so do names of variables.
+their order, items of lists and sets in any, each as often as it occurs. What cannot be read equals only its own text. A
+unit is compared with a unit, and may be left out. A base counts, and so do names of variables.
 
 Where the right answer is a number, the answer must be one that is worked out: ``1/2``, ``\frac{1}{2}``, ``0.5``,
 ``1{,}000``, ``3\frac{1}{2}``, ``2 \times 10^3``. For 1591, ``37 \cdot 43`` would only repeat the question. Numbers are
@@ -154,7 +154,7 @@ def _power_of_ten(node: Node, million: bool) -> Fraction | None:
 
 
 class Comparison:
-    """Compares trees by structure. What it cannot tell is None; `algebra` can, and overrides `by_algebra`."""
+    """Compares trees by structure. None means undecided; `algebra` decides, and overrides `by_algebra`."""
 
     def answers(self, said: Node, true: Node) -> bool | None:
         """Returns whether an answer is the right one. Where the right one is a number, the answer must be one too."""
@@ -394,7 +394,7 @@ def _sides_of_value(said: Node, true: Node) -> tuple[Node, ...] | None:
     """Returns the sides of an answer's equation, or of ``x \\in``, that must equal a value; None where it is none of
     these.
 
-    ``x = 5`` and ``x + y = 5`` say 5, and ``4 = 5`` does not. Of a formula, ``y =`` can be left out.
+    ``x = 5`` and ``x + y = 5`` state 5, and ``4 = 5`` does not. Of a formula, ``y =`` can be left out.
     """
     if said.text == "in" and said.parts[0].kind in _NAMES:
         return said.parts[1:]

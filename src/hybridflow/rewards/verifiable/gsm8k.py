@@ -1,14 +1,14 @@
 """The reward of GSM8K: 1 if a response ends in the right number, else 0. Cobbe et al. 2021, arXiv 2110.14168.
 
-GSM8K's own answers end with ``#### 72``. `strict` wants that form, and the last ``####`` decides: where no number
-follows it after a space, there is no answer, whatever came before. `flexible` takes the last number, whatever stands
-around it, unless a multiple or a fraction right behind makes it another one (``18 million``, ``18 squared``). Both read
-the last 300 characters only, as verl's reward of the same name does, so that a response cannot win by listing numbers.
+GSM8K's own answers end with ``#### 72``. `strict` requires that form, and the last ``####`` decides: where no number
+follows it after a space, there is no answer, whatever came before. `flexible` takes the last number, whatever is around
+it, unless a multiple or a fraction right behind makes it another one (``18 million``, ``18 squared``). Both read the
+last 300 characters only, as verl's reward of the same name does, so that a response cannot win by listing numbers.
 
 They differ from verl's in how a number is read. Numbers are compared as numbers, so 72.0 is 72, and a full stop after a
-number does not make it wrong. Commas part thousands and nothing else: ``3,4`` is not 34. A unit may follow; what makes
-another number of it (``18 or 19``, ``18 million``, ``18/4``) may not. A ground truth that is no number raises. It may
-be the whole of GSM8K's own answer: what stands after its ``####`` counts.
+number does not make it wrong. Commas separate thousands and nothing else: ``3,4`` is not 34. A unit may follow; what
+makes another number of it (``18 or 19``, ``18 million``, ``18/4``) may not. A ground truth that is no number raises. It
+may be the whole of GSM8K's own answer: the part after its ``####`` counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""The reward of answers in JSON (RFC 8259): valid, of the asked form, and equal to the right value.
+r"""The reward of answers in JSON (RFC 8259): valid, of the required form, and equal to the right value.
 
 The whole response is the answer, or its last block between lines of three backticks; nothing is searched for in running
 text. Stricter than Python's reader: NaN, Infinity and a key given twice are not JSON. Whole numbers and decimals of the
@@ -73,7 +73,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def check(kwargs: Mapping[str, Any]) -> None:
-    """Makes sure that the schema can be used.
+    """Checks that the schema can be used.
 
     Raises:
         UserError: jsonschema is not installed, or the schema is none.

@@ -1,9 +1,9 @@
 """Calls that may hang or eat all memory, in a process of their own that can be killed.
 
 Some comparisons cannot be stopped from within: a regular expression that backtracks, sympy in a long multiplication.
-Python's signals would do in the main thread only. So they run in one child for each process that asks, which is started
-with the first call, serves any thread (one call at a time), and is killed and replaced when a call goes over its limit.
-The limit is CPU time, which is much the same however busy the machine is, and the kernel holds it.
+Python's signals would work in the main thread only. So each process that needs them runs them in one child, which is
+started with the first call, serves any thread (one call at a time), and is killed and replaced when a call goes over
+its limit. The limit is CPU time, which is much the same however busy the machine is, and the kernel holds it.
 
 What may be called is ``module:function``; arguments and the value are JSON.
 """
@@ -29,7 +29,7 @@ WALL_FACTOR = 20  # a call may take so many times its CPU seconds: other process
 
 
 class Undecided(Exception):
-    """A call came to no end within its limits; says why."""
+    """A call did not end within its limits; the message gives the reason."""
 
 
 class _Child:
@@ -86,7 +86,7 @@ class _Child:
         return reply
 
     def _end(self, seconds: float) -> str:
-        """Kills the process; the next call starts another. Says what it died of."""
+        """Kills the process; the next call starts another. Returns what it died of."""
         assert self._process is not None
         self._process.kill()
         code = self._process.wait()
@@ -113,7 +113,7 @@ def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
 
     Args:
         function: what to call; it is imported there.
-        arguments: anything that JSON knows.
+        arguments: anything that JSON can hold.
         seconds: of CPU time.
 
     Raises:

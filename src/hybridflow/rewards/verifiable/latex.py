@@ -1,8 +1,8 @@
-r"""Reads a mathematical answer as a tree: what LaTeX says, or plain text, or Unicode. No sympy here.
+r"""Parses a mathematical answer into a tree, from LaTeX, plain text or Unicode. No sympy here.
 
 A parser by precedence, from lists (``1, 2``, ``1 or 2``) over relations, unions, ratios, sums and products to powers.
-What it cannot read for certain it does not read, for a tree must never say less than the text: ``2 3``, ``1/2x``,
-``x'' ( '`` raise `Unreadable`.
+What is ambiguous it does not read, because a tree must never say less than the text: ``2 3``, ``1/2x``, ``x'' ( '``
+raise `Unreadable`.
 """
 
 from __future__ import annotations

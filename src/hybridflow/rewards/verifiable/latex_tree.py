@@ -1,4 +1,4 @@
-r"""The nodes of an expression's tree, and how they are put together.
+r"""The nodes of an expression's tree, and how they are joined.
 
 Kinds of nodes, with their parts:
 
@@ -18,7 +18,7 @@ MEASURES = ("percent", "degree")
 
 
 class Unreadable(Exception):
-    """The text cannot be read as one expression for certain; says what was in the way."""
+    """The text cannot be read as one expression without doubt; the message gives the reason."""
 
 
 class Node(NamedTuple):

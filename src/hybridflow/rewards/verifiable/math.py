@@ -1,12 +1,12 @@
-r"""The reward of MATH and its kin: 1 if the last ``\boxed{...}`` equals the right answer. Hendrycks et al. 2021.
+r"""The reward of MATH and similar sets: 1 if the last ``\boxed{...}`` equals the right answer. Hendrycks et al. 2021.
 
-The set: arXiv 2103.03874. Only the last box counts. A response without any box may say ``Answer: ...`` or ``the answer
-is ...`` in its last `LAST_CHARACTERS`; then what follows the last of these counts, to the end of the line. Answers are
-read as trees and compared by structure and exact arithmetic (`expressions`: what is equal to what, and why 37 * 43 is
-not 1591); what these leave open is compared by algebra (`algebra`), in a process that can be killed. A comparison that
-comes to no end within its limits scores 0 and says ``undecided: 1``.
+The set: arXiv 2103.03874. Only the last box counts. A response without any box may say ``Answer: ...`` or
+``the answer is ...`` in its last `LAST_CHARACTERS`; then what follows the last of these counts, to the end of the line.
+Answers are read as trees and compared by structure and exact arithmetic (`expressions`: what is equal to what, and why
+37 * 43 is not 1591); what these leave open is compared by algebra (`algebra`), in a process that can be killed. A
+comparison that does not end within its limits scores 0 and returns ``undecided: 1``.
 
-verl compares normalised texts, so there 0.25 is not 1/4 and x + 1 is not 1 + x; verl's grader for Numina sets besides
+verl compares normalised texts, so there 0.25 is not 1/4 and x + 1 is not 1 + x; verl's grader for Numina sets also
 refuses 3/6 for 1/2. Here whatever is equal is right, except that a number must be worked out.
 """
 
@@ -74,7 +74,7 @@ def answer(response: str) -> str | None:
 
 
 def check(kwargs: Mapping[str, Any]) -> None:
-    """Makes sure that expressions can be compared.
+    """Checks that expressions can be compared.
 
     Raises:
         UserError: math-verify is not installed, and these arguments do not say to do without.

@@ -1,6 +1,6 @@
 r"""The reward of multiple-choice questions: 1 if the letter stated last is the right one.
 
-Stated is a letter in one of these forms; the last of them in the response counts, whichever it is:
+A letter is stated in one of these forms; the last of them in the response counts:
 
 - ``\boxed{C}``, ``\boxed{(c)}``, ``\boxed{\text{C}}``
 - ``Answer: C``, ``the answer is (c)``, ``answer is **C**``

@@ -1,8 +1,8 @@
 r"""The reward of responses that follow a pattern: 1 if a regular expression matches the whole response.
 
 White space around the response does not count. The pattern is Python's (`re`); without flags ``.`` is not a line break,
-``(?s)`` at its head makes it one. It runs in a process that can be killed, for there are patterns that take longer than
-the universe is old on a short text: the response then scores 0 and says ``undecided: 1``. verl has no reward for these.
+``(?s)`` at its head makes it one. It runs in a process that can be killed, because some patterns practically never end
+on a short text: the response then scores 0 and returns ``undecided: 1``. verl has no reward for these.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def matches(pattern: str, text: str) -> bool:
 
 
 def check(kwargs: Mapping[str, Any]) -> None:
-    """Makes sure that the pattern for all rows, if there is one, is a pattern.
+    """Checks that the pattern for all rows, if there is one, is a pattern.
 
     Raises:
         UserError: it is not.

@@ -1,4 +1,4 @@
-"""What a response is worth. The built-in rewards are in the table `REWARDS`; docs/rewards.md says what each accepts.
+"""The built-in rewards, in the table `REWARDS`; docs/rewards.md says what each accepts.
 
 The tables hold references, which are imported where they are used: processes that score start often.
 """
@@ -33,7 +33,7 @@ def builtin(name: str) -> Callable[..., Any]:
 
 
 def check_row(name: str, ground_truth: Any, row: Mapping[str, Any]) -> None:
-    """Makes sure that a reward can judge responses to a row.
+    """Checks that a reward can score responses to a row.
 
     Raises:
         UserError: it cannot.

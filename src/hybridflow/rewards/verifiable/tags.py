@@ -1,7 +1,7 @@
 """The reward of form: 1 if a response is made of the given tags, each once, in order, none of them empty.
 
 ``<think>...</think> <answer>...</answer>`` is DeepSeek-R1's form (arXiv 2501.12948). Outside the tags there may be
-white space only, and no tag may stand inside another. verl has this as a part of single rewards only.
+white space only, and no tag may be inside another. verl has this only as a part of single rewards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def score(response: str, tags: Sequence[str] = ("think", "answer"), opened: str 
     Args:
         response: what the policy generated.
         tags: names of the tags, in order.
-        opened: what the prompt's template has written already of the response, such as ``<think>``.
+        opened: the beginning of the response that the prompt's template writes, such as ``<think>``.
     """
     rest = opened + response
     if any(rest.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):

@@ -1,4 +1,4 @@
-"""What rewards share in reading an answer out of a text. All of it is linear in the text's length."""
+"""Reads an answer from a text; shared by the rewards. All of it is linear in the text's length."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Every block must be a JSON object with a name and arguments, no key twice, and no tag may stand alone; otherwise the
 response scores 0. Calls are compared with the expected ones, in any order, each with one at most. A call with the right
-name is worth (1 + arguments of equal value) / (1 + names of arguments in either), and the score is the sum of these
-over the number of calls expected or made, whichever is greater: exactly the expected calls score 1, and further ones
-lower the score.
+name earns (1 + arguments of equal value) / (1 + names of arguments in either), and the score is the sum of these over
+the number of calls expected or made, whichever is greater: exactly the expected calls score 1, and further ones lower
+the score.
 
 After ToolRL (arXiv 2504.13958), whose reward (verl's rlla) divides by the expected calls only, so that many guesses
 lose little, reads one block, and runs from -3 to 4 with the form in it.
@@ -37,7 +37,7 @@ def score(response: str, ground_truth: Any, partial: bool = True) -> dict[str, f
     Args:
         response: what the policy generated.
         ground_truth: the expected calls, a list (an empty one: no call is right), as JSON text, or as blocks.
-        partial: whether a part of the calls, or of their arguments, is worth something.
+        partial: whether a part of the calls, or of their arguments, earns a part of the score.
 
     Raises:
         ValueError: the ground truth is none of these.

@@ -1,4 +1,4 @@
-"""Words that may stand beside a number: units, which are compared only with other units, and words that change it.
+"""Words that may follow a number: units, which are compared only with other units, and words that change the number.
 
 ``18 eggs`` is 18. ``18 million``, ``18 or twenty`` and ``18 squared`` are not, and neither is ``18 m`` for ``18 cm``.
 """
