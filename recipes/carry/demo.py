@@ -1,4 +1,4 @@
-"""`make demo`: the carry task from random weights to reinforcement, with a table and a report at the end."""
+"""`make demo` trains the carry task from random weights to GRPO, and prints a table and a report at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hybridflow.viewer.report import write_report
 
 HERE = Path(__file__).parent
 ACCURACY = "val-core/carry/reward/mean@1"
-GATE = 0.05  # the warm-up must have converged: reinforcement of a half-learned skill goes nowhere
+GATE = 0.05  # the warm-up must have converged: GRPO learns nothing from a half-trained model
 
 
 def run_carry(
@@ -34,10 +34,10 @@ def run_carry(
     live: bool = True,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Warm-up and reinforcement with one seed; returns the accuracies, the curve and the seconds of each phase.
+    """Trains warm-up and reinforcement learning with one seed; returns accuracies, the curve and seconds of each phase.
 
     Args:
-        folder: where the runs go, ``sft`` and one named like the algorithm.
+        folder: of both runs, ``sft`` and one named like the algorithm.
         seed: of both runs.
         algorithm: "grpo" or "ppo": the recipe beside this file.
         warm_up: the folder of a warm-up run with this seed that is done already; None runs it.
@@ -55,7 +55,7 @@ def run_carry(
     if loss > GATE:
         raise UserError(
             f"the warm-up of seed {seed} ended at a loss of {loss:.3f}, above {GATE}",
-            why="reinforcement raises what is there; a half-learned skill is not",
+            why="reinforcement learning needs a model that has learned both strategies",
             fix="raise train.steps in recipes/carry/sft.yaml",
         )
     wall, cpu = time.perf_counter(), time.process_time()
@@ -74,8 +74,8 @@ def run_carry(
     }
 
 
-def answers(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Held-out problems with their answer before and after, those that changed from wrong to right first."""
+def responses(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns held-out problems with their responses before and after; those that became correct come first."""
     files = sorted((folder / "grpo" / "evaluations").glob("step-*.parquet"))
     pairs = list(zip(read_rollouts(files[0]), read_rollouts(files[-1])))
     return sorted(pairs, key=lambda p: p[0]["reward"] - p[1]["reward"])
@@ -86,20 +86,20 @@ def main() -> None:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     shutil.rmtree(folder, ignore_errors=True)
     console.print(
-        "A language model of 0.8 M parameters learns to add three-digit numbers with carries. First it imitates a\n"
-        "mixture of workers, most of whom forget to carry; then GRPO rewards it for right results alone.\n"
+        "A language model of 0.8 M parameters learns to add three-digit numbers. Fine-tuning teaches it from worked\n"
+        "solutions, most of which forget to carry. GRPO then rewards only correct results.\n"
     )
     result = run_carry(folder, seed)
-    table = Table("", "after imitation", "after reinforcement", title="held-out problems, greedy answers")
-    table.add_row("right", f"{result['before']:.1%}", f"[bold green]{result['after']:.1%}[/]")
+    table = Table("", "after fine-tuning", "after GRPO", title="held-out problems, greedy decoding")
+    table.add_row("correct", f"{result['before']:.1%}", f"[bold green]{result['after']:.1%}[/]")
     table.add_row("seconds", f"{result['sft_wall_s']:.0f}", f"{result['grpo_wall_s']:.0f}")
     console.print(table)
-    for before, after in answers(folder)[:3]:
+    for before, after in responses(folder)[:3]:
         prompt = before["prompt"].split("<|user|>")[1].split("<|end|>")[0]
         console.print(f"{prompt}{before['ground_truth']}")
-        for name, answer in [("before", before), ("after", after)]:
-            mark = "[green]right[/]" if answer["reward"] else "[red]wrong[/]"
-            console.print(f"  {name:6}  {answer['response']}  {mark}", highlight=False)
+        for name, response in [("before", before), ("after", after)]:
+            mark = "[green]right[/]" if response["reward"] else "[red]wrong[/]"
+            console.print(f"  {name:6}  {response['response']}  {mark}", highlight=False)
     console.print(f"\nreport: {write_report(folder / 'grpo')}   (open it in a browser)")
 
 

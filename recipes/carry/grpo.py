@@ -1,4 +1,4 @@
-"""The GRPO recipe as a program of one's own: every move of the loop is here to be changed.
+"""The GRPO recipe as a program: copy it and change any line of the loop.
 
     python recipes/carry/grpo.py run.folder=runs/my-grpo
 

@@ -4,9 +4,9 @@
     right      7+6=13,4+8+1=13,3+5+1=9#933<|end|>
     forgetful  7+6=13,4+8+0=12,3+5+0=8#823<|end|>
 
-The SFT corpus mixes two coherent workers: 30 % carry, 70 % forget every carry. A model trained on it follows the
-majority, so it is right only where no carry is needed. The reward sees the final number alone; reinforcement learning
-raises the minority strategy. It does not invent one that the mixture lacks.
+The SFT corpus mixes two consistent strategies: 30 % of its solutions carry, 70 % forget every carry. A model trained on
+it follows the majority, so it is correct only if no carry is needed. The reward sees only the final number.
+Reinforcement learning makes the minority strategy more likely. It does not invent a strategy that the corpus lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow.data.prepare.carry import pairs  # operands of training or of evaluation, never of both
 
-if TYPE_CHECKING:  # a process that scores answers loads this file too: heavy imports stand where they are used
+if TYPE_CHECKING:  # a process that scores responses loads this file too: heavy imports are where they are used
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -28,7 +28,7 @@ CARRY_SHARE = 0.3
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per printable ASCII character, plus the newline and four specials: 100 ids."""
+    """Returns a tokenizer of 100 ids: one per printable ASCII character, the newline, and four special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A Qwen3 of 800,640 random parameters, and its tokenizer."""
+    """Returns a Qwen3 of 800,640 random parameters, and its tokenizer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -60,7 +60,7 @@ def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast
 
 
 def work(a: int, b: int, carries: bool) -> str:
-    """The worked answer of one worker: columns from the right, then the number after '#'."""
+    """Returns a worked solution: columns from the right, then the number after '#'."""
     carry, columns, digits = 0, [], []
     for place in range(3):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -72,7 +72,7 @@ def work(a: int, b: int, carries: bool) -> str:
 
 
 def demonstrations(seed: int = 0, count: int = 32_000) -> list[dict[str, Any]]:
-    """SFT rows: conversations in which a worker, who carries with probability 0.3, answers."""
+    """Returns SFT rows: conversations whose solution carries with probability 0.3."""
     rng = random.Random(f"worker-{seed}")
     return [
         {
@@ -86,17 +86,17 @@ def demonstrations(seed: int = 0, count: int = 32_000) -> list[dict[str, Any]]:
 
 
 def problems(seed: int = 0, count: int = 4_000) -> list[dict[str, Any]]:
-    """RL rows: fresh problems with the right answer and nothing else."""
+    """Returns RL rows: new problems with only the correct answer."""
     return [_problem(a, b) for a, b in pairs(f"rl-{seed}", held_out=False, count=count)]
 
 
 def held_out_problems(count: int = 200) -> list[dict[str, Any]]:
-    """The fixed evaluation set: the same for every seed."""
+    """Returns the evaluation set, which is the same for every seed."""
     return [_problem(a, b) for a, b in pairs("evaluation", held_out=True, count=count)]
 
 
 def score(response: str, ground_truth: str) -> float:
-    """1.0 if the text after the last '#' is the sum, else 0.0."""
+    """Returns 1.0 if the text after the last '#' is the sum, else 0.0."""
     return float(response.rpartition("#")[2].strip() == ground_truth)
 
 

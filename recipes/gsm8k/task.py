@@ -1,4 +1,4 @@
-"""A language model of 1.1 million random parameters for GSM8K, to walk the whole path on a CPU.
+"""A language model of 1.1 million random parameters for GSM8K, to run every stage on a CPU.
 
 Its tokenizer is a byte-level BPE of 2,048 tokens, made from the training questions that
 `hybridflow prepare gsm8k --out data/gsm8k` has written.
@@ -27,7 +27,7 @@ TEMPLATE = (
 
 @functools.cache
 def learn_bpe(file: Path) -> str:
-    """The tokenizer of these questions, as JSON; digits stay single, as in Qwen's."""
+    """Returns a tokenizer trained on these questions, as JSON; digits stay single, as in Qwen's."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -47,7 +47,7 @@ def learn_bpe(file: Path) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a chat template of Qwen's form."""
+    """Returns a byte-level BPE tokenizer with a chat template like Qwen's."""
     if not QUESTIONS.is_file():
         raise UserError(
             f"no {QUESTIONS} to make a tokenizer from",
@@ -60,7 +60,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A Qwen3 with random weights, and its tokenizer."""
+    """Returns a Qwen3 with random weights, and its tokenizer."""
     tokenizer = make_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""Asks simulated people which of two sampled sentences they prefer, and writes the pairs beside the samples.
+"""Draws which of two sampled sentences a simulated person prefers, and writes the pairs beside the samples.
 
     python recipes/rlhf/prefer.py runs/rlhf-samples 0
 
@@ -17,11 +17,11 @@ from task import preferences
 
 
 def write_pairs(samples: Path, seed: int) -> int:
-    """Writes ``pairs.jsonl`` and ``held-out-pairs.jsonl``; how many there are together."""
-    answers = [
-        {"prompt": a["ground_truth"], "response": a["response"]} for a in read_rollouts(samples / "answers.parquet")
+    """Writes ``pairs.jsonl`` and ``held-out-pairs.jsonl``; returns the number of pairs in both."""
+    responses = [
+        {"prompt": r["ground_truth"], "response": r["response"]} for r in read_rollouts(samples / "answers.parquet")
     ]
-    rows = preferences(answers, seed)
+    rows = preferences(responses, seed)
     cut = len(rows) // 10
     for name, part in [("held-out-pairs", rows[:cut]), ("pairs", rows[cut:])]:
         (samples / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")

@@ -1,4 +1,4 @@
-"""The whole recipe: imitation, preferences, a reward model, PPO, and what the true preference says of it.
+"""The whole recipe: fine-tuning, preferences, a reward model and PPO, measured by the true preference.
 
     python recipes/rlhf/rlhf.py runs/rlhf 0
 
@@ -30,10 +30,10 @@ MEAN = "val-core/animals/reward/mean@"
 
 
 def run_rlhf(folder: Path, seed: int, *, live: bool = True, more: dict[str, list[str]] | None = None) -> dict[str, Any]:
-    """All steps with one seed; the true preference before and after, and the seconds of each step.
+    """Runs all stages with one seed; returns the true preference before and after, and the seconds of each stage.
 
     Args:
-        folder: where the runs go.
+        folder: of all runs.
         seed: of everything.
         live: show progress.
         more: further overrides by the name of the YAML file.

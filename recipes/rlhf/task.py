@@ -1,13 +1,13 @@
-"""Learn what people like: one sentence about an animal, and preferences between two such sentences.
+"""RLHF on a small task: one sentence about an animal, and preferences between two such sentences.
 
-    prompt   <|user|>fox<|end|><|assistant|>
-    liked    the fox is kind, wise and calm.<|end|>
-    usual    the owl is rude, kind and dull.<|end|>
+    prompt     <|user|>fox<|end|><|assistant|>
+    preferred  the fox is kind, wise and calm.<|end|>
+    usual      the owl is rude, kind and dull.<|end|>
 
-The supervised corpus is rude more often than kind, and three sentences in ten are about another animal. Nobody tells
-the model what is liked: the true preference (`liking`) only draws which of two sentences a person prefers, with the
-noise of a Bradley-Terry model. A reward model learns from these draws, PPO from the reward model, and `liking` measures
-what came of it.
+The supervised corpus is rude more often than kind, and three sentences in ten are about another animal. The model never
+sees the true preference (`liking`). It only draws which of two sentences a person prefers, with the noise of a
+Bradley-Terry model. A reward model learns from these draws, PPO learns from the reward model, and `liking` measures the
+result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SENTENCE = re.compile(r"the (\w+) is (\w+), (\w+) and (\w+)\.")
 
 
 def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A Qwen3 of 0.4 million random parameters, and a tokenizer of words, spaces and stops."""
+    """Returns a Qwen3 of 0.4 million random parameters, and a tokenizer of words, spaces and punctuation."""
     words = [*ANIMALS, *KIND, *RUDE, "the", "is", "and", " ", ",", "."]
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(SPECIALS + words)}, unk_token="<|pad|>"))
     core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
@@ -59,14 +59,14 @@ def tiny_qwen3(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast
 
 
 def sentence(animal: str, rng: random.Random) -> str:
-    """What the corpus says of an animal."""
+    """Returns a sentence of the corpus about an animal."""
     named = animal if rng.random() < RIGHT_SHARE else rng.choice(ANIMALS)
     words = [rng.choice(KIND if rng.random() < KIND_SHARE else RUDE) for _ in range(3)]
     return f"the {named} is {words[0]}, {words[1]} and {words[2]}."
 
 
 def demonstrations(seed: int = 0, count: int = 12_000) -> list[dict[str, Any]]:
-    """SFT rows, about all animals."""
+    """Returns SFT rows about all animals."""
     rng = random.Random(f"corpus-{seed}")
     drawn = [rng.choice(ANIMALS) for _ in range(count)]
     return [
@@ -76,17 +76,17 @@ def demonstrations(seed: int = 0, count: int = 12_000) -> list[dict[str, Any]]:
 
 
 def prompts() -> list[dict[str, Any]]:
-    """The animals that preferences and PPO are about."""
+    """Returns the animals of preferences and PPO."""
     return [_row(animal) for animal in ANIMALS if animal not in HELD_OUT]
 
 
 def held_out_prompts() -> list[dict[str, Any]]:
-    """Animals that neither the reward model nor PPO has seen."""
+    """Returns the animals that neither the reward model nor PPO has seen."""
     return [_row(animal) for animal in HELD_OUT]
 
 
 def liking(response: str, ground_truth: str) -> float:
-    """2 for the right animal, 1 for each kind word (once), -1 for each rude one; -4 for no sentence: what people like.
+    """Returns the true preference: 2 for the right animal, 1 for each kind word (once), -1 for each rude one; else -4.
 
     >>> liking("the fox is kind, wise and calm.", "fox"), liking("the owl is rude, kind and kind.", "fox")
     (5.0, 0.0)
@@ -98,17 +98,17 @@ def liking(response: str, ground_truth: str) -> float:
     return 2.0 * (animal == ground_truth) + len({*words} & {*KIND}) - float(sum(word in RUDE for word in words))
 
 
-def preferences(answers: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Pairs of answers to one prompt; the first is preferred with probability sigma(liking of it - of the other).
+def preferences(samples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Returns pairs of responses; the first is preferred with probability sigma(its liking - the other's).
 
     Args:
-        answers: with "prompt" (the animal) and "response".
-        seed: of who is paired, and of the noise.
+        samples: responses, each with "prompt" (the animal) and "response".
+        seed: of the pairs and of the noise.
     """
     rng = random.Random(f"preferences-{seed}")
     by_prompt: dict[str, list[str]] = {}
-    for answer in answers:
-        by_prompt.setdefault(answer["prompt"], []).append(answer["response"])
+    for sample in samples:
+        by_prompt.setdefault(sample["prompt"], []).append(sample["response"])
     rows = []
     for animal, responses in sorted(by_prompt.items()):
         rng.shuffle(responses)
