@@ -44,37 +44,37 @@ def shown(path: Path) -> str | None:
     return None if own or not path.is_file() else f"files/{path.relative_to(ROOT).as_posix()}.md"
 
 
-def rooms() -> list[str]:
+def packages() -> list[str]:
     """The folders of the package, and its files: what lies outside of all folders comes last."""
     folders = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
     return [*folders, *sorted(path.stem for path in PACKAGE.glob("[a-z]*.py"))]
 
 
-def summary(room: str) -> str:
-    """The first sentence of a room's docstring, in one line."""
-    folder = PACKAGE / room
+def summary(name: str) -> str:
+    """The first sentence of a package's docstring, in one line."""
+    folder = PACKAGE / name
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return " ".join(said.split("\n\n")[0].split())
 
 
-def room_page(room: str) -> str:
-    """The reference of a room: its modules in order of their names."""
-    folder = PACKAGE / room
+def package_page(name: str) -> str:
+    """The reference of a package: its modules in order of their names."""
+    folder = PACKAGE / name
     if not folder.is_dir():
-        return f"{LATER}# {room}\n\n::: hybridflow.{room}\n"
+        return f"{LATER}# {name}\n\n::: hybridflow.{name}\n"
     modules = sorted(path for path in folder.rglob("[a-z]*.py"))
     names = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in modules]
-    return f"{LATER}# {room}\n\n{summary(room)}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+    return f"{LATER}# {name}\n\n{summary(name)}\n\n" + "\n".join(f"::: {module}\n" for module in names)
 
 
 def public_page() -> str:
-    """The reference of the names that `import hybridflow` gives, as its stub has them, and a table of the rooms."""
+    """The reference of the names that `import hybridflow` gives, as its stub has them, and a table of the packages."""
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     names = [name.name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
     names.sort(key=lambda name: name[0].isupper())  # functions first
-    rows = [f"| [{room}]({room}.md) | {summary(room)} |" for room in rooms()]
-    return "\n".join([PUBLIC, *(f"::: hybridflow.{name}\n" for name in names), ROOMS, *rows, ""])
+    rows = [f"| [{name}]({name}.md) | {summary(name)} |" for name in packages()]
+    return "\n".join([PUBLIC, *(f"::: hybridflow.{name}\n" for name in names), PACKAGES, *rows, ""])
 
 
 PUBLIC = """# API reference
@@ -83,12 +83,12 @@ PUBLIC = """# API reference
 interface; everything else may move.
 """
 LATER = "---\nsearch:\n  boost: 0.2\n---\n\n"  # a search finds what is written for readers first
-ROOMS = """
-## Rooms
+PACKAGES = """
+## Packages
 
-Each folder of the package is a room. [Architecture](../architecture.md) says how they fit together.
+Each folder of `src/hybridflow` is a package. [Architecture](../architecture.md) says how they fit together.
 
-| Room | What it holds |
+| Package | What it holds |
 | --- | --- |"""
 
 
@@ -108,13 +108,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the pages of the API reference into the navigation."""
     assert config.nav is not None
     (section,) = (part for part in config.nav if "API" in part)
-    section["API"] = ["api/index.md", *({room: f"api/{room}.md"} for room in rooms())]
+    section["API"] = ["api/index.md", *({name: f"api/{name}.md"} for name in packages())]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie outside of docs/, the files that pages link to, and the API reference."""
-    made = {"api/index.md": public_page()} | {f"api/{room}.md": room_page(room) for room in rooms()}
+    made = {"api/index.md": public_page()} | {f"api/{name}.md": package_page(name) for name in packages()}
     for path, uri in pages().items():
         if files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, abs_src_path=str(path)))

@@ -226,10 +226,10 @@ def test_the_architecture_can_be_read_in_a_quarter_of_an_hour() -> None:
     assert len((ROOT / "docs/architecture.md").read_text().split()) <= 3_000
 
 
-def test_the_first_page_names_every_room_and_is_short() -> None:
+def test_the_first_page_names_every_package_and_is_short() -> None:
     page = (ROOT / "docs/index.md").read_text()
-    rooms = {path.parent.name for path in (ROOT / "src/hybridflow").glob("*/__init__.py")}
-    assert set(re.findall(r"^\| `([a-z]+)/` \|", page, re.M)) == rooms
+    packages = {path.parent.name for path in (ROOT / "src/hybridflow").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `([a-z]+)/` \|", page, re.M)) == packages
     assert len(page.split()) < 900
 
 
