@@ -9,8 +9,8 @@
 
 An engine only sums weight x loss, over micro-batches and ranks, so the result cannot depend on how work is split.
 Denominators count the whole mini-batch; a trajectory or a group without any loss token counts in them too, as one whose
-loss is 0. verl leaves such trajectories out where a micro-batch counts its own, not where it is told the global number,
-and multiplies by the number of data-parallel ranks; its norm is the padded width unless configured.
+loss is 0. verl leaves such trajectories out where a micro-batch counts its own, not where it is given the global
+number, and multiplies by the number of data-parallel ranks; its norm is the padded width unless configured.
 
 Shapes: T tokens, B sequences, N trajectories (one or more sequences each), G groups.
 """

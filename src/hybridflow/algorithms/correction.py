@@ -6,7 +6,7 @@ With d = logp - rollout logp of a token that another engine, or an older policy,
     sequence weight  min(exp(sum of d), cap)               the same for all tokens of a sequence
     with a floor     exp(.) within [floor, cap], else 0    IcePop (arXiv 2510.18855)
 
-    k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d           what is held against the bounds of a rejection level
+    k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d           what is compared with the bounds of a rejection level
     token_k     of a token, which alone is rejected
     seq_sum_k, seq_mean_k, seq_max_k                       of a sequence, which is rejected as a whole
 

@@ -2,6 +2,8 @@
 
 Each reads its own columns of the batch at the M scored tokens. One weight column per loss term (`policy_weight_T`,
 `entropy_weight_T`, `kl_weight_T`, `value_weight_T`), so that terms can be normalised apart; see `aggregation`.
+
+Shapes: T tokens of a batch, M scored tokens of a micro-batch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Either is the sum of three parts, exactly:
     support     mean of -m: what cutting by top-p, top-k or min-p adds. Training scores over the support, so that this
                 part is not in its ratios
 
-A token is fresh where the weights that drew it are those that score it. Without a fresh token numerics cannot be told
+A token is fresh where the weights that drew it are those that score it. Without a fresh token numerics cannot be kept
 apart, and count as staleness.
 
 Quantiles of |d| come from a histogram of logarithmic bins, so that they add up over micro-batches and ranks; each is

@@ -1,4 +1,7 @@
-"""Pieces of an algorithm by name, each given what its signature asks for."""
+"""Pieces of an algorithm by name, each given what its signature asks for.
+
+Shapes: T tokens of a batch, M scored tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 

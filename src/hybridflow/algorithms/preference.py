@@ -14,7 +14,7 @@ the logistic function, s the smoothing of labels, and m the mean log-probability
     BT     -log sigma(v_c - v_r - margin) + center (v_c + v_r)^2               Bradley and Terry 1952; arXiv 2203.02155,
            equation 1; margin: arXiv 2307.09288, equation 2; center: arXiv 2312.09244, equation 3
 
-A loss is that of each pair (of each response for KTO); whoever averages over the mini-batch does so. TRL averages an
+A loss is that of each pair (of each response for KTO); the caller averages over the mini-batch. TRL averages an
 response's tokens for IPO, where the paper sums them, and takes ORPO's first term over the prompt's tokens too.
 
 Shapes: N pairs, or N responses.

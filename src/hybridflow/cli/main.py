@@ -258,7 +258,7 @@ def _loads(kind: Kind, given: argparse.Namespace) -> bool:
 
 
 def _train(given: argparse.Namespace) -> int:
-    config = _load(given, KINDS[given.name])  # first: a mistake in it is told before torch is imported
+    config = _load(given, KINDS[given.name])  # first: a mistake in it is reported before torch is imported
     if resolved_placement(config.placement).backend == "processes":
         start_server(PRELOAD)  # it imports torch for all processes while this one does
     from hybridflow.commands.train import start

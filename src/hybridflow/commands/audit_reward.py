@@ -32,7 +32,7 @@ class AuditRows:
 
     Args:
         source: where they are, as ``data.train``.
-        count: at most so many of them.
+        count: at most this many of them.
         prompt_key: as ``data.prompt_key``.
         ground_truth_key: as ``data.ground_truth_key``.
         response_key: column with a right response; None: it is made of the ground truth.

@@ -1,4 +1,7 @@
-"""Everything that can fail before training, tried before training: `hybridflow check`, and the start of every run."""
+"""Everything that can fail before training, tried before training: `hybridflow check`, and the start of every run.
+
+Shapes: T tokens of all sequences.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ from hybridflow.runs.session import total_steps
 from hybridflow.tracking.trackers import not_installed
 from hybridflow.trainers.sft import require_rows_in_context
 
-MAX_ROWS = 20_000  # prompts looked at; later ones are checked when they are drawn
-MAX_CONVERSATIONS = 2_000  # conversations of which it is looked at who wrote what; that takes longer
+MAX_ROWS = 20_000  # prompts that are checked; later ones are checked when they are drawn
+MAX_CONVERSATIONS = 2_000  # conversations whose masks are checked; that takes longer
 
 
 def check(config: Any, **objects: Any) -> Iterator[str]:
@@ -148,7 +151,7 @@ def _check_evaluation(
 
 
 def arithmetic(config: RlConfig, rows: int) -> str:
-    """Describes a step of this run in numbers, with so many training rows."""
+    """Describes a step of this run in numbers, with this many training rows."""
     t, r = config.train, config.rollout
     answers, updates = t.answers_per_step, t.updates_per_step
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)

@@ -1,4 +1,7 @@
-"""What `hybridflow check` looks at before a reward model is trained."""
+"""What `hybridflow check` looks at before a reward model is trained.
+
+Shapes: T tokens of all conversations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting a run from the command line: checks first, then training, then where to look and how to go on."""
+"""Starting a run from the command line: checks first, then training, then where the results are and how to resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def start(config: TrainingConfig, *, again: str) -> int:
 
     Args:
         config: what to run.
-        again: the command that goes on with this run, to be shown when it stops early.
+        again: the command that resumes this run, to be shown when it stops early.
 
     Returns:
         0 when the run is done (also when it was so before), 130 when it was stopped before its end.

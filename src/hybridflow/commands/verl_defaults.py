@@ -1,4 +1,4 @@
-"""What a run does otherwise than verl's defaults: said where the rows are verl's, for whoever compares two runs."""
+"""Differences of a run from verl's defaults: printed where the rows are verl's, for users who compare two runs."""
 
 from __future__ import annotations
 

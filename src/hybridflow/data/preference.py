@@ -3,7 +3,7 @@
 A value is read from the state before the token that is masked in (`models.forward`), so every conversation gets one
 more token, which nothing before it sees, and the token after each one that is read is masked in.
 
-Shapes: N pairs, T tokens of all conversations.
+Shapes: N pairs, B conversations (two of each pair), T tokens of all conversations.
 """
 
 from __future__ import annotations

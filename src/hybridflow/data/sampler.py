@@ -30,7 +30,7 @@ class Sampler:
         seed: the run's seed.
         weights: shares of the sources; they need not sum to one.
         order: of each epoch: "shuffled" (its own random order), "sequential", or a function.
-        drawn: draws made so far; set it to go on after a resume.
+        drawn: draws made until now; a resume sets it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Sampler:
         self._start = NoiseKey(seed, "source").bits() % 2**64
         self._counted = 0  # draws that `_counts` covers
         self._counts = np.zeros(len(self._sources), dtype=np.int64)  # of those, how many each source had
-        self._epochs: dict[int, tuple[int, Sequence[int]]] = {}  # of each source, the epoch under way and its order
+        self._epochs: dict[int, tuple[int, Sequence[int]]] = {}  # of each source, the current epoch and its order
 
     def take(self, count: int) -> list[tuple[int, int]]:
         """Takes the next `count` draws as (draw, row index); the draw number is unique over the run."""

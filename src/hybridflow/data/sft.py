@@ -1,4 +1,7 @@
-"""Conversations or texts to packed training batches, with loss on what the model should write."""
+"""Conversations or texts to packed training batches, with loss on what the model should write.
+
+Shapes: B sequences, T tokens of all sequences.
+"""
 
 from __future__ import annotations
 

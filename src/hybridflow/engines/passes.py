@@ -3,7 +3,7 @@
 Nothing here divides by a number of micro-batches or ranks: weights were computed for the whole mini-batch, so sums are
 right whatever the cut.
 
-Shapes: M scored tokens of a micro-batch.
+Shapes: B sequences, T tokens of all sequences, K words that these were drawn from, M scored tokens of a micro-batch.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hybridflow.noise import NoiseKey
 CONFIDENCE_Z = 1.959963984540054  # the normal quantile of 97.5 %
 RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap, in indices
-EXACT_FLIPS = 14  # so many differences have 2^14 signs, which are all tried
+EXACT_FLIPS = 14  # up to this many differences, all 2^14 signs are tried
 
 Interval = tuple[float, float]
 

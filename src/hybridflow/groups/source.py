@@ -229,7 +229,7 @@ class GroupSource:
             group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
         baseline_failed = found.baseline is not None and found.baseline.failure is not None
         if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
-            return group  # without its baseline a response has nothing to be held against
+            return group  # without its baseline a response has nothing to be compared with
         names = {name for score in found.scores for name in score.components}
         for i, (text, score) in enumerate(zip(found.texts, found.scores)):
             r = found.results[i]

@@ -3,7 +3,7 @@
 The tests compare the known families with Hugging Face's own forward: scores, gradients, generation. Any other family is
 tried when it is loaded: its packed scores must equal those of its own forward for each sequence alone.
 
-Shapes: M tokens that are scored, L tokens of one sequence, V vocabulary.
+Shapes: T tokens of all sequences, M tokens that are scored, L tokens of one sequence, V vocabulary.
 """
 
 from __future__ import annotations

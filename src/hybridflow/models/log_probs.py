@@ -9,8 +9,8 @@ With tile logits z, the log-sum-exp l and p = exp(z - l), log p(y) has the gradi
 entropy ``-p_j (log p_j + entropy)``. The backward pass works on the second terms tile by tile; the first touches only
 the rows of the words that occurred.
 
-Shapes: T tokens of all sequences, M of them that are scored, m tokens of a tile, D hidden size, V vocabulary, v words
-of a tile, P (token, word) pairs of a support.
+Shapes: T tokens of all sequences, K words that these were drawn from, M tokens that are scored, m tokens of a tile, D
+hidden size, V vocabulary, v words of a tile, P (token, word) pairs of a support.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A probe: a few sequences on which a model that was written is compared with the one that was trained.
 
-Shapes: M tokens that are scored.
+Shapes: T tokens of all sequences, M of them that are scored.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The controller cuts a batch into one part for every data-parallel place, balance
 the columns that are read there. The workers handle everything between ranks themselves (gathered parameters, summed
 gradients).
 
-Shapes: T tokens of all sequences.
+Shapes: B sequences, T tokens of all sequences.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class GroupRollout:
         return self._take()
 
     def poll(self) -> list[Result]:
-        """See `RolloutEngine.poll`; replicas go on with what was submitted."""
+        """See `RolloutEngine.poll`; replicas continue with what was submitted."""
         if self._slice is not None and self._slice.done():
             self._finish()
         return self._take()

@@ -5,7 +5,7 @@ Where both sides compute in float32 their log-probabilities agree to `EXACT`, an
 shows. Where one rounds to bfloat16 they differ by hundredths: the canary then shows a layer that is wrong or a cache
 that is old, but no change as small as that of one optimizer step.
 
-Shapes: M tokens of the responses.
+Shapes: B responses, T tokens of all prompts and responses, M tokens of the responses.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def request(self, reason: str) -> None:
-        """Asks the run to stop after the step that is under way; it is saved, and the same program resumes it.
+        """Asks the run to stop after the current step; it is saved, and the same program resumes it.
 
         Args:
             reason: why, for the run's records.

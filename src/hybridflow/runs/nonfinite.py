@@ -30,7 +30,7 @@ class NonfiniteUpdates:
         Args:
             update: what it did.
             data_rows: for every sequence of the mini-batch, its row in the data.
-            step: the step under way.
+            step: the current step.
 
         Raises:
             UserError: three in a row were not applied; the rows are named.

@@ -32,7 +32,7 @@ from hybridflow.tracking.trackers import Trackers
 
 
 def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_step: int) -> int:
-    """Returns the steps of a run: as many as are given, or as many as find their rows in so many epochs.
+    """Returns the steps of a run: as many as are given, or as many as find their rows in this many epochs.
 
     Raises:
         UserError: not even one step does.
@@ -80,7 +80,7 @@ class Opened:
     places: Places
 
     def trackers(self, total_steps: int) -> Trackers:
-        """Opens the records of a run of so many steps."""
+        """Opens the records of a run of this many steps."""
         return Trackers(
             self.folder.path,
             self.config.track,
@@ -158,7 +158,7 @@ class Session:
         self.sampler = self.data.sampler(seed=self.opened.config.run.seed)
         self.nonfinite = NonfiniteUpdates(self.trackers.events)
         self._fingerprint = self.data.fingerprint
-        self._drawn_before = 0  # the sampler's count when the step now under way began
+        self._drawn_before = 0  # the sampler's count when the current step began
 
     def __enter__(self) -> Self:
         self.stop.__enter__()
@@ -206,7 +206,7 @@ class Session:
             self.saver.settle(wait=False)
 
     def record_training(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of a step that trained on so many tokens, and saves a checkpoint if one is due."""
+        """Writes the metrics of a step that trained on this many tokens, and saves a checkpoint if one is due."""
         times = self.clock.take()
         counts = {
             "training/global_step": step,

@@ -93,7 +93,7 @@ class ProgressConsole:
     def note(self, text: str) -> None:
         """Writes a line of text, above the bar if there is one."""
         if self._live is None:
-            # Not through rich: it would end the whole process if somebody closes the pipe.
+            # Not through rich: it would end the whole process if the reader closes the pipe.
             print(text, flush=True)
         else:
             self._live.console.print(Text(text))

@@ -5,7 +5,7 @@ A step scores its pairs first, under the weights that the update begins with. Th
 conversation the value of its partner: both of a pair need not be in one micro-batch, or on one rank, for the gradient
 to be that of the whole batch (`algorithms.losses.bradley_terry`). It costs one more forward pass, a third of an update.
 
-Shapes: N pairs; 2: the preferred conversation of each, and the other.
+Shapes: B conversations, T tokens of all conversations, N pairs; 2: the preferred conversation of each, and the other.
 """
 
 from __future__ import annotations

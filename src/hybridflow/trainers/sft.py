@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: the loop, and the assembly of its run."""
+"""Supervised fine-tuning: the loop, and the assembly of its run.
+
+Shapes: B sequences, T tokens of all sequences.
+"""
 
 from __future__ import annotations
 

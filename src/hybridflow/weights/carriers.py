@@ -308,7 +308,7 @@ class Files(Outgoing):
             ) from error
 
     def meet(self, generation: int) -> None:
-        """See `Outgoing.meet`. What is left of a stream that failed is read by nobody now."""
+        """See `Outgoing.meet`. What is left of a stream that failed is not read any more."""
         _remove_messages(self._own)
 
     def memory(self, message: int) -> Tensor:

@@ -175,7 +175,7 @@ def verify(stream: WeightStream, receipts: Receipt | Sequence[Receipt], version:
         version: what was published.
 
     Raises:
-        WeightSyncError: another version, a missing tensor, one with other bits, or one that nobody sent; the message
+        WeightSyncError: another version, a missing tensor, one with other bits, or one that was not sent; the message
             names them, and the processes.
     """
     every = [receipts] if isinstance(receipts, Receipt) else list(receipts)

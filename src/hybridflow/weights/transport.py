@@ -353,7 +353,7 @@ def open_sender(
     folder: str | None = None,
     delta: bool = False,
 ) -> Sender:
-    """Opens the sending end. It waits for nobody: receivers are there when the first stream is sent.
+    """Opens the sending end. It does not wait: receivers are there when the first stream is sent.
 
     Args:
         kind: "shared_memory" (one Linux host), "broadcast" (gloo; NCCL where `device` is a GPU), "files" or "cuda_ipc"

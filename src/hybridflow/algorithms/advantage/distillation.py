@@ -1,4 +1,4 @@
-"""On-policy distillation as a policy gradient: every token is held against a teacher.
+"""On-policy distillation as a policy gradient: every token is compared with a teacher.
 
     A_t = log p_teacher(y_t) - log p_old(y_t)
 

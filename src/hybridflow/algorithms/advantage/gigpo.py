@@ -5,10 +5,10 @@
     A^S   = (R_is - mean) / (std + 1e-6)                    over the group's steps that began in the same state
     A     = A^E_i + step_weight A^S_is
 
-or without the divisions. A step that nobody else took from its state has ``A^S = 0``. Where the environment has no
-steps, a trajectory is one step from the prompt, so that A is ``(1 + step_weight)`` times GRPO's. The standard deviation
-is the unbiased one. Not in verl 0.9.1. Shapes: T tokens, M tokens with loss, N trajectories, G
-groups, S steps.
+or without the divisions. A step that no other trajectory took from its state has ``A^S = 0``. Where the environment has
+no steps, a trajectory is one step from the prompt, so that A is ``(1 + step_weight)`` times GRPO's. The standard
+deviation is the unbiased one. Not in verl 0.9.1. Shapes: T tokens, M tokens with loss, N trajectories, G groups, S
+steps.
 """
 
 from __future__ import annotations

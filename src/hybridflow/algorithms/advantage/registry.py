@@ -15,6 +15,8 @@ Where a column is missing, the parameter keeps its default.
 
 An estimator that takes ``mask_T`` returns an advantage per token ``[T]``, any other one per trajectory ``[N]``. One
 that trains a critic returns (advantage, return): the return ``[T]`` is what the critic learns.
+
+Shapes: T tokens, B sequences, N trajectories (one or more sequences each), K components of a reward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which pieces and values of an algorithm go together: what does not is refused before anything runs."""
+"""Which pieces and values of an algorithm go together: what does not is refused before anything runs.
+
+Shapes: M scored tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def problems_of_algorithm(
 
 
 def problems_of_reward(r: RewardSection, *, advantage: str, longest_answer: int) -> Iterator[str]:
-    """Yields what in a reward does not fit an advantage estimator, or responses of at most so many tokens."""
+    """Yields what in a reward does not fit an advantage estimator, or responses of at most this many tokens."""
     if r.overlong_buffer is not None and r.overlong_buffer > longest_answer:
         yield (
             f"reward.overlong_buffer is {r.overlong_buffer}, more than rollout.max_response_tokens {longest_answer}: "

@@ -49,7 +49,7 @@ def check_placement(placement: PlacementSection, roles: RolesOfRun, *, packing: 
         packing: whether sequences are packed (``model.packing``).
 
     Raises:
-        ValueError: a pool has another size than a model needs; all that is wrong is told at once.
+        ValueError: a pool has another size than a model needs; the message names all of them.
     """
     problems = [problem for model in roles.models for problem in _engine_in_pool(placement, model)]
     problems += [why for role, why in roles.of_actor.items() if placement.pool_of(role) != placement.pool_of("actor")]

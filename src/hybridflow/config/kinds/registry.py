@@ -1,7 +1,7 @@
 """The kinds of runs. An entry here gives a command, and is what all other commands know of the kind.
 
 `hybridflow NAME`, `check`, `check --explain`, `init`, `schema`, completion and the page of keys read `KINDS`. Functions
-are named, not imported: a configuration is read, and its mistakes are told, before torch is imported.
+are named, not imported: a configuration is read, and its mistakes are reported, before torch is imported.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def explain(key: str, path: Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         key: with dots: ``optim.lr``; a section gives all its keys.
-        path: a configuration; its own kind alone is then explained, and what it has there is told.
+        path: a configuration; its own kind alone is then explained, with the value that it has there.
         overrides: see `load_config`.
 
     Returns:

@@ -1,6 +1,8 @@
 """What a piece of an algorithm needs, also where it is a function of the user's own: then its parameters say it.
 
 The file is read, not run, so that this works without torch.
+
+Shapes: T tokens of a batch, M scored tokens of a micro-batch, N trajectories, K components of a reward.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_loss": "sppo",
         "aggregation": "seq-mean-token-mean",
     },
-    # The reward is not read: every token is held against model.reference, the teacher.
+    # The reward is not read: every token is compared with model.reference, the teacher.
     "distillation": {"advantage": "distillation", "policy_loss": "reinforce", "aggregation": "token-mean"},
 }
 REJECTION_LEVELS: tuple[str, ...] = tuple(

@@ -83,7 +83,7 @@ class RlTrainSection(LengthSection):
         return self.updates_in(self.epochs_per_step)
 
     def updates_in(self, passes: int) -> int:
-        """Counts the optimizer steps in so many passes over a step's responses."""
+        """Counts the optimizer steps in this many passes over a step's responses."""
         return passes * (self.answers_per_step // self.answers_per_update)
 
 

@@ -7,7 +7,7 @@ import random
 from hybridflow.data.prepare.schema import Generated, Split, prepared_row
 from hybridflow.data.rows import Row
 
-HELD_OUT = 5  # one pair in so many is kept for evaluation
+HELD_OUT = 5  # one pair in this many is kept for evaluation
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -27,7 +27,7 @@ def pairs(seed: str, held_out: bool, count: int) -> list[tuple[int, int]]:
 
 
 def make(split: Split, count: int, seed: int) -> list[Row]:
-    """Makes so many problems; the test problems are the same for every seed."""
+    """Makes this many problems; the test problems are the same for every seed."""
     drawn = pairs(f"rl-{seed}" if split == "train" else "evaluation", held_out=split == "test", count=count)
     return [
         prepared_row("carry", f"{a}+{b}=", ability="math", ground_truth=str(a + b), split=split, index=i)

@@ -12,7 +12,9 @@ TARGETS = range(10, 100)
 
 
 def make(split: Split, count: int, seed: int) -> list[Row]:
-    """Makes so many different problems with three or four numbers; those of train and test differ in their numbers."""
+    """Makes this many different problems with three or four numbers; those of train and test differ in their
+    numbers.
+    """
     rng = random.Random(f"countdown-{split}-{seed}")
     rows: dict[tuple[object, ...], Row] = {}
     while len(rows) < count:

@@ -25,7 +25,7 @@ def prepare(name: str, source: str | None, out: Path, *, rows: int | None = None
         name: a key of `SETS`.
         source: a folder with the set's files, or another name on the hub than the set's own; None: its own.
         out: folder to write.
-        rows: at most so many of each split; of a published set they are chosen at random.
+        rows: at most this many of each split; of a published set they are chosen at random.
         seed: for that choice, and for sets that are made here.
 
     Raises:

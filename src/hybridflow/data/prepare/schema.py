@@ -14,7 +14,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A data set that somebody has published.
+    """A published data set.
 
     Args:
         hub: its name on the Hugging Face hub, with a configuration if it has several.

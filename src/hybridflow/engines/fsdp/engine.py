@@ -86,7 +86,7 @@ class ShardedEngine(AdamEngine, TrainEngine):
         Args:
             batch: this rank's sequences; weight columns are of the whole mini-batch.
             loss: which loss, with its parameters.
-            rows: how many sequences were sent to each data-parallel place; None: nobody counted.
+            rows: how many sequences were sent to each data-parallel place; None: not counted.
 
         Raises:
             RuntimeError: a rank has fewer or more sequences than it was sent.

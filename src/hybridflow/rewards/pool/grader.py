@@ -381,7 +381,7 @@ class ProcessGrader:
         plain = [p for p in self._processes if not p.asynchronous]
         active = [p for p in plain if not p.passed_over]
         wanted = max(1, self._pool.processes)
-        for process in active[wanted:]:  # the others go on where it has stood in
+        for process in active[wanted:]:  # the others continue where it has stood in
             if process.ready and not process.calls:
                 self._remove(process)
         room = min(MOST_AHEAD, max(1, int(AHEAD / self._usual))) if self._usual else 1

@@ -61,7 +61,7 @@ def score(
     with ThreadPoolExecutor(where.parallel) as threads:
         while done < len(cases) and not ended:
             batch = cases[done : done + where.parallel]
-            # An outcome counts only if all before it let the run go on, so the result does not depend on `parallel`.
+            # An outcome counts only if no earlier one ended the run, so the result does not depend on `parallel`.
             for case, outcome in zip(batch, threads.map(lambda c: c.run(where, program), batch)):
                 right = outcome.status == "ok" and case.right(outcome)
                 passed += right

@@ -21,7 +21,7 @@ from hybridflow.rewards.verifiable.latex_tokens import Token, tokens
 from hybridflow.rewards.verifiable.latex_tree import Node, Unreadable
 from hybridflow.rewards.verifiable.text import decimal
 
-LONGEST = 2000  # characters of an answer that is looked at
+LONGEST = 2000  # characters of an answer; longer ones are not parsed
 CALCULUS = frozenset(["\\int", "\\iint", "\\oint", "\\sum", "\\prod", "\\lim", "\\partial"])
 _LARGEST_POWER = 999  # of ten, in a number that is worked out
 _CHOICE = re.compile(r"\( ?([A-Za-z]) ?\)|([A-Z])")

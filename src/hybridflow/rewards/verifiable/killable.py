@@ -25,7 +25,7 @@ from typing import Any
 
 MEMORY_BYTES = 2 << 30
 START_SECONDS = 120  # for a child to start and to import what is called
-WALL_FACTOR = 20  # a call may take so many times its CPU seconds: other processes want the CPU too
+WALL_FACTOR = 20  # a call may take this many times its CPU seconds: other processes need the CPU too
 
 
 class Undecided(Exception):
@@ -68,7 +68,7 @@ class _Child:
         )
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """Reads the next line. Raises EOFError where the process ended, TimeoutError after so many seconds."""
+        """Reads the next line. Raises EOFError where the process ended, TimeoutError after this many seconds."""
         assert self._process is not None and self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()

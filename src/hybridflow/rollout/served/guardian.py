@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 
-GRACE = 2.0  # seconds: shared memory and the like is given back by processes that are told
+GRACE = 2.0  # seconds in which processes that get a signal can free shared memory and the like
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # from linux/prctl.h
 
 

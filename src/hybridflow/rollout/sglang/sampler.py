@@ -8,8 +8,8 @@ GPUs, and ends the scheduler when a seeded request has min-p. `install` replaces
 
 A seed is the request's noise, moved so that SGLang's positions, which count from the beginning of the prompt, give the
 noise of positions counted from the first generated token: see `seed_of`. Tokens are then those of the inline engine up
-to rounding, whatever they are batched with, and a continued request goes on with its own noise. The order of filters
-is ours as well (SGLang's top-p does not look at what top-k left).
+to rounding, whatever they are batched with, and a continued request keeps its own noise. The order of filters
+is ours as well (SGLang's top-p ignores what top-k left).
 
 Shapes: R rows, V vocabulary.
 """

@@ -1,4 +1,8 @@
-"""A step's groups as one batch, a row per response."""
+"""A step's groups as one batch, a row per response.
+
+Shapes: B responses, T tokens of all responses and their prompts, S spans of one weight version, K words that the tokens
+were drawn from (of `components_BK`, components of a reward).
+"""
 
 from __future__ import annotations
 

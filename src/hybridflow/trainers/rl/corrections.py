@@ -2,7 +2,7 @@
 
 Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
 
-Shapes: T tokens of all responses and their prompts, M of them with loss.
+Shapes: B responses, T tokens of all responses and their prompts, M of them with loss.
 """
 
 from __future__ import annotations

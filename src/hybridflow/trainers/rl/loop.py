@@ -1,6 +1,7 @@
 """The reinforcement-learning loop, the same for all algorithms: they differ in what `estimate` and `update` are given.
 
-Shapes: B responses, T tokens of all responses and their prompts, S spans of one version of the weights.
+Shapes: B responses, T tokens of all responses and their prompts, S spans of one version of the weights,
+K components of a reward.
 """
 
 from __future__ import annotations
