@@ -155,7 +155,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     generate.add_argument("--max-tokens", type=int, help="longest answer (default 256, less in a short context)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
-    generate.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
+    generate.add_argument("--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0: all")
     generate.add_argument(
         "--min-p", type=float, default=0.0, help="sample among tokens this share as likely as the best"
     )
@@ -207,7 +207,7 @@ def _add_audit(commands: Commands) -> None:
     audit.add_argument(
         "--data", metavar="ROWS", type=path, help="rows with ground truths: .jsonl, .parquet or file.py:function"
     )
-    audit.add_argument("--rows", type=int, default=50, help="at most so many of them (default 50)")
+    audit.add_argument("--rows", type=int, default=50, help="at most this many of them (default 50)")
     audit.add_argument("--prompt-key", default="prompt", help="as data.prompt_key (default: prompt)")
     audit.add_argument("--ground-truth-key", default="ground_truth", help="as data.ground_truth_key")
     given = audit.add_mutually_exclusive_group()
@@ -234,7 +234,7 @@ def _add_prepare(commands: Commands) -> None:
         help="folder with the set's files, or a name on the Hugging Face hub (default: the set's own name there)",
     )  # fmt: skip
     prepare.add_argument("--out", required=True, type=path, help="folder to write")
-    prepare.add_argument("--rows", type=int, help="at most so many rows of each split (default: all)")
+    prepare.add_argument("--rows", type=int, help="at most this many rows of each split (default: all)")
     prepare.add_argument("--seed", type=int, default=0, help="for the choice of these, and for sets made here")
     _add_json(prepare)
 

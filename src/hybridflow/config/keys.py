@@ -20,7 +20,7 @@ from hybridflow.config.sections.choices import Sections, sections_in, words
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What there is to know about a key of the configuration.
+    """A key of the configuration, described.
 
     Args:
         name: with dots: ``optim.lr``.

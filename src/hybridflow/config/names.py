@@ -342,9 +342,9 @@ _NAMES: dict[str, tuple[str, str]] = {
     "max_actor_ckpt_to_keep": ("checkpoint.keep", "2 by default, where verl keeps all"),
     "load_best_model_at_end": ("checkpoint.best", "the name of a metric of the evaluation"),
     "metric_for_best_model": ("checkpoint.best", "the name of a metric of the evaluation"),
-    "resume_from_checkpoint": ("run.resume", "auto: the same command goes on"),
-    "resume_mode": ("run.resume", "auto: the same command goes on"),
-    "load_checkpoint": ("run.resume", "auto: the same command goes on"),
+    "resume_from_checkpoint": ("run.resume", "auto: the same command resumes"),
+    "resume_mode": ("run.resume", "auto: the same command resumes"),
+    "load_checkpoint": ("run.resume", "auto: the same command resumes"),
     "eval_steps": ("eval.every", "in steps; 0 for before and after training alone"),
     "test_freq": ("eval.every", "in steps; 0 for before and after training alone, where verl has -1"),
     "eval_strategy": ("eval.every", "in steps"),
@@ -405,7 +405,7 @@ def meaning(name: str) -> Meaning | None:
 # Methods by their common names: what they are here. Keys have small letters and digits only.
 _METHODS: dict[str, str] = {
     "dpo": "a loss on pairs, hybridflow.algorithms.preference.dpo, without a trainer; pairs train a reward model "
-    "(hybridflow reward-model), with which ppo or grpo goes on",
+    "(hybridflow reward-model), with which ppo or grpo then trains",
     "ipo": "a loss on pairs, hybridflow.algorithms.preference.ipo, without a trainer",
     "simpo": "a loss on pairs, hybridflow.algorithms.preference.simpo, without a trainer",
     "orpo": "a loss on pairs, hybridflow.algorithms.preference.orpo, without a trainer",

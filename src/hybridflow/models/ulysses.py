@@ -8,7 +8,8 @@ DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Se
 arXiv 2309.14509.
 
 Shapes: P ranks, U tokens that go through the model, u of them on this rank, M scored tokens, m of them on this rank,
-H query heads, K key-value heads, D key size, E value size, W numbers that a token sends to one rank.
+H query heads, h of them on this rank, K key-value heads, D key size, E value size, W numbers that a token sends to one
+rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HTTP calls within limits: at most so many at once and per minute, with further attempts where these may help.
+"""HTTP calls within limits of calls in flight and calls per minute, with further attempts where these may help.
 
 Every reward behind HTTP uses `LimitedClient`: the user's own server (`remote`), a judge's endpoint, a sandbox server.
 It needs aiohttp (``hybridflow[server]``), and no event loop of its caller.
@@ -52,7 +52,7 @@ class CallFailed(Exception):
 
 
 class Pace:
-    """Decides when the next piece of work may begin, at so much per minute; evenly spaced, without bursts.
+    """Decides when the next piece of work may begin, at a fixed rate; evenly spaced, without bursts.
 
     Work of cost c delays the work after it by c / rate minutes. So the work of any window of t minutes costs at most
     rate x t, plus the piece that began last in it (and a tenth of a second's, to make up for late timers).

@@ -12,7 +12,7 @@ from hybridflow.errors import nearest
 class EvalSection(Section):
     """Held-out evaluation. It has sampling noise of its own, so it never changes what a run trains on."""
 
-    every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: only before and after training.")
+    every: int = Field(0, ge=0, description="Steps between two evaluations; 0: only before and after training.")
     before_training: bool = Field(True, description="Whether to evaluate the untrained model too.")
     max_rows: PositiveInt | None = Field(
         None, description="Use only this many of the first evaluation rows; unset: all."

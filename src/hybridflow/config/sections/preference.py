@@ -85,7 +85,7 @@ class RewardModelEvalSection(Section):
     """The held-out pairs (data.eval)."""
 
     every: int = Field(
-        0, ge=0, description="Score the held-out pairs after every so many steps; 0: only before and after training."
+        0, ge=0, description="Steps between two evaluations of the held-out pairs; 0: only before and after training."
     )
     max_rows: PositiveInt | None = Field(
         None, description="Use only this many of the first held-out pairs; unset: all."

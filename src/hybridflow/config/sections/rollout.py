@@ -41,8 +41,8 @@ class GenerationSection(Section):
     read_back_every: int = Field(
         10,
         ge=0,
-        description="Every so many weight updates, read weights back from engines that expose them, and compare them "
-        "with those sent; 0: never. Fingerprints of what arrives, and the log-probabilities of a test "
+        description="Weight updates between two read-backs: weights are read from engines that expose them, and "
+        "compared with those sent; 0: never. Fingerprints of what arrives, and the log-probabilities of a test "
         "sequence, are always compared.",
     )
     sleep: Literal["auto", "always", "never"] = Field(

@@ -45,7 +45,7 @@ class RunSection(Section):
 class CheckpointSection(Section):
     """When to save, and what to keep."""
 
-    every: int = Field(0, ge=0, description="Save after every so many steps; 0: only at the end.")
+    every: int = Field(0, ge=0, description="Steps between two checkpoints; 0: only at the end.")
     keep: PositiveInt = Field(2, description="Number of newest checkpoints to keep; older ones are deleted.")
     best: str | None = Field(
         None,
@@ -67,4 +67,4 @@ class TrackSection(Section):
     tensorboard: bool = Field(False, description="TensorBoard event files in the run's folder.")
     wandb: bool = Field(False, description="Weights & Biases; WANDB_MODE=offline keeps it on this machine.")
     project: str = Field("hybridflow", description="Project name for trackers that have one.")
-    rollouts_every: int = Field(1, ge=0, description="Write rollouts/step-*.parquet every so many steps; 0: never.")
+    rollouts_every: int = Field(1, ge=0, description="Steps between two files rollouts/step-*.parquet; 0: none.")

@@ -26,7 +26,7 @@ COMPANY = 8  # responses scored together, the second time
 LONG = 100_000  # characters: longer responses are scored once
 SHOWN = 160  # characters of a response in the report
 OF_TIME = ("timeouts", "undecided")  # components by which rewards say that something took too long
-LEAK_MB = 50  # growth of the process over the calls of the probe that is told
+LEAK_MB = 50  # growth of the process over the calls of the probe; more is reported
 
 
 @dataclass(frozen=True)
