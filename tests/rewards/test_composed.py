@@ -47,6 +47,16 @@ def answers(*texts: str, source: str = "plain") -> Answers:
     return Answers(list(texts), None, [], {"data_source": source})
 
 
+def test_a_reward_that_does_not_judge_a_response_is_left_out_of_its_sum() -> None:
+    parts = [Part("a", Slow(0), None, 2.0, True), Part("b", Slow(0))]
+    none, ones = Score(0.0, applies=False), [Score(1.0), Score(3.0), Score(5.0)]
+    first, second, third = combined(parts, [[none, Score(1.0), Score(3.0)], ones])
+    assert (first.value, first.components) == (1.0, {"b": 1.0})
+    # Held against the two responses that it judges: mean 2, deviation 1.
+    assert (second.value, third.value) == (pytest.approx(1.0, abs=1e-5), pytest.approx(7.0, abs=1e-5))
+    assert second.components == {"a": 1.0, "b": 3.0}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
 def test_every_submission_comes_back_once_with_its_own_scores(seed: int) -> None:

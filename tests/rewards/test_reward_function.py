@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,48 @@ def test_what_was_written_for_verl_works_as_it_is() -> None:
         return float(solution_str == ground_truth)
 
     assert values(later, "2", "3") == [1.0, 0.0]
+
+
+def test_what_was_written_for_trl_works_as_it_is() -> None:
+    def kept(prompts, completions, level, **kwargs):  # type: ignore[no-untyped-def]
+        assert prompts == [asked.written] * 2 and level == [3, 3] and kwargs["data_source"] == ["sums"] * 2
+        assert "prompt" not in kwargs and kwargs["ground_truth"] == ["2", "2"]
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        assert all(isinstance(c, str) or c == [{"role": "assistant", "content": t}] for c, t in zip(completions, texts))
+        return [float(t == "2") for t in texts]
+
+    asked = replace(answers("2", "3"), written="1+1=")  # a string stays one, and so do the completions
+    assert [s.value for s in RewardFunction(kept, "trl").scores(asked)] == [1.0, 0.0]
+    asked = replace(asked, written=asked.prompt)
+    assert [s.value for s in RewardFunction(kept, "trl").scores(asked)] == [1.0, 0.0]
+
+    class Length:  # as TRL's own classes are, with a name for its metrics
+        __name__ = "length"
+
+        def __call__(self, completions: list[Any], ground_truth: list[str], trainer_state: Any = None) -> list[int]:
+            return [len(c[0]["content"]) + len(t) for c, t in zip(completions, ground_truth)]
+
+        async def later(self, completions: list[Any], *, scale: float) -> list[float]:
+            return [scale for _ in completions]
+
+    assert values(Length(), "a", "bcd") == [2.0, 4.0]
+    assert values(functools.partial(Length().later, scale=3.0), "a", "b") == [3.0, 3.0]
+    assert values(Length().later, "a", scale=2.0) == [2.0]
+    half = RewardFunction(lambda completions: [None if c[0]["content"] == "a" else 1.0 for c in completions], "half")
+    assert [(s.value, s.applies, s.failure) for s in half.scores(answers("a", "b"))] == [
+        (0.0, False, None),
+        (1.0, True, None),
+    ]
+    assert failed(lambda responses: [None], "a").kind == "nonsense"
+
+
+def test_a_reward_of_trls_form_is_told_which_column_it_lacks() -> None:
+    score = failed(lambda completions, lvel: [1.0], "a")
+    assert score.kind == "columns"
+    assert "wants 'lvel', which is no column of the row: did you mean 'level'?" in str(score.failure)
+    assert values(lambda completions, other=(): [float(len(other))], "a") == [0.0]
+    assert "wants 'completion_ids', which TRL's trainer alone has" in refused(lambda completions, completion_ids: 1).what
+    assert "does not take it" in refused(lambda completions: [1.0], bonus=1).what
 
 
 def test_what_a_function_does_to_extra_info_does_not_stay() -> None:
@@ -238,8 +281,8 @@ def test_nothing_that_a_function_raises_ends_the_run(error: BaseException) -> No
             "take 'response'",
         ),
         (
-            lambda completions: 1.0,
-            "wants 'completions' (here it is 'responses'; a column of the data is row['completions']) and does not "
+            lambda completion: 1.0,
+            "wants 'completion' (here it is 'response'; a column of the data is row['completion']) and does not "
             "take 'response'",
         ),
         (

@@ -163,4 +163,5 @@ def _truth(row: Row, rows: AuditRows, index: int) -> Any:
     from hybridflow.data.prompts import truth_key  # here, for it imports transformers
 
     key = truth_key(row, PromptDataSection(ground_truth_key=rows.ground_truth_key))
+    assert key is not None, "the command has no way to say that there is none"
     return column(row, key, source=rows.source, index=index, setting="--ground-truth-key")

@@ -37,7 +37,7 @@ from hybridflow.placing.companions import check_companions
 from hybridflow.placing.generation import describe_engine, training_sampling
 from hybridflow.placing.places import describe_placement
 from hybridflow.placing.role import actor_role, sft_role
-from hybridflow.rewards.graders.given import with_given
+from hybridflow.rewards.graders.given import GivenReward, with_given
 from hybridflow.rollout.inline.engine import require_room
 from hybridflow.rollout.sampling import check_sampling
 from hybridflow.runs.session import total_steps
@@ -67,7 +67,7 @@ def check(config: Any, **objects: Any) -> Iterator[str]:
     yield from kind_for(config).checked(config, **objects)
 
 
-def check_rl(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> Iterator[str]:
+def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator[str]:
     """Checks a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes.
 
     Args:
@@ -174,7 +174,7 @@ def _check_prompts(
     purpose: str,
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
     trained: Set[int] = frozenset(),
-    reward: Callable[..., Any] | None = None,
+    reward: GivenReward | None = None,
 ) -> Generator[str, None, tuple[PromptSet, set[int]]]:
     """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
     prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)

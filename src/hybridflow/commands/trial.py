@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
 
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
@@ -17,6 +16,7 @@ from hybridflow.errors import UserError, nearest
 from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, first_of_each, make_grader, require_score
 from hybridflow.protocols.rewards import Grader, Score, score_all, total
 from hybridflow.rewards.audit.rows import FORMS, HOLE, answer_in
+from hybridflow.rewards.graders.given import GivenReward
 
 ANSWERS = ("response", "answer", "solution", "completion", "output")  # columns that may hold a right response
 SHOWN = 60  # characters of a response
@@ -30,7 +30,7 @@ def try_reward(
     read: Read,
     rows: int,
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
-    function: Callable[..., Any] | None = None,
+    function: GivenReward | None = None,
 ) -> Iterator[str]:
     """Scores the ground truth of the first row of every data source. Where that is worth no more than an empty
     response, scores other forms of it too, and yields which is worth most.
@@ -59,6 +59,13 @@ def try_reward(
         first, components = list(first_of_each(prompts, rows)), set[str]()
         for prompt in first:
             of = f" of {prompt.data_source}" if len(first) > 1 else ""
+            if prompt.ground_truth is None:
+                [score] = _scores(grader, prompt, [""])
+                require_score(score, r, f"an empty response to the first row of {prompt.data_source}")
+                components |= set(score.components)
+                worth = f"{total(score):g}"
+                yield f"  reward {name}: the first row{of} has no ground truth; an empty response scores {worth}"
+                continue
             answer = _as_answer(prompt.ground_truth)
             [score] = _scores(grader, prompt, [read(answer)])
             require_score(score, r, f"the first row of {prompt.data_source}")
@@ -112,7 +119,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
 def _forms(prompt: Prompt) -> dict[str, str]:
     """Returns responses that may be right besides the bare ground truth, each with its description."""
     tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
-    answer = answer_in(prompt.ground_truth).strip()
+    answer = "" if prompt.ground_truth is None else answer_in(prompt.ground_truth).strip()
     if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
         tried |= {form.replace(HOLE, answer): "written as" for form in FORMS if form != HOLE}
     return tried

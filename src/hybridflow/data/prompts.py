@@ -19,6 +19,7 @@ from hybridflow.errors import UserError
 from hybridflow.protocols.rewards import Answers
 
 VERL_TRUTH = "reward_model.ground_truth"  # where verl's rows have it
+TRUTH_KEY = "data.ground_truth_key"
 _CHUNK = 1000  # rows tokenised together
 
 
@@ -30,8 +31,9 @@ class Prompt:
         token_ids: the rendered prompt, the template's opening of the response included.
         text: the rendered prompt, as the model sees it.
         messages: the prompt as chat messages.
-        ground_truth: what the reward compares with.
+        ground_truth: what the reward compares with; None where the rows have none.
         row: the whole row, for the reward.
+        written: the prompt as the row has it: a string, or chat messages.
     """
 
     token_ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Prompt:
     messages: Messages
     ground_truth: Any
     row: Row
+    written: Any
 
     @property
     def data_source(self) -> str:
@@ -88,7 +91,9 @@ class PromptSet:
                 f"the prompt of row {number} of {source} has {len(ids)} tokens, data.max_prompt_tokens is {limit}",
                 fix="raise the limit or leave the row out (data.over_long=filter does)",
             )
-        return Prompt(tuple(ids), text, as_messages(value, self.style), truth, self.data.rows[index])
+        row = self.data.rows[index]
+        written = column(row, self.config.prompt_key, source="", index=index)
+        return Prompt(tuple(ids), text, as_messages(value, self.style), truth, row, written)
 
     @property
     def source(self) -> str:
@@ -137,10 +142,11 @@ class PromptSet:
         row, c = self.data.rows[index], self.config
         source, number = self.data.place(index)
         value = column(row, c.prompt_key, source=source, index=number, setting="data.prompt_key")
-        key = truth_key(row, c)
-        truth = column(row, key, source=source, index=number, setting="data.ground_truth_key")
-        with reading(self.data, index, key):
-            check_truth(truth)
+        key, truth = truth_key(row, c), None
+        if key is not None:
+            truth = _truth(row, key, source=source, index=number)
+            with reading(self.data, index, key):
+                check_truth(truth)
         with reading(self.data, index, c.prompt_key):
             prompt = self.reader.prompt(value) if c.format == "chat" else self.reader.text(value)
             if not prompt:
@@ -150,8 +156,8 @@ class PromptSet:
         return prompt, truth
 
 
-def truth_key(row: Row, config: PromptDataSection) -> str:
-    """Returns the column of the ground truth: as configured, or where verl's rows have it."""
+def truth_key(row: Row, config: PromptDataSection) -> str | None:
+    """Returns the column of the ground truth: as configured, or where verl's rows have it; None: there is none."""
     key = config.ground_truth_key
     return VERL_TRUTH if key == "ground_truth" and key not in row and has_column(row, VERL_TRUTH) else key
 
@@ -169,7 +175,9 @@ def load_prompts(
     require_template(tokenizer, prompts.style)
     for part, source in zip(data.parts(), data.sources):
         rows = data.rows[part.start : part.stop]
-        keys = {config.prompt_key: "data.prompt_key", truth_key(rows[0], config): "data.ground_truth_key"}
+        keys, truth = {config.prompt_key: "data.prompt_key"}, truth_key(rows[0], config)
+        if truth is not None and any(has_column(row, truth) for row in rows):  # else the first row says what to do
+            keys[truth] = "data.ground_truth_key"
         require_one_schema(rows, keys, source=source.source)
     require_rows(data, prompts.values)
     if config.over_long == "refuse":
@@ -182,4 +190,12 @@ def load_prompts(
 
 def answers_to(prompt: Prompt, texts: list[str]) -> Answers:
     """Returns responses to a prompt, as a grader takes them."""
-    return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row)
+    return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row, prompt.written)
+
+
+def _truth(row: Row, key: str, *, source: str, index: int) -> Any:
+    try:
+        return column(row, key, source=source, index=index, setting=TRUTH_KEY)
+    except UserError as error:
+        none = f"where the reward needs no ground truth, set {TRUTH_KEY}=null"
+        raise UserError(error.what, why=error.why, fix=f"{error.fix}; {none}" if error.fix else none) from error

@@ -264,7 +264,7 @@ def _record(prompt: Prompt, result: Result) -> dict[str, Any]:
         "question": question if isinstance(question, str) else json.dumps(question, default=str),
         "advantage": None,
         "finish_reason": result.finish_reason,
-        "ground_truth": str(prompt.ground_truth),
+        "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
         "token_ids": result.token_ids,
         "logps": result.logps,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from hybridflow.config.kinds.eval import EvalConfig
@@ -18,11 +19,12 @@ from hybridflow.placing.places import Places
 from hybridflow.protocols.rewards import Answers, Grader, Score
 from hybridflow.rewards.graders.composed import ComposedGrader, FunctionGrader, Part
 from hybridflow.rewards.graders.function import FIXES, FunctionSpec, name_of
+from hybridflow.rewards.graders.given import GivenReward
 from hybridflow.rewards.graders.in_process import InProcessGrader
 from hybridflow.rewards.graders.remote import RemoteGrader
 from hybridflow.rewards.graders.routing import route
 from hybridflow.rewards.pool.grader import ProcessGrader
-from hybridflow.rewards.verifiable.registry import ROW_CHECKS, check_row
+from hybridflow.rewards.verifiable.registry import REWARDS, ROW_CHECKS, builtin, check_row
 
 BY_SOURCE, MODEL, JUDGE = "by_source", "model", "judge"
 
@@ -42,7 +44,7 @@ def make_grader(
     places: Places | None,
     sources: Collection[str | None],
     *,
-    function: Callable[..., Any] | None = None,
+    function: GivenReward | None = None,
     scoring: bool = True,
 ) -> Grader:
     """Makes the grader that scores responses, by the configuration.
@@ -51,7 +53,7 @@ def make_grader(
         config: its ``reward`` section, and what models and judges need.
         places: where models are built.
         sources: the data sources that rows have, for ``by_source``.
-        function: a function instead of the configured ones.
+        function: a function instead of the configured ones, or several that are added up.
         scoring: False reads a reward model's configuration without its weights; the grader can then be checked, but
             cannot score.
 
@@ -59,13 +61,28 @@ def make_grader(
         UserError: rows are of an unknown source; a function, model or judge cannot be used.
     """
     if function is not None:
-        whole = InProcessGrader({name_of(function): function})
-        return ComposedGrader(lambda answers: [Part(None, whole)], [whole])
+        return _given_grader(function)
     parts = _Parts(config, places, scoring)
     if config.reward.terms is None:
         only = RewardTermSection(function=config.reward.function, kwargs=config.reward.kwargs)
         return parts.grader({None: only}, sources)
     return parts.grader(dict(config.reward.terms), sources)
+
+
+def _given_grader(given: GivenReward) -> Grader:
+    """Returns the grader of a function that a program gives, or of the sum of several, each a component by its name."""
+    if not isinstance(given, Sequence):
+        whole = InProcessGrader({name_of(given): given})
+        return ComposedGrader(lambda answers: [Part(None, whole)], [whole])
+    names: dict[str, Callable[..., Any]] = {}
+    for function in given:
+        name, number = name_of(function), 2
+        while name in names:
+            name, number = f"{name_of(function)}_{number}", number + 1
+        names[name] = function
+    grader = InProcessGrader(names)
+    parts = [Part(name, grader, name) for name in names]
+    return ComposedGrader(lambda answers: parts, [grader])
 
 
 class _Parts:
@@ -134,9 +151,7 @@ class _Parts:
         return place
 
 
-def check_rows(
-    config: RlConfig | EvalConfig, *sets: PromptSet | None, function: Callable[..., Any] | None = None
-) -> None:
+def check_rows(config: RlConfig | EvalConfig, *sets: PromptSet | None, function: GivenReward | None = None) -> None:
     """Checks that the built-in rewards can score responses to every row.
 
     Args:
@@ -149,15 +164,19 @@ def check_rows(
     """
     section, terms = config.reward, config.reward.terms
     functions = {section.function} if terms is None else {term.function for term in terms.values()}
-    if function is not None or not functions & {BY_SOURCE, *ROW_CHECKS}:
+    if function is not None:
         return
     for prompts in filter(None, sets):
+        _require_truth(prompts, functions, section)
+        if not functions & {BY_SOURCE, *ROW_CHECKS}:
+            continue
         bad: list[tuple[int, UserError]] = []
         for index, row in enumerate(prompts.data.rows):
             routed = {route(row.get("data_source"), section.sources) if f == BY_SOURCE else f for f in functions}
             for name in routed & ROW_CHECKS.keys():
-                source, number = prompts.data.place(index)
-                truth = column(row, truth_key(row, prompts.config), source=source, index=number)
+                key, (source, number) = truth_key(row, prompts.config), prompts.data.place(index)
+                assert key is not None, "asked above"
+                truth = column(row, key, source=source, index=number)
                 try:
                     check_row(name, truth, row)
                 except UserError as error:
@@ -166,6 +185,21 @@ def check_rows(
             (index, first), more = bad[0], f"; of {len(bad)} such rows it is the first" if len(bad) > 1 else ""
             source, number = prompts.data.place(index)
             raise UserError(f"row {number} of {source}: {first.what}{more}", why=first.why, fix=first.fix) from first
+
+
+def _require_truth(prompts: PromptSet, functions: Collection[str], section: RewardSection) -> None:
+    """Refuses built-in rewards that compare with a ground truth where the rows have none."""
+    if prompts.config.ground_truth_key is not None:
+        return
+    sources = {row.get("data_source") for row in prompts.data.rows} if BY_SOURCE in functions else ()
+    routed = {*functions, *(route(source, section.sources) for source in sources)}
+    truths = {name: signature(builtin(name)).parameters.get("ground_truth") for name in sorted(routed & set(REWARDS))}
+    wants = next((name for name, truth in truths.items() if truth is not None and truth.default is truth.empty), None)
+    if wants is not None:
+        raise UserError(
+            f"the reward {wants} compares with a ground truth, and data.ground_truth_key is null",
+            fix="name the column that has it, or use a reward of your own (reward.function=file.py:function)",
+        )
 
 
 def first_of_each(prompts: PromptSet, count: int) -> Iterable[Prompt]:

@@ -42,6 +42,11 @@ class Question(Protocol):
         """The whole row."""
         ...
 
+    @property
+    def written(self) -> Any:
+        """The prompt as the row has it."""
+        ...
+
 
 class GroupStore(Protocol):
     """What a journal must offer (`checkpoint.journal.Journal` does)."""
@@ -185,7 +190,8 @@ class GroupSource:
 
         def ask(texts: list[str], *, baseline: bool) -> None:
             self._asked[self._submitted] = draw, baseline
-            self.grader.submit(self._submitted, Answers(texts, question.ground_truth, question.messages, question.row))
+            asked = Answers(texts, question.ground_truth, question.messages, question.row, question.written)
+            self.grader.submit(self._submitted, asked)
             self._submitted += 1
             group.lacking += 1
 

@@ -18,12 +18,14 @@ class Answers:
         ground_truth: what they are compared with.
         prompt: the chat messages that they respond to.
         row: the whole row of the data.
+        written: the prompt as the row has it, a string or messages; None: `prompt`.
     """
 
     responses: list[str]
     ground_truth: Any
     prompt: list[dict[str, Any]]
     row: dict[str, Any]
+    written: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Failure:
     """Why a response has no reward.
 
     Args:
-        kind: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a server).
+        kind: "raised", "timeout", "died" (its process), "nonsense" (what it returned), "refused" (a server), "columns"
+            (it wants one that the row lacks).
         what: what went wrong, in words.
         scoring: the response and what it was compared with, in words; "" where `what` names them.
     """
@@ -53,12 +56,15 @@ class Score:
         components: further numbers, by name.
         steps: rewards of parts of the response: (how many characters of it the part ends after, reward).
         failure: why there is no reward; None where there is one.
+        applies: False where the reward does not judge this response (it returned None): the value is then 0, and in a
+            sum of several rewards this one is left out.
     """
 
     value: float
     components: dict[str, float] = field(default_factory=dict)
     steps: tuple[tuple[int, float], ...] = ()
     failure: Failure | None = None
+    applies: bool = True
 
     @property
     def kind(self) -> str:

@@ -83,10 +83,11 @@ class PromptDataSection(Section):
         "its own.",
     )
     prompt_key: str = Field("prompt", description="Column with the prompt: a string or a list of chat messages.")
-    ground_truth_key: str = Field(
+    ground_truth_key: str | None = Field(
         "ground_truth",
         description="Column that the reward compares with; a dot goes inside a nested value. Rows without "
-        "ground_truth may have it as reward_model.ground_truth (verl's rows).",
+        "ground_truth may have it as reward_model.ground_truth (verl's rows). null: the rows have none, and the "
+        "reward is given None.",
     )
     format: Literal["chat", "text"] = Field(
         "chat", description="chat: render prompts with the chat template; text: tokenise strings as they are."

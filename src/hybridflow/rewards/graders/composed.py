@@ -174,7 +174,7 @@ def _bounded(score: Score) -> Score:
 def _values(part: Part, scores: Sequence[Score]) -> list[float]:
     """Returns each response's value of a part, without the weight; the value of a failed response means nothing."""
     values = [score.value for score in scores]
-    given = [score.value for score in scores if score.failure is None]
+    given = [score.value for score in scores if score.failure is None and score.applies]
     if part.normalize and given:
         mean = sum(given) / len(given)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in given) / len(given))
@@ -189,10 +189,12 @@ def _sum(parts: Sequence[Part], scores: Sequence[Score], values: Sequence[float]
     failed = next((score for score in scores if score.failure is not None), None)
     if failed is not None:
         return failed
-    components, steps = {}, []
-    for part, score in zip(parts, scores):
+    components, steps, total = {}, [], 0.0
+    for part, score, value in zip(parts, scores, values):
+        if not score.applies:
+            continue
         components[str(part.name)] = score.value
         components |= {f"{part.name}/{name}": value for name, value in score.components.items()}
         steps += [(characters, part.weight * reward) for characters, reward in score.steps]
-    total = sum(part.weight * value for part, value in zip(parts, values))
+        total += part.weight * value
     return Score(total, components, tuple(sorted(steps)))

@@ -10,7 +10,13 @@ The names of its arguments decide what it is given. For one response:
 
 or for all responses to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
 ``ground_truths`` and ``extra_infos``, lists with one entry per response. So a ``compute_score`` that was written for
-verl works as it is, for one response and for a batch. All of these may be ``async def``.
+verl works as it is, for one response and for a batch. A reward that was written for TRL works as it is too: one with an
+argument ``completions`` gets lists with one entry per response,
+
+    prompts, completions        strings; where the row's prompt is chat messages, lists of messages
+    any column of the rows      by its name; all of them where it takes ``**kwargs``
+
+and may return None for a response that it does not judge. All of these may be ``async def``.
 """
 
 from __future__ import annotations
@@ -34,11 +40,14 @@ ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
 ROWS = ("data_sources", "ground_truths", "extra_infos")  # for a whole group only
 ANSWER = ("response", "solution_str")
 ANSWERS = ("responses", "solution_strs")
+COMPLETIONS = ("completions", "prompts")  # TRL's, beside the columns
+# What TRL's trainer passes besides; there is nothing here that could be passed for it.
+ONLY_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 # What other programs and people call these; None: a word that may be either, the model's or the row's.
 NAMES = {
     **dict.fromkeys(("completion", "output", "prediction", "generation", "generated", "text", "pred"), "response"),
     **dict.fromkeys(("model_output", "response_str", "response_text", "candidate", "sequence"), "response"),
-    **dict.fromkeys(("completions", "outputs", "predictions", "generations", "texts", "sequences"), "responses"),
+    **dict.fromkeys(("outputs", "predictions", "generations", "texts", "sequences"), "responses"),
     **dict.fromkeys(("label", "target", "gold", "reference", "expected", "truth", "gt"), "ground_truth"),
     **dict.fromkeys(("labels", "targets", "references", "answer_key", "gold_answer"), "ground_truth"),
     **dict.fromkeys(("prompts", "query", "queries", "question", "messages", "input", "instruction"), "prompt"),
@@ -50,8 +59,8 @@ NAMES = {
 CUT = 200  # characters of whatever a message shows
 _FORMS = (
     "def score(response: str, ground_truth) -> float, with any of the arguments response, ground_truth, prompt, row; "
-    "or def score(responses: list[str], ...) -> list[float] for a whole group; a dict of numbers with 'score' among "
-    "them may take the place of a number"
+    "or def score(responses: list[str], ...) -> list[float] for a whole group; or TRL's def score(completions, "
+    "**columns) -> list[float]; a dict of numbers with 'score' among them may take the place of a number"
 )
 STEPS = "rewards of parts of a response are {'score': ..., 'steps': [(characters up to its end, reward), ...]}"
 FIXES = {
@@ -60,6 +69,7 @@ FIXES = {
     "died": "its process ended twice on this response (a crash in native code, os._exit, memory): try the response "
     "with reward.pool.processes=0, where a debugger works",
     "nonsense": f"write {_FORMS}; {STEPS}",
+    "columns": "name a column that the rows have, or give the argument a default",
     "refused": "read the server's log; reward.pool.retries is the number of further attempts",
 }
 
@@ -116,23 +126,37 @@ class RewardFunction:
                 why="the names of its arguments say what it is given",
                 fix=f"call it in a function of yours: {_FORMS}",
             ) from error
-        self.whole_group = not set(ANSWERS).isdisjoint(parameters)
+        self.of_trl = COMPLETIONS[0] in parameters
+        self.whole_group = self.of_trl or not set(ANSWERS).isdisjoint(parameters)
         # Of an object it is the class's method that is called.
         self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._columns: list[str] = []  # that a reward of TRL's form cannot do without
+        if self.of_trl:
+            self._check_columns(parameters)
+            return
         answer = ANSWERS if self.whole_group else ANSWER
         known = (*answer, *ROW, *(ROWS if self.whole_group else ()))
         self.arguments = [n for n in known if n in parameters]
         self._check_signature(parameters, answer, known)
 
-    def _check_signature(
-        self, parameters: Mapping[str, inspect.Parameter], answer: Sequence[str], known: Sequence[str]
-    ) -> None:
-        variable = {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
-        named = [
-            n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.POSITIONAL_ONLY)
-        ]
+    def _check_columns(self, parameters: Mapping[str, inspect.Parameter]) -> None:
+        named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._check_kwargs(named, COMPLETIONS)
+        wanted = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in self.kwargs]
+        only = next((n for n in wanted if n in ONLY_TRL), None)
+        if only is not None:
+            raise UserError(
+                f"the reward {self.name} wants {only!r}, which TRL's trainer alone has",
+                fix="give the argument a default, or take it out: what a reward returns as numbers of a dict is logged",
+            )
+        self.arguments = named
+        self._columns = [n for n in wanted if n not in COMPLETIONS]
+
+    def _check_kwargs(self, named: Sequence[str], known: Sequence[str]) -> None:
+        """Refuses reward.kwargs that the function does not take, or that a run provides."""
         ours = next((k for k in self.kwargs if k in known), None)
-        strange = None if variable else next((k for k in self.kwargs if k not in named), None)
+        strange = None if self._takes_all else next((k for k in self.kwargs if k not in named), None)
         if ours is not None or strange is not None:
             said = "is given that by the run" if ours is not None else "does not take it"
             raise UserError(
@@ -141,6 +165,14 @@ class RewardFunction:
                 if (own := [n for n in named if n not in known])
                 else f"leave it out of reward.kwargs: {self.name} takes no arguments of its own",
             )
+
+    def _check_signature(
+        self, parameters: Mapping[str, inspect.Parameter], answer: Sequence[str], known: Sequence[str]
+    ) -> None:
+        named = [
+            n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.POSITIONAL_ONLY)
+        ]
+        self._check_kwargs(named, known)
         wanted = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in self.kwargs]
         unknown = next((n for n in wanted if n not in known), None)
         by_place = next((n for n in named if parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY), None)
@@ -173,6 +205,8 @@ class RewardFunction:
             return self._read(self.function(**self._given(answers, index)), answers, index)
         except KeyboardInterrupt:
             raise
+        except _NoColumn as error:
+            return failures(self.name, "columns", str(error), answers, index)
         except BaseException as error:  # SystemExit too: a reward must not end the run without a word
             return self._raised(error, answers, index)
 
@@ -183,10 +217,14 @@ class RewardFunction:
             return self._read(await begun, answers, index)
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise
+        except _NoColumn as error:
+            return failures(self.name, "columns", str(error), answers, index)
         except BaseException as error:
             return self._raised(error, answers, index)
 
     def _given(self, answers: Answers, index: int | None) -> dict[str, Any]:
+        if self.of_trl:
+            return self._given_columns(answers) | self.kwargs
         row, size = answers.row, len(answers.responses)
         source, truth = row.get("data_source"), answers.ground_truth
         context: dict[str, Any] = {"ground_truth": truth, "prompt": answers.prompt, "row": row, "data_source": source}
@@ -199,10 +237,24 @@ class RewardFunction:
         context["extra_info"] = dict(row.get("extra_info") or {})
         return {name: context[name] for name in self.arguments} | self.kwargs
 
+    def _given_columns(self, answers: Answers) -> dict[str, Any]:
+        """Returns what TRL's trainer gives to a reward, as far as a run here has it."""
+        size, prompt = len(answers.responses), answers.prompt if answers.written is None else answers.written
+        columns = {"ground_truth": answers.ground_truth} | {k: v for k, v in answers.row.items() if k != "prompt"}
+        lacking = next((n for n in self._columns if n not in columns), None)
+        if lacking is not None:
+            raise _NoColumn(f"wants {lacking!r}, which is no column of the row: {nearest(lacking, columns)}")
+        texts: list[Any] = list(answers.responses)
+        if not isinstance(prompt, str):  # conversational, as TRL calls it
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        given = {name: [value] * size for name, value in columns.items()}
+        given |= {"prompts": [prompt] * size, "completions": texts}
+        return given if self._takes_all else {name: given[name] for name in self.arguments if name in given}
+
     def _read(self, value: Any, answers: Answers, index: int | None) -> list[Score]:
         if index is not None:
             return [read_score(self.name, value, answers, index)]
-        return read_scores(self.name, value, answers)
+        return read_scores(self.name, value, answers, may_abstain=self.of_trl)
 
     def _raised(self, error: BaseException, answers: Answers, index: int | None) -> list[Score]:
         return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
@@ -235,15 +287,25 @@ def failures(name: str, kind: str, what: str, answers: Answers, index: int | Non
     return [Score(0.0, failure=failure)] * count
 
 
-def read_scores(name: str, values: Any, answers: Answers) -> list[Score]:
-    """Reads what a reward returned for all responses to a prompt: see `read_score`."""
+def read_scores(name: str, values: Any, answers: Answers, *, may_abstain: bool = False) -> list[Score]:
+    """Reads what a reward returned for all responses to a prompt: see `read_score`.
+
+    Args:
+        name: of the reward.
+        values: what it returned.
+        answers: what it was scoring.
+        may_abstain: whether None says that the reward does not judge a response.
+    """
     size = len(answers.responses)
     if not isinstance(values, Sequence) and callable(getattr(values, "tolist", None)):
         values = values.tolist()  # of numpy and torch
     if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != size:
         found = f"{len(values)} scores" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         return failures(name, "nonsense", f"was given {size} responses and returned {found}", answers, None)
-    return [read_score(name, value, answers, i) for i, value in enumerate(values)]
+    return [
+        Score(0.0, applies=False) if may_abstain and value is None else read_score(name, value, answers, i)
+        for i, value in enumerate(values)
+    ]
 
 
 def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
@@ -270,6 +332,10 @@ def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
 
 
 class _Nonsense(Exception):
+    pass
+
+
+class _NoColumn(Exception):
     pass
 
 

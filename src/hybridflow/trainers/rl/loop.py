@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from hybridflow.devices import memory_metrics
 from hybridflow.faults import fault_point
 from hybridflow.protocols.groups import Group
 from hybridflow.protocols.training import Loss, Scorer, TrainEngine
+from hybridflow.rewards.graders.given import GivenReward
 from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.tracking.signal_watch import TEACHES, teaches
 from hybridflow.trainers.rl.batches import batch_of
@@ -45,7 +45,7 @@ from hybridflow.trainers.rl.run import RlRun, open_run
 from hybridflow.trainers.rl.shaping import shaped_rewards, token_rewards
 
 
-def train(config: RlConfig, *, reward: Callable[..., Any] | None = None, callbacks: Sequence[Callback] = ()) -> Path:
+def train(config: RlConfig, *, reward: GivenReward | None = None, callbacks: Sequence[Callback] = ()) -> Path:
     """Runs a configuration to its end, or to where it is asked to stop; the same call then resumes it.
 
     Args:

@@ -102,7 +102,7 @@ def rollout_records(run: RlRun, step: int, groups: list[Group], batch: Batch) ->
                     "reward": None if t.failure is not None else t.reward,
                     "advantage": advantage.get((g.draw, t.sample)),
                     "finish_reason": t.finish_reason,
-                    "ground_truth": str(prompt.ground_truth),
+                    "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
                     "token_ids": t.token_ids,
                     "tokens": run.texts_of(t.token_ids),
                     "logps": t.logps,

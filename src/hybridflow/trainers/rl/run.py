@@ -32,7 +32,7 @@ from hybridflow.protocols.training import Scorer
 from hybridflow.protocols.waiting import Stopped
 from hybridflow.publishing.canary import computes_exactly
 from hybridflow.publishing.publisher import Publisher, publisher_of
-from hybridflow.rewards.graders.given import with_given
+from hybridflow.rewards.graders.given import GivenReward, with_given
 from hybridflow.runs.best import best_of, better
 from hybridflow.runs.session import Opened, Session, opening, total_steps
 from hybridflow.tracking.jsonl import read_metrics
@@ -222,7 +222,7 @@ class RlRun(Session):
             write_best(self.folder.checkpoints, best)
 
 
-def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> RlRun:
+def open_run(config: RlConfig, *, reward: GivenReward | None = None) -> RlRun:
     """Opens the run that a configuration describes; resumes it where its folder holds one.
 
     Args:
@@ -243,7 +243,7 @@ def open_run(config: RlConfig, *, reward: Callable[..., Any] | None = None) -> R
         return run
 
 
-def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | None) -> RlRun:
+def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> RlRun:
     """Loads and starts all parts of a run, the trained model first."""
     places, a = opened.places, config.algorithm
     tokenizer = load_role(actor_role(config, 1), outline=True)[1]
@@ -309,7 +309,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: Callable[..., Any] | Non
 
 
 def _prompts(
-    config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: Callable[..., Any] | None
+    config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: GivenReward | None
 ) -> tuple[PromptSet, PromptSet | None]:
     """Loads the rows to train on, and those to evaluate on; the reward can score all of them."""
     d, seed = config.data, config.run.seed
