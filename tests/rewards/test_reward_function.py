@@ -136,7 +136,9 @@ def test_a_reward_of_trls_form_is_told_which_column_it_lacks() -> None:
     assert score.kind == "columns"
     assert "wants 'lvel', which is no column of the row: did you mean 'level'?" in str(score.failure)
     assert values(lambda completions, other=(): [float(len(other))], "a") == [0.0]
-    assert "wants 'completion_ids', which TRL's trainer alone has" in refused(lambda completions, completion_ids: 1).what
+    assert (
+        "wants 'completion_ids', which TRL's trainer alone has" in refused(lambda completions, completion_ids: 1).what
+    )
     assert "does not take it" in refused(lambda completions: [1.0], bonus=1).what
 
 
