@@ -210,7 +210,7 @@ def test_markers_are_what_the_template_writes_whether_the_tokenizer_knows_them_o
         ),
         ("sft", {"messages": [ANSWERED]}, {}, "begins with an assistant's turn"),
         ("sft", {"messages": [ANSWERED, ASKED, ANSWERED]}, {}, "begins with an assistant's turn"),
-        ("sft", {"messages": [ASKED, {**ANSWERED, "train": "no"}]}, {}, "else than true or false as train"),
+        ("sft", {"messages": [ASKED, {**ANSWERED, "train": "no"}]}, {}, "neither true nor false"),
         ("sft", {"messages": [ASKED, {**ANSWERED, "train": 0}]}, {}, "no assistant message that is to be learned"),
         ("sft", {"text": " "}, {"format": "text"}, "is empty"),
         ("sft", {"text": "a\0"}, {"format": "text"}, "holds a zero character"),
