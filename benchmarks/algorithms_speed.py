@@ -3,9 +3,9 @@
     python benchmarks/algorithms_speed.py --peer VERL_PYTHON        # both sides in turn, with ratios
     python benchmarks/algorithms_speed.py                           # this library alone
 
-8,192 answers in groups of 8 with log-normal lengths of mean about 1,000, at most 8,192; no tool tokens. CPU seconds of
-one call (forward, and backward for losses; to the aggregated loss and the means of its metrics), and the peak of memory
-above what the process had before it, inputs among that. See benchmarks/README.md.
+8,192 responses in groups of 8 with log-normal lengths of mean about 1,000, at most 8,192; no tool tokens. CPU seconds
+of one call (forward, and backward for losses; to the aggregated loss and the means of its metrics), and the peak of
+memory above what the process had before it, inputs among that. See benchmarks/README.md.
 
 The environment of the peer imports this file too, for the workload: nothing at the top here needs more than torch.
 """
@@ -42,7 +42,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """Answers, and how long they are."""
+    """The sizes of a batch of responses."""
 
     answers: int = 8192
     group: int = 8
@@ -52,7 +52,7 @@ class Workload:
     seed: int = 0
 
     def lengths(self) -> list[int]:
-        """Numbers of tokens, each at least 1; one answer is the longest."""
+        """Returns numbers of tokens, each at least 1; one response is the longest."""
         draw, mu = random.Random(self.seed), math.log(self.mean) - self.sigma**2 / 2
         found = [min(self.longest, max(1, round(draw.lognormvariate(mu, self.sigma)))) for _ in range(self.answers)]
         found[0] = self.longest
@@ -63,7 +63,9 @@ WARMUP = Workload(answers=64, mean=20, longest=64)
 
 
 def numbers(workload: Workload) -> dict[str, Tensor]:
-    """The same random float32 columns for both sides: of tokens ``[T]``, and of answers ``[N]``, ``[N, K]``."""
+    """Returns the same random float32 columns for both sides: of tokens ``[T]``, and of responses ``[N]``, ``[N,
+    K]``.
+    """
     generator = torch.Generator().manual_seed(workload.seed)
     lengths = torch.tensor(workload.lengths())
     tokens, answers = int(lengths.sum()), workload.answers
@@ -89,7 +91,9 @@ def numbers(workload: Workload) -> dict[str, Tensor]:
 
 
 def cost(call: Call) -> dict[str, float]:
-    """CPU seconds of a call, and how far the memory of the process rose above what it had before, in MB (10^6)."""
+    """Returns CPU seconds of a call, and how far the memory of the process rose above what it had before, in MB
+    (10^6).
+    """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, began = _memory("VmRSS"), time.process_time()
@@ -105,7 +109,7 @@ def _memory(key: str) -> int:
 
 
 def run_side(calls: Callable[[Workload], dict[str, Call]], only: str | None = None) -> dict[str, dict[str, float]]:
-    """The cost of each call of a side, after one on a small workload."""
+    """Measures the cost of each call of a side, after one on a small workload."""
     torch.set_num_threads(1)
     for call in calls(WARMUP).values():
         call()
@@ -145,7 +149,7 @@ VALUES = {"gamma": 0.99, "lam": 0.95, "normalize_by_std": True, "reward_weights"
 
 
 def our_calls(workload: Workload) -> dict[str, Call]:
-    """Each function by name, on ragged tokens that all carry loss."""
+    """Returns each function by name, on ragged tokens that all carry loss."""
     from hybridflow.algorithms.advantage.registry import advantage_columns
     from hybridflow.algorithms.aggregation import token_weights
     from hybridflow.algorithms.correction import correct
@@ -204,7 +208,7 @@ def our_calls(workload: Workload) -> dict[str, Call]:
 
 
 def called(function: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The function with those of the values that it has a parameter for."""
+    """Calls the function with those of the values that it has a parameter for."""
     return function(**{name: given[name] for name in inspect.signature(function).parameters if name in given})
 
 
@@ -212,7 +216,7 @@ def called(function: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def compare(peer: str | None, rounds: int) -> Iterator[dict[str, Any]]:
-    """Rounds in turns; after each the results so far."""
+    """Runs rounds in turns; yields the results until now after each."""
     commands = {"ours": [sys.executable, str(HERE / "algorithms_speed.py"), "--alone"]}
     if peer:
         commands["verl"] = [peer, str(HERE / "peer_verl_algorithms.py")]
@@ -231,7 +235,7 @@ def compare(peer: str | None, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def medians(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Per function the medians over rounds, and how many times as much verl spends, within a round."""
+    """Computes per function the medians over rounds, and how many times as much verl spends, within a round."""
     functions: dict[str, dict[str, Any]] = {}
     for name in runs["ours"][0]:
         functions[name] = {
@@ -256,7 +260,7 @@ def medians(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text."""
+    """Renders the results as text."""
     lines = []
     for name, sides in results["functions"].items():
         shown = [

@@ -33,7 +33,7 @@ def main(out: str, names: list[str]) -> None:
 
 
 def table(reports: dict[str, Any]) -> list[str]:
-    """The reports as a table of Markdown."""
+    """Renders the reports as a table of Markdown."""
     lines = [
         "| reward | responses | faults | correct responses rejected | by design | calls / CPU s | slowest call |",
         "| --- | ---: | ---: | --- | --- | ---: | --- |",

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/balance.py benchmarks/results/balance.json
 
 Lengths are log-normal with a median of 400 tokens, at most 8,192. The largest load is compared with what no cut can go
-below: the mean load, or the most expensive sequence where that is more. For answers to shared prompts of 100 to 1,000
-tokens, what every rank really computes is counted: a prompt once for all of its answers there.
+below: the mean load, or the most expensive sequence where that is more. For responses to shared prompts of 100 to 1,000
+tokens, what every rank really computes is counted: a prompt once for all of its responses there.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def lengths_of(count: int, rng: random.Random) -> list[int]:
 
 
 def load(part: Sequence[int], costs: Sequence[int], groups: Sequence[int], shared: Sequence[int]) -> int:
-    """What a rank computes: the prompt of every group once."""
+    """Computes the load of a rank: the prompt of every group once."""
     prompts = {groups[i]: shared[i] for i in part}
     return sum(costs[i] - shared[i] for i in part) + sum(prompts.values())
 
 
 def measure(count: int, grouped: bool, seed: int) -> dict[str, float]:
-    """One batch: by how much the largest load is over the bound, as it comes and dealt."""
+    """Measures one batch: by how much the largest load is over the bound, as it comes and dealt."""
     rng = random.Random(seed)
     answers = lengths_of(count, rng)
     groups = [i // ANSWERS for i in range(count)] if grouped else list(range(count))

@@ -3,7 +3,7 @@
     python benchmarks/carry_algorithms.py --warm-up runs/carry-sft/model
 
 Each preset trains the same model on the same problems with the learning rate of the GRPO recipe, none tuned: 16
-problems with 8 answers a step and two updates on them, so that ratios to the old policy differ from 1. The critics of
+problems with 8 responses a step and two updates on them, so that ratios to the old policy differ from 1. The critics of
 PPO and VAPO, the teacher of distillation (what GRPO made of the model) and the components of GDPO are added. One seed:
 it shows that a preset works, not which one is better.
 """
@@ -33,14 +33,14 @@ CRITIC = {"critic": {"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}, "epochs_per_st
 
 
 def parts(response: str, ground_truth: str) -> dict[str, float]:
-    """The recipe's reward, and the share of right digits as a second component."""
+    """Returns the recipe's reward, and the share of right digits as a second component."""
     given = response.rpartition("#")[2].strip()
     digits = sum(a == b for a, b in zip(given, ground_truth)) / len(ground_truth)
     return {"score": float(given == ground_truth), "right": float(given == ground_truth), "digits": digits}
 
 
 def configuration(preset: str, folder: Path, model: Path, teacher: Path) -> RlConfig:
-    """The run of a preset."""
+    """Makes the configuration of a preset's run."""
     values: dict[str, Any] = {
         "run": {"folder": str(folder), "seed": 0, "threads": 1},
         "model": {"path": str(model)},
@@ -63,7 +63,7 @@ def configuration(preset: str, folder: Path, model: Path, teacher: Path) -> RlCo
 
 
 def learned(preset: str, work: Path, model: Path) -> dict[str, Any]:
-    """Accuracies and CPU seconds of a preset's run."""
+    """Returns the accuracies and CPU seconds of a preset's run."""
     began = time.process_time()
     folder = work / preset
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The GRPO recipe with its answers from each engine: it learns the same through all of them.
+"""The GRPO recipe with its responses from each engine: it learns the same through all of them.
 
     .venv/bin/python benchmarks/carry_engines.py --python vllm=.venv-vllm/bin/python sglang=.venv-sglang/bin/python
 
 Needs the recipe's warm-up (`hybridflow sft recipes/carry/sft.yaml`). Each run is a process of its own, the command
-`hybridflow train`, in the environment of its engine, on one thread. Engines draw by themselves, so the same seed gives
-the same prompts in the same order but other answers. Stored are held-out accuracy over the steps, the gap between
-sampler and trainer in the worst step, and wall seconds. Runs that are in the result already are not repeated.
+`hybridflow train`, in the environment of its engine, on one thread. Engines have their own noise, so the same seed
+gives the same prompts in the same order but other responses. The result holds held-out accuracy over the steps, the gap
+between sampler and trainer in the worst step, and wall seconds. Runs that are in the result already are not repeated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def one(engine: str, seed: int, python: str, model: Path, overrides: list[str]) -> dict[str, Any]:
-    """A run from its start to its end."""
+    """Runs one seed with one engine from its start to its end."""
     single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

@@ -4,7 +4,7 @@
 
 Needs the recipe's warm-up (`hybridflow sft recipes/carry/sft.yaml`). Every process has one thread. "Change apart" is
 ||dW - dW'|| / ||dW'|| of the trained weights after the first three updates of the actor, against the run in one
-process; "same tokens" counts the answers of the first step.
+process; "same tokens" counts the responses of the first step.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What the controller costs: sending a step's call to 1 to 1,024 workers and joining the results, and starting.
+"""The cost of the controller: sending a step's call to 1 to 1,024 workers and joining the results, and starting.
 
     OMP_NUM_THREADS=1 python benchmarks/controller.py --out benchmarks/results/controller.json
 
-- "calls": CPU seconds of a call that every worker answers, by how many workers there are. The workers are simulated: a
-  back end of this file's own answers at once from the decoded message, so what is counted is splitting, encoding,
-  decoding, joining and book-keeping, on one thread, without the kernel's copies.
+- "calls": CPU seconds of a call that every worker replies to, by how many workers there are. The workers are
+  simulated: a back end of this file's own replies at once from the decoded message, so what is counted is splitting,
+  encoding, decoding, joining and book-keeping, on one thread, without the kernel's copies.
 - "transfer": 8,192 sequences of log-normal lengths (mean 1,000 tokens) with the columns of a policy update go to two
   processes that sleep instead of training, and their log-probabilities come back: wall seconds beside the sleep, and
   CPU seconds of both ends. The share of a step is from the latter, one after the other, since the machine is shared.
-- "launch": wall seconds from nothing to the first answer of two processes, in a program of its own, and the CPU seconds
+- "launch": wall seconds from nothing to the first reply of two processes, in a program of its own, and the CPU seconds
   of that program (not of the processes, which import torch once for both).
 """
 
@@ -42,27 +42,27 @@ from measuring import record
 
 SIZES = (1, 4, 16, 64, 256, 1024)
 SEQUENCES, MEAN_TOKENS, LONGEST = 8192, 1000, 8192
-STEP_SECONDS = 60.0  # of a training step that transfer is held against: 8.2 M tokens at 137 thousand per second
+STEP_SECONDS = 60.0  # of a training step that transfer is compared with: 8.2 M tokens at 137 thousand per second
 SLEEP_SECONDS = 2.0
 ENGINE_PROCESSES = 2
 HERE = Path(__file__).resolve()
 
 
 class Sleeper:
-    """Stands for an engine: takes its part, sleeps, and answers with a column of it."""
+    """Stands for an engine: takes its part, sleeps, and returns a column of it."""
 
     def __init__(self, context: WorkerContext) -> None:
         self.context = context
 
     @remote(over("dp"))
     def update(self, part: Batch, loss: Loss, seconds: float) -> tuple[dict[str, Tensor], float]:
-        """One step; and the CPU seconds that this process has had."""
+        """Sleeps for one step; returns a column, and the CPU seconds that this process has had."""
         time.sleep(seconds)
         return {"logp_T": part["old_logp_T"]}, time.process_time()
 
 
 class Simulated:
-    """A back end that answers each message at once, through the same encoding as a real one."""
+    """A back end that replies to each message at once, through the same encoding as a real one."""
 
     passes_exceptions = False
 
@@ -70,36 +70,36 @@ class Simulated:
         self._answers: list[tuple[Place, WorkerReply | Lost]] = []
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
-        """Nothing."""
+        """Returns no warning."""
         return []
 
     def start(self, places: Sequence[Place]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def send(self, place: Place, request: WorkerCall) -> None:
-        """Answers with the first argument's log-probabilities."""
+        """Replies with the first argument's log-probabilities."""
         asked = WorkerCall.read(request.frames)
         value = ({"logp_T": asked.call[0][0]["old_logp_T"]}, 0.0) if asked.kind == "call" else None
         self._answers.append((place, WorkerReply.read(WorkerReply(asked.id, "done", value).frames)))
 
     def receive(self, timeout: float) -> Sequence[tuple[Place, WorkerReply | Lost]]:
-        """All answers."""
+        """Returns all replies."""
         answers, self._answers = self._answers, []
         return answers
 
     def box(self, place: Place) -> Mapping[str, Any]:
-        """Nothing."""
+        """Returns nothing."""
         return {}
 
     def kill(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def step_batch(sequences: int, mean: int, longest: int) -> Batch:
-    """What a policy update needs, for sequences of log-normal lengths."""
+    """Makes what a policy update needs, for sequences of log-normal lengths."""
     torch.manual_seed(0)
     drawn = torch.empty(sequences).log_normal_(0.0, 1.0)
     lengths = (drawn / drawn.mean() * mean).clamp(1, longest).long()
@@ -112,7 +112,7 @@ def step_batch(sequences: int, mean: int, longest: int) -> Batch:
 
 
 def calls(rounds: int) -> dict[str, Any]:
-    """CPU milliseconds of a call by the number of workers, each with one short sequence."""
+    """Measures CPU milliseconds of a call by the number of workers, each with one short sequence."""
     found = {}
     for size in SIZES:
         cluster = Cluster(PlacementSection(pools={"all": size}), Simulated(), lambda kind, text: None)
@@ -130,7 +130,7 @@ def calls(rounds: int) -> dict[str, Any]:
 
 
 def transfer(rounds: int) -> dict[str, Any]:
-    """Wall seconds that a step's columns take there and back, beside what the workers sleep."""
+    """Measures the wall seconds that a step's columns take there and back, beside the workers' sleep."""
     batch = step_batch(SEQUENCES, MEAN_TOKENS, LONGEST)
     halves = torch.arange(SEQUENCES).chunk(ENGINE_PROCESSES)
     parts = [batch.take(half) for half in halves]
@@ -159,7 +159,7 @@ def transfer(rounds: int) -> dict[str, Any]:
 
 
 def launch(rounds: int) -> dict[str, Any]:
-    """Seconds of a program that starts two processes and has the first answer; its import of torch is in them."""
+    """Measures a program that starts two processes and has the first reply; its import of torch is in the seconds."""
     found = []
     for _ in range(rounds):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -173,7 +173,7 @@ def launch(rounds: int) -> dict[str, Any]:
 
 
 def first_answer() -> None:
-    """Prints the seconds from opening a cluster of two processes to their first answer."""
+    """Prints the seconds from opening a cluster of two processes to their first reply."""
     began = time.perf_counter()
     placement = PlacementSection(pools={"all": ENGINE_PROCESSES})
     with open_cluster(placement, device="cpu", events=lambda kind, text: None) as cluster:

@@ -1,4 +1,4 @@
-"""What the controller costs: fine-tuning steps of a model cut over two processes, and the same loop written by hand.
+"""The cost of the controller: fine-tuning steps of a model cut over two processes, and the same loop written by hand.
 
     OMP_NUM_THREADS=1 python benchmarks/controller_overhead.py --out benchmarks/results/controller_overhead.json
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def measure(side: str, steps: int) -> dict[str, Any]:
-    """Median wall seconds of a step, without the first two."""
+    """Measures the median wall seconds of a step, without the first two."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         seconds = by_hand(folder, steps) if side == "hand" else controlled(folder, steps, 2 if side[0] == "c" else 1)

@@ -46,7 +46,9 @@ MB = 2**20
 
 
 def memory(field: str) -> int:
-    """A line of the process's own status, in bytes: VmRSS, what it has now; VmHWM, the most since `forget_peak`."""
+    """Reads a line of the process's own status, in bytes: VmRSS, what it has now; VmHWM, the most since
+    `forget_peak`.
+    """
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
@@ -111,7 +113,7 @@ def run(size: int, section: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)  # what is freed goes back to the system, and is not counted
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 22)  # freed memory goes back to the system, and is not counted
     cases = [run(size, {"sync_every_microbatch": each}) for size in (1, 2) for each in (True, False)]
     for case in cases:
         print(case)

@@ -1,12 +1,12 @@
-"""What generation costs on one thread, here and with `generate` of transformers, at the same answer lengths.
+"""The cost of generation on one thread, here and with `generate` of transformers, at the same response lengths.
 
     python benchmarks/generation.py                     # writes results/generation.json
     python benchmarks/generation.py --compile           # one more column: layers through torch.compile
 
 Sampling at temperature 1 in float32 (and in bfloat16 where the name says so) from random weights. Lengths are forced:
-no token ends an answer. `generate` gets its own static lengths: the longest answer of its batch, padded on the left,
-with its default cache and attention. Our engine gets what it gets from a trainer: a request for each answer, eight
-answers to a prompt. Sides take turns within a round; CPU seconds of the process, medians over the rounds.
+no token ends a response. `generate` gets its own static lengths: the longest response of its batch, padded on the left,
+with its default cache and attention. Our engine gets what it gets from a trainer: a request for each response, eight
+responses to a prompt. Sides take turns within a round; CPU seconds of the process, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ANSWERS = 8  # to each prompt
 
 @dataclass(frozen=True)
 class Work:
-    """Answers to generate: the model, and the prompts and lengths of a batch."""
+    """Responses to generate: the model, and the prompts and lengths of a batch."""
 
     model: str
     prompts: list[list[int]]
@@ -49,12 +49,12 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Useful tokens: what is generated beyond an answer's length does not count."""
+        """Useful tokens: what is generated beyond a response's length does not count."""
         return sum(self.lengths)
 
 
 def make_work() -> dict[str, Work]:
-    """The batches that are measured."""
+    """Makes the batches that are measured."""
     rng = random.Random(0)
     tail = [min(96, max(1, round(rng.lognormvariate(math.log(20.0), 0.8)))) for _ in range(128)]
     tail[0] = 96
@@ -71,12 +71,12 @@ def make_work() -> dict[str, Work]:
 
 
 def prompts(rng: random.Random, count: int, shortest: int, longest: int, vocab: int) -> list[list[int]]:
-    """Random prompts; each stands for `ANSWERS` answers."""
+    """Makes random prompts; each stands for `ANSWERS` responses."""
     return [[rng.randrange(4, vocab) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
 
 
 def load(name: str) -> PreTrainedModel:
-    """The model of the carry recipe (0.8 M parameters), or a Qwen3 of 41.6 M."""
+    """Loads the model of the carry recipe (0.8 M parameters), or a Qwen3 of 41.6 M."""
     if name == "0.8M":
         return load_model(f"{CARRY}:tiny_qwen3", seed=0)[0].eval()
     config = Qwen3Config(
@@ -90,7 +90,7 @@ def load(name: str) -> PreTrainedModel:
 
 
 def ours(model: PreTrainedModel, work: Work, seed: int, **options: Any) -> None:
-    """All answers through the inline engine; its copies of weights are made anew, as after every update."""
+    """Generates all responses with the inline engine; its copies of weights are made anew, as after every update."""
     engine = InlineEngine(model, **options)
     requests = [
         Request(tuple(work.prompts[i // ANSWERS]), Sampling(n), NoiseKey(seed, "train", i // ANSWERS, i % ANSWERS))
@@ -101,7 +101,7 @@ def ours(model: PreTrainedModel, work: Work, seed: int, **options: Any) -> None:
 
 
 def theirs(model: PreTrainedModel, work: Work, seed: int) -> None:
-    """The same lengths with `generate`: every row runs to the longest."""
+    """Generates the same lengths with `generate`: every row runs to the longest."""
     longest = max(map(len, work.prompts))
     rows = [work.prompts[i // ANSWERS] for i in range(len(work.lengths))]
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
@@ -118,7 +118,7 @@ def theirs(model: PreTrainedModel, work: Work, seed: int) -> None:
 
 
 def sides(compiled: bool) -> dict[str, Callable[[PreTrainedModel, Work, int], None]]:
-    """What takes turns."""
+    """Returns the sides that take turns."""
     found: dict[str, Callable[[PreTrainedModel, Work, int], None]] = {
         "generate of transformers": theirs,
         "ours": ours,
@@ -131,7 +131,7 @@ def sides(compiled: bool) -> dict[str, Callable[[PreTrainedModel, Work, int], No
 
 
 def measure(work: Work, model: PreTrainedModel, rounds: int, compiled: bool) -> dict[str, Any]:
-    """CPU seconds of each side in each round; the first, untimed, pays for warming up."""
+    """Measures CPU seconds of each side in each round; the first, untimed, pays for warming up."""
     spent: dict[str, list[float]] = {name: [] for name in sides(compiled)}
     first: dict[str, float] = {}
     for turn in range(rounds + 1):

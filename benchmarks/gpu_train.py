@@ -45,7 +45,7 @@ READINGS = [("0.6b", "full"), ("4b", "lora")]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One reading, in this process."""
+    """Takes one reading, in this process."""
     import torch
 
     from hybridflow.errors import UserError
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Optimizer steps on random tokens in sequences of equal length; the first ones are not timed."""
+    """Takes optimizer steps on random tokens in sequences of equal length; the first ones are not timed."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -125,7 +125,7 @@ def train_steps(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """A reading in one line."""
+    """Describes a reading in one line."""
     if "out_of_memory" in result:
         return f"{result['out_of_memory']} (peak {result['peak_gb']:.1f} GB); {result['what_to_change']}"
     peak = "" if result["peak_gb"] is None else f", peak {result['peak_gb']:.1f} GB"

@@ -1,4 +1,4 @@
-"""What a GRPO step costs on one thread: here and in TRL on two workloads, and with each engine on a third.
+"""The cost of a GRPO step on one thread: here and in TRL on two workloads, and with each engine on a third.
 
     python benchmarks/grpo_step.py --peer TRL_PYTHON          # both sides in turn, with ratios
     python benchmarks/grpo_step.py                            # this library alone
@@ -40,9 +40,9 @@ PHASES = ("generation", "reward", "update", "publish", "other")
 
 @dataclass(frozen=True)
 class Workload:
-    """A job that all sides do: 16 prompts x 8 answers a step, one optimizer step on all of them.
+    """A job that all sides do: 16 prompts x 8 responses a step, one optimizer step on all of them.
 
-    The rate of "long-tail" is so low that the lengths stay what the checkpoint makes them. In "2.1M" no answer ends
+    The rate of "long-tail" is so low that the lengths stay what the checkpoint makes them. In "2.1M" no response ends
     before its 64th token: see `endless`.
     """
 
@@ -62,11 +62,11 @@ WORKLOADS = {
 PEER_WORKLOADS = ("carry", "long-tail")
 
 
-# --- the long-tail workload: answers of random digits, whose lengths are log-normal ---
+# --- the long-tail workload: responses of random digits, whose lengths are log-normal ---
 
 
 def digit_conversations(seed: int = 0, count: int = 12_800) -> list[dict[str, Any]]:
-    """SFT rows: answers of log-normal length (mean about 27 tokens, the closing one included, at most 96)."""
+    """Makes SFT rows: responses of log-normal length (mean about 27 tokens, the closing one included, at most 96)."""
     rng = random.Random(f"long-tail-sft-{seed}")
     rows = []
     for _ in range(count):
@@ -77,13 +77,13 @@ def digit_conversations(seed: int = 0, count: int = 12_800) -> list[dict[str, An
 
 
 def digit_prompts(seed: int = 0, count: int = 4_000) -> list[dict[str, Any]]:
-    """RL rows; the ground truth is the digit that is wanted."""
+    """Makes RL rows; the ground truth is the digit that is wanted."""
     rng = random.Random(f"long-tail-rl-{seed}")
     return [{"prompt": _question(rng)[0]["content"], "ground_truth": TARGET_DIGIT} for _ in range(count)]
 
 
 def digit_share(response: str, ground_truth: str) -> float:
-    """The share of the wanted digit: it differs between almost all answers, whatever their lengths."""
+    """Returns the share of the wanted digit: it differs between almost all responses, whatever their lengths."""
     return response.count(ground_truth) / max(1, len(response))
 
 
@@ -95,7 +95,7 @@ def _question(rng: random.Random) -> list[dict[str, str]]:
 
 
 class Meter:
-    """CPU and wall seconds of the timed steps, by phase, with lengths and rewards of their answers."""
+    """CPU and wall seconds of the timed steps, by phase, with lengths and rewards of their responses."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []  # CPU seconds by phase, and "wall"
@@ -104,7 +104,7 @@ class Meter:
         self.prompt_tokens: list[float] = []
 
     def results(self, warmup: int) -> dict[str, Any]:
-        """Means over the steps after the warm-up."""
+        """Computes means over the steps after the warm-up."""
         steps, lengths, rewards = self.steps[warmup:], self.lengths[warmup:], self.rewards[warmup:]
         mean = {name: statistics.fmean(s[name] for s in steps) for name in steps[0]}
         cpu = sum(mean[p] for p in PHASES)
@@ -136,7 +136,7 @@ class Meter:
 
 
 def describe(workload: Workload) -> dict[str, Any]:
-    """The workload as the record tells it."""
+    """Describes the workload for the record."""
     return {
         "name": workload.name,
         "prompts_per_step": PROMPTS_PER_STEP,
@@ -228,7 +228,9 @@ def measure(
 
 
 def make_model(workload: Workload, folder: Path) -> Path:
-    """The checkpoint that both sides start from: the warm-up of the carry recipe, or 150 steps on random digits."""
+    """Makes the checkpoint that both sides start from: the warm-up of the carry recipe, or 150 steps on random
+    digits.
+    """
     from hybridflow.config.kinds.sft import SftConfig
     from hybridflow.config.load import load_config
     from hybridflow.trainers.sft import train_sft
@@ -250,7 +252,9 @@ def make_model(workload: Workload, folder: Path) -> Path:
 
 
 def endless(folder: Path) -> Path:
-    """A random Qwen2 of 2.1 M parameters that never ends an answer: its first channel rules the end token out."""
+    """Makes a random Qwen2 of 2.1 M parameters that never ends a response: its first channel rules the end token
+    out.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -277,7 +281,7 @@ def endless(folder: Path) -> Path:
 
 
 def compare(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
-    """All measurements, rounds outside and sides inside, and the ratios within each round."""
+    """Runs all measurements, rounds outside and sides inside; returns them and the ratios within each round."""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in models}
     versions: dict[str, str] = {}
     for turn in range(args.rounds):
@@ -305,7 +309,7 @@ def compare(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]
 
 
 def compare_engines(args: argparse.Namespace) -> dict[str, Any]:
-    """The third workload with each engine, rounds outside and engines inside."""
+    """Measures the third workload with each engine, rounds outside and engines inside."""
     model = args.model or make_model(WORKLOADS["2.1M"], args.work)
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in args.engines}
     for turn in range(args.rounds):
@@ -329,7 +333,7 @@ def compare_engines(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many times as much the peer spends as we do: the median over rounds, and each round."""
+    """Computes how many times as much the peer spends as we do: the median over rounds, and each round."""
     measures: dict[str, Callable[[dict[str, Any]], float]] = {
         "cpu_s_per_sample": lambda r: 1 / r["samples_per_cpu_s"],
         "cpu_s_per_generated_token": lambda r: r["cpu_s_per_step"] / r["generated_tokens_per_step"],
@@ -343,7 +347,7 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str
 
 
 def summary(side: str, r: dict[str, Any]) -> str:
-    """A measurement in one line."""
+    """Describes a measurement in one line."""
     n, speed = r["response_length"], r["generated_tokens_per_generation_cpu_s"]
     phases = ", ".join(f"{p} {r[f'{p}_cpu_s']:.3f}" for p in PHASES)
     return (

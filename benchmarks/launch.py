@@ -1,4 +1,4 @@
-"""From the command to the first trained step: a tiny model, its processes started in each way there is.
+"""From the command to the first trained step: a tiny model, its processes started in each possible way.
 
     OMP_NUM_THREADS=1 python benchmarks/launch.py --out benchmarks/results/launch.json
 

@@ -1,4 +1,4 @@
-"""What log-probabilities of 1,024 tokens over a vocabulary of 152 thousand cost, all logits at once and in tiles.
+"""The cost of log-probabilities of 1,024 tokens over a vocabulary of 152 thousand, all logits at once and in tiles.
 
     OMP_NUM_THREADS=1 python benchmarks/log_probs.py benchmarks/results/log_probs.json
 
@@ -27,13 +27,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def resident(key: str) -> float:
-    """Megabytes (2^20), from the kernel's account of this process."""
+    """Returns megabytes (2^20), from the kernel's account of this process."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
 
 
 def measure(way: str, size: int, entropy: str, softcap: float | None) -> dict[str, float]:
-    """One forward and backward pass in this process."""
+    """Measures one forward and backward pass in this process."""
     import torch
 
     from hybridflow.models import log_probs

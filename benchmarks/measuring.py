@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "hybridflow", "peft", "trl", 
 
 
 def record(command: str, workload: Any, results: Any) -> dict[str, Any]:
-    """What a measurement says about itself."""
+    """Makes the record of how a result was measured."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -45,7 +45,7 @@ def record(command: str, workload: Any, results: Any) -> dict[str, Any]:
 
 
 def run_alone(command: Sequence[str]) -> dict[str, Any]:
-    """One measurement in a process of its own, on one thread; the results that it wrote."""
+    """Runs one measurement in a process of its own, on one thread; returns the results that it wrote."""
     single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"

@@ -2,7 +2,7 @@
 
     TRL_PYTHON benchmarks/peer_trl.py carry --model FOLDER --out FILE
 
-float32 on the CPU, one thread, beta 0, one on-policy update a step on one micro-batch of all 128 answers. The loss is
+float32 on the CPU, one thread, beta 0, one on-policy update a step on one micro-batch of all 128 responses. The loss is
 "dapo": the mean over all tokens of the batch, as "token-mean" here. Gradient checkpointing, bfloat16 and everything
 that logs, saves or evaluates are off.
 """
@@ -53,7 +53,9 @@ class Clock(TrainerCallback):
 
 
 def measure(name: str, model: Path, *, seed: int, warmup: int, steps: int) -> dict[str, Any]:
-    """A few training steps; generation is `GRPOTrainer._generate`, update what is neither it nor the reward."""
+    """Measures a few training steps; generation is `GRPOTrainer._generate`, update what is neither it nor the
+    reward.
+    """
     workload, meter = WORKLOADS[name], Meter()
     clock = Clock(meter)
 

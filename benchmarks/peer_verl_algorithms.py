@@ -2,7 +2,7 @@
 
     VERL_PYTHON benchmarks/peer_verl_algorithms.py --out FILE
 
-float32 on the CPU, one thread; answers padded to the longest, masks int64, as its trainer makes them.
+float32 on the CPU, one thread; responses padded to the longest, masks int64, as its trainer makes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from measuring import record
 
 LOSSES = {"ppo_clip": "vanilla", "reinforce": "gpg", "gmpo": "geo_mean"}
 OTHERS = ("gspo", "sapo", "cispo", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "dro")
-RENAMED = {"grpo": "grpo_vectorized", "rloo": "rloo_vectorized"}  # the quicker of two forms
+RENAMED = {"grpo": "grpo_vectorized", "rloo": "rloo_vectorized"}  # the faster of two forms
 ALGORITHM = AlgoConfig(
     gamma=VALUES["gamma"],
     lam=VALUES["lam"],
@@ -43,7 +43,7 @@ ACTOR = ActorConfig(
 
 
 def peer_calls(workload: Workload) -> dict[str, Call]:
-    """Each function by our name, on padded tokens."""
+    """Returns each function by our name, on padded tokens."""
     made = numbers(workload)
     length_N = made["length_N"]
     mask_BL = (torch.arange(workload.longest) < length_N[:, None]).long()

@@ -1,9 +1,9 @@
-"""What scoring costs: 8,192 reference answers of GSM8K through 0, 1 and 2 processes, and beside one row that hangs.
+"""The cost of scoring: 8,192 reference answers of GSM8K through 0, 1 and 2 processes, and beside one row that hangs.
 
     OMP_NUM_THREADS=1 python benchmarks/rewards.py --data FOLDER_OF_GSM8K --out benchmarks/results/rewards.json
 
-Answers come in groups of 8, as in training. Time is from the first `submit` to the last score, without the start of the
-processes, which stands beside it. CPU seconds are of this process and of those that score.
+Responses come in groups of 8, as in training. Time is from the first `submit` to the last score, without the start of
+the processes, which stands beside it. CPU seconds are of this process and of those that score.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What generation costs on one thread through each engine, and what our path adds to vLLM's own.
+"""The cost of generation on one thread through each engine, and what our path adds to vLLM's own.
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/rollout_engines.py    # writes results/rollout_engines.json
 
 Batches, models and forced lengths are those of `generation.py`; each model has a process of its own, in which all
 engines take turns:
 
-- inline: this library's own engine, a request for each answer.
+- inline: this library's own engine, a request for each response.
 - vLLM: `VllmEngine`, through `protocols.generation.generate`.
-- bare vLLM: its `LLMEngine`, the very one, driven by a loop that adds all requests and steps until they have ended.
+- bare vLLM: its `LLMEngine`, the same object, driven by a loop that adds all requests and steps until they have ended.
   Requests ask for what training needs, the log-probability of each token; "seeded" ones have a seed each too, as ours.
-- generate of transformers: one padded batch, every row to the longest answer.
-- continuous batching of transformers: its manager, a request for each answer with a length of its own.
+- generate of transformers: one padded batch, every row to the longest response.
+- continuous batching of transformers: its manager, a request for each response with a length of its own.
 
 The prefix cache of vLLM is emptied before each turn, as after an update. CPU seconds of the process, all threads
 together; medians over the rounds. "added" is the time of our path over that of bare vLLM with seeds within a round.
@@ -45,11 +45,11 @@ from measuring import record, run_alone
 
 HERE = Path(__file__).resolve().parent
 SERVED_TOKENS = 256  # longest sequence that vLLM is started for
-Side = Callable[[Work, int], int]  # generates all answers of a batch in a round; returns how many tokens that were
+Side = Callable[[Work, int], int]  # generates all responses of a batch in a round; returns how many tokens that were
 
 
 def through(engine: RolloutEngine, work: Work, turn: int) -> int:
-    """As a trainer asks for answers."""
+    """Generates with our engine, with a trainer's requests."""
     requests = [
         Request(tuple(work.prompts[i // ANSWERS]), Sampling(n), NoiseKey(turn, "train", i // ANSWERS, i % ANSWERS))
         for i, n in enumerate(work.lengths)
@@ -58,7 +58,7 @@ def through(engine: RolloutEngine, work: Work, turn: int) -> int:
 
 
 def bare(engine: Any, work: Work, turn: int, *, seeded: bool) -> int:
-    """vLLM's own loop: everything is added, then it steps until everything has ended."""
+    """Generates with vLLM's own loop: everything is added, then it steps until everything has ended."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -78,7 +78,7 @@ def bare(engine: Any, work: Work, turn: int, *, seeded: bool) -> int:
 
 
 def continuous(model: PreTrainedModel, work: Work, turn: int) -> int:
-    """The manager of transformers; its pages are made for this batch."""
+    """Generates with the manager of transformers; its pages are made for this batch."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -105,7 +105,7 @@ def continuous(model: PreTrainedModel, work: Work, turn: int) -> int:
 
 
 def sides(model: PreTrainedModel, folder: Path) -> tuple[dict[str, Side], VllmEngine]:
-    """What takes turns, and the vLLM engine, which is to be closed."""
+    """Returns the sides that take turns, and the vLLM engine, which the caller closes."""
     export_model(model, folder, torch.float32)
     ours = VllmEngine(EngineModel(folder, SERVED_TOKENS, engine_args={"max_num_seqs": 256}))  # no batch waits
     inner = ours._engine  # the bare loop drives the same engine
@@ -127,7 +127,9 @@ def sides(model: PreTrainedModel, folder: Path) -> tuple[dict[str, Side], VllmEn
 
 
 def measure(size: str, rounds: int, skip: list[str]) -> dict[str, Any]:
-    """All batches of a model: CPU seconds of each side in each round; the first, untimed, pays for warming up."""
+    """Measures all batches of a model: CPU seconds of each side in each round; the first, untimed, pays for
+    warming up.
+    """
     model, found = load(size), {}
     with tempfile.TemporaryDirectory() as folder:
         engines, vllm = sides(model, Path(folder))

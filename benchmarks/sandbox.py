@@ -1,10 +1,10 @@
-"""What the walls around a program cost: programs per CPU second, beside a bare subprocess.
+"""The cost of the walls around a program: programs per CPU second, beside a bare subprocess.
 
     python benchmarks/sandbox.py benchmarks/results/sandbox.json
 
-Every side runs `print(int(input()) ** 2)` so many times, one after the other, and reads what it prints; sides take
-turns. CPU seconds are those of this process and its children. The kernel takes namespaces down later, on nobody's
-account: that is not in them.
+Every side runs `print(int(input()) ** 2)` a fixed number of times, one after the other, and reads what it prints; sides
+take turns. CPU seconds are those of this process and its children. The kernel removes namespaces later, on no process's
+account: that is not counted.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/sft_tokens.py --peer TRL_PYTHON         # both sides in turn, with ratios
 
 The model is the carry recipe's (0.8 M parameters, random weights), a step takes 32 conversations of 26 to 128 tokens
-(uniform, mean 77), float32, AdamW, loss on the answer. TRL pads each batch to its longest row; its packing and
-padding-free modes want flash attention, which a CPU has not. Both sides tokenise, log nothing, and save nothing.
+(uniform, mean 77), float32, AdamW, loss on the response. TRL pads each batch to its longest row; its packing and
+padding-free modes need flash attention, which a CPU lacks. Both sides tokenise, log nothing, and save nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from measuring import record, run_alone
 HERE = Path(__file__).resolve().parent
 TASK = HERE.parent / "recipes/carry/task.py"
 SEQUENCES, SHORTEST, LONGEST = 32, 26, 128
-PROMPT_TOKENS, CLOSING = 11, 1  # of "347+586=" in the recipe's template, and the answer's end
+PROMPT_TOKENS, CLOSING = 11, 1  # of "347+586=" in the recipe's template, and the response's end
 WORKLOAD = {"sequences_per_update": SEQUENCES, "tokens": [SHORTEST, LONGEST], "lr": 1e-3, "precision": "float32"}
 
 
 def conversations(seed: int = 0, count: int = 3_200) -> list[dict[str, Any]]:
-    """Rows of random digits whose lengths, prompt and closing token included, are uniform."""
+    """Makes rows of random digits whose lengths, prompt and closing token included, are uniform."""
     rng = random.Random(f"sft-tokens-{seed}")
     rows = []
     for _ in range(count):
@@ -41,7 +41,7 @@ def conversations(seed: int = 0, count: int = 3_200) -> list[dict[str, Any]]:
 
 
 def results_of(cpu_s: list[float], tokens: list[int], losses: list[float], warmup: int) -> dict[str, Any]:
-    """Means over the steps after the warm-up."""
+    """Computes means over the steps after the warm-up."""
     cpu, counted = sum(cpu_s[warmup:]), sum(tokens[warmup:])
     return {
         "tokens_per_cpu_s": counted / cpu,
@@ -84,7 +84,7 @@ def measure(model: Path, *, seed: int, warmup: int, steps: int) -> dict[str, Any
 
 
 def make_model(folder: Path) -> Path:
-    """The recipe's model with random weights, as a folder."""
+    """Makes a folder of the recipe's model with random weights."""
     from hybridflow.config.locate import load_function
 
     model, tokenizer = load_function(f"{TASK}:tiny_qwen3")(seed=0)

@@ -40,7 +40,7 @@ LENGTHS = (512, 512)
 
 
 def matmul_flops(seconds: float = 1.0, size: int = 2048) -> float:
-    """FLOPs per CPU second of a float32 matrix product."""
+    """Measures FLOPs per CPU second of a float32 matrix product."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     a @ b
     began, count = time.process_time(), 0
@@ -51,7 +51,7 @@ def matmul_flops(seconds: float = 1.0, size: int = 2048) -> float:
 
 
 def make_model(attention: str) -> Qwen3ForCausalLM:
-    """The model, with random weights."""
+    """Makes the model, with random weights."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, max_position_embeddings=1024))
     model.set_attn_implementation(attention)
@@ -59,7 +59,7 @@ def make_model(attention: str) -> Qwen3ForCausalLM:
 
 
 def ours() -> Callable[[], None]:
-    """A training step of the local engine."""
+    """Makes a training step of the local engine."""
     engine = LocalEngine(make_model(ATTENTION), OptimSection(lr=1e-4), total_steps=100, tokens_per_microbatch=4096)
     batch = Batch.from_rows(
         {
@@ -77,7 +77,7 @@ def ours() -> Callable[[], None]:
 
 
 def plain() -> Callable[[], None]:
-    """The same step written with transformers alone: padded (here without padding), full logits."""
+    """Makes the same step written with transformers alone: padded (here without padding), full logits."""
     model = make_model("sdpa").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(SHAPE["vocab_size"], (len(LENGTHS), LENGTHS[0]))

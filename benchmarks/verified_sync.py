@@ -1,12 +1,12 @@
-"""What it costs to make sure that an engine samples from the weights that were published.
+"""The cost of verifying that an engine samples from the weights that were published.
 
     OMP_NUM_THREADS=1 python benchmarks/verified_sync.py inline benchmarks/results/verified_sync.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/verified_sync.py vllm benchmarks/results/verified_sync_vllm.json
 
 A trainer of 27 million parameters (108 MB in float32) publishes to an engine in the same process that has weights of
-its own. "bare" is the publication with nothing checked; "receipts" the same with fingerprints on both sides held
-against each other; "canary" one answer of 16 tokens and its score. The first publication of a run has the drill in it.
-CPU seconds, the least of the rounds.
+its own. "bare" is the publication with nothing checked; "receipts" the same with the fingerprints of both sides
+compared; "canary" one response of 16 tokens and its score. The first publication of a run has the drill in it. CPU
+seconds, the least of the rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What it costs to bring 200 MB of weights from two training processes to replicas, by each way.
+"""The cost of bringing 200 MB of weights from two training processes to replicas, by each way.
 
     OMP_NUM_THREADS=1 python benchmarks/weight_sync.py benchmarks/results/weight_sync.json
 
@@ -105,7 +105,7 @@ def generate(index: int, case: str, port: int) -> list[dict[str, Any]]:
 
 
 def measured(action: Callable[[], int], step: Callable[[], None]) -> list[dict[str, Any]]:
-    """Rounds of an action that says its bytes, each after a step; what all but the first took of memory."""
+    """Measures rounds of an action that returns its bytes, each after a step; memory is what all but the first took."""
     rounds: list[dict[str, Any]] = []
     before = 0
     for i in range(ROUNDS):
@@ -149,7 +149,7 @@ def summary(wall: float, size: int, **more: float) -> dict[str, float]:
 
 
 def patches() -> dict[str, dict[str, float]]:
-    """Of the carry model under AdamW, whose steps are as in a run, on demonstrations."""
+    """Measures patches of the carry model under AdamW, whose steps are as in a run, on demonstrations."""
     found: dict[str, dict[str, float]] = {}
     for lr in (1e-6, 1e-5, 1e-4):
         carry, tokenizer = load_model(f"{CARRY}:tiny_qwen3", seed=0)
@@ -193,7 +193,7 @@ def in_one_process() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # what is freed goes back to the system, and is not counted
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # freed memory goes back to the system, and is not counted
     torch.set_num_threads(1)
     results: dict[str, Any] = in_one_process() | {case: between_processes(case) for case in CASES}
     results["patches"] = patches()

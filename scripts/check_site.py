@@ -17,7 +17,7 @@ LOADS = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s]+)""")
 
 @dataclass
 class Html(HTMLParser):
-    """What a page has: its anchors, where it links to, and what a browser loads to show it."""
+    """The parts of a page that are checked: its anchors, its links, and what a browser loads to show it."""
 
     anchors: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ def read(path: Path) -> Html:
 
 
 def faults(site: Path) -> list[str]:
-    """What is wrong with the site, in a line each."""
+    """Returns what is wrong with the site, in a line each."""
     pages = {path: read(path) for path in sorted(site.rglob("*.html"))}
     found = [f"{site}: no page"] if not pages else []
     for path, page in pages.items():

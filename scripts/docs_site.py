@@ -26,7 +26,7 @@ LANGUAGES = {".sh": "bash", ".sbatch": "bash", ".py": "python", ".yaml": "yaml"}
 
 @cache
 def pages() -> dict[Path, str]:
-    """The page of the site that a Markdown file of the repository is."""
+    """Returns the page of the site that each Markdown file of the repository is."""
     found = {path: path.name for path in (ROOT / "docs").glob("*.md")}
     found |= {path: f"recipes/{path.parent.name}.md" for path in (ROOT / "recipes").glob("*/README.md")}
     others = {"README.md": "readme.md", "CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
@@ -34,24 +34,24 @@ def pages() -> dict[Path, str]:
 
 
 def target(page: Path, link: str) -> Path:
-    """The file that a link on a page names."""
+    """Returns the file that a link on a page names."""
     return Path(os.path.normpath(page.parent / link))
 
 
 def shown(path: Path) -> str | None:
-    """The page of the site that shows a file which is none itself; None for pictures, which pages show."""
+    """Returns the page of the site that shows a file which is none itself; None for pictures, which pages show."""
     own = path.is_relative_to(ROOT / "docs/site")
     return None if own or not path.is_file() else f"files/{path.relative_to(ROOT).as_posix()}.md"
 
 
 def packages() -> list[str]:
-    """The folders of the package, and its files: what lies outside of all folders comes last."""
+    """Returns the folders of the package, and its files: what lies outside of all folders comes last."""
     folders = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
     return [*folders, *sorted(path.stem for path in PACKAGE.glob("[a-z]*.py"))]
 
 
 def summary(name: str) -> str:
-    """The first sentence of a package's docstring, in one line."""
+    """Returns the first sentence of a package's docstring, in one line."""
     folder = PACKAGE / name
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -59,7 +59,7 @@ def summary(name: str) -> str:
 
 
 def package_page(name: str) -> str:
-    """The reference of a package: its modules in order of their names."""
+    """Makes the reference of a package: its modules in order of their names."""
     folder = PACKAGE / name
     if not folder.is_dir():
         return f"{LATER}# {name}\n\n::: hybridflow.{name}\n"
@@ -69,7 +69,9 @@ def package_page(name: str) -> str:
 
 
 def public_page() -> str:
-    """The reference of the names that `import hybridflow` gives, as its stub has them, and a table of the packages."""
+    """Makes the reference of the names that `import hybridflow` gives, as its stub has them, and a table of the
+    packages.
+    """
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     names = [name.name for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
     names.sort(key=lambda name: name[0].isupper())  # functions first

@@ -3,7 +3,7 @@
     python scripts/fast_suite.py benchmarks/results/fast_suite.json native avx2 sse
     python scripts/fast_suite.py benchmarks/results/fast_suite.json native --threads 2 --jobs 1
 
-A bound that rests on one processor's kernels holds on that processor alone. PyTorch, oneDNN and MKL can be told to use
+A bound that rests on one processor's kernels holds on that processor alone. PyTorch, oneDNN and MKL can be limited to
 no more than another processor has: other vectors, other blocks of a product, another order of sums. Readings of other
 instructions, threads or jobs that the file holds already are kept. Ends with 1 if anything failed.
 """
@@ -35,7 +35,7 @@ INSTRUCTIONS = {
 
 
 def run(instructions: str, threads: int, jobs: int, tests: list[str]) -> dict[str, Any]:
-    """One run of the tests; what stands in the middle of pytest's output goes to the screen."""
+    """Runs the tests once; the middle of pytest's output goes to the screen."""
     single = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", "-m", FAST, "--durations=20", "-p", "no:cacheprovider", *tests]
     if jobs > 1:

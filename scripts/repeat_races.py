@@ -57,11 +57,11 @@ def busy() -> None:
 
 
 def tested(python: str, arguments: list[str], marker: str, failures: Counter[str]) -> bool:
-    """Whether one process of pytest was content; the names of tests that failed are counted."""
+    """Returns whether one process of pytest passed; counts the names of tests that failed."""
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-m", marker, *arguments]
     single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | single, capture_output=True, text=True)
-    if done.returncode in (0, 5):  # 5: nothing of it is asked for by the marker
+    if done.returncode in (0, 5):  # 5: the marker selects none of it
         return True
     failures.update(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE) or [" ".join(arguments)])
     print(done.stdout[-6000:] + done.stderr[-2000:], flush=True)

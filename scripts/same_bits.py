@@ -1,13 +1,14 @@
-"""Whether revisions train the same, bit for bit: short runs at each of them, metrics and weights held against the base.
+"""Checks that revisions train the same, bit for bit: short runs at each of them, metrics and weights compared with the
+base.
 
     python scripts/same_bits.py main                  # HEAD against main
     python scripts/same_bits.py v1 abc123 def456      # each against v1
     python scripts/same_bits.py main HEAD --each      # every commit in between against the one before it
 
 Only what is committed is compared. The runs are commands on the revision's own recipes, on one thread: supervised
-fine-tuning, GRPO and PPO from its model, a reward model, and GRPO on two processes. What a revision gave is kept by its
-commit, so a base is computed once. Ends with 1 where a bit differs or a run fails, and names the first metrics and
-tensors that differ.
+fine-tuning, GRPO and PPO from its model, a reward model, and GRPO on two processes. The results of a revision are kept
+by its commit, so a base is computed once. Ends with 1 where a bit differs or a run fails, and names the first metrics
+and tensors that differ.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEPT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hybridf
 SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ASIDE = ("timing_s/", "perf/")  # metrics that are no part of what must repeat
 SHOWN = 6
-# Differs between answers, however little the model has learned: every step has something to learn from.
+# Differs between responses, however little the model has learned: every step has something to learn from.
 REWARD = "def score(response, ground_truth):\n    return sum(map(ord, response)) % 101 / 101\n"
 
 COMMON = ["run.seed=5", "run.threads=1", "run.device=cpu", "track.console=false"]
@@ -43,7 +44,7 @@ RL = [
     "checkpoint.every=2",
 ]
 GRPO = ["algorithm.kl_loss_coef=0.01", "algorithm.correction.preset=decoupled_token_is", "train.samples_per_prompt=4"]
-# Name of a run, its command, and what is laid over the recipe.
+# Name of a run, its command, and its overrides of the recipe.
 RUNS: dict[str, tuple[str, list[str]]] = {
     "sft": ("sft recipes/carry/sft.yaml", ["train.steps=30", "checkpoint.every=20"]),
     "grpo": (
@@ -67,7 +68,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         + ["placement.pools={{all: 2}}", "engine.strategy=fsdp2"],
     ),
 }
-# Keys by the names of today, and what older revisions call them: those whose page of keys lacks the new name.
+# Keys by today's names, and their older names: for revisions whose page of keys lacks the new name.
 RENAMED: dict[str, str] = {}
 
 Found = dict[str, Any]
@@ -75,7 +76,7 @@ Found = dict[str, Any]
 
 
 def differences(base: Found, other: Found) -> list[str]:
-    """What is not the same, in words; a run that failed is never the same.
+    """Describes what differs, in words; a run that failed always differs.
 
     >>> one = {"sft": {"metrics": [{"step": 1, "train/loss": 0.5}], "tensors": {"model: w": "aa"}}}
     >>> two = {"sft": {"metrics": [{"step": 1, "train/loss": 0.25}], "tensors": {"model: w": "bb"}}}
@@ -108,7 +109,7 @@ def _differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """A digest of type, shape and bits of each tensor in a safetensors file."""
+    """Computes a digest of type, shape and bits of each tensor in a safetensors file."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     found = {}
@@ -121,7 +122,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """What a run left: its metrics, and the tensors of its final model and of its last checkpoint."""
+    """Reads the results of a run: its metrics, and the tensors of its final model and of its last checkpoint."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     metrics = [{k: v for k, v in line.items() if not k.startswith(ASIDE)} for line in lines]
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
@@ -132,7 +133,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def run_all(tree: Path, folder: Path) -> Found:
-    """The runs with the code and the recipes of a tree."""
+    """Does the runs with the code and the recipes of a tree."""
     known = (tree / "docs/configuration.md").read_text()
     environment = os.environ | SINGLE | {"PYTHONPATH": str(tree / "src")}
     (folder / "reward.py").write_text(REWARD)
@@ -150,7 +151,7 @@ def run_all(tree: Path, folder: Path) -> Found:
 
 
 def _pairs() -> list[dict[str, str]]:
-    """Preferences: more of the letter a."""
+    """Makes preferences: more of the letter a."""
     rng = random.Random(0)
     rows = []
     for number in range(100):
@@ -160,7 +161,7 @@ def _pairs() -> list[dict[str, str]]:
 
 
 def _for(setting: str, known_keys: str) -> str:
-    """A setting with its key as the revision spells it."""
+    """Returns a setting with its key as the revision spells it."""
     key, sign, value = setting.partition("=")
     return setting if f"`{key}`" in known_keys else RENAMED.get(key, key) + sign + value
 
@@ -170,7 +171,7 @@ def _git(*arguments: str) -> str:
 
 
 def outcome(commit: str, again: bool) -> Found:
-    """What a commit gives: as it is kept, or computed now."""
+    """Returns the results of a commit: as they are kept, or computed now."""
     settings = hashlib.sha256(json.dumps([RUNS, COMMON, REWARD, sys.version, sys.prefix]).encode()).hexdigest()[:8]
     kept = KEPT / f"{commit}-{settings}.json"
     if kept.exists() and not again:
@@ -190,7 +191,7 @@ def outcome(commit: str, again: bool) -> Found:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("base", help="the revision that the others are held against")
+    parser.add_argument("base", help="the revision that the others are compared with")
     parser.add_argument("revisions", nargs="*", default=["HEAD"], help="what is compared; HEAD if nothing is given")
     parser.add_argument("--each", action="store_true", help="every commit from base on against the one before it")
     parser.add_argument("--again", action="store_true", help="compute what is kept from an earlier call again")

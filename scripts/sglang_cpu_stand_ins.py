@@ -56,11 +56,11 @@ class _Finder(MetaPathFinder, Loader):
         return _StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run."""
+        """Does nothing: there is no code to run."""
 
 
 def _importer() -> str:
-    """The top package of the module whose code imports something."""
+    """Returns the top package of the module whose code imports something."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib"):
         frame = frame.f_back

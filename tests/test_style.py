@@ -131,7 +131,7 @@ def test_a_docstring_of_a_function_begins_with_its_verb() -> None:
     """A verb in the third person; "See `Base.method`" stands for another docstring, and a property may be a noun."""
     functions = [
         (path, node, ast.get_docstring(node) or "")
-        for path, module in parsed("src").items()
+        for path, module in parsed(*SOURCES, "scripts").items()
         for node in ast.walk(module)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_property(node)
     ]
@@ -174,7 +174,7 @@ PHRASES = re.compile(
 def test_the_source_speaks_the_words_of_the_field() -> None:
     assert [
         f"{path.relative_to(ROOT)}:{number}: {match[0]}"
-        for path in python_files("src")
+        for path in python_files(*SOURCES, "scripts")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (match := PHRASES.search(line))
     ] == []

@@ -109,4 +109,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; `make demo` begins anew, `hybridflow train` would go on")
+        sys.exit("stopped; `make demo` begins anew, `hybridflow train` would resume")
