@@ -171,10 +171,12 @@ PHRASES = re.compile(
 )
 
 
-def test_the_source_speaks_the_words_of_the_field() -> None:
+def test_the_source_and_the_pages_speak_the_words_of_the_field() -> None:
+    pages = [*ROOT.glob("[RC]*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
+    pages = [page for page in pages if page.name != "CHANGELOG.md"]
     assert [
         f"{path.relative_to(ROOT)}:{number}: {match[0]}"
-        for path in python_files(*SOURCES, "scripts")
+        for path in [*python_files(*SOURCES, "scripts"), *pages, ROOT / "benchmarks/README.md"]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (match := PHRASES.search(line))
     ] == []
