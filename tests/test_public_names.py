@@ -55,7 +55,7 @@ def test_importing_the_package_is_light_and_a_wrong_name_is_told_the_nearest() -
 
 
 def test_the_page_has_a_sentence_for_every_public_name() -> None:
-    described = re.findall(r"^\| `(\w+)` \| [A-Z].*\. \|$", PAGE.read_text(), re.M)
+    described = re.findall(r"^\| `(\w+)` \| [A-Z].*\. \|$", PAGE.read_text().partition("## The public names")[2], re.M)
     assert sorted(described) == sorted(hf.__all__)
 
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Where the public names live; `__init__.pyi` says the same to type checkers. A table and a stub, and not imports,
 # because importing the package must not import torch.
 _HOMES = {
+    "train": "hybridflow.face.train",
     "load_config": "hybridflow.config.load",
     "open_run": "hybridflow.trainers.rl.run",
     "next_groups": "hybridflow.trainers.rl.loop",

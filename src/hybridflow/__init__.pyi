@@ -2,6 +2,7 @@ from hybridflow.batch import Batch as Batch
 from hybridflow.config.kinds.rl import RlConfig as RlConfig
 from hybridflow.config.load import load_config as load_config
 from hybridflow.errors import UserError as UserError
+from hybridflow.face.train import train as train
 from hybridflow.protocols.generation import Request as Request
 from hybridflow.protocols.generation import Sampling as Sampling
 from hybridflow.protocols.groups import Group as Group

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,7 +48,7 @@ class RunFolder:
         self.path, self.config = path, dict(config)
         self.checkpoints = path / "checkpoints"
         make_folder(path)
-        self._lock = self._acquire()
+        self._lock = _lock(path / ".lock", path)
         try:
             if resume == "never" and (path / "metrics.jsonl").exists():
                 raise UserError(
@@ -87,25 +88,49 @@ class RunFolder:
             os.close(self._lock)
             self._lock = -1
 
-    def _acquire(self) -> int:
-        # The system drops the lock when the process ends, in any way; a lock file alone would outlive a kill.
-        try:
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"nothing can be written in {self.path}: {error.strerror}", fix="set run.folder") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-            os.close(lock)
-            raise UserError(
-                f"another process (pid {holder or 'unknown'}) is running in {self.path}",
-                why="two runs in one folder would overwrite each other's records",
-                fix="wait for it, stop it, or choose another run.folder",
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        return lock
+
+def _lock(file: Path, run: Path) -> int:
+    # The system drops the lock when the process ends, in any way; a lock file alone would outlive a kill.
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"nothing can be written in {file.parent}: {error.strerror}", fix="set run.folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise UserError(
+            f"another process (pid {holder or 'unknown'}) is running in {run}",
+            why="two runs in one folder would overwrite each other's records",
+            fix="wait for it, stop it, or choose another run.folder",
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
+
+
+@contextmanager
+def locked(file: Path, *, run: Path) -> Iterator[None]:
+    """Holds a lock for the block; it ends with the process.
+
+    Args:
+        file: the lock file; made if absent.
+        run: the folder of the run that it protects, for messages.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = _lock(file, run)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def has_begun(path: Path) -> bool:
+    """Returns whether a folder holds a run that has begun: it then keeps its rows and its model."""
+    return any(any(path.glob(name)) for name in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*"))
 
 
 def changed_settings(
@@ -119,8 +144,7 @@ def changed_settings(
         UserError: keys are among them that a run cannot change, or config.yaml cannot be read.
     """
     file = path / "config.yaml"
-    begun = [n for n in ("metrics.jsonl", "journal/step-*", "checkpoints/step-*") if any(path.glob(n))]
-    if not begun or not file.is_file():  # a mistake that ended the first start may be mended
+    if not has_begun(path) or not file.is_file():  # a mistake that ended the first start may be mended
         return {}
     try:
         before = yaml.safe_load(file.read_text()) or {}

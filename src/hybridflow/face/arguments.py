@@ -1,0 +1,122 @@
+"""From the arguments of `hybridflow.train` to the sections of a configuration."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridflow.config.kinds.rl import RlConfig
+from hybridflow.config.load import read_values
+from hybridflow.config.names import meaning
+from hybridflow.config.paths import home
+from hybridflow.errors import UserError, near, nearest
+
+ARGUMENTS = ("model", "data", "reward", "eval_data", "tokenizer", "config", "folder", "callbacks")
+DEFAULTS: dict[str, Any] = {"epochs": 1, "prompts_per_step": 8, "samples_per_prompt": 8}  # of the section train
+
+# What the calls of other programs name these arguments.
+_CALLED = {
+    **dict.fromkeys(("train_dataset", "dataset", "train_data", "rows"), "data=rows"),
+    **dict.fromkeys(("eval_dataset", "val_data", "val_dataset"), "eval_data=rows"),
+    **dict.fromkeys(
+        ("reward_funcs", "reward_func", "reward_fn", "reward_function", "compute_score"), "reward=function"
+    ),
+    "reward_weights": 'reward={"terms": {NAME: {"function": "file.py:function", "weight": ...}}}',
+    "processing_class": "tokenizer=tokenizer",
+    "output_dir": "folder=path",
+    "args": 'sections as dicts, such as optim={"lr": 1e-5}, train={"steps": 20}',
+    "peft_config": 'model={"path": model, "lora": {"rank": 16, "alpha": 32}}',
+    "ref_model": 'model={"path": model, "reference": path}',
+    "callback": "callbacks=[function]",
+}
+
+
+def refuse_unknown(sections: Mapping[str, Any]) -> None:
+    """Raises a UserError for an argument that is no section: says what it is here."""
+    known = RlConfig.model_fields
+    name = next((name for name in sections if name not in known), None)
+    if name is None:
+        return
+    found = None if name in _CALLED else meaning(name)
+    if name in _CALLED:
+        hint = f"here it is {_CALLED[name]}"
+    elif found is not None and near(name, known) is None:
+        written = [_written(key) for key in found.keys if key.partition(".")[0] in known]
+        here = f"here it is {' or '.join(written)}" if written else "there is no such setting here"
+        hint = f"{here}; {found.hint}" if found.hint else here
+    else:
+        hint = nearest(name, [*ARGUMENTS, *known])
+    raise UserError(
+        f"hybridflow.train has no argument {name!r}",
+        why="its further arguments are the sections of a configuration, as dicts",
+        fix=hint,
+    )
+
+
+def _written(key: str) -> str:
+    """Returns a dotted key as an argument of the call.
+
+    >>> _written("model.lora.rank")
+    'model={"lora": {"rank": ...}}'
+    """
+    section, *inner = key.split(".")
+    text = "..."
+    for name in reversed(inner):
+        text = f'{{"{name}": {text}}}'
+    return f"{section}={text}"
+
+
+def base_values(config: Any) -> tuple[dict[str, Any], Path | None]:
+    """Returns the plain values that a call begins with, and the folder that relative paths may be in.
+
+    Args:
+        config: the path of a YAML file, sections as a dict, an `RlConfig`, or None.
+
+    Raises:
+        UserError: it is something else, or the file cannot be read.
+    """
+    if config is None:
+        return {}, None
+    if isinstance(config, str | os.PathLike):
+        return read_values(os.fspath(config)), home(os.fspath(config)).parent
+    if isinstance(config, RlConfig):
+        return config.model_dump(mode="json", exclude_unset=True), None
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config)), None
+    raise UserError(
+        f"config is a {type(config).__name__}",
+        fix='give the path of a YAML file, sections as a dict ({"optim": {"lr": 1e-5}}), or an RlConfig',
+    )
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested values with others laid over them.
+
+    >>> merged({"optim": {"lr": 1.0, "eps": 2.0}}, {"optim": {"lr": 3.0}})
+    {'optim': {'lr': 3.0, 'eps': 2.0}}
+    """
+    result = dict(values)
+    for key, value in over.items():
+        own = result.get(key)
+        result[key] = merged(own, value) if isinstance(own, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def with_defaults(values: Mapping[str, Any], *, rows: int | None) -> dict[str, Any]:
+    """Returns the values with what makes a short call run: one epoch, 8 prompts in a step, 8 responses to each.
+
+    Args:
+        values: sections by name.
+        rows: how many training rows there are, where that is known: a step has no more prompts.
+    """
+    train = values.get("train", {})
+    if not isinstance(train, Mapping):
+        return dict(values)  # refused when all is validated
+    defaults = DEFAULTS | {"prompts_per_step": min(DEFAULTS["prompts_per_step"], rows or DEFAULTS["prompts_per_step"])}
+    if train.get("steps") is not None:
+        del defaults["epochs"]
+    given = {key: value for key, value in train.items() if value is not None}
+    return {**values, "train": {**defaults, **given}}

@@ -1,0 +1,80 @@
+"""Rewards that a program gives as objects: scored in this process, or named for processes of their own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridflow.errors import UserError
+from hybridflow.rewards.graders.function import name_of
+from hybridflow.rewards.graders.given import GivenReward
+
+
+def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenReward | None]:
+    """Takes the object out of a reward section.
+
+    Args:
+        section: plain values of the section ``reward``, whose ``function`` may be a function, a callable object, or a
+            list of them.
+
+    Returns:
+        The section as a configuration can hold it, and the object. Where the section asks for processes, functions are
+        named in the section, and there is no object.
+
+    Raises:
+        UserError: an entry of a list is no function, or other processes cannot load a function by its name.
+    """
+    given = section.get("function")
+    several = isinstance(given, list | tuple)
+    if not several and not callable(given):
+        return dict(section), None
+    functions: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    for index, function in enumerate(functions):
+        if not callable(function):
+            raise UserError(
+                f"entry {index} of reward is a {type(function).__name__}, and not a function",
+                fix='give functions, or name all parts: reward={"terms": {"exact": {"function": "gsm8k"}, ...}}',
+            )
+    rest = {key: value for key, value in section.items() if key not in ("function", "kwargs", "terms")}
+    kwargs, pool = section.get("kwargs") or {}, section.get("pool")
+    if kwargs:
+        functions = [functools.partial(function, **kwargs) for function in functions]
+    processes = pool.get("processes") if isinstance(pool, Mapping) else None
+    if not isinstance(processes, int) or processes < 1:
+        return rest, functions if several else functions[0]
+    if not several:
+        return rest | _named(functions[0]), None
+    terms = {name_of(function): _named(function) for function in functions}
+    return rest | {"terms": terms}, None
+
+
+def _named(function: Callable[..., Any]) -> dict[str, Any]:
+    """Returns a function as ``file.py:function``, with what a partial was given as its kwargs."""
+    kwargs: dict[str, Any] = {}
+    inner = function
+    while isinstance(inner, functools.partial):
+        if inner.args:
+            raise _cannot_be_named(function, "is a partial with arguments by position; give them by name")
+        kwargs, inner = {**inner.keywords, **kwargs}, inner.func
+    if not inspect.isfunction(inner):
+        raise _cannot_be_named(function, "is an object or a method")
+    if inner.__name__ == "<lambda>":
+        raise _cannot_be_named(function, "is a lambda")
+    if "." in inner.__qualname__:
+        raise _cannot_be_named(function, "is defined inside of another function or class")
+    file = inspect.getsourcefile(inner)
+    if inner.__module__ == "__main__" or file is None or not Path(file).is_file():
+        raise _cannot_be_named(function, "is defined in the program itself, or in a notebook")
+    return {"function": f"{file}:{inner.__name__}"} | ({"kwargs": kwargs} if kwargs else {})
+
+
+def _cannot_be_named(function: Callable[..., Any], what: str) -> UserError:
+    return UserError(
+        f"the reward {name_of(function)} {what}, and reward.pool.processes asks for processes of its own",
+        why="another process loads a reward by its name, from a file",
+        fix="write it as a function in a file of its own and import it, or leave pool.processes out: it is then called "
+        "in this process",
+    )
