@@ -61,9 +61,9 @@ def test_a_source_that_nobody_knows(tmp_path: Path, capsys: Output) -> None:
     assert "rows have no data_source, and reward.function is by_source" in said
     assert not (tmp_path / "run").exists()
     config = write(tmp_path, [r | {"data_source": "gsm8k"} for r in ROWS])
-    assert "the first row's ground truth '1' given as the answer scores 0" in succeed(capsys, "check", config)
+    assert "the first row's ground truth '1' given as the response scores 0" in succeed(capsys, "check", config)
     said = succeed(capsys, "check", config, "reward.sources={gsm8k: gsm8k_flexible}")
-    assert "the first row's ground truth '1' given as the answer scores 1" in said
+    assert "the first row's ground truth '1' given as the response scores 1" in said
 
 
 def test_every_source_is_tried_on_a_row_of_its_own(tmp_path: Path, capsys: Output) -> None:
@@ -71,7 +71,7 @@ def test_every_source_is_tried_on_a_row_of_its_own(tmp_path: Path, capsys: Outpu
     (tmp_path / "own.py").write_text("def score(response): return 7.0")
     config = write(tmp_path, rows, function="by_source", sources={"mine": f"{tmp_path}/own.py:score"})
     said = succeed(capsys, "check", config)
-    assert "the first row's of mine ground truth '4' given as the answer scores 7" in said
+    assert "the first row's of mine ground truth '4' given as the response scores 7" in said
     (tmp_path / "own.py").write_text("def score(response): return 1 / 0")
     said = mistake(capsys, "check", config)
     assert "the first row of mine: the reward" in said and "raised ZeroDivisionError" in said
@@ -148,5 +148,5 @@ def test_verls_function_works_as_it_is(tmp_path: Path, capsys: Output) -> None:
         "    return {'score': float(solution_str == ground_truth), 'acc': solution_str == ground_truth, 'pred': 'x'}\n"
     )
     config = write(tmp_path, [r | {"extra_info": {"index": 3}} for r in ROWS], source)
-    assert "given as the answer scores 1 (components: acc)" in succeed(capsys, "check", config)
+    assert "given as the response scores 1 (components: acc)" in succeed(capsys, "check", config)
     succeed(capsys, "train", config)

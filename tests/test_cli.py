@@ -89,7 +89,7 @@ def test_check_shows_tokens_and_arithmetic_in_words(tmp_path: Path, capsys: pyte
     assert "5 steps: 30 prompts, 120 responses, 30 optimizer steps" in said
     assert "longest prompt 11 tokens" in said and "100 rows" in said and "8 rows" in said
     value = sum(map(ord, row["ground_truth"])) % 101 / 101
-    assert f"ground truth {row['ground_truth']!r} given as the answer scores {value:g}\n" in said
+    assert f"ground truth {row['ground_truth']!r} given as the response scores {value:g}\n" in said
     assert said.endswith("all checks passed\n")
     assert not (tmp_path / "run").exists()
 

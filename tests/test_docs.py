@@ -245,7 +245,7 @@ def test_the_readers_own_job_passes_its_checks(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     said = list(check(load_config("my/train.yaml", [f"model.path={CARRY}:tiny_qwen3"])))
     assert any("3 rows" in line for line in said)
-    assert any(line.endswith("given as the answer scores 1") for line in said)
+    assert any(line.endswith("given as the response scores 1") for line in said)
 
 
 def test_the_recipe_page_has_the_numbers_of_the_recipe() -> None:

@@ -12,7 +12,7 @@ from runs import configuration, mistake, succeed
 
 Output = pytest.CaptureFixture[str]
 ROW = {"prompt": "1+1=", "ground_truth": "2", "data_source": "mine"}
-ADVICE = "so nothing shows here that any answer can earn more"
+ADVICE = "so nothing shows here that any response can earn more"
 
 
 def check(
@@ -40,15 +40,16 @@ def check(
         ({}, {"function": "gsm8k_flexible"}, ["scores 1\n"]),
         ({"ground_truth": "B"}, {"function": "multiple_choice"}, ["scores 1\n"]),
         ({}, {"function": "format", "kwargs": {"tags": ["plan"]}}, [ADVICE, "and 6 other forms of it", "audit-reward"]),
-        ({}, {"code": "def score(response):\n    return 0.0\n"}, [ADVICE, "no more than an empty answer (0)"]),
+        ({}, {"code": "def score(response):\n    return 0.0\n"}, [ADVICE, "no more than an empty response (0)"]),
         ({}, {"code": "def score(response):\n    return -len(response)\n"}, [ADVICE]),
         ({}, {"code": "def score(response):\n    return 1.0\n"}, [ADVICE]),
         ({}, {"code": "def score(response, ground_truth):\n    return 0.5 * (response == ground_truth)\n"},
          ["scores 0.5\n"]),
         ({}, {"code": "def score(response):\n    return float(ord(response[0]))\n"},
-         ["the reward fails on an empty answer, and models give some", "IndexError"]),
+         ["the reward fails on an empty response, and models give some", "IndexError"]),
         ({"ground_truth": {"target": ["2"]}}, {"function": "qa_em"}, ["<answer>2</answer>' it scores 1"]),
-        ({"ground_truth": None}, {"code": "def score(response):\n    return 0.0\n"}, [ADVICE]),
+        ({"ground_truth": None}, {"code": "def score(response):\n    return 0.0\n"},
+         ["has no ground truth; an empty response scores 0"]),
     ],
 )  # fmt: skip
 def test_check_says_in_which_form_an_answer_is_worth_more_than_nothing(

@@ -138,8 +138,8 @@ def test_the_message_names_the_tensors_that_stayed_behind(kind: str, dead: list[
     text = str(error.value)
     assert re.match(
         r"with weights of version 7 the generation engine's log-probabilities are not the start-up drill's, in which "
-        r"every tensor is changed: they differ by [\d.e-]+ at token \d+ of the answer, by [\d.e-]+ on average; allowed "
-        r"is 0.001 at most. It computes as if it had not taken ",
+        r"every tensor is changed: they differ by [\d.e-]+ at token \d+ of the response, by [\d.e-]+ on average; "
+        r"allowed is 0.001 at most. It computes as if it had not taken ",
         text,
     )
     assert {*text.partition("not taken ")[2].split(", ")} == {*dead}

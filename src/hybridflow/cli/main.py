@@ -152,7 +152,7 @@ def _add_commands_on_models(commands: Commands) -> None:
     )  # fmt: skip
     generate.add_argument("model", type=path, help="Hugging Face folder, run folder, or file.py:function")
     generate.add_argument("prompts", nargs="+", help="what to ask; each is one message of the user")
-    generate.add_argument("--max-tokens", type=int, help="longest answer (default 256, less in a short context)")
+    generate.add_argument("--max-tokens", type=int, help="longest response (default 256, less in a short context)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
     generate.add_argument("--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0: all")
@@ -160,8 +160,8 @@ def _add_commands_on_models(commands: Commands) -> None:
         "--min-p", type=float, default=0.0, help="sample among tokens this share as likely as the best"
     )
     generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default 1)")
-    generate.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
-    generate.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
+    generate.add_argument("--stop", action="append", default=[], help="text that ends a response; may be repeated")
+    generate.add_argument("--samples", type=int, default=1, help="responses to each prompt (default 1)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     generate.add_argument("--no-packing", action="store_true", help="for a family that cannot run packed; slower")
     generate.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")

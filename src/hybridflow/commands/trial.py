@@ -73,7 +73,7 @@ def try_reward(
             more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
             seen = "" if read(answer) == answer else f", of which the reward sees {read(answer)[:SHOWN]!r},"
             yield (
-                f"  reward {name}: the first row's{of} ground truth {answer[:SHOWN]!r} given as the answer{seen} "
+                f"  reward {name}: the first row's{of} ground truth {answer[:SHOWN]!r} given as the response{seen} "
                 f"scores {total(score):g}{more}"
             )
             yield from _other_forms(grader, prompt, read, total(score))
@@ -96,7 +96,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     [empty] = _scores(grader, prompt, [""])
     if empty.failure is not None:
         said = str(empty.failure).splitlines()[0]
-        yield f"    advice: the reward fails on an empty answer, and models give some: {said}"
+        yield f"    advice: the reward fails on an empty response, and models give some: {said}"
         return
     floor = total(empty)
     if truth > floor:
@@ -110,8 +110,8 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
         return
     others = f" and {len(tried)} other forms of it" if tried else ""
     yield (
-        f"    advice: the ground truth{others} score no more than an empty answer ({floor:g}), so nothing shows here "
-        "that any answer can earn more, and if none can, nothing is learned. Score an answer that you know to be "
+        f"    advice: the ground truth{others} score no more than an empty response ({floor:g}), so nothing shows here "
+        "that any response can earn more, and if none can, nothing is learned. Score a response that you know to be "
         "right, or see what the reward reads: hybridflow audit-reward"
     )
 

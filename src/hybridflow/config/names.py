@@ -36,7 +36,7 @@ class Meaning:
 
 
 UPDATE = "train.sequences_per_update,train.pairs_per_update"
-SEQUENCES = "counted in answers of all devices together"
+SEQUENCES = "counted in responses of all devices together"
 MICRO = "in tokens, and it changes speed and memory only; no key is per device"
 ARGS = "the engine's own arguments go below rollout.engine_args"
 NONE = "nothing needs it here"
@@ -75,36 +75,36 @@ _NAMES: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("train.epochs", "passes over the rows; a whole number"),
     "total_epochs": ("train.epochs", "passes over the rows; or give train.steps"),
     "num_episodes": ("train.epochs", "passes over the rows"),
-    "max_epochs": ("train.epochs_per_step,train.epochs", "passes over a step's answers"),
+    "max_epochs": ("train.epochs_per_step,train.epochs", "passes over a step's responses"),
     "max_steps": (
         "train.steps",
         "steps of generating and training; -1 is not needed: give train.steps or train.epochs",
     ),
     "total_training_steps": ("train.steps", ""),
-    "total_episodes": ("train.steps", "in steps of train.prompts_per_step prompts, not in answers"),
+    "total_episodes": ("train.steps", "in steps of train.prompts_per_step prompts, not in responses"),
     "train_batch_size": (
         f"train.prompts_per_step,{UPDATE}",
         "in prompts for one step (OpenRLHF and SFT: in sequences)",
     ),
     "gen_batch_size": ("train.prompts_per_step", "a filter draws further prompts as it needs them"),
     "rollout_batch_size": ("train.prompts_per_step", "in prompts"),
-    "generation_batch_size": ("train.prompts_per_step", "in prompts: answers / train.samples_per_prompt"),
-    "num_generations": ("train.samples_per_prompt", "answers to each prompt"),
-    "num_return_sequences": ("train.samples_per_prompt,eval.samples_per_prompt", "answers to each prompt"),
-    "n_samples_per_prompt": ("train.samples_per_prompt", "answers to each prompt"),
-    "n_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "answers to each prompt"),
-    "num_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "answers to each prompt"),
-    "group_size": ("train.samples_per_prompt", "answers to each prompt"),
-    "rloo_k": ("train.samples_per_prompt", "answers to each prompt"),
-    "rollout.n": ("train.samples_per_prompt", "answers to each prompt"),
-    "n": ("train.samples_per_prompt,eval.samples_per_prompt", "answers to each prompt"),
-    "val_kwargs.n": ("eval.samples_per_prompt", "answers to each prompt"),
+    "generation_batch_size": ("train.prompts_per_step", "in prompts: responses / train.samples_per_prompt"),
+    "num_generations": ("train.samples_per_prompt", "responses to each prompt"),
+    "num_return_sequences": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
+    "n_samples_per_prompt": ("train.samples_per_prompt", "responses to each prompt"),
+    "n_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
+    "num_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
+    "group_size": ("train.samples_per_prompt", "responses to each prompt"),
+    "rloo_k": ("train.samples_per_prompt", "responses to each prompt"),
+    "rollout.n": ("train.samples_per_prompt", "responses to each prompt"),
+    "n": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
+    "val_kwargs.n": ("eval.samples_per_prompt", "responses to each prompt"),
     "ppo_mini_batch_size": ("train.sequences_per_update", f"{SEQUENCES}, not in prompts: times samples_per_prompt"),
     "mini_batch_size": (UPDATE, SEQUENCES),
     "num_mini_batches": (UPDATE, f"{SEQUENCES}: those of a step / the number of mini-batches"),
     "batch_size": (
         f"train.prompts_per_step,{UPDATE}",
-        "in prompts for one step; answers are prompts x samples_per_prompt",
+        "in prompts for one step; responses are prompts x samples_per_prompt",
     ),
     "per_device_train_batch_size": (UPDATE, f"{SEQUENCES}: x devices x gradient_accumulation_steps"),
     "gradient_accumulation_steps": (UPDATE, f"{SEQUENCES}: micro-batches are made to fit train.tokens_per_microbatch"),
@@ -123,9 +123,9 @@ _NAMES: dict[str, tuple[str, str]] = {
     "per_device_eval_batch_size": ("rollout.max_cache_tokens", "in tokens; a bound on what is generated at once"),
     "use_dynamic_bsz": ("train.tokens_per_microbatch", "micro-batches are always made by tokens"),
     "log_prob_use_dynamic_bsz": ("train.tokens_per_microbatch", "micro-batches are always made by tokens"),
-    "ppo_epochs": ("train.epochs_per_step", "passes over a step's answers"),
-    "num_ppo_epochs": ("train.epochs_per_step", "passes over a step's answers"),
-    "num_iterations": ("train.epochs_per_step", "passes over a step's answers"),
+    "ppo_epochs": ("train.epochs_per_step", "passes over a step's responses"),
+    "num_ppo_epochs": ("train.epochs_per_step", "passes over a step's responses"),
+    "num_iterations": ("train.epochs_per_step", "passes over a step's responses"),
     # lengths and data
     "max_prompt_length": ("data.max_prompt_tokens", "longer prompts are an error unless data.over_long says otherwise"),
     "prompt_max_len": ("data.max_prompt_tokens", "longer prompts are an error unless data.over_long says otherwise"),
@@ -332,9 +332,9 @@ _NAMES: dict[str, tuple[str, str]] = {
     "use_wandb": ("track.wandb", "true or false"),
     "logger": ("track.wandb", "or track.tensorboard, track.console: true or false"),
     "logging_steps": ("track.console", "every step is recorded"),
-    "log_val_generations": ("track.rollouts_every", "all answers of evaluations are kept in evaluations/"),
-    "log_completions": ("track.rollouts_every", "all answers are kept in rollouts/"),
-    "rollout_data_dir": ("track.rollouts_every", "answers are in the run's folder, rollouts/"),
+    "log_val_generations": ("track.rollouts_every", "all responses of evaluations are kept in evaluations/"),
+    "log_completions": ("track.rollouts_every", "all responses are kept in rollouts/"),
+    "rollout_data_dir": ("track.rollouts_every", "responses are in the run's folder, rollouts/"),
     "save_steps": ("checkpoint.every", "in steps; 0 for the end alone"),
     "save_freq": ("checkpoint.every", "in steps; 0 for the end alone, where verl has -1"),
     "save_total_limit": ("checkpoint.keep", "2 by default"),
@@ -371,11 +371,11 @@ _NAMES: dict[str, tuple[str, str]] = {
     "push_to_hub": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
     "hub_model_id": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
     "gradient_checkpointing_kwargs": ("model.activation_checkpointing", "true or false"),
-    "steps_per_generation": ("train.sequences_per_update", "the answers of a step / its updates"),
+    "steps_per_generation": ("train.sequences_per_update", "the responses of a step / its updates"),
     "dataset_num_proc": ("", "rows are rendered in one process"),
     "dataloader_num_workers": ("", "rows are rendered in one process"),
     "ds3_gather_for_generation": ("", "the engine gets whole weights"),
-    "missing_eos_penalty": ("reward.overlong_buffer", "with reward.overlong_penalty, for answers that do not end"),
+    "missing_eos_penalty": ("reward.overlong_buffer", "with reward.overlong_penalty, for responses that do not end"),
     "whiten_rewards": ("reward.normalize", ""),
     "return_raw_chat": ("", "rewards see the whole row"),
     "image_key": ("", "only text is read"),
@@ -388,7 +388,7 @@ def meaning(name: str) -> Meaning | None:
     """Returns what a name of another program means here; None for a name that is not known.
 
     >>> meaning("--num-generations").line()
-    'here it is train.samples_per_prompt; answers to each prompt'
+    'here it is train.samples_per_prompt; responses to each prompt'
     """
     parts = name.lstrip("-+~").replace("-", "_").lower().split(".")
     for i in range(len(parts)):  # the longest ending that is known
@@ -409,7 +409,7 @@ _METHODS: dict[str, str] = {
     "ipo": "a loss on pairs, hybridflow.algorithms.preference.ipo, without a trainer",
     "simpo": "a loss on pairs, hybridflow.algorithms.preference.simpo, without a trainer",
     "orpo": "a loss on pairs, hybridflow.algorithms.preference.orpo, without a trainer",
-    "kto": "a loss on good and bad answers, hybridflow.algorithms.preference.kto, without a trainer",
+    "kto": "a loss on good and bad responses, hybridflow.algorithms.preference.kto, without a trainer",
     "cpo": "a loss on pairs that is not there; the nearest is hybridflow.algorithms.preference.simpo",
     "onlinedpo": "not there; grpo with a reward model (reward.function=model) is the nearest",
     "nashmd": "not there; sppo is the nearest",

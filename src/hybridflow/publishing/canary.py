@@ -130,7 +130,7 @@ class Canary:
         places = [(a.replica, place) for a in answers for place in range(len(a.result.token_ids))]
         replica, place = places[int(off_M.argmax())]
         of = f" of replica {replica}" if replica or any(a.replica for a in answers) else ""
-        return Gap(float(off_M.max()), float(off_M.mean()), f"at token {place + 1} of the answer{of}")
+        return Gap(float(off_M.max()), float(off_M.mean()), f"at token {place + 1} of the response{of}")
 
     def near(self, gap: Gap) -> bool:
         """Returns whether a gap is one that two engines with the same weights have."""
