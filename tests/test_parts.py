@@ -17,7 +17,7 @@ MEETS = re.compile(
 def test_ci_runs_every_part() -> None:
     (parts,) = re.findall(r"^for part in (.*); do$", (ROOT / ".ci/run").read_text(), re.M)
     (others,) = re.findall(r"^test-all: (.*?)  ##", (ROOT / "Makefile").read_text(), re.M)
-    assert parts.split() == ["environments", "check", "docs", "test", *others.split()]
+    assert parts.split() == ["environments", "check", "docs", "wheel", "test", *others.split()]
 
 
 def test_every_test_that_meets_transformers_runs_with_the_oldest_or_says_why_not() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow import __version__
 from hybridflow.cli.completion import SHELLS, completion
+from hybridflow.cli.needs import missing_requirements
 from hybridflow.cli.parser import Parser, never_fails_to_print, path, reader_is_gone
+from hybridflow.commands.recipes import copy_recipe, recipe_lines, recipe_names, recipes
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import KINDS, Kind
 from hybridflow.config.load import load_config
@@ -48,6 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        missing = missing_requirements()
+        if not missing:
+            raise
+        text = UserError(
+            f"{error.name} is not installed", why=f"hybridflow {given.name} needs packages that are missing here",
+            fix=f"pip install {shlex.join(missing)}",
+        )  # fmt: skip
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -60,8 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hybridflow", description="Reinforcement-learning post-training of large language models."
-    )
+        prog="hybridflow", description="Reinforcement-learning post-training of large language models.",
+        epilog="to begin with:\n  hybridflow recipes          lists the recipes that the examples name\n"
+        "  hybridflow recipes carry    copies one into the current folder, and prints its commands",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"hybridflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_kinds(commands)
@@ -139,6 +155,14 @@ def _add_commands_on_configurations(commands: Commands) -> None:
         "hybridflow schema train > train.schema.json",
     )  # fmt: skip
     schema.add_argument("kind", choices=KINDS, help="for which command")
+    copies = _add(
+        commands, "recipes", _recipes, "list the recipes that come with the package, or copy one",
+        "hybridflow recipes\n  hybridflow recipes carry\n  hybridflow recipes carry my-carry",
+        "A recipe is a folder with a README, configurations and a task. A copy never overwrites a file.",
+    )  # fmt: skip
+    copies.add_argument("recipe", nargs="?", metavar="NAME", choices=recipe_names(), help="which to copy")
+    copies.add_argument("folder", nargs="?", type=path, help="folder to write (default: recipes/NAME)")
+    _add_json(copies)
     complete = _add(
         commands, "completion", _completion, "print a script that completes commands, options and keys in a shell",
         'eval "$(hybridflow completion bash)"',
@@ -356,6 +380,16 @@ def _schema(given: argparse.Namespace) -> int:
     from hybridflow.config.pages.schema import schema
 
     print(schema(given.kind), end="")
+    return 0
+
+
+def _recipes(given: argparse.Namespace) -> int:
+    if given.recipe is None:
+        _tell(given, [recipe.values() for recipe in recipes()], recipe_lines())
+        return 0
+    target, recipe = copy_recipe(given.recipe, None if given.folder is None else Path(given.folder))
+    lines = [f"wrote {target}: {', '.join(recipe.files)}", "next:", *(f"  {command}" for command in recipe.commands)]
+    _tell(given, {"folder": str(target), **recipe.values()}, lines)
     return 0
 
 

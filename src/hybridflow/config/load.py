@@ -52,7 +52,10 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """
     path = home(path)
     if not path.is_file():
-        raise UserError(f"no configuration file {path}", fix="give a YAML file, for example recipes/carry/grpo.yaml")
+        raise UserError(
+            f"no configuration file {path}",
+            fix="give a YAML file; `hybridflow recipes carry` copies an example to recipes/carry",
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
