@@ -12,7 +12,8 @@ from hybridflow.config.kinds.registry import KINDS
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.load import read_values, validate
-from hybridflow.config.names import _NAMES, meaning, unknown_name
+from hybridflow.config.methods import unknown_name
+from hybridflow.config.names import _NAMES, meaning
 from hybridflow.config.pages.explain import explain, explanation_lines, kind_of
 from hybridflow.config.pieces.presets import METHODS, PRESETS
 from hybridflow.config.pieces.tables import ADVANTAGES
@@ -89,6 +90,37 @@ def test_a_name_of_another_program_is_told_what_it_is_here(name: str, key: str) 
     assert "here it is" in caught.value.what and (key in caught.value.what or len(parents) > 1)
     asked = "\n".join(explanation_lines(explain(name), None))
     assert asked.startswith(f"{name}: here it is ") and f"\n{key}  (" in asked
+
+
+# The arguments of TRL 1.16's GRPOConfig, SFTConfig and RewardConfig.
+TRL = """
+    beta cache_implementation cast_lm_head_to_fp32 chat_template_kwargs delta disable_dropout
+    ds3_gather_for_generation entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target
+    epsilon epsilon_high generation_batch_size generation_kwargs importance_sampling_level learning_rate
+    log_completions log_completions_hub_repo log_multimodal log_unique_prompts loss_type
+    mask_truncated_completions max_completion_length max_tool_calling_iterations min_p model_init_kwargs
+    multi_objective_aggregation num_completions_to_print num_generations num_generations_eval num_iterations
+    off_policy_mask_threshold pad_to_multiple_of ref_model_mixup_alpha ref_model_sync_steps
+    remove_unused_columns repetition_penalty reward_weights router_aux_loss_coef sapo_temperature_neg
+    sapo_temperature_pos scale_rewards shuffle_dataset steps_per_generation sync_ref_model temperature
+    top_entropy_quantile top_k top_p transformers_continuous_batching_config trust_remote_code
+    use_adaptive_entropy use_bias_correction_kl use_transformers_continuous_batching use_transformers_paged
+    use_vllm vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode
+    vllm_gpu_memory_utilization vllm_group_port vllm_importance_sampling_cap vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min vllm_importance_sampling_correction vllm_importance_sampling_mode
+    vllm_max_model_length vllm_mode vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port
+    vllm_server_timeout vllm_structured_outputs_regex vllm_tensor_parallel_size activation_offloading
+    assistant_only_loss center_rewards_coefficient chat_template_path completion_only_loss dataset_kwargs
+    dataset_num_proc dataset_text_field eos_token eval_packing max_length packing packing_strategy pad_token
+    padding_free truncation_mode
+"""
+
+
+def test_every_argument_of_trl_and_every_key_of_verl_is_known() -> None:
+    """verl's are those of ppo_trainer.yaml in 0.9.1, without the ones of profilers and of parts that are not here."""
+    names = [*TRL.split(), *(Path(__file__).parent / "verl_keys.txt").read_text().split()]
+    assert len(names) > 600
+    assert [name for name in names if meaning(name) is None and name not in KEYS] == []
 
 
 def test_a_name_in_a_section_that_has_its_key_too_is_told_that_one() -> None:

@@ -5,12 +5,8 @@ A name is looked up as it is written (`actor_rollout_ref.rollout.n`), then witho
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass
-
-from hybridflow.config.pieces.presets import PRESETS
-from hybridflow.errors import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,7 @@ SEQUENCES = "counted in responses of all devices together"
 MICRO = "in tokens, and it changes speed and memory only; no key is per device"
 ARGS = "the engine's own arguments go below rollout.engine_args"
 NONE = "nothing needs it here"
+TURNS = ("", "conversations of several generated turns are not there")
 
 # name: keys, what differs. Names with dots are verl's, where a shorter one would mean something else.
 _NAMES: dict[str, tuple[str, str]] = {
@@ -91,12 +88,12 @@ _NAMES: dict[str, tuple[str, str]] = {
     "generation_batch_size": ("train.prompts_per_step", "in prompts: responses / train.samples_per_prompt"),
     "num_generations": ("train.samples_per_prompt", "responses to each prompt"),
     "num_return_sequences": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
-    "n_samples_per_prompt": ("train.samples_per_prompt", "responses to each prompt"),
     "n_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
     "num_samples": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
-    "group_size": ("train.samples_per_prompt", "responses to each prompt"),
-    "rloo_k": ("train.samples_per_prompt", "responses to each prompt"),
-    "rollout.n": ("train.samples_per_prompt", "responses to each prompt"),
+    **dict.fromkeys(
+        ("n_samples_per_prompt", "group_size", "rloo_k", "rollout.n", "rollout_n"),
+        ("train.samples_per_prompt", "responses to each prompt"),
+    ),
     "n": ("train.samples_per_prompt,eval.samples_per_prompt", "responses to each prompt"),
     "val_kwargs.n": ("eval.samples_per_prompt", "responses to each prompt"),
     "ppo_mini_batch_size": ("train.sequences_per_update", f"{SEQUENCES}, not in prompts: times samples_per_prompt"),
@@ -123,9 +120,9 @@ _NAMES: dict[str, tuple[str, str]] = {
     "per_device_eval_batch_size": ("rollout.max_cache_tokens", "in tokens; a bound on what is generated at once"),
     "use_dynamic_bsz": ("train.tokens_per_microbatch", "micro-batches are always made by tokens"),
     "log_prob_use_dynamic_bsz": ("train.tokens_per_microbatch", "micro-batches are always made by tokens"),
-    "ppo_epochs": ("train.epochs_per_step", "passes over a step's responses"),
-    "num_ppo_epochs": ("train.epochs_per_step", "passes over a step's responses"),
-    "num_iterations": ("train.epochs_per_step", "passes over a step's responses"),
+    **dict.fromkeys(
+        ("ppo_epochs", "num_ppo_epochs", "num_iterations"), ("train.epochs_per_step", "passes over a step's responses")
+    ),
     # lengths and data
     "max_prompt_length": ("data.max_prompt_tokens", "longer prompts are an error unless data.over_long says otherwise"),
     "prompt_max_len": ("data.max_prompt_tokens", "longer prompts are an error unless data.over_long says otherwise"),
@@ -213,10 +210,10 @@ _NAMES: dict[str, tuple[str, str]] = {
     "ulysses_sequence_parallel_size": ("engine.sequence_parallel", ""),
     "ring_attn_size": ("engine.sequence_parallel", ""),
     "context_parallel_size": ("engine.sequence_parallel", ""),
-    "nnodes": ("placement.pools", "processes of each pool, such as {all: 8}"),
-    "n_gpus_per_node": ("placement.pools", "processes of each pool, such as {all: 8}"),
-    "num_processes": ("placement.pools", "processes of each pool, such as {all: 8}"),
-    "actor_num_gpus_per_node": ("placement.pools", "processes of each pool, such as {all: 8}"),
+    **dict.fromkeys(
+        ("nnodes", "n_gpus_per_node", "num_processes", "actor_num_gpus_per_node"),
+        ("placement.pools", "processes of each pool, such as {all: 8}"),
+    ),
     "nccl_timeout": ("placement.timeout", "in seconds"),
     "ddp_timeout": ("placement.timeout", "in seconds"),
     # generation
@@ -363,17 +360,18 @@ _NAMES: dict[str, tuple[str, str]] = {
     "trainer": ("train,run,eval,checkpoint,track", "its parts are sections of their own here"),
     "ray_init": ("placement.backend", "placement.backend=ray"),
     "ray_kwargs": ("placement.backend", "placement.backend=ray"),
-    "multi_turn": ("", "conversations of several generated turns are not there"),
+    "multi_turn": TURNS,
     "megatron": ("", "Megatron-LM is not there; engine.strategy is local, fsdp2 or fsdp1"),
     "balance_batch": ("", "work is always balanced"),
     "hybrid_engine": ("", "placement.roles says which models share processes"),
     "remove_unused_columns": ("", "rewards see the whole row"),
-    "push_to_hub": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
-    "hub_model_id": ("", "the folder model of a run is a Hugging Face folder, which any tool uploads"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), ("", "any tool uploads the folder model of a run")),
     "gradient_checkpointing_kwargs": ("model.activation_checkpointing", "true or false"),
     "steps_per_generation": ("train.sequences_per_update", "the responses of a step / its updates"),
-    "dataset_num_proc": ("", "rows are rendered in one process"),
-    "dataloader_num_workers": ("", "rows are rendered in one process"),
+    **dict.fromkeys(
+        ("dataset_num_proc", "dataloader_num_workers", "filter_overlong_prompts_workers"),
+        ("", "rows are rendered in one process"),
+    ),
     "ds3_gather_for_generation": ("", "the engine gets whole weights"),
     "missing_eos_penalty": ("reward.overlong_buffer", "with reward.overlong_penalty, for responses that do not end"),
     "whiten_rewards": ("reward.normalize", ""),
@@ -381,6 +379,130 @@ _NAMES: dict[str, tuple[str, str]] = {
     "image_key": ("", "only text is read"),
     "video_key": ("", "only text is read"),
     "default_hdfs_dir": ("", "copy run.folder where you want it"),
+    # further arguments of TRL's GRPOConfig, SFTConfig and RewardConfig
+    "model_init_kwargs": ("engine.dtype", "or model.trust_remote_code; other arguments of the loader are not passed"),
+    "disable_dropout": ("", "dropout is always off in reinforcement learning"),
+    "cast_lm_head_to_fp32": ("", "log-probabilities are always computed in float32"),
+    "num_generations_eval": ("eval.samples_per_prompt", ""),
+    "pad_to_multiple_of": ("", "there is no padding"),
+    "pad_token": ("", "there is no padding"),
+    "eos_token": ("rollout.stop", "ends that the tokenizer and the model's configuration do not name"),
+    "chat_template_kwargs": ("data.thinking", "the switch enable_thinking alone"),
+    "generation_kwargs": ("rollout.temperature", "and rollout.top_p, top_k, min_p, stop"),
+    "cache_implementation": ("rollout.engine", "the inline engine has its own cache"),
+    **dict.fromkeys(
+        ("use_transformers_paged", "use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+        ("rollout.engine", "the inline engine batches continuously"),
+    ),
+    "vllm_server_port": ("rollout.servers", "rollout.servers=[http://host:port]"),
+    "vllm_group_port": ("placement.transport", "how weights travel; ports are chosen"),
+    "vllm_server_timeout": ("rollout.start_timeout", "in seconds"),
+    "vllm_max_model_length": ("rollout.engine_args", "the engine gets prompt + response together"),
+    "vllm_model_impl": ("rollout.engine_args", ARGS),
+    "vllm_structured_outputs_regex": ("rollout.stop_regex", "ends a response; what may be generated is not restricted"),
+    "vllm_importance_sampling_mode": ("algorithm.correction.preset", "decoupled_token_is, decoupled_seq_is, ..."),
+    **dict.fromkeys(
+        ("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max"), ("algorithm.correction.weight_cap", "")
+    ),
+    "vllm_importance_sampling_clip_min": ("algorithm.correction.weight_floor", ""),
+    "off_policy_mask_threshold": ("algorithm.correction.reject", "a measure and its bounds"),
+    "use_bias_correction_kl": ("algorithm.kl_loss_estimator", "k1, abs, k2, k3, k3_clamped"),
+    "multi_objective_aggregation": ("algorithm.preset", "gdpo normalizes each component of the reward by itself"),
+    "sapo_temperature_pos": ("algorithm.tau_positive", "with algorithm.preset=sapo"),
+    "sapo_temperature_neg": ("algorithm.tau_negative", "with algorithm.preset=sapo"),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), ("", "VESPO is not there")),
+    "top_entropy_quantile": ("algorithm.policy_loss", "clip_cov and kl_cov treat some tokens apart; by entropy none"),
+    **dict.fromkeys(
+        ("use_adaptive_entropy", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+        ("algorithm.entropy_coef", "fixed"),
+    ),
+    "entropy_coef": ("algorithm.entropy_coef", ""),
+    "ref_model_mixup_alpha": ("model.reference", "the reference never changes"),
+    "ref_model_sync_steps": ("model.reference", "the reference never changes"),
+    "router_aux_loss_coef": ("", "the router's auxiliary losses are not there"),
+    **dict.fromkeys(
+        ("log_completions_hub_repo", "log_unique_prompts", "num_completions_to_print"),
+        ("track.rollouts_every", "all responses are kept in rollouts/"),
+    ),
+    "log_multimodal": ("", "only text is read"),
+    "activation_offloading": ("engine.activation_offload", "with engine.strategy=fsdp2"),
+    "center_rewards_coefficient": ("train.center_coef", ""),
+    "dataset_kwargs": ("data.train", "file.py:function returns rows as you make them"),
+    "packing_strategy": ("model.packing", "sequences are side by side without padding, and are never cut"),
+    "eval_packing": ("model.packing", "in evaluations too"),
+    "truncation_mode": (
+        "data.over_long",
+        "refuse, filter or truncate: prompts at their beginning, the rest at its end",
+    ),
+    # further keys of verl's ppo_trainer.yaml
+    "profiler": ("", "timing_s/ in metrics.jsonl says where the seconds of a step went"),
+    "global_profiler": ("", "timing_s/ in metrics.jsonl says where the seconds of a step went"),
+    "transfer_queue": ("", NONE),
+    "mtp": ("", "multi-token prediction is not there"),
+    "skip": ("", "responses that are on disk already are found by the journal when a run resumes"),
+    "distillation": ("algorithm.preset", "distillation, with the teacher in model.reference"),
+    "pf_ppo": ("reweight", "the section reweight"),
+    "use_pf_ppo": ("reweight", "the section reweight"),
+    "use_shm": ("", NONE),
+    **dict.fromkeys(
+        ("data.tokenizer", "tokenizer_path", "hf_config_path"), ("model.path", "a folder with all that belongs to it")
+    ),
+    **dict.fromkeys(
+        ("chat_template_path", "custom_chat_template"),
+        ("", "save the template in the model's folder, beside its tokenizer"),
+    ),
+    **dict.fromkeys(("external_lib", "override_config"), ("model.path", "file.py:function returns (model, tokenizer)")),
+    **dict.fromkeys(("optim.optimizer", "optimizer_impl"), ("optim.lr", "AdamW")),
+    **dict.fromkeys(
+        ("lora_adapter_path", "lora.adapter_path"), ("model.path", "a whole model: merge the adapters into it first")
+    ),
+    **dict.fromkeys(("max_tool_calling_iterations", "tool_config_path", "function_tool_path"), TURNS),
+    **dict.fromkeys(
+        (
+            "lora.type",
+            "lora.merge",
+            "lora.dropout",
+            "lora.dropout_position",
+            "lora.lora_a_init_method",
+            "lora.dtype",
+            "lora.lora_b_init_method",
+            "lora.a2a_experimental",
+            "lora.freeze_vision_model",
+            "lora.freeze_language_model",
+            "lora.freeze_vision_projection",
+        ),
+        ("model.lora", "it has rank, alpha and target_modules alone"),
+    ),
+    "critic.model.lora.rank": ("critic.lora.rank", ""),
+    "critic.model.lora.alpha": ("critic.lora.alpha", ""),
+    "exclude_modules": ("model.lora.target_modules", "name the modules that get adapters"),
+    "enable_activation_offload": ("engine.activation_offload", ""),
+    "use_fused_kernels": ("model.liger", "log-probabilities never need all logits"),
+    "fused_kernel_options": ("model.liger", "log-probabilities never need all logits"),
+    "tiled_mlp": ("", NONE),
+    "override_optimizer_config": ("optim.lr", "AdamW; betas, eps and weight_decay are keys of the section optim"),
+    "num_cycles": ("optim.schedule", "constant, linear or cosine"),
+    "zero_indexed_step": ("optim.warmup_steps", ""),
+    "critic.enable": ("critic", "a section critic, with an advantage that needs one"),
+    "data_loader_seed": ("run.seed", "one seed for everything"),
+    "loss_scale_factor": ("algorithm.aggregation", "how token losses become one number"),
+    "save_contents": ("", "a checkpoint has all that a run needs to resume, and is a Hugging Face folder too"),
+    "load_contents": ("", "a checkpoint has all that a run needs to resume"),
+    "async_save": ("checkpoint.asynchronous", ""),
+    **dict.fromkeys(
+        ("forward_micro_batch_size", "forward_micro_batch_size_per_gpu"), ("train.tokens_per_microbatch", MICRO)
+    ),
+    "val_max_samples": ("eval.max_rows", ""),
+    "validation_shuffle": ("", "the first eval.max_rows rows, in their order"),
+    **dict.fromkeys(("return_raw_input_ids", "return_full_prompt"), ("", "rewards see the whole row")),
+    **dict.fromkeys(
+        ("return_multi_modal_inputs", "mm_processor_kwargs", "image_patch_size", "audio_key"), ("", "only text is read")
+    ),
+    "custom_cls": ("data.train", "file.py:function returns rows as you make them"),
+    "max_concurrent": ("reward.sandbox.parallel", "in each process of reward.pool.processes"),
+    "memory_limit_mb": ("reward.sandbox.memory_mb", ""),
+    "reward.num_workers": ("reward.pool.processes", ""),
+    "max_inflight_gen_batches": ("filter.max_rounds", "one round at a time"),
 }
 
 
@@ -400,81 +522,3 @@ def meaning(name: str) -> Meaning | None:
             found = _NAMES[part]
             return Meaning(tuple(filter(None, found[0].split(","))), found[1])
     return None
-
-
-# Methods by their common names: what they are here. Keys have small letters and digits only.
-_METHODS: dict[str, str] = {
-    "dpo": "a loss on pairs, hybridflow.algorithms.preference.dpo, without a trainer; pairs train a reward model "
-    "(hybridflow reward-model), with which ppo or grpo then trains",
-    "ipo": "a loss on pairs, hybridflow.algorithms.preference.ipo, without a trainer",
-    "simpo": "a loss on pairs, hybridflow.algorithms.preference.simpo, without a trainer",
-    "orpo": "a loss on pairs, hybridflow.algorithms.preference.orpo, without a trainer",
-    "kto": "a loss on good and bad responses, hybridflow.algorithms.preference.kto, without a trainer",
-    "cpo": "a loss on pairs that is not there; the nearest is hybridflow.algorithms.preference.simpo",
-    "onlinedpo": "not there; grpo with a reward model (reward.function=model) is the nearest",
-    "nashmd": "not there; sppo is the nearest",
-    "xpo": "not there; grpo with a reward model (reward.function=model) is the nearest",
-    "sft": "a command of its own: hybridflow sft",
-    "rm": "a command of its own: hybridflow reward-model",
-    "rewardmodel": "a command of its own: hybridflow reward-model",
-    "raft": "hybridflow eval with several samples, then hybridflow sft on the best",
-    "rejectionsampling": "hybridflow eval with several samples, then hybridflow sft on the best",
-    "bestofn": "hybridflow eval with several samples, then hybridflow sft on the best",
-    "gkd": "algorithm.preset=distillation, with the teacher in model.reference",
-    "opd": "algorithm.preset=distillation, with the teacher in model.reference",
-    "onpolicydistillation": "algorithm.preset=distillation, with the teacher in model.reference",
-    "minillm": "algorithm.preset=distillation, with the teacher in model.reference",
-    "prime": "losses of implicit rewards as functions, hybridflow.algorithms.prime",
-    "pfppo": "the section reweight, beside algorithm.preset=ppo",
-    "a2c": "algorithm.preset=ppo with algorithm.policy_loss=reinforce",
-    "actorcritic": "algorithm.preset=ppo with algorithm.policy_loss=reinforce",
-    "trpo": "not there; ppo is what came after it",
-    "reinforce": "algorithm.policy_loss=reinforce; presets with a baseline: rloo, remax, opo, reinforce_plus_plus",
-    "policygradient": "algorithm.policy_loss=reinforce; as a preset with a baseline: rloo, remax, opo",
-    "vanilla": "algorithm.policy_loss=ppo_clip",
-    "ppoloss": "algorithm.policy_loss=ppo_clip",
-    "regular": "algorithm.policy_loss=ppo_clip",
-    "bnpo": "algorithm.preset=grpo with algorithm.aggregation=token-mean",
-    "drgrpo": "dr_grpo",
-    "reinforcepp": "reinforce_plus_plus",
-    "rpp": "reinforce_plus_plus",
-    "reinforceplusplus": "reinforce_plus_plus",
-    "reinforcebaseline": "reinforce_plus_plus_baseline",
-    "reinforceppbaseline": "reinforce_plus_plus_baseline",
-    "groupnorm": "grpo",
-    "grpovectorized": "grpo",
-    "rloovectorized": "rloo",
-    "passk": "grpo_passk",
-    "geomean": "gmpo",
-    "gspotoken": "algorithm.policy_loss=gspo_token",
-    "optimaltokenbaseline": "algorithm.advantage=optimal_token_baseline, in the preset otb",
-    "bypassmode": "algorithm.correction.mode=bypass",
-    "lowvarkl": "k3_clamped",
-    "mse": "k2",
-    "kl": "k1",
-    "full": "not there; k1, k2 and k3 estimate the divergence from the tokens that were sampled",
-    "seqmean": "algorithm.aggregation=seq-mean-token-mean",
-    "mean": "algorithm.aggregation=token-mean",
-    "sum": "algorithm.aggregation=token-sum",
-}
-
-
-def unknown_name(name: str, known: Iterable[str]) -> str:
-    """Returns the hint that follows an unknown preset, estimator or loss: the name here for a method of that name, or
-    the nearest name.
-
-    >>> unknown_name("Dr.GRPO", ["grpo", "dr_grpo"])
-    "did you mean 'dr_grpo'?"
-    """
-    known = list(known)
-    plain = _plain(name)
-    same = next((k for k in known if _plain(k) == plain), None)
-    preset = next((f"a preset, algorithm.preset={preset}" for preset in PRESETS if _plain(preset) == plain), None)
-    found = same or _METHODS.get(plain) or preset
-    if found is None:
-        return nearest(name, known)
-    return f"did you mean {found!r}?" if found in known else f"{name} is {found}"
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "plusplus"))

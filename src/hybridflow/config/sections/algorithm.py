@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from hybridflow.config.locate import is_function_reference
-from hybridflow.config.names import unknown_name
+from hybridflow.config.methods import unknown_name
 from hybridflow.config.paths import FunctionName
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.presets import CORRECTIONS, PRESETS, REJECTION_LEVELS
