@@ -175,7 +175,7 @@ def _deal_within(costs: Sequence[int], sizes: Sequence[int], budget: int, count:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What sequences cost a rank, see `balanced_ranks`."""
+    """The costs of sequences on a rank, see `balanced_ranks`."""
 
     costs: Sequence[int]
     groups: Sequence[int]

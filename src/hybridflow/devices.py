@@ -1,6 +1,6 @@
-"""Which devices this host has: NVIDIA (cuda), AMD (rocm), Ascend (npu), or the CPU. What depends on the kind is here.
+"""The devices of this host: NVIDIA (cuda), AMD (rocm), Ascend (npu), or the CPU. Code that depends on the kind is here.
 
-torch speaks of AMD's devices as "cuda" too, so kinds are told apart by how torch was built. The rest goes through
+torch calls AMD's devices "cuda" too, so kinds are told apart by how torch was built. The rest goes through
 `torch.accelerator`, which is the same for all of them.
 """
 

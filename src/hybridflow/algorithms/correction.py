@@ -36,7 +36,7 @@ from hybridflow.algorithms.segments import segment_sum
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What is done about it.
+    """The weights and rejections of a correction, with its metrics.
 
     Args:
         weight_T: factor of each token's policy loss (no gradient); 0 where `keep_T` is False.

@@ -1,5 +1,5 @@
-"""How far a policy is from a reference: estimators of KL(policy | reference) from sampled tokens, and the controller
-of the penalty's coefficient.
+"""The divergence of a policy from a reference: estimators of KL(policy | reference) from sampled tokens, and the
+controller of the penalty's coefficient.
 
 With d = logp - reference logp of a token that the policy drew (J. Schulman, "Approximating KL divergence", 2020):
 

@@ -26,7 +26,7 @@ from hybridflow.config.locate import is_function_reference, load_function
 
 @dataclass(slots=True)
 class Terms:
-    """What a loss makes of M tokens.
+    """The loss of M tokens, with its metrics.
 
     Args:
         loss_M: weighted loss of each token: its sum over the mini-batch is what is minimised.
@@ -45,7 +45,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What a loss is computed from.
+    """The inputs of a loss.
 
     Args:
         outputs: scores of the tokens, by the names of `Scorer.score`.

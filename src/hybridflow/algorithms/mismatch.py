@@ -1,4 +1,4 @@
-"""How far the engine that sampled is from the policy that trains, and why: sums that add up, and metrics made of them.
+"""The gap between the engine that sampled and the policy that trains, by its causes: sums and their metrics.
 
 For a token that was drawn with log-probability r and has log-probability l under the policy, both over the words it
 was drawn from (its support), with d = r - l, and with m the policy's log mass of that support (0 for a whole

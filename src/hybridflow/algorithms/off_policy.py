@@ -1,4 +1,4 @@
-"""How far the policy that trains is from the one that sampled: diagnostic metrics, under verl's names.
+"""The distance of the policy that trains from the one that sampled: diagnostic metrics, under verl's names.
 
 With d = logp - rollout logp of a sampled token, and a sequence's perplexity exp(-mean logp):
 

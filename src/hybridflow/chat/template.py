@@ -19,7 +19,7 @@ LossOn = Literal["all_assistant", "last_assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How rows become text: the keys of the same names in ``data``."""
+    """The settings with which rows become text: the keys of the same names in ``data``."""
 
     format: Literal["chat", "text"] = "chat"
     system_prompt: str | None = None

@@ -77,7 +77,7 @@ class NewCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """Where engines write: a folder aside, until the checkpoint is complete."""
+        """The folder that engines write into, aside until the checkpoint is complete."""
         return _aside(step_folder(self.checkpoints, self.step))
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""How a call on a worker group reaches its workers: arguments are split, results are joined.
+"""Calls on a worker group: arguments are split over its workers, and results are joined.
 
 A worker is an ordinary class. A method that is marked with `remote` can be called on a whole group::
 
@@ -39,7 +39,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """How one method is called on a group.
+    """The way in which a method is called on a group.
 
     Args:
         split: from the group's mesh and the call to one call per rank; None for a rank that is not called.

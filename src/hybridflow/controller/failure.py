@@ -67,7 +67,7 @@ class CallFailure:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a process stands while it works on a call.
+    """The state of a process while it works on a call.
 
     Args:
         idle: seconds since it last began something or reported progress.
@@ -84,7 +84,7 @@ class Standing:
 
 @dataclass
 class Evidence:
-    """What is known when an attempt has failed: of every process at most one loss or failure, in order of arrival."""
+    """The facts about a failed attempt: of every process at most one loss or failure, in order of arrival."""
 
     lost: dict[Place, Lost] = field(default_factory=dict)
     failed: dict[Place, CallFailure] = field(default_factory=dict)

@@ -97,7 +97,7 @@ class WorkerGroup:
 
     @property
     def world_size(self) -> int:
-        """How many workers there are."""
+        """The number of workers."""
         return self.mesh.size
 
     def send(self, method: str, dispatch: Dispatch, call: Call) -> Future:

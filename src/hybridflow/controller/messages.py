@@ -33,7 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the processes of a run find each other: a TCPStore, and what they agree on beforehand.
+    """The meeting point of a run's processes: a TCPStore, and settings that they agree on beforehand.
 
     Args:
         host: of the store.

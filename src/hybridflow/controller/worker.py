@@ -1,4 +1,4 @@
-"""What runs in a process of a pool: the workers of all groups that are placed there, and their context."""
+"""A process of a pool: the workers of all groups that are placed there, and their context."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_box(path: Path) -> dict[str, Any]:
 
 
 class WorkerContext:
-    """What a worker knows about where it runs.
+    """The surroundings of a worker: its process, its device, its peers.
 
     Args:
         name: of its group.

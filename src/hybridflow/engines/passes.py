@@ -71,7 +71,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """How an engine sends a batch through its model, some tokens at a time.
+    """The passes of a batch through an engine's model, some tokens at a time.
 
     Args:
         root: a `TokenScorer`, or what it became when it was sharded: called for every forward pass.

@@ -211,7 +211,7 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Which tokens of a packed batch go through the model, and where each of the others is found.
+    """The tokens of a packed batch that go through the model, and where each of the others is found.
 
     Args:
         token_U: on the T axis, the tokens that go through, ascending.

@@ -38,7 +38,7 @@ ENDING = "ForSequenceClassification"
 
 
 class StateReader:
-    """What `engines.scoring` calls for values: a classifier's own layer, in float32 whatever the trunk computes in.
+    """The function that `engines.scoring` calls for values: a classifier's own layer, always in float32.
 
     Args:
         layer: ``[1, D]`` weights; they stay the model's.

@@ -1,4 +1,4 @@
-"""Which families of models may run on packed sequences.
+"""The families of models that may run on packed sequences.
 
 The tests compare the known families with Hugging Face's own forward: scores, gradients, generation. Any other family is
 tried when it is loaded: its packed scores must equal those of its own forward for each sequence alone.

@@ -1,4 +1,4 @@
-"""What stands between the last hidden state and the logits: the output layer, a scale, a soft-cap.
+"""The steps from the last hidden state to the logits: the output layer, a scale, a soft-cap.
 
 Families differ here, and their own forward would hold all logits at once. For every family that the tests do not cover,
 `models.load` compares the logits that are computed here with those of the model itself.

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or a name on the Hugging Face hub or ModelScope, fetched once and kept."""
+"""The location of a model's files: a folder, or a name on the Hugging Face hub or ModelScope, fetched once and kept."""
 
 from __future__ import annotations
 

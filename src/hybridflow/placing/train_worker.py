@@ -1,4 +1,4 @@
-"""What runs in the processes of a pool: one rank of a trained model, of a reference, or a replica that generates."""
+"""The workers of models in the processes of a pool: a rank of a trained model, or of a model that only scores."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # processes that score responses do not import torch
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn.
+    """The settings with which tokens are drawn.
 
     Args:
         max_tokens: most tokens to generate (a stop token counts).
@@ -81,7 +81,7 @@ class Span:
 
 @dataclass(slots=True)
 class Support:
-    """Which tokens could have been sampled (top-p, top-k, min-p), one after the other: ragged, not a mask over V.
+    """The tokens that could have been sampled (top-p, top-k, min-p), one after the other: ragged, not a mask over V.
 
     Args:
         sizes: for each token of the response, how many ids were kept; 0 stands for the whole vocabulary.
@@ -137,7 +137,7 @@ class RolloutEngine(Protocol):
 
     @property
     def replicas(self) -> int:
-        """How many replicas there are, each with weights of its own; `Request.replica` counts them."""
+        """The number of replicas, each with weights of its own; `Request.replica` counts them."""
         ...
 
     @property

@@ -25,7 +25,7 @@ Take = Callable[[str], Sequence[Receipt]]
 
 @dataclass(frozen=True, slots=True)
 class WeightRoute:
-    """How weights travel to an engine's processes, from the section ``placement``.
+    """The route of weights to an engine's processes, from the section ``placement``.
 
     Args:
         transport: how they are carried.

@@ -16,7 +16,7 @@ EPSILON = 1e-6  # added to a standard deviation, as in verl
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which trajectory is in which group.
+    """The groups of trajectories, and the size of each.
 
     Args:
         index_N: group of each trajectory, 0..G-1.

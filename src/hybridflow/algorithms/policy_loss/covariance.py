@@ -1,4 +1,4 @@
-"""Which tokens drive the policy's entropy down: the covariance of advantage and log-probability (arXiv 2505.22617).
+"""The tokens that drive the policy's entropy down: the covariance of advantage and log-probability (arXiv 2505.22617).
 
     cov = (A - mean A) (logp - mean logp), means over the mini-batch's loss tokens
 
@@ -17,7 +17,7 @@ _BLOCK = 1 << 20  # tokens that are sorted at a time
 
 
 def covariance(logp_T: Tensor, advantage_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Computes the covariance of each token ``[T]``; what it is where the mask is False means nothing.
+    """Computes the covariance of each token ``[T]``; its values where the mask is False have no meaning.
 
     In float32 whatever the input, so that the rounding of a mean over tokens in another order changes no rank.
     """

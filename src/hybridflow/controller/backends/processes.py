@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
 
 @dataclass(frozen=True)
 class ProcessStart:
-    """What a process is given when it starts."""
+    """The arguments of a process when it starts."""
 
     place: Place
     device: str

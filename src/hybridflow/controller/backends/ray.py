@@ -64,7 +64,7 @@ QUIET = {"log_to_driver": False, "logging_level": "error"}
 
 @dataclass(frozen=True)
 class RayStart:
-    """What an actor is given before its first call."""
+    """The arguments of an actor before its first call."""
 
     place: Place
     device: str

@@ -1,4 +1,4 @@
-"""Which processes share what: a copy of the parameters, a micro-batch; and what they have to agree on.
+"""The processes of an engine: which share a copy of the parameters or a micro-batch, and what all must agree on.
 
 All of it is about the default process group, which a worker's pool has made before an engine is built.
 """
