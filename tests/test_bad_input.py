@@ -68,12 +68,22 @@ def test_an_unknown_key_in_the_file(tmp_path: Path, capsys: Output) -> None:
 @pytest.mark.parametrize("command", ["train", "sft", "eval", "check"])
 def test_a_configuration_file_that_is_none(command: str, tmp_path: Path, capsys: Output) -> None:
     said = mistake(capsys, command, tmp_path / "gone.yaml")
-    assert f"no configuration file {tmp_path / 'gone.yaml'}" in said and "fix: give a YAML file" in said
+    assert f"no configuration file {tmp_path / 'gone.yaml'}" in said and "hybridflow recipes carry" in said
     (tmp_path / "bad.yaml").write_text("run: {folder: [x\nmodel: }")
     said = mistake(capsys, command, tmp_path / "bad.yaml")
     assert f"{tmp_path / 'bad.yaml'} is not valid YAML" in said and "line 2" in said
     (tmp_path / "list.yaml").write_text("- run\n")
     assert "must hold sections (run:, model:, ...), it holds a list" in mistake(capsys, command, tmp_path / "list.yaml")
+    said = mistake(capsys, command, tmp_path)
+    assert f"{tmp_path} is a folder" in said and f"give one of its files: {tmp_path / 'bad.yaml'}, " in said
+
+
+@pytest.mark.parametrize("place", ["file/below", "file", "/proc/1/recipes"])
+def test_a_recipe_that_cannot_be_copied(place: str, tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = mistake(capsys, "recipes", "carry", tmp_path / place)
+    assert str(tmp_path / place) in said and "fix: give another folder" in said
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # --- data ---

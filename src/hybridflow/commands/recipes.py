@@ -82,7 +82,7 @@ def copy_recipe(name: str, folder: Path | None = None) -> tuple[Path, Recipe]:
         target.mkdir(parents=True, exist_ok=True)
         for file in recipe.files:
             shutil.copyfile(_folder(name) / file, target / file)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"{target} cannot be written: {error}", fix="give another folder") from error
     commands = [command.replace(f"recipes/{name}/", f"{target.as_posix()}/") for command in recipe.commands]
     return target, Recipe(name, recipe.about, recipe.files, commands)

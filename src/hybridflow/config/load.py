@@ -52,9 +52,12 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """
     path = home(path)
     if not path.is_file():
+        files = ", ".join(str(file) for file in sorted(path.glob("*.yaml")))
         raise UserError(
-            f"no configuration file {path}",
-            fix="give a YAML file; `hybridflow recipes carry` copies an example to recipes/carry",
+            f"{path} is a folder" if path.is_dir() else f"no configuration file {path}",
+            fix=f"give one of its files: {files}"
+            if files
+            else "give a YAML file; `hybridflow recipes carry` copies an example to recipes/carry",
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
