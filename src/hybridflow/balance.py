@@ -68,7 +68,7 @@ def balanced_ranks(
         costs: of each sequence alone.
         ranks: how many there are.
         groups: sequences with the same number begin alike.
-        shared: what of its cost a sequence does not add to a rank that has another one of its group.
+        shared: the part of its cost that a sequence does not add to a rank that has another one of its group.
 
     Returns:
         For each rank its sequences, ascending; every sequence once. Empty lists where there are fewer than ranks.

@@ -5,9 +5,9 @@ machine would. Points of a reinforcement-learning step, in order: gen, group (af
 ``group:5`` is the fifth), update, publish, eval, record, save (a checkpoint is half written), saved, finish (all is
 saved but the exported model). Supervised steps have update, save, saved and finish.
 
-``HYBRIDFLOW_FAULT=ACTION:GROUP[.RANK]@stepN:METHOD[:COUNT]`` strikes a worker of a group when the controller calls a
-method of it: ``kill:actor.1@step3:update``. Without a rank it strikes all workers of the group; COUNT is which call of
-the method in that step (the first, if left out); the method ``create`` is the making of the worker. Actions:
+``HYBRIDFLOW_FAULT=ACTION:GROUP[.RANK]@stepN:METHOD[:COUNT]`` makes a worker of a group fail when the controller calls a
+method of it: ``kill:actor.1@step3:update``. Without a rank all workers of the group fail; COUNT is which call of the
+method in that step (the first, if left out); the method ``create`` is the making of the worker. Actions:
 
     kill      the process ends with SIGKILL, as by the kernel when memory runs out
     raise     the worker raises a RuntimeError
@@ -53,7 +53,7 @@ def worker_fault(group: str, rank: int, method: str, step: int, count: int = 1) 
     Args:
         group: name of the worker's group.
         rank: of the worker in its group.
-        method: what is called.
+        method: the method that is called.
         step: step of the run.
         count: how often the method was called in this step.
 

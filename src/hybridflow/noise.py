@@ -99,7 +99,7 @@ def uniform(key: NoiseKey, *ids_R: Tensor) -> Tensor:
     """Computes uniform numbers in (0, 1) ``[R]`` (float64), each a function of the key and of its row's identity alone.
 
     Args:
-        key: whose noise it is.
+        key: of the noise.
         ids_R: what tells rows apart, one or more columns of integers (int64).
     """
     hash_R = torch.full_like(ids_R[0], key.bits())

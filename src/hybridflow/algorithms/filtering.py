@@ -46,6 +46,6 @@ def overlong_penalty_N(length_N: Tensor, max_response_tokens: int, buffer: int, 
         length_N: number of generated tokens.
         max_response_tokens: the limit.
         buffer: the penalty grows over this many tokens before the limit.
-        penalty: what it is at the limit.
+        penalty: its size at the limit.
     """
     return penalty * ((max_response_tokens - buffer - length_N) / buffer).clamp(-1, 0)

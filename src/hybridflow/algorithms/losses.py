@@ -65,7 +65,7 @@ class LossSpec:
     Args:
         function: from scores, columns and parameters to the loss of each token. Its columns are those that it reads,
             and ``sequence_T``: which sequence of the micro-batch a token belongs to.
-        reads: what it reads under these parameters. Engines compute, and send to other processes, nothing else.
+        reads: its inputs under these parameters. Engines compute, and send to other processes, nothing else.
     """
 
     function: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]], Terms]

@@ -67,7 +67,7 @@ def token_ages(version_S: Tensor, start_S: Tensor, end_S: Tensor, mask_T: Tensor
 def gap_sums(
     logp_M: Tensor, rollout_logp_M: Tensor, age_M: Tensor | None = None, log_mass_M: Tensor | None = None
 ) -> Tensor:
-    """Computes the sums that `gap_metrics` reads, in float64 on the host ``[G]``: add it over parts of a batch.
+    """Computes the sums that `gap_metrics` reads, in float64 on the host ``[G]``: add them over parts of a batch.
 
     Args:
         logp_M: log-probabilities under the policy that trains, over the words that each token was drawn from.

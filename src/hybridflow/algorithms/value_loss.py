@@ -21,7 +21,7 @@ def clipped_value_loss(
     Args:
         value_M: current values (with gradient).
         old_value_M: values at the start of the step (no gradient).
-        return_M: what they should be.
+        return_M: the targets of the values.
         clip_value: how far a value may usefully move from the old one in a step; None for no bound.
     """
     error_M = (value_M - return_M).square()

@@ -29,7 +29,7 @@ class RefusedValue(ValueError):
     Args:
         what: what is wrong, as the end of a sentence; the same for all rows of a kind.
         detail: the value itself or where it stands, which differs from row to row.
-        why: what would happen with it.
+        why: the consequence of it.
         fix: how to mend it.
     """
 

@@ -73,7 +73,7 @@ class Standing:
         idle: seconds since it last began something or reported progress.
         collective: whether it waits in a collective.
         frames: the innermost lines.
-        doing: what it is doing.
+        doing: its current work.
     """
 
     idle: float

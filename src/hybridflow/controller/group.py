@@ -18,7 +18,7 @@ class CallSender(Protocol):
         """Sends each worker of a group its part of a call, where it has one.
 
         Args:
-            group: whose workers.
+            group: the group of the workers.
             method: of the workers.
             calls: the arguments for each rank; None for a rank that is not called.
             join: makes one result of theirs.

@@ -28,7 +28,7 @@ class AdamEngine(ABC):
         optim: optimizer and schedule.
         decayed: names of those that weight decay applies to, see `matrices`.
         total_steps: optimizer steps of the whole run, for the schedule's decay.
-        name: what its metrics begin with.
+        name: the prefix of its metrics.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class LocalEngine(AdamEngine, TrainEngine):
         device: where to train.
         value_head: trained with the model; it computes the "value" scores. It makes the model a critic, or an actor
             whose trunk is the critic's too. Its weights are not streamed.
-        name: what its metrics begin with.
+        name: the prefix of its metrics.
         dtype: the type of products, see ``engine.dtype``; auto is bfloat16 on a GPU.
     """
 

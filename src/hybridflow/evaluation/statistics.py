@@ -103,7 +103,7 @@ def mean_interval(values: Sequence[float], key: NoiseKey) -> tuple[Interval, str
 
     Args:
         values: one per prompt.
-        key: whose noise the resamples take.
+        key: of the resamples' noise.
     """
     if all(value in (0, 1) for value in values):
         return wilson(sum(values), len(values)), "wilson"
@@ -154,7 +154,7 @@ def permutation_test(differences: Sequence[float], key: NoiseKey) -> tuple[float
 
     Args:
         differences: one per prompt.
-        key: whose noise the flips take.
+        key: of the flips' noise.
     """
     kept = [d for d in differences if d != 0]
     # Sums that are equal but for rounding count as equal.

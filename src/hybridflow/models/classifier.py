@@ -55,7 +55,7 @@ class StateReader:
 
 
 def state_reader(model: PreTrainedModel) -> StateReader | None:
-    """Returns what reads values from a classifier's last hidden states; None for a model of another kind."""
+    """Returns the reader of values from a classifier's last hidden states; None for a model of another kind."""
     layer = getattr(model, HEAD, None) if is_classifier(type(model).__name__) else None
     return StateReader(layer) if isinstance(layer, torch.nn.Linear) else None
 

@@ -32,7 +32,7 @@ def stored_shapes(folder: Path, path: str, *, outline: bool) -> Shapes | None:
 
     Args:
         folder: of the model.
-        path: how the user names it.
+        path: the name that the user gave.
         outline: whether weights that are on a hub may still be there.
 
     Returns:

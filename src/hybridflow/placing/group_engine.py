@@ -86,7 +86,7 @@ class GroupEngine(GroupScorer, TrainEngine):
 
     Args:
         group: `placing.train_worker.EngineWorker`.
-        name: what its metrics begin with.
+        name: the prefix of its metrics.
         placement: how its weights travel to other processes; None: as the section's defaults say.
     """
 
@@ -196,7 +196,7 @@ class RemoteStream(WeightStream):
     """Weights that are still with their workers: taken in the controller's process, or sent past it.
 
     Args:
-        engine: whose workers they are.
+        engine: the engine of the workers.
         lora: see `TrainEngine.stream_weights`.
     """
 

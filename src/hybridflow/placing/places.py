@@ -118,7 +118,7 @@ class Places:
 
         Args:
             role: the actor's.
-            actor: whose weights it will sample with.
+            actor: the engine whose weights it samples with.
             tokenizer: decodes responses, where a text ends them.
             folder: the run's.
         """

@@ -55,7 +55,7 @@ class Request:
     Args:
         prompt_ids: token ids of the prompt. Requests with equal prompts share one prefill.
         sampling: how to draw.
-        noise: whose noise the tokens take.
+        noise: the key of the tokens' noise.
         generated_ids: tokens already generated (by an aborted request); generation continues after them, and noise and
             `max_tokens` count from the first of them. The result holds only what is new.
         images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.

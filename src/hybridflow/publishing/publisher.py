@@ -230,7 +230,7 @@ def publisher_of(
 
     Args:
         role: the actor's.
-        trainer: whose weights.
+        trainer: the engine that trains.
         rollout: the engine.
         tokenizer: of the model.
         exact: see `Canary`.

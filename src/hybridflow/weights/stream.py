@@ -85,7 +85,7 @@ def stream_of(
         same_memory: the receiver computes with these very tensors.
         lora: "adapters": the adapters alone, for a receiver that has the rest. "merged": plain full weights, each with
             its adapter added in float32. None: everything that the model holds, under the model's own names.
-        dtype: what parameters are published in; None is as they are. Buffers always stay as they are.
+        dtype: the type that parameters are published in; None keeps theirs. Buffers always keep theirs.
         fingerprints: whether they are taken: one process of several is enough.
         names: of a model that `gather` reads: what it holds, under the names that it had before it was cut.
         gather: yields these of its tensors, whole; for parameters that are no DTensors (FSDP1).

@@ -43,7 +43,7 @@ class ShardedEngine(AdamEngine, TrainEngine):
         tokens_per_microbatch: most tokens in one forward pass.
         device: of this rank.
         value_head: see `LocalEngine`.
-        name: what its metrics begin with.
+        name: the prefix of its metrics.
 
     Raises:
         UserError: see `ShardedModel`.

@@ -158,7 +158,7 @@ class ShardedFiles:
     """The part of a checkpoint that is a sharded engine's; all ranks call the same methods.
 
     Args:
-        engine: whose.
+        engine: the engine that the files are of.
     """
 
     def __init__(self, engine: Engine) -> None:
