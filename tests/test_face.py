@@ -98,7 +98,7 @@ def test_objects_train_as_their_files_do_and_the_same_call_resumes(
         if len(seen) == 1:
             run.stop.request("seen enough")
 
-    one = {"model": model, "tokenizer": tokenizer, "callbacks": [stop, lambda: None]}
+    one = {"model": model, "tokenizer": tokenizer, "callbacks": [stop, lambda: None], "eval_data": ROWS[4:]}
     first = small(tmp_path / "one", **one)
     assert (first.model, len(first.metrics)) == (None, 1)
     assert first.stopped == "after step 1 of 2: seen enough"
@@ -111,8 +111,9 @@ def test_objects_train_as_their_files_do_and_the_same_call_resumes(
     assert small(tmp_path / "one", **one) == second
     assert "already done: 2 of 2 steps" in capsys.readouterr().out
 
-    named = {"model": str(tmp_path / "one/given/model"), "data": str(tmp_path / "one/given/train.jsonl")}
-    small(tmp_path / "two", **named)
+    kept = tmp_path / "one/given"
+    named = {"model": str(kept / "model"), "data": str(kept / "train.jsonl"), "eval_data": kept / "eval.jsonl"}
+    assert small(tmp_path / "two", **named).metrics[-1].keys() == second.metrics[-1].keys()
     assert_same_tensors(tmp_path / "one/model/model.safetensors", tmp_path / "two/model/model.safetensors")
 
     # Other objects in the same folder are refused before anything is written, and another process as well.
@@ -139,15 +140,17 @@ def test_objects_train_as_their_files_do_and_the_same_call_resumes(
 
 def test_an_exception_in_a_callback_names_it_and_loses_no_step(tmp_path: Path) -> None:
     def broken(step: int) -> None:
-        if step == 1 and not (tmp_path / "mended").exists():
+        if not (tmp_path / f"mended-{step}").exists():
+            (tmp_path / f"mended-{step}").touch()
             raise KeyError("no such thing")
 
     said = refused(tmp_path / "run", callbacks=[broken])
     assert "the callback broken raised after step 1: KeyError: 'no such thing'" in said
     assert "test_face.py, line" in said and "the run resumes with step 2" in said
-    (tmp_path / "mended").touch()
-    assert [m["step"] for m in small(tmp_path / "run", callbacks=[broken]).metrics] == [1, 2]
-    assert len((tmp_path / "run/events.jsonl").read_text().split('"resume"')) == 2
+    assert "the run then writes its model" in refused(tmp_path / "run", callbacks=[broken])
+    done = small(tmp_path / "run", callbacks=[broken])
+    assert [m["step"] for m in done.metrics] == [1, 2] and done.model == tmp_path / "run/model"
+    assert len((tmp_path / "run/events.jsonl").read_text().split('"resume"')) == 3
 
 
 def test_ctrl_c_saves_everything_and_reaches_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,6 +274,7 @@ def test_a_reward_is_recorded_by_what_it_computes_with() -> None:
         closure,
         lambda worth: functools.partial(score, weight=worth),
         lambda worth: [score, Scorer(worth)],
+        lambda worth: functools.partial(score, client=object(), weights=[{"a": worth}]),
     ]
     for make in makers:
         one, again, other = names(make)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from hybridflow.checkpoint.run_folder import has_begun
 from hybridflow.errors import UserError
@@ -79,6 +80,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, targe
             why="resuming with it would mix two runs",
             fix=f"choose another folder, or resume with model={str(target)!r}, which holds what the run began with",
         )
+    disable_progress_bar()  # as where models are loaded: a bar would hide the lines of the checks
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)

@@ -18,6 +18,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import validate
 from hybridflow.config.paths import home
 from hybridflow.config.sections.data import PromptDataSection
+from hybridflow.controller.backends.forking import refuse_imported_program
 from hybridflow.errors import UserError
 from hybridflow.face.arguments import base_values, merged, refuse_unknown, with_defaults
 from hybridflow.face.model import checked_pair, save_model
@@ -86,6 +87,7 @@ def train(
         UserError: something that was given is wrong.
         Interrupted: Ctrl-C or SIGTERM stopped the run; everything is saved.
     """
+    refuse_imported_program()
     refuse_unknown(sections)
     require_callbacks(callbacks)
     values, base = base_values(config)

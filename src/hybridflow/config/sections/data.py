@@ -35,7 +35,8 @@ def _as_sources(value: object) -> object:
         if rows or callable(entry) or (hasattr(entry, "__getitem__") and not isinstance(entry, str | dict)):
             raise ValueError(
                 f"a configuration names where rows are, and this is a {type(entry).__name__} in memory: write the rows "
-                "to a .jsonl or .parquet file, or name a function that returns them, as file.py:function"
+                "to a .jsonl or .parquet file, or name a function that returns them, as file.py:function; a program "
+                "may give rows to hybridflow.train(data=rows)"
             )
     if isinstance(value, str | os.PathLike | dict | list | tuple):
         return [{"source": entry} if isinstance(entry, str | os.PathLike) else entry for entry in entries]

@@ -13,7 +13,17 @@ from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+from hybridflow.errors import UserError
 from hybridflow.sockets import socket_parent
+
+
+def refuse_imported_program() -> None:
+    """Raises a UserError in a process that imports the program which started it, where the program runs once more."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "a program that starts processes is imported by each of them, and would start its own",
+            fix='put what it does under: if __name__ == "__main__":',
+        )
 
 
 def start_server(preload: Sequence[str]) -> ForkServerContext:

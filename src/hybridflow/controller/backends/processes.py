@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,13 +22,12 @@ import torch
 
 from hybridflow.config.sections.placement import PlacementSection
 from hybridflow.controller.backend import check_devices
-from hybridflow.controller.backends.forking import start_server
+from hybridflow.controller.backends.forking import refuse_imported_program, start_server
 from hybridflow.controller.codec import MessagePipe
 from hybridflow.controller.meeting import LOCALHOST, meeting_point
 from hybridflow.controller.messages import Lost, Meeting, Place, WorkerCall, WorkerReply
 from hybridflow.controller.worker import WorkerHost, read_box, serve_wire
 from hybridflow.devices import CPU, count_devices, pick_device
-from hybridflow.errors import UserError
 
 END_SECONDS = 5.0  # for a process that was asked to end
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
@@ -72,11 +70,7 @@ class ProcessesBackend:
 
     def check(self, places: Sequence[Place]) -> Iterable[str]:
         """Checks that there are as many devices as processes, and that the port is free."""
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise UserError(
-                "a program that starts processes is imported by each of them, and would start its own",
-                fix='put what it does under: if __name__ == "__main__":',
-            )
+        refuse_imported_program()
         self._store = meeting_point(LOCALHOST, self._port)
         yield from check_devices(places, self._device)
 

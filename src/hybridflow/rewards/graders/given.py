@@ -20,6 +20,8 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.rewards import GIVEN
 from hybridflow.rewards.graders.function import name_of
 
+DEPTH = 20  # of lists and dicts in each other; deeper ones, and those that hold themselves, count by their type
+
 GivenReward: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 
 
@@ -44,34 +46,36 @@ def recorded_name(reward: GivenReward) -> str:
     """
     functions = list(reward) if isinstance(reward, Sequence) else [reward]
     names = "+".join(re.sub(r"\W", "", name_of(function)) for function in functions)
-    content = json.dumps([_content(function, ()) for function in functions], sort_keys=True)
+    content = json.dumps([_function(function) for function in functions], sort_keys=True)
     return f"{GIVEN}{names}@{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
 
 
-def _content(value: Any, above: tuple[int, ...]) -> Any:
-    """Returns what JSON can hold of a value, without addresses; of a function what it is made of."""
+def _function(value: Any) -> Any:
+    """Returns what a reward is made of: a function, a method, a partial, or an object with its settings."""
+    if isinstance(value, functools.partial):
+        return [_function(value.func), _content(value.args), _content(value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [value.__name__, _function(value.__self__)]
+    if isinstance(value, types.FunctionType):
+        defaults = _content([value.__defaults__, value.__kwdefaults__])
+        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
+        closure = {name: _content(cell.cell_contents) for name, cell in cells if _is_filled(cell)}
+        return [value.__qualname__, _source(value) or _code(value.__code__), defaults, closure]
+    kind = value if isinstance(value, type) else type(value)
+    return [kind.__qualname__, _source(kind), _content(getattr(value, "__dict__", {})) if kind is not value else None]
+
+
+def _content(value: Any, depth: int = 0) -> Any:
+    """Returns what JSON can hold of a value; of other objects the type alone, because their text may be an address."""
     if value is None or isinstance(value, str | int | float):
         return value
-    if id(value) in above:  # an object that holds itself
-        return "..."
-    above = (*above, id(value))
-    if isinstance(value, Mapping):
-        return {str(key): _content(inside, above) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [_content(inside, above) for inside in value]
-    if isinstance(value, functools.partial):
-        return [_content(inside, above) for inside in (value.func, value.args, value.keywords)]
-    if isinstance(value, types.MethodType):
-        return [value.__name__, _content(value.__self__, above)]
-    if isinstance(value, types.FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
-        closure = {name: _content(cell.cell_contents, above) for name, cell in cells if _is_filled(cell)}
-        defaults = [_content(inside, above) for inside in (value.__defaults__, value.__kwdefaults__)]
-        return [value.__qualname__, _source(value) or _code(value.__code__), defaults, closure]
-    if isinstance(value, type):
-        return [value.__qualname__, _source(value)]
-    fields = getattr(value, "__dict__", {})  # plain data: the settings of a callable object
-    return [_content(type(value), above), {name: _content(inside, above) for name, inside in fields.items()}]
+    if depth < DEPTH and isinstance(value, Mapping):
+        return {str(key): _content(inside, depth + 1) for key, inside in value.items()}
+    if depth < DEPTH and isinstance(value, list | tuple):
+        return [_content(inside, depth + 1) for inside in value]
+    if callable(value) and hasattr(value, "__code__"):  # a function that the reward calls
+        return [value.__qualname__, _source(value) or _code(value.__code__)]
+    return type(value).__qualname__
 
 
 def _source(value: Any) -> str | None:
@@ -88,6 +92,7 @@ def _code(code: types.CodeType) -> list[Any]:
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        return cell.cell_contents is not None
+        _ = cell.cell_contents
     except ValueError:  # a name that is not set yet
         return False
+    return True
