@@ -192,6 +192,14 @@ def test_metrics_that_the_symptoms_name_are_metrics() -> None:
     assert named - known - families == set()
 
 
+def test_messages_that_the_symptoms_quote_are_the_ones_that_a_run_prints() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # literals over several lines
+    said = [part for text in re.findall(r'"([^"\n]{6,})"', prose(ROOT / "docs/faq.md")) for part in text.split(" ... ")]
+    assert len(said) > 10
+    assert [part for part in said if part not in joined] == []
+
+
 CHECKPOINT_VALUES = ("run.drawn", "run.data", "run.recent", "run.unevaluated")  # names in a checkpoint's state.json
 
 
