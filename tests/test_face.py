@@ -217,6 +217,7 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"optim": {"learning_rate": 1e-5}}, ["optim.learning_rate: unknown key; here it is optim.lr"]),
     ({"tokenizer": object()}, ["a tokenizer is given beside a model that is named"]),
     ({"callbacks": [lambda loss: None]}, ["the callback <lambda> wants 'loss'", "any of the arguments step, metrics"]),
+    ({"callbacks": score}, ["callbacks is a function, not a list", "callbacks=[function]"]),
     ({"callbacks": [3]}, ["the callback 3 is a int, and not a function"]),
     ({"reward": lambda answer_text: 0.0}, ["wants 'answer_text'", "def score(response: str"]),
     ({"reward": ["gsm8k"]}, ["entry 0 of reward is a str", '"terms"']),
@@ -297,21 +298,41 @@ def test_a_reward_in_processes_of_its_own_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     import my_reward_file
 
-    half = functools.partial(my_reward_file.score, weight=0.5)
-    done = small(tmp_path / "run", reward={"function": half, **pool}, train={"steps": 1})
-    recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["reward"]
-    assert recorded["function"] == f"{tmp_path / 'my_reward_file.py'}:score"
-    assert recorded["kwargs"] == {"weight": 0.5}
-    assert 0 < done.metrics[0]["critic/score/max"] <= 0.5
+    half, whole = (functools.partial(my_reward_file.score, weight=weight) for weight in (0.5, 1.0))
+    done = small(tmp_path / "run", reward={"function": [half, whole], **pool}, train={"steps": 1})
+    recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["reward"]["terms"]
+    assert {name: (term["function"], term["kwargs"]) for name, term in recorded.items()} == {
+        "score": (f"{tmp_path / 'my_reward_file.py'}:score", {"weight": 0.5}),
+        "score_2": (f"{tmp_path / 'my_reward_file.py'}:score", {"weight": 1.0}),
+    }
+    assert done.metrics[0]["reward/score_2/max"] == 2 * done.metrics[0]["reward/score/max"] > 0
 
 
 def test_a_configuration_is_the_base_of_a_call(tmp_path: Path) -> None:
-    """A file, sections or an object give the rest; what the call gives wins over them."""
-    base = SMALL | {"model": {"path": f"{CARRY}:tiny_qwen3"}, "reward": {"function": "gsm8k", "kwargs": {"a": 1}}}
+    """A file, sections or an object; what the call gives wins over them, and a reward replaces the base's whole."""
+    small(tmp_path / "run")
+    data = SMALL["data"] | {"train": str(tmp_path / "run/given/train.jsonl")}
+    model = {"path": f"{CARRY}:tiny_qwen3"}
+    base = SMALL | {
+        "run": SMALL["run"] | {"folder": "none"},
+        "model": model,
+        "data": data,
+        "reward": {"function": "math"},
+    }
     file = tmp_path / "base.yaml"
     file.write_text(yaml.safe_dump(base))
-    for i, config in enumerate((str(file), base)):
-        with pytest.raises(hf.UserError, match="a int, and not a function"):
-            hf.train(config=config, callbacks=[3])
-        done = hf.train(config=config, data=ROWS, reward=score, folder=tmp_path / f"run{i}", train={"steps": 1})
-        assert len(done.metrics) == 1
+    for i, config in enumerate((str(file), base, hf.load_config(file))):
+        folder, stop = tmp_path / f"run{i}", lambda run: run.stop.request("one is enough")
+        hf.train(config=config, reward=score, folder=folder, optim={"lr": 2e-3}, callbacks=[stop])
+        one, other = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("run", f"run{i}"))
+        assert other["optim"] == one["optim"] | {"lr": 2e-3}
+        assert [other[name] for name in ("train", "reward", "rollout")] == [
+            one[n] for n in ("train", "reward", "rollout")
+        ]
+
+
+def test_a_short_call_makes_one_pass_with_no_more_prompts_than_there_are_rows(tmp_path: Path) -> None:
+    config = {name: section for name, section in SMALL.items() if name != "train"}
+    done = small(tmp_path / "run", config=config, train={"samples_per_prompt": 2})
+    train = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]
+    assert (train["epochs"], train["prompts_per_step"], len(done.metrics)) == (1, 6, 1)

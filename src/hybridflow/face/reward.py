@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridflow.errors import UserError
 from hybridflow.rewards.graders.function import name_of
-from hybridflow.rewards.graders.given import GivenReward
+from hybridflow.rewards.graders.given import GivenReward, named
 
 
 def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenReward | None]:
@@ -47,7 +47,7 @@ def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenRewar
         return rest, functions if several else functions[0]
     if not several:
         return rest | _named(functions[0]), None
-    terms = {name_of(function): _named(function) for function in functions}
+    terms = {name: _named(function) for name, function in named(functions).items()}
     return rest | {"terms": terms}, None
 
 

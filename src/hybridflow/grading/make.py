@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
-from typing import Any
 
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
@@ -19,7 +18,7 @@ from hybridflow.placing.places import Places
 from hybridflow.protocols.rewards import Answers, Grader, Score
 from hybridflow.rewards.graders.composed import ComposedGrader, FunctionGrader, Part
 from hybridflow.rewards.graders.function import FIXES, FunctionSpec, name_of
-from hybridflow.rewards.graders.given import GivenReward
+from hybridflow.rewards.graders.given import GivenReward, named
 from hybridflow.rewards.graders.in_process import InProcessGrader
 from hybridflow.rewards.graders.remote import RemoteGrader
 from hybridflow.rewards.graders.routing import route
@@ -74,12 +73,7 @@ def _given_grader(given: GivenReward) -> Grader:
     if not isinstance(given, Sequence):
         whole = InProcessGrader({name_of(given): given})
         return ComposedGrader(lambda answers: [Part(None, whole)], [whole])
-    names: dict[str, Callable[..., Any]] = {}
-    for function in given:
-        name, number = name_of(function), 2
-        while name in names:
-            name, number = f"{name_of(function)}_{number}", number + 1
-        names[name] = function
+    names = named(given)
     grader = InProcessGrader(names)
     parts = [Part(name, grader, name) for name in names]
     return ComposedGrader(lambda answers: parts, [grader])

@@ -34,8 +34,19 @@ def with_given(config: RlConfig, reward: GivenReward | None) -> RlConfig:
     """
     if reward is None:
         return config
-    named: dict[str, Any] = {"function": recorded_name(reward), "terms": None, "kwargs": {}}
-    return config.model_copy(update={"reward": config.reward.model_copy(update=named)})
+    recorded: dict[str, Any] = {"function": recorded_name(reward), "terms": None, "kwargs": {}}
+    return config.model_copy(update={"reward": config.reward.model_copy(update=recorded)})
+
+
+def named(functions: Sequence[Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Names every function of a list; of several with one name the later ones have a number."""
+    names: dict[str, Callable[..., Any]] = {}
+    for function in functions:
+        name, number = name_of(function), 2
+        while name in names:
+            name, number = f"{name_of(function)}_{number}", number + 1
+        names[name] = function
+    return names
 
 
 def recorded_name(reward: GivenReward) -> str:

@@ -32,6 +32,8 @@ def require_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         UserError: one is no function, or wants an argument that there is none of.
     """
+    if not isinstance(callbacks, Sequence):
+        raise UserError(f"callbacks is a {type(callbacks).__name__}, not a list", fix="callbacks=[function]")
     for callback in callbacks:
         _arguments_of(callback)
 
