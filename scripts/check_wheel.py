@@ -39,9 +39,16 @@ for command in [[], *([name] for name in sys.argv[1:])]:
 """
 COMPLETE = """
 eval "$({} completion bash)"
-COMP_WORDS=(hybridflow {} '') COMP_CWORD={}
-_hybridflow
-echo "${{COMPREPLY[@]}}"
+for typed in "hybridflow" "hybridflow recipes" "hybridflow train"; do
+  COMP_WORDS=($typed ''); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+  _hybridflow
+  echo "${{COMPREPLY[@]}}"
+done
+"""
+CHECK_AND_TRAIN = """
+import sys
+from hybridflow.cli.main import main
+sys.exit(main(["check", *sys.argv[1:]]) or main(["train", *sys.argv[1:]]))
 """
 
 
@@ -146,18 +153,16 @@ def check_light_commands(installed: Installed) -> None:
     assert "hybridflow check my.yaml" in installed.command(*INIT)
     assert "hybridflow recipes carry" in installed.command("train", "recipes/none.yaml", status=1)
     hybridflow = installed.python.parent / "hybridflow"
-    for words, expected in (("", "recipes"), ("recipes", "carry"), ("train", "optim.lr=")):
-        said = run(["bash", "-c", COMPLETE.format(hybridflow, words, len(words.split()) + 1)], installed.folder)
-        assert expected in said.split(), (words, said)
+    said = run(["bash", "-c", COMPLETE.format(hybridflow)], installed.folder).splitlines()
+    assert [word in line.split() for word, line in zip(("recipes", "carry", "optim.lr="), said)] == [True] * 3, said
 
 
 def check_training(installed: Installed) -> None:
     """Checks and trains the copied recipe with the model of its task, and looks at what the run leaves."""
     config, model = "recipes/carry/grpo.yaml", "model.path=recipes/carry/task.py:tiny_qwen3"
-    tiny = [model, "data.eval=null", "eval=null"]
-    sizes = ["train.steps=1", "train.prompts_per_step=2", "train.samples_per_prompt=2", "rollout.max_response_tokens=8"]
-    assert "all checks passed" in installed.command("check", config, *tiny, *sizes)
-    installed.command("train", config, *tiny, *sizes)
+    tiny = ["train.prompts_per_step=2", "train.samples_per_prompt=2", "rollout.max_response_tokens=8", "data.eval=null"]
+    said = installed.code(CHECK_AND_TRAIN, config, model, "train.steps=1", "eval=null", *tiny)
+    assert "all checks passed" in said
     left = {path.name for path in (installed.folder / "runs/carry-grpo").iterdir()}
     assert {"metrics.jsonl", "model", "report.html"} <= left
 

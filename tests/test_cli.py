@@ -352,3 +352,24 @@ def test_a_shell_completes_commands_options_and_keys(tmp_path: Path, capsys: Out
         assert done.stdout.split() == [expected]
     assert succeed(capsys, "completion", "zsh").startswith("autoload ")
     assert "__fish_seen_subcommand_from train' -a '--help" in succeed(capsys, "completion", "fish")
+
+
+def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path(CARRY).parents[1]
+    assert [r["name"] for r in json.loads(succeed(capsys, "recipes", "--json"))] == ["carry", "gsm8k", "rlhf"]
+    assert "hybridflow train recipes/carry/grpo.yaml" in succeed(capsys, "recipes", "carry")
+    copied = sorted((tmp_path / "recipes/carry").iterdir())
+    assert [f.name for f in copied] == sorted(f.name for f in (root / "carry").iterdir() if f.is_file())
+    assert all(f.read_bytes() == (root / "carry" / f.name).read_bytes() for f in copied)
+    said = mistake(capsys, "recipes", "carry")
+    assert "recipes/carry exists already" in said and "hybridflow recipes carry my-carry" in said
+    (tmp_path / "file").touch()
+    assert "file exists already" in mistake(capsys, "recipes", "carry", "file")
+    assert "cannot be written" in mistake(capsys, "recipes", "carry", "file/carry")
+    assert "hybridflow reward-model 'my own/reward-model.yaml'" in succeed(capsys, "recipes", "rlhf", "my own")
+    with pytest.raises(SystemExit):
+        main(["recipes", "cary"])
+    assert "choose from 'carry', 'gsm8k', 'rlhf'" in capsys.readouterr().err

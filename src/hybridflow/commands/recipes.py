@@ -7,8 +7,10 @@ an installed package has them beside its modules. This module is light: it impor
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,14 @@ def copy_recipe(name: str, folder: Path | None = None) -> tuple[Path, Recipe]:
             shutil.copyfile(_folder(name) / file, target / file)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}", fix="give another folder") from error
-    commands = [command.replace(f"recipes/{name}/", f"{target.as_posix()}/") for command in recipe.commands]
+    here = partial(_moved, old=f"recipes/{name}/", new=f"{target.as_posix()}/")
+    commands = [re.sub(r"\S+", here, command) for command in recipe.commands]
     return target, Recipe(name, recipe.about, recipe.files, commands)
+
+
+def _moved(word: re.Match[str], old: str, new: str) -> str:
+    """Returns a word of a command for a shell, with the folder of the copy."""
+    return shlex.quote(word[0].replace(old, new)) if old in word[0] else word[0]
 
 
 def _folder(name: str) -> Path:
