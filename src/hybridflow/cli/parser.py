@@ -1,4 +1,4 @@
-"""How a command line is read, and how its output ends: options and overrides in any order, paths with ``~``, pipes."""
+"""Reads a command line and ends its output: options and overrides in any order, paths with ``~``, pipes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Reads overrides before and after options; argparse by itself ends their list where an option comes."""
+        """Reads overrides before and after options; argparse alone ends their list at the first option."""
         if self._within:
             return super().parse_known_args(args, namespace)
         self._within, self.words = True, list(args or ())
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return given, unknown
 
     def _refuse(self, option: str, *, takes_overrides: bool) -> NoReturn:
-        """Ends for an option that there is none of: keys of a configuration have no dashes."""
+        """Exits for an unknown option: keys of a configuration have no dashes."""
         known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
         text = f"there is no option {option.partition('=')[0]}"
         if not takes_overrides:
@@ -65,10 +65,10 @@ def never_fails_to_print() -> None:
 
 
 def reader_is_gone() -> int:
-    """Returns the status of a command whose output nobody reads any more (``| head``): the one that the signal would
-    have given.
+    """Returns the status of a command whose output is no longer read (``| head``): the one that the signal would have
+    given.
 
-    What is still to be written goes nowhere, so that the interpreter does not complain at its end.
+    Drops the rest of the output, so that the interpreter does not report an error at its end.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE

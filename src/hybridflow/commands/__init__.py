@@ -1,1 +1,1 @@
-"""What each command does, below the command line."""
+"""The commands, below the command line."""

@@ -36,7 +36,7 @@ class AuditRows:
         prompt_key: as ``data.prompt_key``.
         ground_truth_key: as ``data.ground_truth_key``.
         response_key: column with a right response; None: it is made of the ground truth.
-        right: how, with {ground_truth} in it; None: in the form that the reward reads.
+        right: the form of a right response, with {ground_truth} in it; None: the form that the reward reads.
     """
 
     source: str
@@ -56,8 +56,8 @@ class AuditOptions:
         pool: as ``reward.pool``.
         allowed: mutations of which nothing is expected.
         heavy: with responses of a megabyte.
-        calls: that measure cost and memory.
-        seed: of the order of answers, and of which wrong answer a row gets.
+        calls: number of calls that measure cost and memory.
+        seed: of the order of responses, and of the choice of a row's wrong answer.
     """
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +77,8 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
         options: how.
 
     Raises:
-        UserError: no such reward, nothing to audit it with, or rows of which no right or wrong answer can be made.
+        UserError: there is no such reward, or nothing to audit it with, or no right or wrong response can be made from
+            the rows.
     """
     if reward in SPECIAL:
         raise UserError(

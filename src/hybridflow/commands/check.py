@@ -1,4 +1,4 @@
-"""Everything that can fail before training, tried before training: `hybridflow check`, and the start of every run.
+"""Checks before training everything that can fail then: `hybridflow check`, and the start of every run.
 
 Shapes: T tokens of all sequences.
 """
@@ -49,7 +49,7 @@ MAX_CONVERSATIONS = 2_000  # conversations whose masks are checked; that takes l
 
 
 def check(config: Any, **objects: Any) -> Iterator[str]:
-    """Checks one thing after the other, and says in words what it found.
+    """Runs one check after the other, and yields the findings as lines for a reader.
 
     Args:
         config: a configuration of any kind.

@@ -1,4 +1,4 @@
-"""What `hybridflow check` looks at before a reward model is trained.
+"""The checks of `hybridflow check` before a reward model is trained.
 
 Shapes: T tokens of all conversations.
 """

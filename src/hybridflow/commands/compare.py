@@ -1,4 +1,4 @@
-"""Two models on the same prompts: `hybridflow eval A B`."""
+"""Compares two models on the same prompts: `hybridflow eval A B`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compares two evaluations prompt by prompt; models are evaluated first.
 
-    Rewards of 0 and 1 with one response to each prompt are held together by McNemar's exact test, others by a paired
+    Rewards of 0 and 1 with one response to each prompt are compared by McNemar's exact test, others by a paired
     permutation test on each prompt's mean reward. The interval of the difference is a bootstrap over prompts.
 
     Args:
@@ -45,7 +45,7 @@ def compare(
         "differences" (settings in which they were evaluated otherwise, with the value of each).
 
     Raises:
-        UserError: neither an evaluation nor a model that can be evaluated, or nothing that both were asked.
+        UserError: there is neither an evaluation nor a model that can be evaluated, or the two share no prompt.
     """
     folders = [_evaluation(path, name, config, note) for path, name in ((first, "a"), (second, "b"))]
     a, b = (_rewards(folder) for folder in folders)

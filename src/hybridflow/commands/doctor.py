@@ -1,7 +1,7 @@
-"""Whether this host can run a job: versions, devices, memory, disk, ports, and two processes that talk to each other.
+"""Checks whether this host can run a job: versions, devices, memory, disk, ports, and two processes in a collective.
 
-Each check is a function that returns what it found, in words, or raises the UserError that says what to mend. It runs
-on one host; on a cluster, run it on each.
+Each check is a function that returns its finding as text, or raises a UserError with the remedy. It runs on one host;
+on a cluster, run it on each.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _free_port() -> str:
 
 
 def _collective(time_limit: float) -> str:
-    """Lets two processes meet and sum a tensor: over gloo, and between two devices where there are two."""
+    """Runs a sum over two processes: over gloo, and between two devices where there are two."""
     kind = kind_of()
     two = kind is not CPU and count_devices(kind) >= 2
     seconds = _two_processes("cpu", time_limit)
@@ -242,7 +242,7 @@ def _expect_done(answers: Connection, seconds: float, wanted: str, time_limit: f
 
 
 def _sum_with_other(rank: int, port: int, wanted: str, answers: Connection) -> None:
-    """Runs in each of the two processes; answers None, or what went wrong."""
+    """Runs in each of the two processes; returns None, or the error as text."""
     try:
         device = pick_device(wanted, local_rank=rank)
         dist.init_process_group(

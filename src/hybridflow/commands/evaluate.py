@@ -1,4 +1,4 @@
-"""Evaluating a model outside of training: `hybridflow eval`."""
+"""Evaluates a model outside of training: `hybridflow eval`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Scores a model's responses; writes evaluation.json and answers.parquet into the run's folder.
 
-    An evaluation of other settings or another result that is there already is kept: it moves to ``before-1/``, or the
-    next such folder that is free.
+    An earlier evaluation with other settings or another result is kept: it moves to ``before-1/``, or the next free
+    folder of that form.
 
     Args:
         config: the configuration.
-        note: takes a line about the progress now and then.
+        note: takes a line about the progress every 10 seconds.
 
     Returns:
         What evaluation.json holds.
@@ -83,7 +83,7 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
 
 
 def _keep_earlier(folder: Path, result: Mapping[str, Any]) -> Path | None:
-    """Moves the evaluation in a folder aside, unless it is the same as this one; where it is then."""
+    """Moves the evaluation in a folder aside, unless it is the same as this one; returns its new place."""
     file = folder / "evaluation.json"
     if not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What is trained as folders: in a checkpoint, and as a plain Hugging Face folder (`hybridflow export`)."""
+"""Writes trained models as folders: in a checkpoint, and as a plain Hugging Face folder (`hybridflow export`)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def export(
 def _write_model(
     checkpoint: Path, section: RlModelSection, seed: int, target: Path, dtype: torch.dtype
 ) -> PreTrainedTokenizerBase:
-    """Writes the model of a checkpoint; returns its tokenizer. Of one that is cut over files, a part is in memory."""
+    """Writes the model of a checkpoint; returns its tokenizer. Of a sharded one, only a part is in memory at a time."""
     shards, own = checkpoint / SHARDS, checkpoint / "model"
     if own.is_dir() and shards.is_dir():
         model = empty_model(own, trust_remote_code=section.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Asking a model outside of training: `hybridflow eval` and `hybridflow generate`."""
+"""Generates with a model outside of training: `hybridflow eval` and `hybridflow generate`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Answer:
     """A response of `hybridflow generate`.
 
     Args:
-        prompt: what was asked.
-        sample: which of the responses to it.
+        prompt: the prompt.
+        sample: number of the response among those to the prompt.
         response: the text, without special tokens.
         finish_reason: "stop", or "length" where it was cut.
         tokens: its length.
@@ -60,7 +60,7 @@ def ask(
 
     Args:
         model_path: the model, or a run's folder.
-        prompts: what to ask.
+        prompts: the prompts.
         max_tokens: longest response; None is `DEFAULT_TOKENS`, or less in a short context.
         sampling: how to draw; its `max_tokens` and stop tokens are filled in.
         samples: responses to each prompt.

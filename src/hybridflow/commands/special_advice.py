@@ -1,7 +1,7 @@
-"""Special tokens in answers: what rewards and stops read of them, and what `check` advises about them.
+"""Special tokens in responses: what rewards and stops read of them, and the advice of `check` about them.
 
-A tokenizer that makes <think> or </answer> one special token leaves it out where it writes text. Rewards then see no
-such tag, unless ``reward.keep_special_tokens`` says so; the tokens that end a response they never see.
+A tokenizer that makes <think> or </answer> one special token leaves it out of decoded text. Rewards then see no such
+tag, unless ``reward.keep_special_tokens`` is true; they never see the tokens that end a response.
 """
 
 from __future__ import annotations

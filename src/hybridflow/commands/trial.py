@@ -32,15 +32,15 @@ def try_reward(
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
     function: GivenReward | None = None,
 ) -> Iterator[str]:
-    """Scores the ground truth of the first row of every data source. Where that is worth no more than an empty
-    response, scores other forms of it too, and yields which is worth most.
+    """Scores the ground truth of the first row of every data source. Where that scores no more than an empty response,
+    scores other forms of it too, and yields the best one.
 
     Args:
         config: the configuration.
         prompts: the rows.
         read: what a reward sees of a response with this text.
-        rows: among how many of them the first of each source is looked for.
-        lacking: what to say where the components that the reward returned are not all that the run reads.
+        rows: number of rows that are searched for the first one of each source.
+        lacking: makes the error where the run reads components that the reward did not return.
         function: a reward that a program gives, instead of the configured one.
 
     Raises:
@@ -92,7 +92,7 @@ def reward_name(config: RlConfig | EvalConfig) -> str:
 
 
 def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:
-    """Says which form a right response may need, where the bare ground truth is worth no more than nothing."""
+    """Says which form a right response may need, where the bare ground truth scores no more than an empty response."""
     [empty] = _scores(grader, prompt, [""])
     if empty.failure is not None:
         said = str(empty.failure).splitlines()[0]

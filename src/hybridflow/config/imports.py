@@ -1,8 +1,8 @@
-"""Importing a file of the user's, and the files that it imports from beside it, as if it were run as a program.
+"""Imports a file of the user's, and the files that it imports from the same folder, as if it were run as a program.
 
-``import helper`` in a file means the ``helper.py`` (or the package) beside it, whatever the current folder is and in
-whichever process, unless Python itself has a module of that name. Every folder is a package of its own, so files that
-are called the same in two folders stay apart, and what an import does in one file changes none in another.
+``import helper`` in a file means the ``helper.py`` (or the package) beside it, from any current folder and in any
+process, unless Python itself has a module of that name. Every folder is a package of its own, so files of one name in
+two folders stay apart, and an import in one file changes none in another.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Gives a module of these packages a loader of its own, and leaves all others to Python."""
+        """Returns a loader for a module of these packages, and leaves all others to Python."""
         if name.partition(".")[0] not in _FOLDERS:
             return None
         spec = PathFinder.find_spec(name, path, target)

@@ -1,4 +1,4 @@
-"""Sections that stand for a part of the run and begin with the values of another section, key by key."""
+"""Sections for a part of the run that inherit the values of another section, key by key."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ class Key:
 
     Args:
         name: with dots: ``optim.lr``.
-        type: in words, with its bounds; "section" where other keys are inside.
-        default: in words: "*required*", "unset", "by preset", or the value between backticks.
+        type: described with its bounds; "section" where other keys are inside.
+        default: as text: "*required*", "unset", "by preset", or the value between backticks.
         description: one line.
-        where: the kinds of its section that have it, in words; empty where all have it.
+        where: describes the kinds of its section that have it; empty where all have it.
     """
 
     name: str

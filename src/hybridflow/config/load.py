@@ -80,7 +80,7 @@ def validate(
         kind: see `load_config`.
         values: sections by name.
         source: how to call them in messages.
-        base: a folder in which files that are named are looked for, if the current one has none of that name.
+        base: a folder in which named files are looked up, if the current one has none of that name.
 
     Raises:
         UserError: see `load_config`.

@@ -1,4 +1,4 @@
-"""Finding files and functions that a configuration names."""
+"""Finds files and functions that a configuration names."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def expanded(text: str) -> str:
     """Returns a path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` filled in; ``scheme://...`` is left as it
     is.
 
-    A file that really has a dollar sign in its name keeps it where the variable is not set.
+    A file whose name holds a dollar sign keeps it where the variable is not set.
 
     Raises:
-        ValueError: a variable is not set, or there is no such user. A folder of that name would be made otherwise.
+        ValueError: a variable is not set, or there is no such user; else a folder of that literal name would be made.
     """
     if "://" in text:
         return text

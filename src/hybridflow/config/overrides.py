@@ -1,10 +1,9 @@
-"""``dotted.key=value`` on the command line: the type of the key says how the value is read.
+"""``dotted.key=value`` on the command line: the type of the key decides how the value is read.
 
-A key that holds text takes it as it is typed, `#`, colons, brackets and spaces included. ``null`` leaves a key unset,
-and a value that stands in quotes as a whole loses them (``'"null"'`` is the word). Numbers, true and false, lists and
-sections are read as YAML; where a list of texts is wanted, one text may stand for it. A key of any type
-(`reward.kwargs`, `rollout.engine_args`) takes what is plainly a number, true, false, a list or a section as that, all
-else as text.
+A key that holds text takes it as typed, `#`, colons, brackets and spaces included. ``null`` leaves a key unset, and
+quotes around a whole value are taken off (``'"null"'`` is the word). Numbers, true and false, lists and sections are
+read as YAML; for a list of texts, one text is a list of one. A key of any type (`reward.kwargs`, `rollout.engine_args`)
+takes a value that reads as a number, true, false, a list or a section as that, everything else as text.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 def apply_override(values: dict[str, Any], text: str) -> None:
-    """Sets what ``dotted.key=value`` says in plain values.
+    """Sets the value of ``dotted.key=value`` in plain values.
 
     Raises:
         UserError: it is not of that form, or its value is not what the key needs.

@@ -1,7 +1,7 @@
 """Keys that name files and folders: one rule for all of them.
 
-``~`` and ``$VARIABLE`` are filled in. What a run reads is looked for from the current folder, then beside the YAML file
-(the validation context's ``base``); what it writes is where it says.
+``~`` and ``$VARIABLE`` are filled in. A path that a run reads is looked up in the current folder, then beside the YAML
+file (the validation context's ``base``); a path that it writes is used as it is.
 """
 
 from __future__ import annotations

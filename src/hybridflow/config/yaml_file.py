@@ -1,4 +1,4 @@
-"""YAML as a configuration has it: 1e-4 is a number, and a key that stands twice is a mistake."""
+"""YAML as a configuration has it: 1e-4 is a number, and a key that occurs twice is a mistake."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridflow.errors import UserError
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; everyone here means a number."""
+    """Reads 1e-4 as a number; YAML 1.1 reads a string."""
 
 
 Loader.add_implicit_resolver(
@@ -29,7 +29,7 @@ def read_yaml(text: str, source: str) -> Any:
         source: how to call it in messages.
 
     Raises:
-        UserError: it is not YAML, or a key stands twice in one section (the second would replace the first).
+        UserError: it is not YAML, or a key occurs twice in one section (the second would replace the first).
     """
     try:
         loader = Loader(text)
@@ -43,7 +43,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def refuse_repeated(node: Any, above: tuple[str, ...], source: str) -> None:
-    """Raises a UserError where a key stands twice in one section below a node."""
+    """Raises a UserError where a key occurs twice in one section below a node."""
     if isinstance(node, yaml.SequenceNode):
         for entry in node.value:
             refuse_repeated(entry, above, source)

@@ -178,7 +178,7 @@ _WRAPPERS = {"data", "rows", "examples", "instances", "items", "records", "resul
 
 
 def _require_row(path: Path, whole: dict[str, Any]) -> None:
-    """Holds one object to being a row: not something around a list of rows.
+    """Checks that one object is a row, not an object around a list of rows.
 
     Raises:
         UserError: it is such a thing.

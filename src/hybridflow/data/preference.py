@@ -56,7 +56,7 @@ def last_read(token_ids: Sequence[int], padding: int | None) -> int:
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, file: str | None, *, key: str) -> None:
-    """Gives a tokenizer the template in a file, and makes sure that it has one.
+    """Gives a tokenizer the template in a file, and checks that it has one.
 
     Raises:
         UserError: there is no such file, or no template.
@@ -105,7 +105,7 @@ class PreferenceSet:
         return self.data.fingerprint()
 
     def sampler(self, *, seed: int) -> Sampler:
-        """Draws from these pairs, as ``data.order`` and the weights of the sources say."""
+        """Draws from these pairs, in the order of ``data.order`` and by the weights of the sources."""
         return self.data.sampler(self.config.order, seed=seed)
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -196,7 +196,7 @@ class PreferenceSet:
 
         Raises:
             UserError: a column is missing.
-            RowError: what the columns hold is no pair of responses to one prompt.
+            RowError: the columns hold no pair of responses to one prompt.
         """
         c, row, (source, number) = self.config, self.data.rows[index], self.data.place(index)
         key, prompt = _prompt_column(row, c), Messages()
@@ -276,7 +276,7 @@ def load_preferences(
     seed: int,
     padding: int | None = None,
 ) -> PreferenceSet:
-    """Reads pairs; those of one response twice are left out, and over-long ones where ``data.over_long`` says so.
+    """Reads pairs; leaves out pairs of two equal responses, and over-long ones where ``data.over_long`` is filter.
 
     Args:
         sources: training or held-out rows.

@@ -25,7 +25,7 @@ _CHUNK = 1000  # rows tokenised together
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question ready to be answered.
+    """A prompt ready for generation.
 
     Args:
         token_ids: the rendered prompt, the template's opening of the response included.
@@ -97,7 +97,7 @@ class PromptSet:
 
     @property
     def source(self) -> str:
-        """Where the rows came from, in words."""
+        """A description of the source of the rows."""
         return self.data.name
 
     @property
@@ -111,7 +111,7 @@ class PromptSet:
         return Style(self.config.format, self.config.system_prompt, self.config.thinking)
 
     def sampler(self, *, seed: int) -> Sampler:
-        """Draws from these prompts, as ``data.order`` and the weights of the sources say."""
+        """Draws from these prompts, in the order of ``data.order`` and by the weights of the sources."""
         return self.data.sampler(self.config.order, seed=seed)
 
     def measure(self, count: int | None = None) -> Iterator[tuple[str, int]]:
@@ -137,7 +137,7 @@ class PromptSet:
 
         Raises:
             UserError: a column is missing.
-            RowError: what the columns hold is no prompt, or no ground truth.
+            RowError: the columns hold no prompt, or no ground truth.
         """
         row, c = self.data.rows[index], self.config
         source, number = self.data.place(index)

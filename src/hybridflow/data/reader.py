@@ -17,7 +17,7 @@ _KINDS_TOLD = 5
 
 
 class ConversationReader:
-    """Reads the conversations of rows, and holds them to what a tokenizer's chat template can show.
+    """Reads the conversations of rows, and refuses those that a tokenizer's chat template cannot show.
 
     Args:
         tokenizer: with a template.
@@ -34,12 +34,12 @@ class ConversationReader:
         """Reads one message or several; see `messages.read_messages`.
 
         Raises:
-            RefusedValue: they cannot be rendered as they stand.
+            RefusedValue: they cannot be rendered.
         """
         return read_messages(value, template=self._template, markers=self.markers, empty_answers=empty_answers)
 
     def whole(self, messages: Messages) -> Messages:
-        """Returns a conversation of which the template shows every turn.
+        """Returns a conversation, after a check that the template shows every turn.
 
         Raises:
             RefusedValue: it would leave one out.
@@ -63,7 +63,7 @@ class ConversationReader:
         """Reads a prompt: messages that end where a response begins.
 
         Raises:
-            RefusedValue: it is no such thing.
+            RefusedValue: it is no prompt.
         """
         return self.whole(self.question(value))
 
@@ -71,7 +71,7 @@ class ConversationReader:
         """Reads what comes before a response, in a prompt or in a longer conversation.
 
         Raises:
-            RefusedValue: it is no such thing, or ends in a response already.
+            RefusedValue: it is no such part, or ends in a response already.
         """
         messages = self.read(value)
         if messages[-1]["role"] == "assistant":
@@ -156,7 +156,7 @@ def reading(data: RowSet, index: int, column: str) -> Iterator[None]:
 
 
 def require_rows(data: RowSet, reads: Callable[[int], object]) -> None:
-    """Reads every row before anything starts, and tells all kinds of mistakes in one error.
+    """Reads every row before anything starts, and reports all kinds of mistakes in one error.
 
     Raises:
         UserError: what is wrong with the first row of each kind, and how many there are.

@@ -1,4 +1,4 @@
-"""Reading rows (dicts) from a file, a function of the user's, or the hub, and holding them to one kind."""
+"""Reads rows (dicts) from a file, a function of the user's, or the hub, and checks that they are of one kind."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def has_column(row: Row, key: str) -> bool:
 
 
 def require_one_schema(rows: Sequence[Row], keys: Mapping[str, str], *, source: str) -> None:
-    """Holds every row to the kind of value that most rows have in the columns that are used.
+    """Checks that every row has the kind of value that most rows have, in the columns that are used.
 
     Args:
         rows: of one source.

@@ -1,4 +1,4 @@
-"""In which order rows are drawn: a function of (seed, draw), so a sampler has no state but its count.
+"""The order in which rows are drawn: a function of (seed, draw), so a sampler has no state but its count.
 
 With weights, draw d goes to the source whose share of the unit interval holds frac(start + d * golden ratio), a
 low-discrepancy sequence: after any number of draws each source has had its share to within a few draws, not only in
@@ -82,7 +82,7 @@ class Sampler:
         return np.searchsorted(self._ends, points, side="right")
 
     def _count_up_to(self, draw: int) -> None:
-        """Makes `_counts` those of the draws before this one."""
+        """Advances `_counts` to the draws before this one."""
         if draw < self._counted:
             self._counts[:], self._counted = 0, 0
         for first in range(self._counted, draw, _CHUNK):

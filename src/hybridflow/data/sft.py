@@ -68,7 +68,7 @@ class SftSet:
         return self.data.fingerprint()
 
     def sampler(self, *, seed: int) -> Sampler:
-        """Draws from these conversations, as ``data.order`` and the weights of the sources say."""
+        """Draws from these conversations, in the order of ``data.order`` and by the weights of the sources."""
         return self.data.sampler(self.config.order, seed=seed)
 
     def batch(self, indices: list[int]) -> Batch:
@@ -143,7 +143,7 @@ class SftSet:
 
         Raises:
             UserError: a column is missing.
-            RowError: what it holds is no conversation or text to learn from.
+            RowError: it holds no conversation or text to learn from.
         """
         return self._texts(index) if self.config.format == "text" else self._conversation(index)
 
@@ -187,7 +187,7 @@ class SftSet:
         return messages
 
     def _require_asked(self, messages: Messages) -> None:
-        """Refuses a conversation whose first turn is learned: nothing is before it that it answers."""
+        """Refuses a conversation whose first turn is learned: no turn is before it that it responds to."""
         last, first = self.config.loss_on == "last_assistant", as_messages(messages, self.style)[0]
         alone = sum(m["role"] == "assistant" for m in messages) == 1
         if first["role"] == "assistant" and first.get("train") is not False and (alone or not last):

@@ -1,4 +1,4 @@
-"""The rows of one or several sources as one numbered set, which still knows where each row came from."""
+"""The rows of one or several sources as one numbered set, which knows the source of each row."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RowSet:
 
     @property
     def name(self) -> str:
-        """The sources in words."""
+        """A description of the sources."""
         return ", ".join(s.source for s in self.sources)
 
     def place(self, index: int) -> tuple[str, int]:
@@ -71,7 +71,7 @@ class RowSet:
         return digest.hexdigest()
 
     def sampler(self, order: str, *, seed: int) -> Sampler:
-        """Draws from these rows as ``data.order`` says."""
+        """Draws from these rows in the order of ``data.order``."""
         weighted = any(s.weight is not None for s in self.sources)
         parts = self.parts() if weighted else [range(len(self.rows))]
         weights = [s.weight or 1.0 for s in self.sources] if weighted else [1.0]

@@ -1,1 +1,1 @@
-"""Which sections of a configuration go together."""
+"""Checks that the sections of a configuration fit together."""

@@ -1,4 +1,4 @@
-"""Which pieces and values of an algorithm go together: what does not is refused before anything runs.
+"""Checks that the pieces and values of an algorithm fit together, before anything runs.
 
 Shapes: M scored tokens of a micro-batch.
 """

@@ -1,4 +1,4 @@
-"""Where models live, and how each is cut over its processes. Importable without torch."""
+"""Checks where models are, and how each is sharded over its processes. Importable without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PlacedModel:
 
     Args:
         role: what it is for.
-        engine: how it is cut.
+        engine: how it is sharded.
         key: of that section.
     """
 
@@ -31,7 +31,7 @@ class RolesOfRun:
 
     Args:
         models: those that are computed.
-        of_actor: roles that the actor's own model has besides, and why they are in its pool.
+        of_actor: further roles of the actor's own model, and why they are in its pool.
         rollout: how responses are generated, where they are.
     """
 
@@ -41,7 +41,7 @@ class RolesOfRun:
 
 
 def check_placement(placement: PlacementSection, roles: RolesOfRun, *, packing: bool) -> None:
-    """Holds the pools, and how each model is cut over them, together.
+    """Checks that the pools, and how each model is sharded over them, fit together.
 
     Args:
         placement: the pools, and which roles are in which.

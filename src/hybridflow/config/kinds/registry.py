@@ -37,7 +37,7 @@ class Kind:
         name: of its command.
         config: the class of its configuration; of a kind that trains it has the sections of `TrainingConfig`.
         check: the function behind `hybridflow check`, as "package.module.function". It is given a configuration, gives
-            lines, and raises a UserError for the first thing that is wrong.
+            lines, and raises a UserError for the first mistake.
         train: the function that runs a configuration to its end, or to where it is asked to stop; None for a kind that
             does not train, whose command has arguments of its own.
         what: the run, as a heading.
@@ -63,13 +63,13 @@ class Kind:
             objects: what a program gives beside it, as keyword arguments of the function `check`.
 
         Raises:
-            UserError: the first thing that is wrong.
+            UserError: the first mistake.
         """
         lines: Iterator[str] = _imported(self.check)(config, **objects)
         return lines
 
     def trained(self, config: TrainingConfig, **objects: Any) -> None:
-        """Runs a configuration of this kind to its end, or to where it is asked to stop.
+        """Runs a configuration of this kind to its end, or until it is asked to stop.
 
         Args:
             config: the configuration.
@@ -84,7 +84,7 @@ class TrainingConfig(Protocol):
 
     @property
     def run(self) -> RunSection:
-        """Its folder and how it is repeated."""
+        """Its folder, and what makes it repeatable."""
 
     @property
     def model(self) -> ModelSection:
@@ -96,7 +96,7 @@ class TrainingConfig(Protocol):
 
     @property
     def engine(self) -> EngineSection:
-        """How the model is cut over its pool."""
+        """How the model is sharded over its pool."""
 
     @property
     def placement(self) -> PlacementSection:

@@ -1,1 +1,1 @@
-"""What is written about configurations: pages, schemas, explanations, starters."""
+"""Texts about configurations: pages, schemas, explanations, starters."""

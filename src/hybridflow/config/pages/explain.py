@@ -1,4 +1,4 @@
-"""What a key means, and what a configuration has there: `hybridflow check --explain KEY`."""
+"""Explains a key, and its value in a configuration: `hybridflow check --explain KEY`."""
 
 from __future__ import annotations
 

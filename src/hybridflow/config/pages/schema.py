@@ -13,7 +13,7 @@ def schema(command: str) -> str:
     Args:
         command: one of `KINDS`.
 
-    What fits it may still be refused: rules between keys are checked when a configuration is loaded.
+    A configuration that fits it may still be refused: rules between keys are checked when it is loaded.
     """
     values = KINDS[command].config.model_json_schema()
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"hybridflow {command}"}

@@ -1,1 +1,1 @@
-"""The pieces that an algorithm is put together from."""
+"""The pieces of an algorithm: their needs, tables and presets."""

@@ -1,4 +1,4 @@
-"""What a piece of an algorithm needs, also where it is a function of the user's own: then its parameters say it.
+"""The needs of a piece of an algorithm; for a function of the user's own its parameters express them.
 
 The file is read, not run, so that this works without torch.
 

@@ -1,6 +1,6 @@
-"""What each built-in piece of an algorithm needs, so that wrong combinations are refused without torch.
+"""The needs of each built-in piece of an algorithm, so that wrong combinations are refused without torch.
 
-The registries in `algorithms/` and the signatures of their functions say it. They are read, not imported.
+They come from the registries in `algorithms/` and the signatures of their functions, which are read, not imported.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ KL_ESTIMATORS = tuple(_registry(ALGORITHMS / "kl.py", "KL_ESTIMATORS"))
 # The values of the functions that make a loss's columns from the whole mini-batch; they count as the loss's own.
 STATISTICS = {name: needs.values for name, needs in _needs("policy_loss/registry.py", "STATISTICS").items()}
 
-# What no signature says: losses of responses without an advantage, which may not be left out, and the only aggregations
-# that a loss has a meaning in.
+# What no signature shows: losses of responses without an advantage, which may not be left out, and the only
+# aggregations that a loss has a meaning in.
 EVERY_ANSWER = ("kl_cov", "dro", "sppo")
 MODES = {"sppo": ("seq-mean-token-mean",)}
 POLICY_LOSSES = {

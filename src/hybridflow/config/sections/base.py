@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-HERE = "{here}"  # in the message of a section that stands in several places: the name of its own
+HERE = "{here}"  # in the message of a section that occurs in several places: the name of its own place
 
 
 class Section(BaseModel):

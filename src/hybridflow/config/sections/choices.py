@@ -2,8 +2,8 @@
 
     EngineSection = Annotated[LocalSection | Fsdp2Section | Fsdp1Section, OneOf("strategy", what="How ...")]
 
-The keys that `OneOf` names say which is meant. A key of another kind is refused, unless it has its default there: then
-it says nothing, and is left out. So a file in which every key is written down can be turned to another kind by one key.
+The keys that `OneOf` names decide the kind. A key of another kind is refused, unless it has its default there: then it
+has no effect, and is left out. So one key turns a file that holds every key to another kind.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class OneOf:
     """How the kinds of a section are told apart.
 
     Args:
-        keys: those that say which, the most general first. Of a key with words of its own (a ``Literal``) the word
-            says it, and where it is not given the first kind is meant; of any other key, that it is given.
+        keys: those that decide, the most general first. A key with words of its own (a ``Literal``) decides by its
+            word, or means the first kind where it is not given; any other key decides by being given.
         what: the section, in a sentence.
     """
 
@@ -159,7 +159,7 @@ def sections_in(annotation: Any, metadata: Sequence[Any] = (), *, lists: bool = 
     Args:
         annotation: of a key.
         metadata: what pydantic took off the annotation.
-        lists: whether to look into lists too.
+        lists: whether to search lists too.
     """
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return Sections((annotation,))

@@ -1,4 +1,4 @@
-"""The section that says how a model is cut over its pool, of each strategy its own."""
+"""The section that describes how a model is sharded over its pool, one kind for each strategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section that says what a response is worth, and the names of the built-in rewards. Importable without torch.
+"""The section that describes how responses are scored, and the names of the built-in rewards. Importable without torch.
 
 A test holds the names and the table in `rewards/` together.
 """

@@ -1,4 +1,4 @@
-"""The sections that say where a run lives, what it keeps, and where its records go."""
+"""The sections that say where a run is stored, what it keeps, and where its records go."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def make(split: Split, count: int, seed: int) -> list[Row]:
 
 
 def _combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:
-    """Joins numbers at random until one is left; gives it and how it came about. Nothing is below 0 or a fraction."""
+    """Joins numbers at random until one is left; returns it and its expression. No result is below 0 or a fraction."""
     left = [(n, str(n)) for n in numbers]
     while len(left) > 1:
         (a, x), (b, y) = left.pop(rng.randrange(len(left))), left.pop(rng.randrange(len(left)))

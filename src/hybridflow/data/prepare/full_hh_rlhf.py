@@ -1,6 +1,6 @@
 """Helpful and harmless dialogues with a preferred and a rejected response. Bai et al. 2022, arXiv 2204.05862.
 
-The ground truth is the preferred response; no rule can say what another response is worth, so ``style`` is "model".
+The ground truth is the preferred response; no rule can score another response, so ``style`` is "model".
 """
 
 from __future__ import annotations

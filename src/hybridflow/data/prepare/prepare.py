@@ -19,7 +19,7 @@ from hybridflow.errors import UserError, nearest
 
 
 def prepare(name: str, source: str | None, out: Path, *, rows: int | None = None, seed: int = 0) -> Iterator[str]:
-    """Writes the splits that the data set has; says of each file how many rows it has and what the first one is.
+    """Writes the splits that the data set has; reports the number of rows of each file, and its first row.
 
     Args:
         name: a key of `SETS`.

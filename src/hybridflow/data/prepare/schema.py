@@ -1,4 +1,4 @@
-"""The schema of prepared rows, which is verl's, and what a module of this folder says about its data set."""
+"""The schema of prepared rows, which is verl's, and the description of a data set by its module."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepared_row(
         ground_truth: what a reward compares with.
         split: "train" or "test".
         index: number of the row in its source.
-        style: whether a rule or a reward model can tell what a response is worth.
+        style: whether a rule or a reward model can score a response.
         **extra: kept under ``extra_info``.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
