@@ -78,14 +78,6 @@ def test_a_configuration_file_that_is_none(command: str, tmp_path: Path, capsys:
     assert f"{tmp_path} is a folder" in said and f"give one of its files: {tmp_path / 'bad.yaml'}, " in said
 
 
-@pytest.mark.parametrize("place", ["file/below", "file", "/proc/1/recipes"])
-def test_a_recipe_that_cannot_be_copied(place: str, tmp_path: Path, capsys: Output) -> None:
-    (tmp_path / "file").write_text("mine")
-    said = mistake(capsys, "recipes", "carry", tmp_path / place)
-    assert str(tmp_path / place) in said and "fix: give another folder" in said
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 # --- data ---
 
 

@@ -368,7 +368,8 @@ def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
     assert "recipes/carry exists already" in said and "hybridflow recipes carry my-carry" in said
     (tmp_path / "file").touch()
     assert "file exists already" in mistake(capsys, "recipes", "carry", "file")
-    assert "cannot be written" in mistake(capsys, "recipes", "carry", "file/carry")
+    for place in ("file/carry", "/proc/carry"):
+        assert "cannot be written" in mistake(capsys, "recipes", "carry", place)
     assert "hybridflow reward-model 'my own/reward-model.yaml'" in succeed(capsys, "recipes", "rlhf", "my own")
     with pytest.raises(SystemExit):
         main(["recipes", "cary"])
