@@ -407,6 +407,7 @@ def test_rows_that_change_before_the_first_checkpoint_are_noticed_too(tmp_path: 
 def test_a_model_folder_that_is_not_there_is_not_looked_for_on_the_network(tmp_path: Path, capsys: Output) -> None:
     said = mistake(capsys, "train", configuration(tmp_path, model={"path": "some/where/else"}))
     assert "no model at some/where/else" in said and "fix: give a folder in Hugging Face format" in said
+    assert "if another run writes this folder, start that run first" in said
 
 
 def test_a_configuration_for_another_command_names_it(tmp_path: Path, capsys: Output) -> None:

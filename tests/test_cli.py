@@ -282,6 +282,7 @@ def test_options_stand_anywhere(name: str) -> None:
         (["check", "c.yaml", "-lr", "1"], "without dashes: optim.lr=1"),
         (["eval", "c.yaml", "--temperature"], "without dashes: rollout.temperature=VALUE"),
         (["init", "--model", "m", "--data", "d", "--steps", "3"], "without dashes: steps=3"),
+        (["recipes", "carry", "my", "carry"], "one argument too many: carry"),
         (["export", "a", "b", "--format", "x"], "there is no option --format; options are --help, --step, --best"),
         (["train"], "the following arguments are required: config\n"),
         (["generate", "m"], "the following arguments are required: prompts\n"),
@@ -370,6 +371,7 @@ def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
     assert "file exists already" in mistake(capsys, "recipes", "carry", "file")
     for place in ("file/carry", "/proc/carry"):
         assert "cannot be written" in mistake(capsys, "recipes", "carry", place)
+    assert "hybridflow recipes gsm8k" in mistake(capsys, "recipes", "gsm8k", "")
     assert "hybridflow reward-model 'my own/reward-model.yaml'" in succeed(capsys, "recipes", "rlhf", "my own")
     with pytest.raises(SystemExit):
         main(["recipes", "cary"])

@@ -387,6 +387,8 @@ def _recipes(given: argparse.Namespace) -> int:
     if given.recipe is None:
         _tell(given, [recipe.values() for recipe in recipes()], recipe_lines())
         return 0
+    if given.folder == "":
+        raise UserError("the folder to write is empty text", fix=f"leave it out: {typed('recipes', given.recipe)}")
     target, recipe = copy_recipe(given.recipe, None if given.folder is None else Path(given.folder))
     lines = [f"wrote {target}: {', '.join(recipe.files)}", "next:", *(f"  {command}" for command in recipe.commands)]
     _tell(given, {"folder": str(target), **recipe.values()}, lines)

@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
         return given, unknown
 
     def _refuse(self, option: str, *, takes_overrides: bool) -> NoReturn:
-        """Exits for an unknown option: keys of a configuration have no dashes."""
+        """Exits for a word that no argument takes; keys of a configuration have no dashes."""
+        if not option.startswith("-"):
+            self.error(f"one argument too many: {option}")
         known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
         text = f"there is no option {option.partition('=')[0]}"
         if not takes_overrides:

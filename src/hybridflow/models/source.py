@@ -81,7 +81,7 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
             f"no model at {path}",
             why="a model folder has a config.json beside its weights",
             fix="give a folder in Hugging Face format, a name on the hub (org/name, modelscope://org/name), or "
-            "file.py:function that returns (model, tokenizer)",
+            "file.py:function that returns (model, tokenizer); if another run writes this folder, start that run first",
         )
     return folder
 
