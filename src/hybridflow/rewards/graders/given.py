@@ -97,8 +97,13 @@ def _source(value: Any) -> str | None:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), constants]
+    return [code.co_code.hex(), list(code.co_names), [_constant(constant) for constant in code.co_consts]]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, frozenset):  # `in {...}`; its order differs from one process to the next
+        return sorted(map(repr, value))
+    return _code(value) if isinstance(value, types.CodeType) else repr(value)
 
 
 def _is_filled(cell: types.CellType) -> bool:
