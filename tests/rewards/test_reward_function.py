@@ -279,8 +279,8 @@ def test_nothing_that_a_function_raises_ends_the_run(error: BaseException) -> No
     [
         (
             lambda answer: 1.0,
-            "wants 'answer' (the model's answer is 'response'; a column of the data is row['answer']) and does not "
-            "take 'response'",
+            "wants 'answer' (the text of the response is 'response'; a column of the data is row['answer']) and does "
+            "not take 'response'",
         ),
         (
             lambda completion: 1.0,

@@ -133,7 +133,7 @@ def test_workers_that_die_or_hang_are_replaced_and_nothing_is_lost(fragile: tupl
     assert "requests are sent again" in told[0][1] and not told[0][1].endswith(" 0 requests are sent again")
 
     engine.on_restart = None  # nobody would publish: the engine must not go on with the weights of its start
-    with pytest.raises(WeightSyncError, match="nobody publishes the current ones"):
+    with pytest.raises(WeightSyncError, match="nothing publishes the current ones"):
         ask_all(engine, asked, pids()[0], signal.SIGSTOP)
     setup.publish()
     assert [r.token_ids for r in generate(engine, asked[:3])] == [r.token_ids for r in undisturbed[:3]]

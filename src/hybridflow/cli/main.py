@@ -222,7 +222,7 @@ def _add_audit(commands: Commands) -> None:
         commands, "audit-reward", _audit_reward, "find what a reward accepts, rejects or does that it should not",
         "hybridflow audit-reward gsm8k\n"
         "  hybridflow audit-reward my_reward.py:score --data rows.jsonl --right '#### {ground_truth}'",
-        "Right and wrong answers are changed in many ways and scored. It ends with 1 where wrong answers are\n"
+        "Right and wrong responses are changed in many ways and scored. It ends with 1 where wrong ones are\n"
         "accepted, or the reward fails, is not deterministic, or changes what it is given; docs/audit.md says more.",
     )  # fmt: skip
     audit.add_argument(
@@ -235,8 +235,8 @@ def _add_audit(commands: Commands) -> None:
     audit.add_argument("--prompt-key", default="prompt", help="as data.prompt_key (default: prompt)")
     audit.add_argument("--ground-truth-key", default="ground_truth", help="as data.ground_truth_key")
     given = audit.add_mutually_exclusive_group()
-    given.add_argument("--response-key", metavar="KEY", help="column with right answers")
-    given.add_argument("--right", metavar="FORM", help="how a right answer looks, with {ground_truth} in it")
+    given.add_argument("--response-key", metavar="KEY", help="column with right responses")
+    given.add_argument("--right", metavar="FORM", help="how a right response looks, with {ground_truth} in it")
     audit.add_argument("--kwargs", metavar="JSON", type=json.loads, default={}, help="as reward.kwargs")
     audit.add_argument(
         "--allow", metavar="MUTATION", action="append", default=[], help="a change to ignore; may be repeated"

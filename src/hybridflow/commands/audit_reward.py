@@ -22,7 +22,7 @@ from hybridflow.rewards.graders.remote import RemoteGrader
 from hybridflow.rewards.pool.grader import ProcessGrader
 from hybridflow.rewards.verifiable.registry import REWARDS
 
-PROBE_SECONDS = 100.0  # that the process has which calls the reward directly
+PROBE_SECONDS = 100.0  # seconds for the process that calls the reward directly
 PROGRAM_SECONDS = 2.0  # as reward.sandbox.seconds, where nothing else is given: an audit waits for many that hang
 
 

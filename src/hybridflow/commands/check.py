@@ -180,7 +180,7 @@ def _check_prompts(
     prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
     measured = list(prompts.measure(MAX_ROWS))
     longest = max(range(len(measured)), key=lambda i: measured[i][1])
-    prompts[longest]  # refused if it is over the limit and data.over_long says so
+    prompts[longest]  # refused if it is over the limit and data.over_long is refuse
     r, asked = config.rollout, measured[: config.eval.max_rows if purpose == "evaluation" else None]
     if r.engine == "inline":
         most = min(max(tokens for _, tokens in asked), config.data.max_prompt_tokens)

@@ -36,7 +36,7 @@ TIME_LIMIT = 60.0  # seconds that two processes have to start, meet and sum
 OPTIONAL = {  # package: our extra, if any
     "peft": "lora", "ray": "ray", "aiohttp": "server", "vllm": "", "sglang": "", "liger-kernel": "", "triton": "",
 }  # fmt: skip
-NVIDIA = Path("/dev/nvidiactl")  # is there where a driver serves this host or container
+NVIDIA = Path("/dev/nvidiactl")  # exists where a driver serves this host or container
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _why_no_gpu() -> str:
         return f"torch {torch.__version__} is built without CUDA"
     try:
         torch.cuda.init()
-    except Exception as error:  # whatever torch says is the reason that we pass on
+    except Exception as error:  # torch's message is the reason that we pass on
         return f"{type(error).__name__}: {error}"
     return f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
 

@@ -87,7 +87,7 @@ def _keep_earlier(folder: Path, result: Mapping[str, Any]) -> Path | None:
     file = folder / "evaluation.json"
     if not file.is_file():
         return None
-    with suppress(ValueError, AttributeError):  # whatever else it is, it is kept
+    with suppress(ValueError, AttributeError):  # any other file is kept
         earlier = json.loads(file.read_text(encoding="utf-8"))
         if all(earlier.get(name) == json.loads(json.dumps(result[name])) for name in ("settings", "metrics")):
             return None

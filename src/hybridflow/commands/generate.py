@@ -19,7 +19,7 @@ from hybridflow.noise import NoiseKey
 from hybridflow.placing.generation import inline_engine
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
 
-DEFAULT_TOKENS = 256  # longest response of `hybridflow generate`, unless --max-tokens is given
+DEFAULT_TOKENS = 256  # longest response of `hybridflow generate` in tokens, unless --max-tokens is given
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,6 @@ def run_checked(config: TrainingConfig, *, again: str, reward: GivenReward | Non
 
 
 def _nothing_to_do(done: AlreadyDone) -> Ended:
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
+    if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun started prints it
         print(done.line())
     return Ended(done=True)

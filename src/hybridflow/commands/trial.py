@@ -120,7 +120,7 @@ def _forms(prompt: Prompt) -> dict[str, str]:
     """Returns responses that may be right besides the bare ground truth, each with its description."""
     tried = {prompt.row[key]: f"its column {key!r}," for key in ANSWERS if isinstance(prompt.row.get(key), str)}
     answer = "" if prompt.ground_truth is None else answer_in(prompt.ground_truth).strip()
-    if answer and answer[0] not in "{[":  # JSON is what an answer is tested with, not what it says
+    if answer and answer[0] not in "{[":  # JSON is test data for a response, not the response
         tried |= {form.replace(HOLE, answer): "written as" for form in FORMS if form != HOLE}
     return tried
 

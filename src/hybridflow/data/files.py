@@ -28,14 +28,14 @@ _MARKS = {
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-# What else people put under the ending of a text file, by how it begins.
+# Other formats that occur under the ending of a text file, by their first bytes.
 _OTHERS = {
     b"PK\x03\x04": "a ZIP archive",
     b"\x28\xb5\x2f\xfd": "packed with Zstandard",
     b"BZh": "packed with bzip2",
     b"\xfd7zXZ": "packed with xz",
 }
-_LFS = b"version https://git-lfs"  # how the file begins that Git leaves in the place of a large one
+_LFS = b"version https://git-lfs"  # the beginning of the file that Git LFS leaves in the place of a large one
 
 
 def ending(path: Path) -> str:

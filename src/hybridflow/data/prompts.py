@@ -176,7 +176,7 @@ def load_prompts(
     for part, source in zip(data.parts(), data.sources):
         rows = data.rows[part.start : part.stop]
         keys, truth = {config.prompt_key: "data.prompt_key"}, truth_key(rows[0], config)
-        if truth is not None and any(has_column(row, truth) for row in rows):  # else the first row says what to do
+        if truth is not None and any(has_column(row, truth) for row in rows):  # else the first row's error helps
             keys[truth] = "data.ground_truth_key"
         require_one_schema(rows, keys, source=source.source)
     require_rows(data, prompts.values)

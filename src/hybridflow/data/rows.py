@@ -16,7 +16,7 @@ from hybridflow.data.hub import is_hub_name, read_hub
 from hybridflow.errors import UserError, near, nearest, raised
 
 Row: TypeAlias = dict[str, Any]
-# What people call these columns, the most telling first; for the hint that names the setting.
+# Usual names of these columns, the most specific first; for the hint that names the setting.
 _NAMES = {
     "prompt": ("prompt", "question", "problem", "instruction", "query", "messages", "conversations", "input", "text"),
     "ground_truth": ("ground_truth", "answer", "solution", "final_answer", "expected_answer", "target", "label",
@@ -134,7 +134,7 @@ def require_one_schema(rows: Sequence[Row], keys: Mapping[str, str], *, source: 
             column(rows[0], key, source=source, index=0, setting=setting)
             continue
         usual, number = counts.most_common(1)[0]
-        if usual is None:  # a column that most rows lack: it is used, so the lack is the mistake
+        if usual is None:  # a column that most rows lack: it is used, so its absence is the mistake
             usual, number = next((k, n) for k, n in counts.most_common() if k is not None)
         index = next(i for i, kind in enumerate(kinds) if kind != usual)
         other = next(i for i, kind in enumerate(kinds) if kind == usual)

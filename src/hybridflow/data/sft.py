@@ -29,7 +29,7 @@ from hybridflow.data.sampler import Sampler
 from hybridflow.data.sources import RowSet, read_sources
 from hybridflow.errors import UserError
 
-SHAREGPT = "conversations"  # where ShareGPT's files have what others call messages
+SHAREGPT = "conversations"  # the column of messages in ShareGPT's files
 _CHUNK = 1000  # rows tokenised together
 
 

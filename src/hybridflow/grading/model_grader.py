@@ -75,7 +75,7 @@ class ModelGrader:
         padding: int | None = None,
     ) -> None:
         self.scorer, self.tokenizer, self.section, self.padding = scorer, tokenizer, section, padding
-        self.should_return: Callable[[], bool] = never  # a score in flight is waited for
+        self.should_return: Callable[[], bool] = never  # wait for a score in flight
         self._under_way: dict[int, tuple[Pending | None, Callable[[], list[Score]]]] = {}
 
     def submit(self, key: int, answers: Answers, function: str | None = None) -> None:

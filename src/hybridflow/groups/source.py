@@ -153,7 +153,7 @@ class GroupSource:
                 owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
         arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
         scoring: dict[int, _Scoring] = {}
-        journaled = len(done)  # of the step: a filter may ask for more groups of it
+        journaled = len(done)  # of the step: a filter may request more groups of it
         while owner or scoring:
             if self.should_stop():
                 self.engine.abort(list(owner))
@@ -301,4 +301,4 @@ class _Scoring:
     texts: list[str]
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
-    lacking: int = 0  # submissions that have not come back
+    lacking: int = 0  # submissions without a result

@@ -56,7 +56,7 @@ def finished(config: TrainingConfig) -> AlreadyDone | None:
     changed = changed_settings(folder, config.model_dump(mode="json"), moved=moved, kind=kind_for(config).config)
     total = config.train.steps
     if any(key in changed for key in _ends(config.train)) and (total is None or total > step):
-        return None  # loading the run tells
+        return None  # loading the run decides
     return AlreadyDone(folder, step, total, changed, config.train)
 
 

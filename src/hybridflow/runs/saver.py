@@ -39,7 +39,7 @@ class Saver:
         self.saved_step = 0
         self.best: Best | None = None  # by checkpoint.best; its checkpoint is kept
         self._new: NewCheckpoint | None = None  # whose engines' files are being written
-        self._completing = False  # these are there, and it gets its manifest and its place
+        self._completing = False  # its files are complete: it gets its manifest and its place
         self._writing = Background()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:

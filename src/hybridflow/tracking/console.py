@@ -33,7 +33,7 @@ NUMBERS = (
     ("length", ("response_length/mean",), "{:.0f}"),
     ("tokens/s", ("perf/throughput",), "{:,.0f}"),
 )
-# On responses of the current weights a policy loss is 0 whatever is learned: its gradient is not. It then says nothing.
+# On responses of the current weights a policy loss is always 0, while its gradient is not. It is then not shown.
 NOTHING = {"loss": ("0.0000", "-0.0000")}
 LINES = 500  # where there is no terminal; a step that takes longer than a second always has one
 SECONDS_BETWEEN_LINES = 1.0
@@ -71,7 +71,7 @@ class ProgressConsole:
         self.step = step
         now = time.monotonic()
         if step == 0:
-            self._pace.clear()  # the evaluation before training says nothing about the pace
+            self._pace.clear()  # the evaluation before training does not count for the pace
         self._pace.append((now, step))
         evaluated = held_out(metrics) or {name: metrics[name] for name in ("val/accuracy",) if name in metrics}
         for label, names, form in NUMBERS:

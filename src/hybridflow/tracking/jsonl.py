@@ -66,7 +66,7 @@ def _plain(value: SupportsFloat) -> int | float | None:
     """Returns a number as JSON has it: an int or a finite float; None for NaN and the infinities."""
     try:
         number = float(value)
-    except OverflowError:  # an int beyond all floats
+    except OverflowError:  # an int larger than any float
         return None
     if not math.isfinite(number):
         return None

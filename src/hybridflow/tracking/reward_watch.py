@@ -107,7 +107,7 @@ class RewardWatch:
         self.levels |= {f"reward/{name}/mean": Trend() for name in self.parts}
         self.spans: dict[str, tuple[float, float]] = {}
         self.evaluations: dict[str, list[HeldOutReward]] = {}
-        self.lasting: dict[str, int] = {}  # for how long a cause has been there, or with a minus sign gone
+        self.lasting: dict[str, int] = {}  # for how many steps a cause has been present, or, with a minus sign, absent
         self.told: set[str] = set()
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:

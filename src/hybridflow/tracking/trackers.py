@@ -157,7 +157,7 @@ class Trackers:
     def _switch_off(self, name: str, error: Exception) -> None:
         tracker = self._active.pop(name, None)
         if isinstance(tracker, ProgressConsole):
-            with suppress(Exception):  # it has failed already; all that matters is that the terminal is given back
+            with suppress(Exception):  # it has failed already; only the terminal must be released
                 tracker.close(failed=True)
         reason = " ".join(str(error).split())[:500] or "no reason given"
         self._warn(name, f"switched off after {type(error).__name__}: {reason}")

@@ -37,7 +37,7 @@ class WandbTracker:
             name=folder.resolve().name,
             dir=str(folder),
             id=known or None,
-            resume=None if offline else "allow",  # offline, the same id is all there is; sync puts the parts together
+            resume=None if offline else "allow",  # offline there is only the same id; sync joins the parts
             config=dict(config),
             reinit="create_new",  # leaves a wandb run that the surrounding program has open alone
             # The terminal belongs to the progress display: no chatter, and no copy of it in the wandb run.

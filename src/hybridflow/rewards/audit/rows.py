@@ -106,8 +106,8 @@ def find_form(rows: Sequence[tuple[str, Any, Mapping[str, Any]]], grader: Grader
         raise UserError(
             "in none of the usual forms does the ground truth earn more than another row's",
             why=f"tried: {'; '.join(repr(form) for form in FORMS)}",
-            fix="say with --right how a right answer looks, such as --right '#### {ground_truth}', or name the column "
-            "that holds right answers with --response-key",
+            fix="say with --right how a right response looks, such as --right '#### {ground_truth}', or name the "
+            "column that holds right responses with --response-key",
         )
     return best
 

@@ -92,7 +92,7 @@ def _called(name: str, known: Sequence[str]) -> str:
     column = f"a column of the data is row[{name!r}]"
     if name in NAMES:
         ours = NAMES[name]
-        return f"here it is {ours!r}; {column}" if ours else f"the model's answer is 'response'; {column}"
+        return f"here it is {ours!r}; {column}" if ours else f"the text of the response is 'response'; {column}"
     return nearest(name, known) if near(name, known) else column
 
 

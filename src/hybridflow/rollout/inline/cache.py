@@ -68,7 +68,8 @@ class Cache:
         """
         lengths = offsets.diff()
         longest = int(lengths.max())
-        # Contexts side by side, padded with their last token: what is beyond a row's length is masked, or written over.
+        # Contexts side by side, padded with their last token: positions beyond a row's length are masked, or written
+        # over.
         index_CL = offsets[:-1, None] + torch.minimum(torch.arange(longest), lengths[:, None] - 1)
         device = self.keys[0].device
         index_CL, which, rows = index_CL.to(device), which.to(device), slice(first, first + len(which))
@@ -113,12 +114,12 @@ class CacheLayout:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows, heads, _, size = q.shape
         kv_heads, width = keys.shape[1], self.cache.width
-        if self.equal:  # in one place: no index
+        if self.equal:  # contiguous: no index
             keys[:rows, :, self.used - 1], values[:rows, :, self.used - 1] = k[:, :, 0], v[:, :, 0]
         else:
             keys[self.row_R, :, self.place_R] = k[:, :, 0].to(keys.dtype)
             values[self.row_R, :, self.place_R] = v[:, :, 0].to(values.dtype)
-        # Heads of a group stand as if they were query positions. Two products are quicker than SDPA at one position.
+        # Heads of a group take the place of query positions. Two products are faster than SDPA at one position.
         both, group = rows * kv_heads, heads // kv_heads
         q_BGD = q.reshape(both, group, size).to(keys.dtype)
         keys_BLD = keys[:rows].view(both, width, size)[:, : self.used]

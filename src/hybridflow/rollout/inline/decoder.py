@@ -23,7 +23,7 @@ from hybridflow.models.attention import Layout
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 JOINED_BYTES = 1 << 29  # copies for joint products up to this size (half a gigabyte)
 
-Matrix = tuple[tuple[Tensor, Tensor | None], ...]  # weights and biases whose outputs stand side by side
+Matrix = tuple[tuple[Tensor, Tensor | None], ...]  # weights and biases whose outputs are side by side
 
 
 class Layer(NamedTuple):

@@ -149,7 +149,7 @@ class InlineEngine:
         self._waiting = deque(job for job in self._waiting if job.handle not in wanted)
         rows = [r for r, job in enumerate(self._rows.jobs) if job.handle in wanted]
         ended += [self._rows.jobs[r] for r in rows]
-        with torch.inference_mode():  # the cache's tensors were made in it
+        with torch.inference_mode():  # the cache's tensors were made in this mode
             self._leave(rows)
         return [job.result("abort") for job in ended]
 

@@ -41,7 +41,7 @@ from hybridflow.weights.stream import WeightSyncError
 
 T = TypeVar("T")
 
-TRIES = 4  # times that a request is sent to a replica that fails before the replica counts as broken
+TRIES = 4  # times that a request is sent to a replica that fails, before the replica counts as broken
 BACK_OFF = 0.2  # seconds before the second time; doubled each time
 ABORT_AGAIN = 1.0  # seconds after which a request that did not end is aborted again: it may have overtaken its request
 
@@ -82,12 +82,12 @@ class AsyncEngine(Hooks):
         self.note: Callable[[str, str], None] = lambda kind, text: None
         self.managed, self.supervision, self._route = managed, supervision or Supervision(), route
         self._channel: Channel | None = None
-        self._published = False  # whether the weights are others than those that replicas start with
+        self._published = False  # whether the weights differ from those that replicas start with
         self._next_handle = 0
         self._oldest = 0  # results of older handles are kept back
         self._queue: list[Job] = []
         self._in_flight: set[int] = set()
-        # What the thread of the loop tells the one that waits:
+        # What the thread of the loop passes to the one that waits:
         self._changed = threading.Condition()
         self._ready: list[Result] = []
         self._stale = False  # a replica needs the current weights
@@ -396,7 +396,7 @@ class AsyncEngine(Hooks):
             done, _ = await asyncio.wait(out, timeout=ABORT_AGAIN)
             out = {task: flight for task, flight in out.items() if task not in done}
         for flight in flights:
-            if flight in replica.flights:  # never sent, or its replica is lost: there is no answer to wait for
+            if flight in replica.flights:  # never sent, or its replica is lost: there is no reply to wait for
                 if flight.task is not None:
                     flight.task.cancel()
                 self._ended(replica, flight, "abort")
@@ -522,7 +522,7 @@ class AsyncEngine(Hooks):
                         return await act(replica)
                 except (ReplicaLost, ReplicaFailed, TimeoutError) as error:
                     self._lost(replica, why_lost(error, self.supervision.answer_timeout))
-                    await asyncio.sleep(0)  # a replica that is left out is so now
+                    await asyncio.sleep(0)  # an evicted replica is gone from here on
 
         await all_of([one(replica) for replica in list(self._live)])
 
@@ -550,7 +550,7 @@ class AsyncEngine(Hooks):
             first += len(self._hosts(replica))
         try:
             receipts = await all_of(calls)
-        except BaseException:  # nobody knows what they hold now: nothing is sampled until weights are published
+        except BaseException:  # their weights are unknown now: nothing is sampled until weights are published
             for replica in self._live:
                 replica.current.clear()
             self._published = self._stale = True

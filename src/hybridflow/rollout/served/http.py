@@ -28,12 +28,12 @@ from hybridflow.rollout.served.replica import Replica, ReplicaFailed, ReplicaLos
 from hybridflow.rollout.startup import Launch, Supervision
 from hybridflow.weights.channel import WeightRoute
 
-CONNECTIONS = 400  # requests that are with one server at once: every one holds a file handle at either end
-KEEP_ALIVE = 2.0  # seconds that an idle connection is used again: less than any server keeps it
-LOOK_AGAIN = 0.1  # seconds between two looks whether a server that is starting answers
-GONE = 5.0  # seconds until a process whose port is closed is over, with all that it had started
+CONNECTIONS = 400  # most requests in flight at one server: each holds a file handle at both ends
+KEEP_ALIVE = 2.0  # seconds for which an idle connection is reused: fewer than any server keeps it
+LOOK_AGAIN = 0.1  # seconds between two checks whether a starting server answers
+GONE = 5.0  # seconds until a process whose port is closed has ended, with all that it started
 FREE = "default"  # weight version of a server without an owner
-SAID = 400  # characters of a server's error in ours
+SAID = 400  # characters of a server's error in our messages
 
 
 @dataclass(slots=True)
@@ -305,7 +305,7 @@ class ServerEngine(AsyncEngine):
         await super()._close()
         if not self.managed:
             for replica in (r for r in self._live if r.state.ours):
-                with suppress(Exception):  # whatever is wrong with it, it is no longer ours
+                with suppress(Exception):  # its errors do not matter: it is no longer ours
                     async with asyncio.timeout(GONE):
                         await self._leave(replica)
         for session in self._sessions or ():

@@ -31,7 +31,7 @@ from hybridflow.rollout.startup import EngineModel, Launch, Supervision
 from hybridflow.sockets import socket_parent
 from hybridflow.weights.channel import WeightRoute
 
-GONE = 5.0  # seconds until a process whose socket is closed is over
+GONE = 5.0  # seconds until a process whose socket is closed has ended
 
 
 @dataclass(slots=True)

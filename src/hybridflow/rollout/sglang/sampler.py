@@ -46,7 +46,8 @@ def install() -> None:
     def from_schedule_batch(cls: type[Any], batch: Any, vocab_size: int) -> Any:
         info = prepared(cls, batch, vocab_size)
         seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-        # Requests of others have none; a batch whose parts are joined has seeds for all rows, or for none.
+        # Requests of other programs have no seeds; a batch that is joined from parts has seeds for all rows, or for
+        # none.
         some = [random.getrandbits(63) if seed is None else seed for seed in seeds]
         info.sampling_seed = torch.tensor(some, dtype=torch.int64).to(info.temperatures.device, non_blocking=True)
         return info
@@ -58,7 +59,7 @@ def install() -> None:
         return token_R.int(), _capture(weights_RV, token_R, info.sampling_mask_batch_indices)
 
     def build_sampling_mask_output(self: Any, tokens: Tensor, capture: Any, logprobs: Tensor | None) -> Any:
-        # No more is packed than some row has: the limit would be packed for every row.
+        # Pack as many as the largest row has, not as many as the limit, which would be packed for every row.
         self.sampling_mask_max_tokens = int((capture.weights > 0).sum(-1).max())
         return packed(self, tokens, capture, logprobs)
 

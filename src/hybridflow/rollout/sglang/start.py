@@ -19,7 +19,7 @@ from hybridflow.rollout.sglang.worker import LOADER
 from hybridflow.rollout.startup import EngineModel
 from hybridflow.sockets import socket_parent
 
-SUPPORTED = (0, 5, 23), (0, 6)  # from, below; the sampler reaches into what may change
+SUPPORTED = (0, 5, 23), (0, 6)  # from, below; the sampler uses internals that may change
 INSTALL = (
     "SGLang has an environment of its own: on GPUs `pip install 'sglang>=0.5.23,<0.6'` there (docs/rollout.md), "
     "without one `make install-sglang-cpu`; then set rollout.python to its Python, such as .venv-sglang/bin/python"
@@ -29,7 +29,7 @@ CPU_CACHE_TOKENS = 16384
 CPU_REQUESTS = 64  # at once; more wait in SGLang's queue
 OURS: dict[str, Any] = {  # what every engine must be started with
     "custom_weight_loader": [LOADER],
-    "sampling_backend": "pytorch",  # the one that can draw with our noise
+    "sampling_backend": "pytorch",  # the only one that can draw with our noise
     "sampling_mask_max_tokens": MOST_KEPT,
 }
 SET_BY_US = {*OURS, "model_path", "context_length", "random_seed", "tp_size", "dp_size", "pp_size", "dtype", "device"}
@@ -90,7 +90,7 @@ def arguments(model: EngineModel) -> dict[str, Any]:
             "mem_fraction_static": 0.2,
             "max_running_requests": CPU_REQUESTS,
         }
-    else:  # weights and cache are given back while it sleeps, and weights wait in host memory
+    else:  # weights and cache are freed while it sleeps, and weights wait in host memory
         usual |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
     has_tokenizer = any(
         (Path(str(model.folder)) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")

@@ -41,7 +41,7 @@ from hybridflow.rollout.sglang.worker import LOADER, order
 from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
-ANSWER_TIMEOUT = timedelta(seconds=30)  # the answer to an order is there when the call returns
+ANSWER_TIMEOUT = timedelta(seconds=30)  # the reply to an order has arrived when the call returns
 LIMITS = {"stop": 32, "stop_regex": 256}  # texts, bytes: SGLang refuses more
 
 
@@ -189,7 +189,7 @@ class SglangTalk(AsyncEngine):
             supports = [sorted(ids) if len(ids) < self.vocabulary else [] for ids in masks]
         else:
             logps = [value for value, _, _ in meta.get("output_token_logprobs") or []]
-        known = min(len(tokens), len(logps))  # of an aborted request the last token may have come without the rest
+        known = min(len(tokens), len(logps))  # the last token of an aborted request may arrive without the rest
         assert known == len(tokens) or ended["type"] == "abort", f"{len(tokens)} tokens with {len(logps)} log-probs"
         tokens, logps = tokens[:known], logps[:known]
         reason = "abort"
@@ -207,7 +207,7 @@ class SglangTalk(AsyncEngine):
         await asyncio.gather(*(self._call(replica, "/abort_request", {"rid": number}) for number in ids))
         if self._running.is_set():
             return
-        # What runs and is paused ends with its next step: SGLang takes that step, and is paused again.
+        # An abort of a paused request takes effect in its next step: SGLang runs that step, and is paused again.
         out = [f.task for f in replica.flights if f.out and f.job in jobs and f.task is not None]
         await self._call(replica, "/continue_generation", {"torch_empty_cache": False})
         if out:

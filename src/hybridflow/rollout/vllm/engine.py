@@ -225,7 +225,7 @@ class VllmEngine:
             try:
                 with self._watch.answering():
                     outputs = self._engine.step()
-            except Exception as error:  # whatever it was, the workers have not all done the same
+            except Exception as error:  # in any case the workers have not all done the same
                 self._start_again(error)
                 return
         for output in outputs:

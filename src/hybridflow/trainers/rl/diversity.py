@@ -12,10 +12,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-PAIRS = 2048  # of neighbouring tokens that are compared: with more of them fewer would be new, whatever they are
+PAIRS = 2048  # pairs of neighbouring tokens that are compared: among more pairs fewer are distinct, in any text
 TAIL = 256  # last characters of a response in which its final number is looked for
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
-STRETCH = 32  # tokens within which a pair counts as repeated: in a long text common pairs come again anyway
+STRETCH = 32  # tokens within which a pair counts as repeated: in a long text common pairs recur anyway
 
 
 def diversity(

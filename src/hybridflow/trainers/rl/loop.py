@@ -109,7 +109,7 @@ def estimate(run: RlRun, groups: list[Group]) -> tuple[Batch, dict[str, float]]:
     run.turn.to_training()
     groups, counts = trainable(groups, config)
     batch = batch_of(groups)
-    if not len(batch):  # nothing is left to learn from: the step makes no update
+    if not len(batch):  # no response is left to learn from: the step makes no update
         return batch, counts
     version_S, start_S, end_S = (batch[f"span_{name}_S"] for name in ("version", "start", "end"))
     batch["age_T"] = token_ages(version_S, start_S, end_S, batch["loss_mask_T"], run.step)
@@ -167,7 +167,7 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
                     # and in the first update, before it changes the weights.
                     loss = policy_loss(config, measure_gap=i == 0 and old_logp_is(config) != "recompute")
                     metrics.append(_optimizer_step(run, run.engine, prepared, loss)())
-    with run.clock.phase("update_critic"):  # in a pool of its own it has learned meanwhile
+    with run.clock.phase("update_critic"):  # in a pool of its own it has been trained meanwhile
         metrics += [learned() for learned in of_critic]
     fault_point("update", run.step + 1)
     values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}

@@ -237,7 +237,7 @@ def open_run(config: RlConfig, *, reward: GivenReward | None = None) -> RlRun:
     with opening(config) as opened:
         run = _assemble(config, opened, reward)
         if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in run.folder.changed):
-            run.journal.clear()  # its responses are of weights that the changed settings will not lead to
+            run.journal.clear()  # its responses are from weights that the changed settings will not lead to
         run.restore()
         run.publish(run.step)
         return run
@@ -286,7 +286,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
         keep=source.keep,
         note=places.events,
     )
-    rollout.on_restart = lambda: publisher.send(rollout.version)  # what it starts again has those of its folder
+    rollout.on_restart = lambda: publisher.send(rollout.version)  # a restarted replica has those of its folder
     return RlRun(
         opened=opened,
         config=config,
