@@ -208,6 +208,7 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
 BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"optimm": {}}, ["has no argument 'optimm'", "did you mean 'optim'"]),
     ({"learning_rate": 1e-5}, ['here it is optim={"lr": ...}']),
+    ({"gradient_accumulation_steps": 2}, ['here it is train={"sequences_per_update": ...}; counted']),
     ({"num_generations": 8}, ['here it is train={"samples_per_prompt": ...}']),
     ({"reward_funcs": [score]}, ["here it is reward=function"]),
     ({"train_dataset": ROWS}, ["here it is data=rows"]),
@@ -218,7 +219,7 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"tokenizer": object()}, ["a tokenizer is given beside a model that is named"]),
     ({"callbacks": [lambda loss: None]}, ["the callback <lambda> wants 'loss'", "any of the arguments step, metrics"]),
     ({"callbacks": score}, ["callbacks is a function, not a list", "callbacks=[function]"]),
-    ({"callbacks": [3]}, ["the callback 3 is a int, and not a function"]),
+    ({"callbacks": [3]}, ["entry 0 of callbacks is a int, not a function"]),
     ({"reward": lambda answer_text: 0.0}, ["wants 'answer_text'", "def score(response: str"]),
     ({"reward": ["gsm8k"]}, ["entry 0 of reward is a str", '"terms"']),
     ({"model": object()}, ["model is a object", "PreTrainedModel with tokenizer="]),

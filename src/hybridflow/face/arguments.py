@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybridflow.config.keys import keys_of
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import read_values
 from hybridflow.config.names import meaning
@@ -44,7 +45,8 @@ def refuse_unknown(sections: Mapping[str, Any]) -> None:
     if name in _CALLED:
         hint = f"here it is {_CALLED[name]}"
     elif found is not None and near(name, known) is None:
-        written = [_written(key) for key in found.keys if key.partition(".")[0] in known]
+        keys = {key.name for key in keys_of(RlConfig)}
+        written = [_written(key) for key in found.within(keys).keys if key.partition(".")[0] in known]
         here = f"here it is {' or '.join(written)}" if written else "there is no such setting here"
         hint = f"{here}; {found.hint}" if found.hint else here
     else:

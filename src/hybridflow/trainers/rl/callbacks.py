@@ -34,7 +34,9 @@ def require_callbacks(callbacks: Sequence[Callback]) -> None:
     """
     if not isinstance(callbacks, Sequence):
         raise UserError(f"callbacks is a {type(callbacks).__name__}, not a list", fix="callbacks=[function]")
-    for callback in callbacks:
+    for index, callback in enumerate(callbacks):
+        if not callable(callback):
+            raise UserError(f"entry {index} of callbacks is a {type(callback).__name__}, not a function", fix=_FORM)
         _arguments_of(callback)
 
 
@@ -68,8 +70,6 @@ def call_back(
 
 def _arguments_of(callback: Callback) -> list[str]:
     name = name_of(callback)
-    if not callable(callback):
-        raise UserError(f"the callback {callback!r} is a {type(callback).__name__}, and not a function", fix=_FORM)
     if isinstance(callback, type):
         raise UserError(f"the callback {name} is a class, and not a function", fix=f"give an object of it; {_FORM}")
     try:
