@@ -84,6 +84,8 @@ def test_the_programs_of_the_page_train(tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(loop, "loop", "exec"), {"__name__": "loop"})
     assert len(metrics(tmp_path / "runs/my-loop")) == 1
     assert (tmp_path / "runs/my-loop/model/config.json").is_file()
+    recorded = yaml.safe_load((tmp_path / "runs/my-loop/config.yaml").read_text())["reward"]["function"]
+    assert re.fullmatch(r"given:score@[0-9a-f]{12}", recorded)
 
 
 def test_objects_train_as_their_files_do_and_the_same_call_resumes(
