@@ -287,8 +287,8 @@ def test_a_reward_is_recorded_by_what_it_computes_with() -> None:
 
 
 REWARD_FILE = """
-def score(response, weight=1.0):
-    return weight * (sum(map(ord, response)) % 101 / 101)
+def score(completions, completion_ids, weight=1.0):
+    return [weight * len(ids) for ids in completion_ids]
 """
 
 
@@ -308,7 +308,8 @@ def test_a_reward_in_processes_of_its_own_is_named(tmp_path: Path, monkeypatch: 
         "score": (f"{tmp_path / 'my_reward_file.py'}:score", {"weight": 0.5}),
         "score_2": (f"{tmp_path / 'my_reward_file.py'}:score", {"weight": 1.0}),
     }
-    assert done.metrics[0]["reward/score_2/max"] == 2 * done.metrics[0]["reward/score/max"] > 0
+    found = done.metrics[0]
+    assert found["reward/score_2/max"] == 2 * found["reward/score/max"] == found["response_length/max"] > 0
 
 
 def test_a_configuration_is_the_base_of_a_call(tmp_path: Path) -> None:

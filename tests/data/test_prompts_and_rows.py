@@ -257,3 +257,23 @@ def test_measuring_agrees_with_rendering(tokenizer: PreTrainedTokenizerBase, tmp
     found = prompts(tokenizer, rows, tmp_path)
     assert list(found.measure()) == [(p.text, len(p.token_ids)) for p in found]
     assert list(found.measure(7)) == list(found.measure())[:7]
+
+
+@pytest.mark.parametrize(
+    ("row", "setting", "told"),
+    [
+        ({"chosen": "3", "rejected": "4"}, "data.prompt_key", "hybridflow reward-model trains on them"),
+        ({"prompt": "1+2=", "chosen": "3", "rejected": "4"}, "data.ground_truth_key", "hybridflow reward-model"),
+        ({"prompt": "1+2=", "chosen": "3", "rejected": "4"}, "data.messages_key", "hybridflow reward-model"),
+        ({"messages": []}, "data.prompt_key", "hybridflow sft trains on them"),
+        ({"prompt": "1+2=", "completion": "3"}, "data.ground_truth_key", "set data.ground_truth_key=completion"),
+        ({"prompt": "1+2=", "completion": "3"}, "data.messages_key", "data.prompt_key=prompt data.response_key="),
+        ({"text": "1+2=3"}, "data.messages_key", "set data.format=text"),
+        ({"prompt": "1+2=", "solution": "3"}, "data.ground_truth_key", "set data.ground_truth_key=solution"),
+    ],
+)
+def test_rows_of_the_forms_that_trl_has_are_told_where_they_belong(row: Any, setting: str, told: str) -> None:
+    key = setting.removeprefix("data.").removesuffix("_key")
+    with pytest.raises(UserError) as caught:
+        column(row, key, source="rows.jsonl", index=0, setting=setting)
+    assert told in caught.value.fix

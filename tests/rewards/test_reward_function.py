@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from hybridflow.config.bounds import LARGEST_REWARD
 from hybridflow.errors import UserError
+from hybridflow.groups.failures import FailurePolicy
 from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.rewards.graders.composed import Part, combined
 from hybridflow.rewards.graders.function import FIXES, RewardFunction, load_reward, name_of, read_score
@@ -131,14 +132,23 @@ def test_what_was_written_for_trl_works_as_it_is() -> None:
     assert failed(lambda responses: [None], "a").kind == "nonsense"
 
 
+def test_a_reward_of_trls_form_gets_token_ids_where_there_are_any() -> None:
+    def counts(completions: list[Any], completion_ids: list[list[int]]) -> list[int]:
+        return [len(ids) for ids in completion_ids]
+
+    asked = replace(answers("a", "b"), token_ids=[[5, 6], [7]])
+    for function in (counts, lambda completions, **given: counts(completions, given["completion_ids"])):
+        assert [s.value for s in RewardFunction(function, "counts").scores(asked)] == [2.0, 1.0]
+    assert "texts that have no token ids" in str(failed(counts, "a").failure)
+
+
 def test_a_reward_of_trls_form_is_told_which_column_it_lacks() -> None:
     score = failed(lambda completions, lvel: [1.0], "a")
     assert score.kind == "columns"
     assert "wants 'lvel', which is no column of the row: did you mean 'level'?" in str(score.failure)
     assert values(lambda completions, other=(): [float(len(other))], "a") == [0.0]
-    assert (
-        "wants 'completion_ids', which TRL's trainer alone has" in refused(lambda completions, completion_ids: 1).what
-    )
+    assert FailurePolicy(advice=FIXES).refuse(score.failure, "row 0").fix.endswith("or give the argument a default")
+    assert "wants 'trainer_state', which TRL's trainer alone has" in refused(lambda completions, trainer_state: 1).what
     assert "does not take it" in refused(lambda completions: [1.0], bonus=1).what
 
 

@@ -60,14 +60,14 @@ def try_reward(
         for prompt in first:
             of = f" of {prompt.data_source}" if len(first) > 1 else ""
             if prompt.ground_truth is None:
-                [score] = _scores(grader, prompt, [""])
+                [score] = _scores(grader, prompts, prompt, [""])
                 require_score(score, r, f"an empty response to the first row of {prompt.data_source}")
                 components |= set(score.components)
                 worth = f"{total(score):g}"
                 yield f"  reward {name}: the first row{of} has no ground truth; an empty response scores {worth}"
                 continue
             answer = _as_answer(prompt.ground_truth)
-            [score] = _scores(grader, prompt, [read(answer)])
+            [score] = _scores(grader, prompts, prompt, [read(answer)])
             require_score(score, r, f"the first row of {prompt.data_source}")
             components |= set(score.components)
             more = f" (components: {', '.join(sorted(score.components))})" if score.components else ""
@@ -76,10 +76,10 @@ def try_reward(
                 f"  reward {name}: the first row's{of} ground truth {answer[:SHOWN]!r} given as the response{seen} "
                 f"scores {total(score):g}{more}"
             )
-            yield from _other_forms(grader, prompt, read, total(score))
+            yield from _other_forms(grader, prompts, prompt, read, total(score))
         if lacking(components) is not None:
             for prompt in first:  # a response may lack what others have
-                scores = _scores(grader, prompt, [read(text) for text in ["", *_forms(prompt)]])
+                scores = _scores(grader, prompts, prompt, [read(text) for text in ["", *_forms(prompt)]])
                 components |= {name for score in scores for name in score.components}
             if (mistake := lacking(components)) is not None:
                 raise mistake
@@ -91,9 +91,9 @@ def reward_name(config: RlConfig | EvalConfig) -> str:
     return function if config.reward.terms is None else " + ".join(config.reward.terms)
 
 
-def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:
+def _other_forms(grader: Grader, prompts: PromptSet, prompt: Prompt, read: Read, truth: float) -> Iterator[str]:
     """Says which form a right response may need, where the bare ground truth scores no more than an empty response."""
-    [empty] = _scores(grader, prompt, [""])
+    [empty] = _scores(grader, prompts, prompt, [""])
     if empty.failure is not None:
         said = str(empty.failure).splitlines()[0]
         yield f"    advice: the reward fails on an empty response, and models give some: {said}"
@@ -102,7 +102,7 @@ def _other_forms(grader: Grader, prompt: Prompt, read: Read, truth: float) -> It
     if truth > floor:
         return
     tried = _forms(prompt)
-    scores = _scores(grader, prompt, [read(text) for text in tried])
+    scores = _scores(grader, prompts, prompt, [read(text) for text in tried])
     worth = {text: total(score) for text, score in zip(tried, scores) if score.failure is None}
     best = max(worth, key=worth.__getitem__, default="")
     if worth.get(best, floor) > floor:
@@ -125,8 +125,10 @@ def _forms(prompt: Prompt) -> dict[str, str]:
     return tried
 
 
-def _scores(grader: Grader, prompt: Prompt, texts: list[str]) -> list[Score]:
-    return [scores[0] for scores in score_all(grader, [answers_to(prompt, [text]) for text in texts])]
+def _scores(grader: Grader, prompts: PromptSet, prompt: Prompt, texts: list[str]) -> list[Score]:
+    ids = [prompts.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    asked = [answers_to(prompt, [text], [tokens]) for text, tokens in zip(texts, ids)]
+    return [scores[0] for scores in score_all(grader, asked)]
 
 
 def _as_answer(ground_truth: object) -> str:

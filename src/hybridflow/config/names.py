@@ -252,12 +252,15 @@ _NAMES: dict[str, tuple[str, str]] = {
     # algorithm
     "adv_estimator": (
         "algorithm.preset",
-        "a preset names the estimator, the loss and the clips; algorithm.advantage alone",
+        "a preset names the estimator, the loss and the clips (gae: ppo); algorithm.advantage alone",
     ),
     "advantage_estimator": ("algorithm.preset", "a preset names the estimator, the loss and the clips"),
     "norm_adv_by_std_in_grpo": ("algorithm.normalize_by_std", ""),
-    "scale_rewards": ("algorithm.normalize_by_std", ""),
-    "loss_type": ("algorithm.preset", "and algorithm.aggregation, how token losses become one number"),
+    "scale_rewards": ("algorithm.normalize_by_std", "group is true, none is false; there is no scaling by batch"),
+    "loss_type": (
+        "algorithm.preset,algorithm.aggregation",
+        "dapo and bnpo are algorithm.aggregation=token-mean; grpo, dr_grpo, cispo and sapo are presets",
+    ),
     "loss_mode": ("algorithm.policy_loss", ""),
     "loss_agg_mode": ("algorithm.aggregation", "the preset grpo has seq-mean-token-mean, where verl has token-mean"),
     "importance_sampling_level": ("algorithm.policy_loss", "sequence: algorithm.preset=gspo"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,9 +188,9 @@ def load_prompts(
     return PromptSet(data, config, tokenizer, over_long=fits.count(False))
 
 
-def answers_to(prompt: Prompt, texts: list[str]) -> Answers:
+def answers_to(prompt: Prompt, texts: list[str], token_ids: Sequence[Sequence[int]]) -> Answers:
     """Returns responses to a prompt, as a grader takes them."""
-    return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row, prompt.written)
+    return Answers(texts, prompt.ground_truth, prompt.messages, prompt.row, prompt.written, token_ids)
 
 
 def _truth(row: Row, key: str, *, source: str, index: int) -> Any:

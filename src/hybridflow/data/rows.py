@@ -85,6 +85,9 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
     wanted = setting.removeprefix("data.").strip("-").replace("-", "_").removesuffix("_key")
     alike = near(part, known)
     usual = alike or next((name for name in _NAMES.get(wanted, ()) if name in known and name != key), None)
+    other = "" if alike else _for_another_command(wanted, known)
+    if other:
+        return other
     if usual is None and wanted == "messages":
         return _instead_of_messages(known) or hint
     if not setting or usual is None:
@@ -94,6 +97,26 @@ def _other_column(key: str, part: str, place: object, setting: str) -> str:
         inside = place.get(usual) if isinstance(place, dict) else None
         return f"set {setting}={usual}.KEY, KEY being one of {', '.join(inside)}" if isinstance(inside, dict) else hint
     return f"{hint} set {setting}={path}" if alike else f"set {setting}={path}; {hint}"
+
+
+def _for_another_command(wanted: str, known: Sequence[str]) -> str:
+    """Returns where rows belong that have another command's columns, as data sets for TRL name them; "" for others."""
+    if wanted in ("prompt", "ground_truth", "messages") and {"chosen", "rejected"} <= set(known):
+        return "rows with chosen and rejected are preferences: hybridflow reward-model trains on them"
+    if wanted == "prompt" and "messages" in known:
+        return (
+            "rows with messages are conversations: hybridflow sft trains on them; where each ends with the user's "
+            "turn, set data.prompt_key=messages"
+        )
+    if wanted == "ground_truth" and {"prompt", "completion"} <= set(known):
+        return (
+            "rows with prompt and completion are for hybridflow sft (data.prompt_key=prompt "
+            "data.response_key=completion); where the completion is the right answer, set "
+            "data.ground_truth_key=completion"
+        )
+    if wanted == "messages" and "text" in known:
+        return "set data.format=text, which trains on the column text as it is"
+    return ""
 
 
 def _instead_of_messages(known: Sequence[str]) -> str:

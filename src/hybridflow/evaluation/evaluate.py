@@ -143,7 +143,8 @@ def evaluate(
     for i in range(count):
         require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
     texts_of = [[answering.decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
-    asked_of = (answers_to(p, texts) for p, texts in zip(asked, texts_of))
+    ids_of = ([result.token_ids for result in answers[i * n : (i + 1) * n]] for i in range(count))
+    asked_of = (answers_to(p, texts, ids) for p, texts, ids in zip(asked, texts_of, ids_of))
     with returning_when(should_stop, engine, grader):
         scores_of = score_all(grader, asked_of, should_stop)
     for i, prompt in enumerate(asked):

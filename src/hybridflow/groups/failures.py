@@ -30,7 +30,8 @@ class FailurePolicy:
             failure: the first one.
             where: which row of which data.
         """
-        otherwise = OTHERWISE if self.on_failure == "fail" else ""  # else the configuration asks for it already
+        mendable = self.on_failure == "fail" and failure.kind != "columns"  # else it is set, or of no use
+        otherwise = OTHERWISE if mendable else ""
         fix = self.advice.get(failure.kind, "look at the reward") + otherwise
         why = f"it was scoring {failure.scoring}" if failure.scoring else ""
         return UserError(f"{where}: {failure.what}", why=why, fix=fix)

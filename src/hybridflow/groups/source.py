@@ -188,17 +188,18 @@ class GroupSource:
         greedy = results.pop(GREEDY, None)
         group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
 
-        def ask(texts: list[str], *, baseline: bool) -> None:
+        def ask(texts: list[str], ids: list[list[int]], *, baseline: bool) -> None:
             self._asked[self._submitted] = draw, baseline
-            asked = Answers(texts, question.ground_truth, question.messages, question.row, question.written)
+            q = question
+            asked = Answers(texts, q.ground_truth, q.messages, q.row, q.written, ids)
             self.grader.submit(self._submitted, asked)
             self._submitted += 1
             group.lacking += 1
 
-        ask(group.texts, baseline=False)
+        ask(group.texts, [results[i].token_ids for i in range(len(results))], baseline=False)
         if greedy is not None:
             # Scored apart: a reward that reads the whole group must not see the response that it is compared with.
-            ask([self.decode(greedy.token_ids)], baseline=True)
+            ask([self.decode(greedy.token_ids)], [greedy.token_ids], baseline=True)
         self.reward_seconds += time.perf_counter() - began
         return group
 

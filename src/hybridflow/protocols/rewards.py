@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ class Answers:
         prompt: the chat messages that they respond to.
         row: the whole row of the data.
         written: the prompt as the row has it, a string or messages; None: `prompt`.
+        token_ids: of each response; None where there are texts alone.
     """
 
     responses: list[str]
@@ -26,6 +27,7 @@ class Answers:
     prompt: list[dict[str, Any]]
     row: dict[str, Any]
     written: Any = None
+    token_ids: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ verl works as it is, for one response and for a batch. A reward that was written
 argument ``completions`` gets lists with one entry per response,
 
     prompts, completions        strings; where the row's prompt is chat messages, lists of messages
+    completion_ids              lists of token ids
     any column of the rows      by its name; all of them where it takes ``**kwargs``
 
 and may return None for a response that it does not judge. All of these may be ``async def``.
@@ -40,9 +41,10 @@ ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
 ROWS = ("data_sources", "ground_truths", "extra_infos")  # for a whole group only
 ANSWER = ("response", "solution_str")
 ANSWERS = ("responses", "solution_strs")
-COMPLETIONS = ("completions", "prompts")  # TRL's, beside the columns
+COMPLETIONS = ("completions", "prompts", "completion_ids")  # TRL's, beside the columns
+NO_COLUMNS = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from a reward
 # What TRL's trainer passes besides; there is nothing here that could be passed for it.
-ONLY_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+ONLY_TRL = ("trainer_state", "log_extra", "log_metric", "environments")
 # What other programs and people call these; None: a word that may be either, the model's or the row's.
 NAMES = {
     **dict.fromkeys(("completion", "output", "prediction", "generation", "generated", "text", "pred"), "response"),
@@ -131,7 +133,7 @@ class RewardFunction:
         # Of an object it is the class's method that is called.
         self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._columns: list[str] = []  # that a reward of TRL's form cannot do without
+        self._wanted: list[str] = []  # arguments that a reward of TRL's form cannot do without
         if self.of_trl:
             self._check_columns(parameters)
             return
@@ -151,7 +153,7 @@ class RewardFunction:
                 fix="give the argument a default, or take it out: what a reward returns as numbers of a dict is logged",
             )
         self.arguments = named
-        self._columns = [n for n in wanted if n not in COMPLETIONS]
+        self._wanted = wanted
 
     def _check_kwargs(self, named: Sequence[str], known: Sequence[str]) -> None:
         """Refuses reward.kwargs that the function does not take, or that a run provides."""
@@ -240,15 +242,20 @@ class RewardFunction:
     def _given_columns(self, answers: Answers) -> dict[str, Any]:
         """Returns what TRL's trainer gives to a reward, as far as a run here has it."""
         size, prompt = len(answers.responses), answers.prompt if answers.written is None else answers.written
-        columns = {"ground_truth": answers.ground_truth} | {k: v for k, v in answers.row.items() if k != "prompt"}
-        lacking = next((n for n in self._columns if n not in columns), None)
+        columns = {k: v for k, v in answers.row.items() if k not in NO_COLUMNS}
+        known, columns = list(columns), {"ground_truth": answers.ground_truth} | columns
+        lacking = next((n for n in self._wanted if n not in (*COMPLETIONS, *columns)), None)
         if lacking is not None:
-            raise _NoColumn(f"wants {lacking!r}, which is no column of the row: {nearest(lacking, columns)}")
+            raise _NoColumn(f"wants {lacking!r}, which is no column of the row: {nearest(lacking, known)}")
         texts: list[Any] = list(answers.responses)
         if not isinstance(prompt, str):  # conversational, as TRL calls it
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         given = {name: [value] * size for name, value in columns.items()}
         given |= {"prompts": [prompt] * size, "completions": texts}
+        if answers.token_ids is not None:
+            given["completion_ids"] = [list(ids) for ids in answers.token_ids]
+        elif "completion_ids" in self._wanted:
+            raise _NoColumn("wants 'completion_ids', and here it scores texts that have no token ids")
         return given if self._takes_all else {name: given[name] for name in self.arguments if name in given}
 
     def _read(self, value: Any, answers: Answers, index: int | None) -> list[Score]:
