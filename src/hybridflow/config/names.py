@@ -301,6 +301,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     "vllm_importance_sampling_correction": ("algorithm.correction.preset", "decoupled_token_is"),
     "mask_truncated_completions": ("filter.overlong", ""),
     "dynamic_filtering": ("filter.equal_rewards", ""),
+    "filter_groups": ("filter.equal_rewards", "with filter.metric and filter.max_rounds"),
     "filter_groups.enable": ("filter.equal_rewards", ""),
     "filter_groups.metric": ("filter.metric", ""),
     "max_num_gen_batches": ("filter.max_rounds", ""),

@@ -13,7 +13,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import read_values
 from hybridflow.config.names import meaning
 from hybridflow.config.paths import home
-from hybridflow.errors import UserError, near, nearest
+from hybridflow.errors import UserError, nearest
 
 ARGUMENTS = ("model", "data", "reward", "eval_data", "tokenizer", "config", "folder", "callbacks")
 DEFAULTS: dict[str, Any] = {"epochs": 1, "prompts_per_step": 8, "samples_per_prompt": 8}  # of the section train
@@ -44,7 +44,7 @@ def refuse_unknown(sections: Mapping[str, Any]) -> None:
     found = None if name in _CALLED else meaning(name)
     if name in _CALLED:
         hint = f"here it is {_CALLED[name]}"
-    elif found is not None and near(name, known) is None:
+    elif found is not None:
         keys = {key.name for key in keys_of(RlConfig)}
         written = [_written(key) for key in found.within(keys).keys if key.partition(".")[0] in known]
         here = f"here it is {' or '.join(written)}" if written else "there is no such setting here"

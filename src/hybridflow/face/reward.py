@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridflow.data.prompts import VERL_TRUTH
 from hybridflow.errors import UserError
-from hybridflow.rewards.graders.function import name_of
+from hybridflow.rewards.graders.function import RewardFunction, name_of
 from hybridflow.rewards.graders.given import GivenReward, named
+
+TRUTH = "ground_truth"  # the column, and the argument of a reward
 
 
 def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenReward | None]:
@@ -49,6 +52,14 @@ def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenRewar
         return rest | _named(functions[0]), None
     terms = {name: _named(function) for name, function in named(functions).items()}
     return rest | {"terms": terms}, None
+
+
+def needs_no_truth(rows: Sequence[Mapping[str, Any]], reward: GivenReward) -> bool:
+    """Returns whether the rows have no column of ground truths, and the reward does not ask for one either."""
+    if any(TRUTH in row or VERL_TRUTH.partition(".")[0] in row for row in rows):
+        return False
+    functions = list(reward) if isinstance(reward, Sequence) else [reward]
+    return not any(RewardFunction(function, name_of(function)).wants_truth for function in functions)
 
 
 def _named(function: Callable[..., Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hybridflow.controller.backends.forking import refuse_imported_program
 from hybridflow.errors import UserError
 from hybridflow.face.arguments import base_values, merged, refuse_unknown, with_defaults
 from hybridflow.face.model import checked_pair, save_model
-from hybridflow.face.reward import split_reward
+from hybridflow.face.reward import needs_no_truth, split_reward
 from hybridflow.face.rows import is_mapping_of_splits, is_name, rows_of, write_rows
 from hybridflow.rewards.graders.given import GivenReward, with_given
 from hybridflow.tracking.events import read_events
@@ -102,6 +102,8 @@ def train(
     if isinstance(values.get("reward"), Mapping):
         values["reward"], scorer = split_reward(values["reward"])
     objects = _taken(values, tokenizer)
+    if "data" in objects.rows and scorer is not None and needs_no_truth(objects.rows["data"][0], scorer):
+        objects.values["data"] = {"ground_truth_key": None} | objects.values["data"]
     settings = with_given(validate(RlConfig, objects.values, source="the call of hybridflow.train", base=base), scorer)
     with objects.kept():
         return _run(settings, scorer, callbacks)

@@ -65,7 +65,11 @@ def starter(
         values.setdefault(section, {})[name] = value
     for text in overrides:
         apply_override(values, text)
-    values = {section: {k: v for k, v in inner.items() if v is not None} for section, inner in values.items()}
+    unset = {key.name for key in keys_of(config) if key.default == "unset"}  # null says nothing there
+    values = {
+        section: {k: v for k, v in inner.items() if v is not None or f"{section}.{k}" not in unset}
+        for section, inner in values.items()
+    }
     validate(config, values, source="the new configuration")
     return "\n".join([*_head(kind, file), *_sections(kind, values)]) + "\n"
 
@@ -94,6 +98,6 @@ def _sections(command: str, values: dict[str, Any]) -> Iterator[str]:
                 continue
             lines += [f"  # {line}" for line in textwrap.wrap(key.description, WIDTH - 4)]
             value = values[section][name] if live else shown[key.name]
-            lines.append(f"  {'' if live else '# '}{name}: {as_yaml(value)}")
+            lines.append(f"  {'' if live else '# '}{name}: {'null' if value is None else as_yaml(value)}")
         if lines:
             yield from (f"\n{section}:", *lines)

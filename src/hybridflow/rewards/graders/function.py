@@ -109,6 +109,7 @@ class RewardFunction:
     Attributes:
         whole_group: whether one call scores all responses to a prompt.
         is_async: whether it is an ``async def``.
+        wants_truth: whether it takes the ground truth.
 
     Raises:
         UserError: the function wants arguments that do not exist, or does not take those of `kwargs`.
@@ -129,6 +130,7 @@ class RewardFunction:
                 fix=f"call it in a function of yours: {_FORMS}",
             ) from error
         self.of_trl = COMPLETIONS[0] in parameters
+        self.wants_truth = not {"ground_truth", "ground_truths"}.isdisjoint(parameters)
         self.whole_group = self.of_trl or not set(ANSWERS).isdisjoint(parameters)
         # Of an object it is the class's method that is called.
         self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
