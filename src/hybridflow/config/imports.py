@@ -117,7 +117,7 @@ def _is_beside(name: str, folder: Path, importing: ModuleType) -> bool:
         return False
     for file in (folder / f"{name}.py", folder / name / "__init__.py"):
         if file.is_file():
-            known = sys.modules.get(name)  # on sys.path too: one module is not run twice
+            known = sys.modules.get(name)  # on sys.path too: a module must not run twice
             return str(file) not in (getattr(importing, "__file__", ""), getattr(known, "__file__", ""))
     # A folder without code of its own (data, perhaps) does not hide what is installed.
     return name not in sys.modules and (folder / name).is_dir() and importlib.util.find_spec(name) is None

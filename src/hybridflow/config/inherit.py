@@ -8,7 +8,7 @@ from typing import Any, get_args
 from hybridflow.config.sections.choices import words
 from hybridflow.config.sections.engine import EngineSection
 
-# The section, and where it takes what it does not give itself.
+# The section, and the one that it inherits from.
 INHERITS = {
     "critic.optim": "optim",
     "critic.engine": "engine",

@@ -517,7 +517,7 @@ def meaning(name: str) -> Meaning | None:
     'here it is train.samples_per_prompt; responses to each prompt'
     """
     parts = name.lstrip("-+~").replace("-", "_").lower().split(".")
-    for i in range(len(parts)):  # the longest ending that is known
+    for i in range(len(parts)):  # the longest known ending
         found = _NAMES.get(".".join(parts[i:]))
         if found is not None:
             return Meaning(tuple(filter(None, found[0].split(","))), found[1])

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 BACK_OFF = 0.5  # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait, and the longest wait between attempts
-KEEP_ALIVE = 2.0  # seconds that an idle connection is used again: less than any server keeps it
+KEEP_ALIVE = 2.0  # seconds for which an idle connection is reused: fewer than any server keeps it
 SLACK = 0.1  # seconds by which a pace may catch up
-SAID = 300  # characters of a server's answer in our messages
+SAID = 300  # characters of a server's reply in our messages
 RETRIED = (408, 429)  # statuses below 500 that another attempt may change
 
 
@@ -67,7 +67,7 @@ class Pace:
 
     def take(self, now: float, cost: float) -> None:
         """Begins work of this cost; `free` is when the next may begin, in seconds of the same clock as `now`."""
-        # A timer that fires a little late must not slow the pace down: up to a tenth of a second is caught up with.
+        # A timer that fires a little late must not lower the rate: up to a tenth of a second is made up for.
         self.free = max(self.free, now - SLACK) + cost * self.seconds_each
 
 
@@ -113,7 +113,7 @@ class LimitedClient:
         self._http = _aiohttp()
         self._requests = Pace(requests_per_minute) if requests_per_minute else None
         self._tokens = Pace(tokens_per_minute) if tokens_per_minute else None
-        self._quiet_until = 0.0  # a server has asked for it
+        self._quiet_until = 0.0  # a server asked for this delay
         self._session: Any = None
         self._loop = asyncio.new_event_loop()
         self._slots, self._gate = asyncio.Semaphore(concurrency), asyncio.Lock()

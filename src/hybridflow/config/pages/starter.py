@@ -24,7 +24,7 @@ def _limits(model: str, begin: Mapping[str, Any]) -> dict[str, Any]:
     response.
     """
     for folder in (home(model), home(model) / "model"):
-        with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` says what is wrong with it
+        with suppress(OSError, ValueError, AttributeError):  # `hybridflow check` reports what is wrong with it
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             context = values.get("max_position_embeddings")
             if isinstance(context, int):

@@ -16,7 +16,7 @@ from pathlib import Path
 from hybridflow.config.locate import is_function_reference
 from hybridflow.errors import nearest
 
-OUTPUTS = {"old_logp_T": "logp", "sum_pi_squared_T": "sum_pi_squared"}  # columns that the policy has to be asked for
+OUTPUTS = {"old_logp_T": "logp", "sum_pi_squared_T": "sum_pi_squared"}  # columns that need a forward pass of the policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "bypass_pg_geo_rs_token_tis": {"mode": "bypass", **_TOKEN_IS, **_GEO},
 }
 
-# What each preset is, in a line: `hybridflow check --explain algorithm.preset`.
+# A line on each preset: `hybridflow check --explain algorithm.preset`.
 METHODS: dict[str, str] = {
     "grpo": "rewards less their group's mean, over its deviation (DeepSeekMath)",
     "dr_grpo": "grpo without dividing by the standard deviation and by the response's length",

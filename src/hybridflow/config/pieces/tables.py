@@ -73,4 +73,4 @@ def values_taken(advantage: str, policy_loss: str, aggregation: str) -> set[str]
     """
     pieces = (advantage, ADVANTAGES), (policy_loss, POLICY_LOSSES), (aggregation, AGGREGATIONS)
     taken = {value for name, table in pieces for value in needs_of(name, table).values}
-    return taken.union(STATISTICS.get(policy_loss, ())) - {"norm"}  # the run gives an aggregation its norm
+    return taken.union(STATISTICS.get(policy_loss, ())) - {"norm"}  # the run provides the norm of an aggregation

@@ -197,7 +197,7 @@ def add_probe(report: Report, tried: Sequence[Tried], function: FunctionSpec, *,
     again = [one for one in tried if one.score is not None and one.score.failure is None]
     if not again:
         return
-    random.Random(len(again)).shuffle(again)  # the process may not get through all: let it see of everything
+    random.Random(len(again)).shuffle(again)  # the process may run out of time: show it some of every kind first
     probed = probe(function, [answers_of(one.case, [one.response]) for one in again], seconds=seconds, calls=calls)
     if isinstance(probed, str):
         report.findings.insert(0, Finding("failure", f"its process {probed}, when it was called directly"))

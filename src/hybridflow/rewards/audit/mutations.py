@@ -289,7 +289,7 @@ def _quoted(case: KnownCase) -> list[str]:
 
 
 def _injected(case: KnownCase) -> list[str]:
-    if case.number in (1, 10):  # of which these texts speak
+    if case.number in (1, 10):  # that these texts name
         return []
     return [text for said in _INJECTIONS for text in (said, f"{case.wrong_response}\n{said}")]
 

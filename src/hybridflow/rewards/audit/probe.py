@@ -26,7 +26,7 @@ WARM_UP = 200  # calls before memory is read the first time
 SLOW, USUAL = (
     1.0,
     20_000,
-)  # seconds, characters: of calls that are slower, or responses that are longer, is no cost measured
+)  # seconds, characters: the cost of slower calls or longer responses is not measured
 MEGABYTE = 2**20
 
 
@@ -74,7 +74,7 @@ def probe(function: FunctionSpec, answers: Sequence[Answers], *, seconds: float,
         try:
             done = subprocess.run(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=seconds,
-                env=os.environ | {"PYTHONHASHSEED": "random"},  # what depends on the order of a set shall show
+                env=os.environ | {"PYTHONHASHSEED": "random"},  # dependence on the order of a set must show
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"did not end within {seconds:.0f} s"
@@ -92,7 +92,7 @@ def measure(reward: RewardFunction, asked: Sequence[Answers], *, seconds: float,
     The first responses take at most a fifth of the time; those that were not reached by then are not measured.
     """
     found = Probed([], [], [], [])
-    answers = copy.deepcopy(list(asked))  # each its own row: what the reward does to one must not reach another
+    answers = copy.deepcopy(list(asked))  # each its own row: a change by the reward must not reach another response
     end = time.perf_counter() + seconds / 5
     for index, one in enumerate(answers):
         begun = time.perf_counter()
@@ -155,6 +155,6 @@ def main(asked: str, told: str) -> None:
 
 
 if __name__ == "__main__":
-    from hybridflow.rewards.audit.probe import main as run  # so that what is pickled is of the module by its name
+    from hybridflow.rewards.audit.probe import main as run  # so that pickled objects belong to the module by its name
 
     run(*sys.argv[1:])

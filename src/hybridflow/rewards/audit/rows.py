@@ -26,7 +26,7 @@ FORMS = (
 )
 HOLE = "{ground_truth}"
 TRIED_ROWS = 5  # to find out which form a reward reads
-# Which of two answers counts is the reward's own affair, as long as it is not both orders: the audit sees to that.
+# Which of two answers counts is the reward's choice, as long as it does not accept both orders: the audit checks that.
 OPEN: Mapping[str, tuple[Expected, str]] = dict.fromkeys([name for both in BOTH_ORDERS for name in both], ("any", ""))
 
 

@@ -87,7 +87,7 @@ class ComposedGrader:
         self._route, self._backends = route, list(backends)
         self.should_return: Callable[[], bool] = never
         self._open: dict[int, _Open] = {}
-        self._jobs: dict[int, tuple[int, int]] = {}  # what a backend was asked: whose, and which part
+        self._jobs: dict[int, tuple[int, int]] = {}  # what was submitted to a backend: the prompt, and the part
         self._next = 0
 
     def submit(self, key: int, answers: Answers) -> None:
@@ -111,7 +111,7 @@ class ComposedGrader:
         done = self.ready()
         with returning_when(self.should_return, *self._backends):
             while not done and self._open and not self.should_return():
-                opened = next(iter(self._open.values()))  # the oldest: what it lacks is waited for
+                opened = next(iter(self._open.values()))  # the oldest: wait for its missing scores
                 lacking = next(part for i, part in enumerate(opened.parts) if i not in opened.scores)
                 done = self._take(lacking.backend.wait()) + self.ready()
         return done

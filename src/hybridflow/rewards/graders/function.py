@@ -211,7 +211,7 @@ class RewardFunction:
             raise
         except _NoColumn as error:
             return failures(self.name, "columns", str(error), answers, index)
-        except BaseException as error:  # SystemExit too: a reward must not end the run without a word
+        except BaseException as error:  # SystemExit too: a reward must not end the run silently
             return self._raised(error, answers, index)
 
     async def score_async(self, answers: Answers, index: int | None) -> list[Score]:

@@ -41,12 +41,12 @@ from hybridflow.rewards.pool.worker import score_of, too_long
 if TYPE_CHECKING:
     from hybridflow.config.sections.rewards import RewardPoolSection
 
-SPARES = 4  # processes beyond those asked for, while others are with one call for long
+SPARES = 4  # further processes, while others are busy with one long call
 PASSED_OVER = 1.0  # seconds with one call, and
 TIMES_USUAL = 10  # times the usual time of a call, after which a process is passed over
-AHEAD = 0.02  # seconds of work that a process is given at once, so that it need not wait for more
+AHEAD = 0.02  # seconds of work that a process gets at once, so that it need not wait for more
 MOST_AHEAD = 128  # calls
-LATE = 1.0  # seconds that a process has to tell that an asynchronous call had its time
+LATE = 1.0  # seconds that a process has to report that an asynchronous call ran out of time
 STARTS = 2  # processes in a row that may die before they are ready
 
 
@@ -73,7 +73,7 @@ class ProcessGrader:
         self._new: deque[GroupCalls] = deque()  # before kinds are known
         self._queue: deque[Call] = deque()
         self._queue_async: deque[Call] = deque()
-        self._alone: deque[Call] = deque()  # asynchronous ones that must be alone in their process
+        self._alone: deque[Call] = deque()  # asynchronous calls that must be alone in their process
         self._processes: list[PoolProcess] = []
         self._died_starting = 0
         self._tasks = 0
@@ -293,7 +293,7 @@ class ProcessGrader:
             self._fail(first, "timeout", too_long(self._pool.timeout))
 
     def _bury(self, process: PoolProcess) -> None:
-        how = self._remove(process, GRACE)  # its socket ends a little before it does
+        how = self._remove(process, GRACE)  # its socket closes a little before it ends
         calls = list(process.calls.values())
         if not process.ready:
             self._died_starting += 1
@@ -381,7 +381,7 @@ class ProcessGrader:
         plain = [p for p in self._processes if not p.asynchronous]
         active = [p for p in plain if not p.passed_over]
         wanted = max(1, self._pool.processes)
-        for process in active[wanted:]:  # the others continue where it has stood in
+        for process in active[wanted:]:  # the others take over again
             if process.ready and not process.calls:
                 self._remove(process)
         room = min(MOST_AHEAD, max(1, int(AHEAD / self._usual))) if self._usual else 1

@@ -50,7 +50,7 @@ class Wire:
 
     def flush(self) -> None:
         """Sends more of what is kept."""
-        with suppress(BlockingIOError, ConnectionError):  # that it has died is seen where its answers are read
+        with suppress(BlockingIOError, ConnectionError):  # its death is noticed where its replies are read
             while self.unsent:
                 del self.unsent[: self.connection.send(self.unsent)]
 
@@ -133,7 +133,7 @@ def start_process(folder: str, path: Sequence[str], checks: bool) -> PoolProcess
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
-        stdout=2,  # what a reward prints must not get into what the run prints
+        stdout=2,  # the output of a reward must not mix with the output of the run
         pass_fds=[theirs.fileno()],
         start_new_session=True,  # Ctrl-C is for the parent, which decides
     )
@@ -147,5 +147,5 @@ def _exit_handle(pid: int) -> int | None:
         return None
     try:
         return os.pidfd_open(pid)
-    except OSError:  # some containers forbid it; the end of its socket tells as much, unless a reward has forked
+    except OSError:  # some containers forbid it; the end of its socket shows the same, unless a reward has forked
         return None

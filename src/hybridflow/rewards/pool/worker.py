@@ -39,7 +39,7 @@ from hybridflow.rewards.graders.function import RewardFunction, check_builtins, 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
 _LENGTH = struct.Struct(">I")
 PlainFailure = tuple[str, str, str]
-Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], PlainFailure | None]  # a Score, quicker to pickle
+Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], PlainFailure | None]  # a Score, faster to pickle
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
@@ -105,7 +105,7 @@ def main(descriptor: int, parent: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # the parent died before that
         return
     os.set_inheritable(descriptor, False)
     channel = WorkerSocket(socket.socket(fileno=descriptor))
@@ -178,7 +178,7 @@ def _serve(channel: WorkerSocket, loaded: Mapping[str, RewardFunction], messages
     while True:
         for message in messages:
             if message[0] == "forget":
-                kept = message[1]  # the parent waits for it, though this process may not have come to it yet
+                kept = message[1]  # the parent waits for it, although this process may not have started it yet
                 pending = [t for t in tasks if kept is not None and t[0] == kept[0] and kept[1] in t[3]]
                 tasks = deque((number, function, answers, deque([kept[1]])) for number, function, answers, _ in pending)
                 continue
@@ -231,7 +231,7 @@ async def _score_async(
     call = asyncio.ensure_future(function.score_async(answers, index))
     try:
         await asyncio.wait({call}, timeout=timeout)
-    finally:  # it has ended, or has had its time, or is forgotten
+    finally:  # it has ended, or is out of time, or was withdrawn
         call.cancel()
     if call.done() and not call.cancelled():
         scores = call.result()

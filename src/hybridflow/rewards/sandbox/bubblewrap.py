@@ -29,7 +29,7 @@ def command(bwrap: str, view: dict[str, Any], interpreter: str, privileged: bool
     words += ["--perms", "1777", "--size", str(view["tmp_bytes"]), "--tmpfs", "/tmp"]
     bound = [*view["read"], interpreter]
     for folder in sorted({str(parent) for path in bound for parent in PurePath(path).parents} - {"/", "/tmp"}):
-        words += ["--perms", "0755", "--dir", folder]  # else they are as closed as they are outside
+        words += ["--perms", "0755", "--dir", folder]  # else they have the permissions that they have outside
     for path in view["read"]:
         words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
     for path in view["hide"]:

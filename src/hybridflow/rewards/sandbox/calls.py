@@ -65,7 +65,7 @@ def serve(program: str, requests: int, replies: int, judge: bool) -> None:
         judge: whether one function is called as judges do it; else a test asks for names, and printed text goes to the
             test.
     """
-    import json  # before the program, which may have another
+    import json  # before the program, which may have a module of that name
 
     with open(requests, encoding="utf-8") as lines, open(replies, "w", encoding="utf-8") as out:
         printed = None if judge else _Printed()

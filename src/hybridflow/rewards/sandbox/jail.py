@@ -85,7 +85,7 @@ def main(request: dict[str, Any]) -> None:
     else:
         line = supervise(child, request).encode()
     os.write(report, line)
-    os._exit(0)  # nothing of the program's interpreter is in this process; there is nothing to clean up
+    os._exit(0)  # this process holds no part of the program's interpreter; there is nothing to clean up
 
 
 def run_driver(request: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def drop_privileges(request: dict[str, Any]) -> None:
     can gain none.
     """
     if request["privileged"]:
-        # Threads are counted in each user namespace and in those around it; what holds around is what holds now.
+        # Threads are counted in each user namespace and in those around it; the limits of the outer ones hold too.
         most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
         become_nobody()

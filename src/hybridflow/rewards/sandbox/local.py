@@ -31,9 +31,9 @@ from hybridflow.rewards.sandbox.view import TMP_BYTES, interpreter, privileged, 
 Walls = Literal["local", "bubblewrap", "none"]
 
 THREADS, OPEN_FILES, STACK_BYTES = 64, 64, 64 << 20
-START_SECONDS = 120.0  # for building the walls; far above any honest start, for machines under heavy load
+START_SECONDS = 120.0  # for building the walls; far above any normal start, for machines under heavy load
 
-# What is executed inside before a function is called, in one namespace.
+# Code that runs inside before a function is called, in one namespace.
 _DRIVERS = {
     "run": ["calls.py"],
     "serve": ["values.py", "calls.py"],
@@ -271,7 +271,7 @@ class _Jail:
                 selector.register(fd, selectors.EVENT_READ)
             reported = False
             while selector.get_map():
-                # After the report nothing more is written; what is still in the pipes is read, and not waited for.
+                # After the report nothing more is written: read the rest of the pipes without waiting.
                 ready = selector.select(0 if reported else max(0.0, deadline - time.monotonic()))
                 if not ready and reported:
                     break

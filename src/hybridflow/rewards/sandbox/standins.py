@@ -24,7 +24,7 @@ if __name__ != "driver":  # in a jail they have been executed before, in this ve
     from hybridflow.rewards.sandbox.calls import SPECIAL, SYMBOLS, _module
     from hybridflow.rewards.sandbox.values import KNOWN, ValueCodec, known_value
 
-_TRAPS = (AssertionError, Exception, BaseException)  # who catches these catches the failure of a test
+_TRAPS = (AssertionError, Exception, BaseException)  # a handler of these catches the failure of a test
 _MISSING = object()
 # By the id of a stand-in: its link and its number. Kept beside them, as all of their own names are the program's.
 _HELD: dict[int, tuple[Link, int]] = {}
@@ -165,7 +165,7 @@ class Link:
         self._out = open(requests, "w", encoding="utf-8")  # noqa: SIM115
         self._lines.readline()  # the program's walls stand
         self._objects: dict[int, Any] = {}  # the program's, by number
-        self._given: list[Any] = []  # what of the test's was sent
+        self._given: list[Any] = []  # the objects of the test that were sent
         self._bases: dict[int, Any] = {}  # what objects are as plain data that cannot change
         self.told: dict[type, list[str]] = {}
         self.strange = False  # whether something could not be compared, or not be sent
@@ -192,7 +192,7 @@ class Link:
                     value = _MISSING
                 wire.change(reply.get("changed", ()))
                 return value
-        except Exception:  # no reply that this side writes: a test may not be glad to catch it
+        except Exception:  # no reply that this side writes: a test must not profit from catching it
             os._exit(1)
         raise error
 
@@ -238,7 +238,7 @@ class Link:
         args = ValueCodec(self._refer, self._resolve).decode(reply["args"])
         try:
             error = blank.__new__(blank) if isinstance(kind, StandInClass) else kind(*args)
-        except Exception:  # its class wants something else than it then holds
+        except Exception:  # its class takes other arguments than its content
             error = blank.__new__(blank)
         error.args = args
         number = int(reply["number"])

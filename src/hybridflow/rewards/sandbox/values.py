@@ -37,7 +37,7 @@ _PARTS = {
     "datetime.datetime": "year month day hour minute second microsecond tzinfo",
     "datetime.timedelta": "days seconds microseconds",
 }
-# Their functions and classes compute, and do nothing else: the other side's are as good.
+# Their functions and classes only compute: those of the other side do the same.
 _KNOWN = (
     "bisect builtins cmath collections copy datetime decimal fractions functools heapq itertools json math numbers "
     "operator re statistics string typing"
@@ -155,7 +155,7 @@ class ValueCodec:
         if tag == "exception":
             kind = known_value(held[0])
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                raise ValueError(f"{held[0]} is no exception")  # or whatever is known could be called here
+                raise ValueError(f"{held[0]} is no exception")  # or any known function could be called here
             return kind(*map(self.decode, held[1:]))
         if tag in _MUTABLE.split():
             return self._container(tag, held, new)

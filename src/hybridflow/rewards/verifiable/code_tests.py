@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from hybridflow.errors import UserError
 
-# As MBPP's tests take them for granted. They are the test's then, whatever the program calls by such a name.
+# MBPP's tests use these without an import. They are then the test's, even if the program defines such a name.
 MODULES = "bisect collections copy datetime functools heapq itertools json math operator random re string sys time"
 _FIX = "write assert statements that call the function that the program is to define, such as assert f(1) == 2"
 
@@ -96,7 +96,7 @@ class _Reached:
             table = waiting.pop()
             used |= {s.get_name() for s in table.get_symbols() if s.is_referenced()}
             for other, parent in tables:
-                # Functions and methods run if something names them or their class; the rest runs where it stands.
+                # Functions and methods run if something names them or their class; other statements run in their place.
                 named = other.get_name() in used or (_is_method(parent) and parent.get_name() in used)
                 if other.get_id() not in reached and parent.get_id() in reached and (named or not _is_named(other)):
                     reached.add(other.get_id())

@@ -28,7 +28,7 @@ _CHOICE = re.compile(r"\( ?([A-Za-z]) ?\)|([A-Z])")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' .-]*[A-Za-z.]")
 _DIFFERENCE = re.compile(r"\s-|-\s|(?<![A-Za-z])[A-Za-z]-[A-Za-z](?![A-Za-z])")
 _PRODUCT = re.compile(r"[b-df-hj-np-tv-z]{2}|[xyz]{2,3}")  # letters that are no word
-_OF_VALUES = ("y", "f", "g", "h")  # that a formula may be the value of: y = 2x is f(x) = 2x
+_OF_VALUES = ("y", "f", "g", "h")  # names whose value may be a formula: y = 2x is f(x) = 2x
 _NAMES = ("name", "call", "abs")
 
 

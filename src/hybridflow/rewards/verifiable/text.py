@@ -17,12 +17,12 @@ _PLAIN = (
 )
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s{0,9}\{")
-# Without braces, what stands next to it: a number, a letter, or a command with what it takes.
+# Without braces, the next token: a number, a letter, or a command with its arguments.
 _BARE_BOX = re.compile(
     r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])[ \t]{0,9}"
     r"((?>-?[0-9](?:[0-9.,]{0,99}[0-9])?|[a-zA-Z](?![a-zA-Z])"
     r"|\\[a-zA-Z]+(?:[ \t]?[0-9]{1,2}|(?:\{[^{}]{0,99}\}){0,2})))"
-    # What would continue it: 5^2, 5x, 5/2, 5 + 1, 5 6 and 5\cdot 2 are not 5.
+    # Text that continues it: 5^2, 5x, 5/2, 5 + 1, 5 6 and 5\cdot 2 are not 5.
     r"(?![a-zA-Z]|[ \t]{0,9}(?:(?:,[ \t]{0,9}-?)?[0-9]|[\^_/+*=<>!({\[|-]|[a-zA-Z](?![a-zA-Z])"
     r"|\\(?![)\]%,;:! \\]|q?quad(?![a-zA-Z]))))"
 )

@@ -66,7 +66,7 @@ trillions dozen dozens half halves third thirds quarter quarters fifth tenth ten
 thousandths pi squared cubed factorial root sqrt base or and not nor no plus minus times over divided mod modulo to than
 more less least most wrong incorrect false
 """
-# What makes another number of the one before it, whatever else is said of that.
+# Words that make another number of the one before them, with or without further text.
 MULTIPLIERS = (*MULTIPLES, "hundreds", "thousands", "millions", "billions", "trillions", "dozen", "dozens")
 MULTIPLIERS += ("k", "bn", "mn", "mil", "mio", "tn", "squared", "cubed", "factorial", "halves", "thirds", "quarters")
 NOT_UNITS = frozenset(MULTIPLES) | frozenset(_OTHER_NUMBERS.split())
