@@ -57,7 +57,7 @@ def check_placement(placement: PlacementSection, roles: RolesOfRun, *, packing: 
     if roles.rollout is not None and in_pool(placement, roles.rollout):
         known.add("rollout")
     problems += [
-        f"placement.roles names {role}, and there is none in this run: leave it out"
+        f"placement.roles names {role}, but this run has none: leave it out"
         for role in sorted(placement.roles.keys() - known)
     ]
     if placement.transport == "files" and placement.folder is None:

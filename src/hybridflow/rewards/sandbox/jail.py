@@ -290,7 +290,7 @@ def landlock(read: list[str]) -> None:
     """Allows only reading `read` and using /tmp: no TCP, no abstract sockets, no signals to processes outside."""
     version = libc.syscall(ctypes.c_long(LANDLOCK_CREATE), None, ctypes.c_size_t(0), 1)
     if version < 1:
-        raise WallError("this kernel has no Landlock, or it is switched off (it stands in the boot option lsm=)")
+        raise WallError("this kernel has no Landlock, or it is switched off (see the boot option lsm=)")
     handled = RIGHTS_BY_VERSION[min(version, 5)]
     attributes = struct.pack("QQQ", handled, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     rules = call(
