@@ -24,7 +24,7 @@ def path(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's arguments; options may stand before, between and after the others."""
+    """A command's arguments; options may come before, between and after the others."""
 
     _within = False
     words: Sequence[str] = ()

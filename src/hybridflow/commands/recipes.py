@@ -1,7 +1,7 @@
 """The recipes that come with the package: which there are, and a copy to work with.
 
-A recipe is a folder: a README, configurations, and a task in Python. In a clone they stand in `recipes/` at the root;
-an installed package has them beside its modules. This module is light: it imports no torch.
+A recipe is a folder: a README, configurations, and a task in Python. In a clone they are in `recipes/` at the root; an
+installed package has them beside its modules. This module is light: it imports no torch.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Reads the plain values of a YAML file and overrides, without validation.
 
     Raises:
-        UserError: no file, not YAML, a key that stands twice, not sections, or an override that is none.
+        UserError: there is no file, it is not YAML, a key occurs twice, a section is none, or an override is malformed.
     """
     path = home(path)
     if not path.is_file():

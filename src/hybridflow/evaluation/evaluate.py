@@ -120,7 +120,8 @@ def evaluate(
         note: takes a line about the progress, every 10 seconds.
 
     Raises:
-        Stopped: `Answering.should_stop` said yes. What was generated is dropped: an evaluation is whole, or is none.
+        Stopped: `Answering.should_stop` returned True. The responses are dropped: an evaluation is complete, or there
+            is none.
         UserError: the reward or ``eval.answer`` failed on a response, or the model's numbers are not finite.
     """
     engine, grader, should_stop = answering.engine, answering.grader, answering.should_stop

@@ -80,7 +80,7 @@ class Job:
         return "length" if len(self.tokens) >= self.room else None
 
     def result(self, reason: str) -> Result:
-        """Returns the result as it stands; versions under which no token was sampled have no span."""
+        """Returns the result so far; versions under which no token was sampled have no span."""
         starts = [start for _, start in self.versions] + [len(self.tokens)]
         spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
         support = None
@@ -95,7 +95,7 @@ def check_request(request: Request, *, decodes: bool, max_model_len: int | None 
     Args:
         request: the request.
         decodes: whether the engine can turn tokens to text.
-        max_model_len: most tokens of a sequence that it was started with; None: it says so itself.
+        max_model_len: most tokens of a sequence that it was started with; None: the engine checks that itself.
 
     Raises:
         UserError: nothing is left to generate, it does not fit, or its end needs a text.

@@ -17,7 +17,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # what each setting was, and is
 
 
 class AlreadyDone(UserError):
-    """The run in a folder is at its end; the command line says so and ends well.
+    """The run in a folder is at its end; the command line prints that and exits with 0.
 
     Args:
         folder: the run's.

@@ -1,4 +1,4 @@
-"""events.jsonl: what happened besides the metrics (started, resumed, a tracker failed, ...), one JSON object each."""
+"""events.jsonl: the events of a run (started, resumed, a tracker failed, ...), one JSON object each."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def _rollout_problems(p: PlacementSection, r: RolloutSection, models: tuple[Plac
 def in_pool(placement: PlacementSection, rollout: RolloutSection) -> bool:
     """Returns whether responses are generated in the processes of a pool, rather than beside the controller.
 
-    The inline engine always is, where there are pools. vLLM is where ``placement.roles`` says so; with workers of its
-    own, or behind servers, an engine has its processes already.
+    The inline engine always generates there, if there are pools; vLLM does if ``placement.roles`` names a pool for
+    rollout. An engine with workers of its own, or behind servers, has its processes already.
     """
     if not placement.pools:
         return False

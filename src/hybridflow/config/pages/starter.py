@@ -45,7 +45,7 @@ def starter(
         model: ``model.path``.
         data: ``data.train``, or what the kind begins with instead.
         reward: ``reward.function``; None where the kind has no such section.
-        overrides: ``dotted.key=value``, instead of what a starter has or besides.
+        overrides: ``dotted.key=value``, which replace the starter's values or add to them.
 
     Raises:
         UserError: no reward where one is needed, or an override that does not fit.

@@ -114,7 +114,7 @@ def words(field: FieldInfo) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Sections:
-    """What may stand at a key that holds a section.
+    """The section, or the kinds of it, that a key can hold.
 
     Args:
         kinds: the section, or all kinds of it.

@@ -1,6 +1,6 @@
 """Geometry3K: geometry problems with a figure. Lu et al. 2021, arXiv 2105.04165.
 
-``<image>`` in the prompt stands for the figure; the figures are kept as they are stored, in the column ``images``.
+``<image>`` in the prompt marks the figure; the figures are kept as they are stored, in the column ``images``.
 """
 
 from __future__ import annotations

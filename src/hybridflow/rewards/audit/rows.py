@@ -113,7 +113,7 @@ def find_form(rows: Sequence[tuple[str, Any, Mapping[str, Any]]], grader: Grader
 
 
 def case_set_of(cases: Sequence[KnownCase], kwargs: Mapping[str, Any]) -> CaseSet:
-    """Returns a set of cases from a user's rows: of numbers, if all answers are, and of LaTeX, if they stand in boxes.
+    """Returns a set of cases from a user's rows: of numbers, if all answers are, and of LaTeX, if they are in boxes.
 
     Args:
         cases: with wrong answers.

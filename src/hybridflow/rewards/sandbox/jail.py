@@ -135,8 +135,9 @@ def end_group(leader: int) -> None:
 def enter_namespaces(privileged: bool) -> None:
     """Enters its own namespaces for mounts, processes, network, message queues, host name and control groups.
 
-    An ordinary user gets them through a user namespace, in which it is mapped to nobody. Root needs none here: the
-    namespaces then belong to root, and the program, which is not, has no power over them whatever it becomes later.
+    An ordinary user gets them through a user namespace, in which it is mapped to the user nobody. Root needs no user
+    namespace here: the others then belong to root, and the program, which is not root, has no power over them, whatever
+    it becomes later.
     """
     if os.geteuid() == 0 and not privileged:  # root of a container that may not mount
         become_nobody()

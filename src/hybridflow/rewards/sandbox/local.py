@@ -132,7 +132,7 @@ class _Descriptors:
         return ends
 
     def sealed(self, content: str | bytes) -> int:
-        """Returns a file in memory that holds these bytes and that nobody can change or grow."""
+        """Returns a file in memory that holds these bytes and cannot be changed."""
         fd = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._open.add(fd)
         with open(fd, "wb", closefd=False) as file:
@@ -157,7 +157,7 @@ class _Jail:
         function: the one of `_DRIVERS` that is called inside.
         arguments: of that function.
         stdin: what the program can read.
-        keep: descriptors that it has besides its standard streams.
+        keep: descriptors that it keeps in addition to its standard streams.
         quiet: its standard streams are not read.
         idle: further seconds without progress, for walls that are built elsewhere.
     """

@@ -8,7 +8,7 @@ The ground truth, or the JSON text of it, is one of these. Each form is read as 
     - Arguments as a **list** are values, as APPS and TACO have them, and so is the result: a text is a text. A result
       that is a list of one value may also mean that value, unless another result is a list of several or none.
     - Arguments as a **text** have one JSON value a line, as LiveCodeBench and verl have them, and the result is the
-      JSON text of a value; what is no JSON is a text that is meant as it stands. None is no arguments.
+      JSON text of a value; a text that is no JSON stays a text. None is no arguments.
 - ``["assert f(1) == 2", ...]``, ``{"assert_case": [...]}`` or MBPP's ``{"test_list": [...], "test_setup_code": ...}``:
   Python texts, each on its own (`code_tests` says which are refused); a text with ``assert`` is one.
 - HumanEval's ``{"test": ..., "entry_point": ...}``: its ``check`` is called with that function. An ``entry_point`` may

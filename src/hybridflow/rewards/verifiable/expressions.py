@@ -336,7 +336,7 @@ def _is_infinite(node: Node) -> bool:
 
 
 def _amount(node: Node) -> tuple[Node, str]:
-    """Returns the quantity, and the unit, or "". The dollar of ``-\\$5`` stands inside."""
+    """Returns the amount, and the unit, or "". The dollar of ``-\\$5`` stands inside."""
     if node.kind == "unit":
         return node.parts[0], node.text
     if node.kind in ("percent", "degree"):

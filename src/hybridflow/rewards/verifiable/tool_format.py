@@ -1,6 +1,6 @@
 """The reward of tool calls in the form of Hermes: ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``.
 
-Every block must be a JSON object with a name and arguments, no key twice, and no tag may stand alone; otherwise the
+Every block must be a JSON object with a name and arguments, no key twice, and no tag may be unpaired; otherwise the
 response scores 0. Calls are compared with the expected ones, in any order, each with one at most. A call with the right
 name earns (1 + arguments of equal value) / (1 + names of arguments in either), and the score is the sum of these over
 the number of calls expected or made, whichever is greater: exactly the expected calls score 1, and further ones lower

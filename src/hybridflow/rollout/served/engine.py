@@ -355,7 +355,7 @@ class AsyncEngine(Hooks):
             self._changed.notify_all()
 
     def _extend(self, job: Job, piece: Piece, version: int) -> str:
-        """Adds what the engine answered to a job, up to a text that ends it; returns why it ends there."""
+        """Adds the engine's reply to a job, up to a text that ends it; returns why it ends there."""
         assert len(piece.tokens) == len(piece.logps)
         first, count, reason = len(job.tokens), len(piece.tokens), str(piece.reason)
         stop_text = self.stop_text(job)

@@ -8,7 +8,7 @@ This file handles what SGLang does by default and a trainer must not be exposed 
 - The id of a request is compared by its beginning when requests are aborted: ids are of one length.
 - Noise is ours (`sglang/sampler.py`), and so are the filters; where they cut, SGLang returns which tokens could have
   been drawn and log-probabilities among these, otherwise log-probabilities after temperature.
-- Its repetition penalty looks at the response alone; requests with one are refused.
+- Its repetition penalty counts the response alone; requests with one are refused.
 - New weights need an open session and an empty cache, which needs all requests back in the queue (mode "retract");
   they are read again under the new weights. A plain pause leaves them where they are (mode "in_place").
 - Weight calls wait for all requests to end unless generation is paused: it always is.

@@ -333,7 +333,7 @@ class VllmEngine:
     # --- workers ---
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
-        """Returns what each worker answers to a call of a method of `WeightTaker`.
+        """Calls a method of `WeightTaker` on every worker; returns their replies.
 
         Raises:
             WeightSyncError: one of them failed, or is gone.

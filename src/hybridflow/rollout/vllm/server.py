@@ -291,7 +291,7 @@ class VllmServerEngine(ServerEngine):
         await self._call(replica, "/wake_up")
 
     async def _rpc(self, replica: Replica, method: str, arguments: Sequence[Any] = ()) -> list[Any]:
-        """Returns what every worker of a server answers to a call."""
+        """Calls a method on every worker of a server; returns their replies."""
         answer = await self._call(replica, "/collective_rpc", {"method": method, "args": list(arguments)})
         return list(answer["results"])
 

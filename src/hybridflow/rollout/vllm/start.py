@@ -126,7 +126,7 @@ def engine_arguments(
         ours: beside `FIXED`.
         wanted: the user's.
         on_cpu: whether it computes on a CPU.
-        known: those that vLLM has; None: it is in another environment, and says so itself.
+        known: those that vLLM has; None: it is in another environment, and checks them itself.
 
     Raises:
         UserError: an argument that vLLM does not know, or one of ours.

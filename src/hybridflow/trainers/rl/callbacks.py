@@ -27,7 +27,7 @@ _FORM = "write def callback(step, metrics): ..., with any of the arguments " + "
 
 
 def require_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Makes sure that every callback can be called.
+    """Checks that every callback can be called.
 
     Raises:
         UserError: one is no function, or wants an argument that there is none of.

@@ -210,7 +210,7 @@ class RlRun(Session):
         return found is not None
 
     def restore(self) -> None:
-        """See `Session.restore`. The best step so far follows from the metrics and the checkpoints that stand."""
+        """See `Session.restore`. The best step so far follows from the metrics and the existing checkpoints."""
         super().restore()
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         for line in [*lines, *filter(None, [self.unevaluated])]:
