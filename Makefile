@@ -15,7 +15,8 @@ SGLANG_VENV ?= .venv-sglang
 OLDEST_VENV ?= .venv-oldest
 DOCS_VENV ?= .venv-docs
 LIGHT_VENV ?= .venv-light
-LIGHT_PYTHON ?= python3.13
+# Of pyenv's Pythons the name alone does not run, unless it is the one that is selected.
+LIGHT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13) python3.13)
 OLDEST_TRANSFORMERS ?= transformers==5.16.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
