@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 
 import hybridflow as hf
@@ -223,6 +224,9 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"callbacks": score}, ["callbacks is a function, not a list", "callbacks=[function]"]),
     ({"callbacks": [3]}, ["entry 0 of callbacks is a int, not a function"]),
     ({"reward": lambda answer_text: 0.0}, ["wants 'answer_text'", "def score(response: str"]),
+    ({"reward": "org/scorer"}, ["set reward.function=model and reward.model.path=org/scorer"]),
+    ({"reward": []}, ["reward is an empty list"]),
+    ({"reward": [score, torch.nn.Identity()]}, ["reward is a model (Identity)", '"function": "model"']),
     ({"reward": ["gsm8k"]}, ["entry 0 of reward is a str", '"terms"']),
     ({"model": object()}, ["model is a object", "PreTrainedModel with tokenizer="]),
 ]

@@ -141,6 +141,7 @@ def test_a_reward_of_trls_form_gets_token_ids_where_there_are_any() -> None:
         counts,
         lambda completions, **given: counts(completions, given["completion_ids"]),
         lambda completion_ids, **given: counts(given["completions"], completion_ids),  # as TRL's length penalties are
+        lambda prompts, **given: counts(prompts, given["completion_ids"]),
     ):
         assert [s.value for s in RewardFunction(function, "counts").scores(asked)] == [2.0, 1.0]
     assert "texts that have no token ids" in str(failed(counts, "a").failure)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hybridflow.data.prompts import VERL_TRUTH
 from hybridflow.errors import UserError
 from hybridflow.rewards.graders.function import RewardFunction, name_of
@@ -28,14 +30,22 @@ def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenRewar
         named in the section, and there is no object.
 
     Raises:
-        UserError: an entry of a list is no function, or other processes cannot load a function by its name.
+        UserError: the list is empty, an entry is no function, or other processes cannot load a function by its name.
     """
     given = section.get("function")
     several = isinstance(given, list | tuple)
     if not several and not callable(given):
         return dict(section), None
     functions: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    if not functions:
+        raise UserError("reward is an empty list", fix="give a function, or several that are added up")
     for index, function in enumerate(functions):
+        if isinstance(function, torch.nn.Module):
+            raise UserError(
+                f"reward is a model ({type(function).__name__})",
+                why="a model that scores is loaded and placed by the run",
+                fix='reward={"function": "model", "model": {"path": folder or name}}, for a sequence classifier',
+            )
         if not callable(function):
             raise UserError(
                 f"entry {index} of reward is a {type(function).__name__}, and not a function",

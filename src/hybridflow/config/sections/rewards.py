@@ -51,9 +51,10 @@ def _check_name(name: str) -> str:
             "program again, or name a reward, such as file.py:function"
         )
     if ".py:" not in name and "://" not in name and name not in (*REWARDS, *SPECIAL):
+        model = f"if it is a model that scores, set reward.function=model and reward.model.path={name}"
         raise ValueError(
             f"{name!r} is neither file.py:function, nor the address of a server, nor a built-in reward; "
-            f"{nearest(name, (*REWARDS, *SPECIAL))}"
+            f"{model if '/' in name else nearest(name, (*REWARDS, *SPECIAL))}"
         )
     return name
 

@@ -11,7 +11,7 @@ The names of its arguments decide what it is given. For one response:
 or for all responses to a prompt at once: ``responses`` with the same others, or ``data_sources``, ``solution_strs``,
 ``ground_truths`` and ``extra_infos``, lists with one entry per response. So a ``compute_score`` that was written for
 verl works as it is, for one response and for a batch. A reward that was written for TRL works as it is too: one with an
-argument ``completions`` or ``completion_ids`` gets lists with one entry per response,
+argument ``completions``, ``completion_ids`` or ``prompts`` gets lists with one entry per response,
 
     prompts, completions        strings; where the row's prompt is chat messages, lists of messages
     completion_ids              lists of token ids
@@ -129,7 +129,8 @@ class RewardFunction:
                 why="the names of its arguments say what it is given",
                 fix=f"call it in a function of yours: {_FORMS}",
             ) from error
-        self.of_trl = not {"completions", "completion_ids"}.isdisjoint(parameters)
+        unlike = "prompts" in parameters and {*ANSWER, *ANSWERS}.isdisjoint(parameters)  # any other form
+        self.of_trl = unlike or not {"completions", "completion_ids"}.isdisjoint(parameters)
         self.wants_truth = not {"ground_truth", "ground_truths"}.isdisjoint(parameters)
         self.whole_group = self.of_trl or not set(ANSWERS).isdisjoint(parameters)
         # Of an object it is the class's method that is called.
