@@ -118,6 +118,7 @@ def check_metadata(installed: Installed, version: str) -> None:
     assert said["version"] == version
     assert said["requires_python"] == ">=3.11" and said["license_expression"] == "Apache-2.0"
     assert said["description"].strip() == (ROOT / "README.md").read_text().strip()
+    assert any(url.startswith("Paper, https://") for url in said["project_url"])
     assert "Programming Language :: Python :: 3.13" in said["classifier"] and "GRPO" in str(said["keywords"])
 
 

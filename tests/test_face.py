@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -179,11 +181,9 @@ def test_rows_are_taken_from_lists_data_sets_and_tables(rows: Any) -> None:
     assert rows_of((row for row in [{"prompt": ("a", 1.5)}]), "data") == [{"prompt": ["a", 1.5]}]
 
 
-def test_rows_of_pandas_and_datasets_are_taken_where_they_are_installed() -> None:
-    pandas = pytest.importorskip("pandas")
+def test_rows_of_pandas_and_datasets_are_taken() -> None:
     frame = pandas.DataFrame({"prompt": ["a", "b"], "n": [1, None]})
     assert rows_of(frame, "data") == [{"prompt": "a", "n": 1.0}, {"prompt": "b", "n": None}]
-    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"prompt": ["a", "b"]})
     assert rows_of(rows, "data") == [{"prompt": "a"}, {"prompt": "b"}]
     with pytest.raises(

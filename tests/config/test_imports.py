@@ -72,8 +72,6 @@ def test_the_same_names_in_two_folders_stay_apart(kind: str, tmp_path: Path) -> 
     ],
 )
 def test_what_an_import_means(source: str, value: str, tmp_path: Path) -> None:
-    if "datasets" in source:
-        pytest.importorskip("datasets")
     assert load_function(f"{folder(tmp_path, 'a', **{'mine.py': source})}/mine.py:score")() == value
 
 
