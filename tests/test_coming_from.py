@@ -77,6 +77,7 @@ def test_the_commands_for_users_of_verl_run(
 
 def exact(completions: Any, answer: list[str], **columns: Any) -> list[float]:
     assert columns["level"][0] == int(answer[0]) - 1
+    assert all(columns["completion_ids"]), "an empty response has its end token, where the reward is tried too"
     return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
 
 

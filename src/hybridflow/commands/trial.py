@@ -126,7 +126,8 @@ def _forms(prompt: Prompt) -> dict[str, str]:
 
 
 def _scores(grader: Grader, prompts: PromptSet, prompt: Prompt, texts: list[str]) -> list[Score]:
-    ids = [prompts.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    end = prompts.tokenizer.eos_token_id  # a response that ends has it, so an empty one has one token
+    ids = [prompts.tokenizer.encode(text, add_special_tokens=False) + [end] for text in texts]
     asked = [answers_to(prompt, [text], [tokens]) for text, tokens in zip(texts, ids)]
     return [scores[0] for scores in score_all(grader, asked)]
 
