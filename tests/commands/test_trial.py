@@ -50,6 +50,8 @@ def check(
         ({"ground_truth": {"target": ["2"]}}, {"function": "qa_em"}, ["<answer>2</answer>' it scores 1"]),
         ({"ground_truth": None}, {"code": "def score(response):\n    return 0.0\n"},
          ["has no ground truth; an empty response scores 0"]),
+        ({"ground_truth": None, "solution": "5"}, {"code": "def score(response):\n    return float(response[0])\n"},
+         ["has no ground truth; its column 'solution', given as the response, scores 5"]),
     ],
 )  # fmt: skip
 def test_check_says_in_which_form_an_answer_is_worth_more_than_nothing(

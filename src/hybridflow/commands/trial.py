@@ -60,11 +60,13 @@ def try_reward(
         for prompt in first:
             of = f" of {prompt.data_source}" if len(first) > 1 else ""
             if prompt.ground_truth is None:
-                [score] = _scores(grader, prompts, prompt, [""])
-                require_score(score, r, f"an empty response to the first row of {prompt.data_source}")
+                tried = _forms(prompt)
+                text = next(iter(tried), "")
+                what = f"{tried[text]} given as the response," if tried else "an empty response"
+                [score] = _scores(grader, prompts, prompt, [read(text)])
+                require_score(score, r, f"the first row of {prompt.data_source}, {what.rstrip(',')}")
                 components |= set(score.components)
-                worth = f"{total(score):g}"
-                yield f"  reward {name}: the first row{of} has no ground truth; an empty response scores {worth}"
+                yield f"  reward {name}: the first row{of} has no ground truth; {what} scores {total(score):g}"
                 continue
             answer = _as_answer(prompt.ground_truth)
             [score] = _scores(grader, prompts, prompt, [read(answer)])
