@@ -76,11 +76,14 @@ def _arguments_of(callback: Callback) -> list[str]:
         parameters = inspect.signature(callback).parameters.values()
     except ValueError as error:  # of functions that are written in C
         raise UserError(f"the callback {name} has no signature that Python can read", fix=_FORM) from error
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return list(ARGUMENTS)
-    wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_place = next((p.name for p in parameters if p.kind is p.POSITIONAL_ONLY), None)
+    if by_place is not None:
+        raise UserError(f"the callback {name} takes {by_place!r} by position only", fix=_FORM)
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in various]
     unknown = next((n for n in wanted if n not in ARGUMENTS), None)
     if unknown is not None:
         hint = f"{nearest(unknown, ARGUMENTS)} " if near(unknown, ARGUMENTS) else ""
         raise UserError(f"the callback {name} wants {unknown!r}, which is not there", fix=hint + _FORM)
-    return [p.name for p in parameters if p.name in ARGUMENTS]
+    return list(ARGUMENTS) if every else [p.name for p in parameters if p.name in ARGUMENTS]
