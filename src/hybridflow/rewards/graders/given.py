@@ -1,7 +1,7 @@
 """Rewards that a program gives as objects: the name that the run's configuration records for them.
 
-The name holds a fingerprint of the source text, defaults, closure values and bound arguments. When the run is resumed
-with another function, the setting has changed, and the run says so. What a function reads elsewhere (globals, files) is
+The name holds a fingerprint of the source text (of a lambda its code), defaults, closure values and bound arguments.
+When the run is resumed with another function, the setting has changed, and the run says so. What a function reads elsewhere (globals, files) is
 not in it.
 """
 
@@ -34,7 +34,10 @@ def with_given(config: RlConfig, reward: GivenReward | None) -> RlConfig:
     """
     if reward is None:
         return config
-    recorded: dict[str, Any] = {"function": recorded_name(reward), "terms": None, "kwargs": {}}
+    name = recorded_name(reward)
+    if config.reward.function.partition("@")[0] == name.partition("@")[0]:
+        return config  # recorded before the reward was tried: an object may count its calls
+    recorded: dict[str, Any] = {"function": name, "terms": None, "kwargs": {}}
     return config.model_copy(update={"reward": config.reward.model_copy(update=recorded)})
 
 
@@ -61,19 +64,23 @@ def recorded_name(reward: GivenReward) -> str:
     return f"{GIVEN}{names}@{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
 
 
-def _function(value: Any) -> Any:
+def _function(value: Any, depth: int = 0) -> Any:
     """Returns what a reward is made of: a function, a method, a partial, or an object with its settings."""
     if isinstance(value, functools.partial):
-        return [_function(value.func), _content(value.args), _content(value.keywords)]
+        return [_function(value.func, depth), _content(value.args, depth), _content(value.keywords, depth)]
     if isinstance(value, types.MethodType):
-        return [value.__name__, _function(value.__self__)]
+        return [value.__name__, _function(value.__self__, depth)]
     if isinstance(value, types.FunctionType):
-        defaults = _content([value.__defaults__, value.__kwdefaults__])
+        defaults = _content([value.__defaults__, value.__kwdefaults__], depth)
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
-        closure = {name: _content(cell.cell_contents) for name, cell in cells if _is_filled(cell)}
-        return [value.__qualname__, _source(value) or _code(value.__code__), defaults, closure]
+        closure = {name: _content(cell.cell_contents, depth) for name, cell in cells if _is_filled(cell)}
+        return [value.__qualname__, _text_of(value), defaults, closure]
     kind = value if isinstance(value, type) else type(value)
-    return [kind.__qualname__, _source(kind), _content(getattr(value, "__dict__", {})) if kind is not value else None]
+    return [
+        kind.__qualname__,
+        _source(kind),
+        _content(getattr(value, "__dict__", {}), depth) if kind is not value else None,
+    ]
 
 
 def _content(value: Any, depth: int = 0) -> Any:
@@ -84,9 +91,17 @@ def _content(value: Any, depth: int = 0) -> Any:
         return {str(key): _content(inside, depth + 1) for key, inside in value.items()}
     if depth < DEPTH and isinstance(value, list | tuple):
         return [_content(inside, depth + 1) for inside in value]
-    if callable(value) and hasattr(value, "__code__"):  # a function that the reward calls
-        return [value.__qualname__, _source(value) or _code(value.__code__)]
+    if depth < DEPTH and isinstance(value, set | frozenset):
+        return sorted(json.dumps(_content(inside, depth + 1), sort_keys=True) for inside in value)
+    if depth < DEPTH and isinstance(value, functools.partial | types.FunctionType):  # that the reward calls
+        return _function(value, depth + 1)
     return type(value).__qualname__
+
+
+def _text_of(function: types.FunctionType) -> Any:
+    """Returns a function's source; a lambda's code, because its line holds what else is written there."""
+    source = None if function.__name__ == "<lambda>" else _source(function)
+    return _code(function.__code__) if source is None else source
 
 
 def _source(value: Any) -> str | None:
