@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,9 @@ def test_objects_train_as_their_files_do_and_the_same_call_resumes(
     assert (tmp_path / "one/given/train.jsonl").read_text() == before
     other = load_function(f"{CARRY}:tiny_qwen3")(1)[0]
     assert "its tensor model.embed_tokens.weight differs" in refused(tmp_path / "one", **one | {"model": other})
+    other = load_function(f"{CARRY}:tiny_qwen3")(0)[0]
+    other.generation_config.eos_token_id = [tokenizer.eos_token_id, 0]
+    assert "its generation configuration differs" in refused(tmp_path / "one", **one | {"model": other})
     with locked(tmp_path / "one/given/.lock", run=tmp_path / "one"):
         assert "is running in" in refused(tmp_path / "one", **one)
 
@@ -221,12 +225,18 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"optim": {"learning_rate": 1e-5}}, ["optim.learning_rate: unknown key; here it is optim.lr"]),
     ({"tokenizer": object()}, ["a tokenizer is given beside a model that is named"]),
     ({"callbacks": [lambda loss: None]}, ["the callback <lambda> wants 'loss'", "any of the arguments step, metrics"]),
+    ({"callbacks": [lambda state, **kwargs: None]}, ["the callback <lambda> wants 'state'"]),
+    ({"callbacks": [lambda step, /: None]}, ["the callback <lambda> takes 'step' by position only"]),
     ({"callbacks": score}, ["callbacks is a function, not a list", "callbacks=[function]"]),
     ({"callbacks": [3]}, ["entry 0 of callbacks is a int, not a function"]),
     ({"reward": lambda answer_text: 0.0}, ["wants 'answer_text'", "def score(response: str"]),
     ({"reward": "org/scorer"}, ["set reward.function=model and reward.model.path=org/scorer"]),
     ({"reward": []}, ["reward is an empty list"]),
     ({"reward": [score, torch.nn.Identity()]}, ["reward is a model (Identity)", '"function": "model"']),
+    (
+        {"reward": {"function": score, "kwargs": {"typo": 1}}},
+        ["the reward score does not take what it is given beforehand: typo", "response"],
+    ),
     ({"reward": ["gsm8k"]}, ["entry 0 of reward is a str", '"terms"']),
     ({"model": object()}, ["model is a object", "PreTrainedModel with tokenizer="]),
 ]
@@ -272,6 +282,17 @@ def closure(worth: float) -> Callable[[str], float]:
     return lambda response: worth
 
 
+def calls(inner: Callable[..., float]) -> Callable[[str], float]:
+    return lambda response: inner(response)
+
+
+def test_a_lambda_is_recorded_by_what_it_does_and_not_by_its_line() -> None:
+    one, other = (lambda response: 1.0), (lambda response: 2.0)
+    again = lambda response: 1.0  # noqa: E731
+    assert recorded_name(one) != recorded_name(other)
+    assert recorded_name(one) == recorded_name(again)
+
+
 def test_a_reward_is_recorded_by_what_it_computes_with() -> None:
     def names(make: Callable[[float], Any]) -> tuple[str, str, str]:
         return recorded_name(make(1.0)), recorded_name(make(1.0)), recorded_name(make(2.0))
@@ -283,6 +304,9 @@ def test_a_reward_is_recorded_by_what_it_computes_with() -> None:
         lambda worth: functools.partial(score, weight=worth),
         lambda worth: [score, Scorer(worth)],
         lambda worth: functools.partial(score, client=object(), weights=[{"a": worth}]),
+        lambda worth: functools.partial(score, allowed={worth, "a", "b"}),
+        lambda worth: calls(closure(worth)),
+        lambda worth: calls(functools.partial(score, weight=worth)),
     ]
     for make in makers:
         one, again, other = names(make)
@@ -290,9 +314,41 @@ def test_a_reward_is_recorded_by_what_it_computes_with() -> None:
         assert re.fullmatch(r"given:[\w+]+@[0-9a-f]{12}", one)
 
 
+class Counter:
+    """A reward that changes itself when it is called."""
+
+    def __init__(self, lock: Any = None) -> None:
+        self.calls, self.lock = 0, lock
+
+    def __call__(self, response: str) -> float:
+        self.calls += 1
+        return score(response)
+
+
+def test_a_reward_that_counts_its_calls_is_the_same_to_the_next_process(tmp_path: Path) -> None:
+    """It holds a lock besides, which cannot be copied."""
+    config = SMALL | {"reward": {"function": Counter(threading.Lock())}}
+    name = recorded_name(config["reward"]["function"])
+    small(tmp_path / "run", config=config, reward=None, train={"steps": 1})
+    assert config["reward"]["function"].calls > 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["reward"]["function"] == name
+
+
 REWARD_FILE = """
+import functools
 def score(completions, completion_ids, weight=1.0):
     return [weight * len(ids) for ids in completion_ids]
+
+def kept(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+
+def _plain(response):
+    return 0.0
+
+decorated = kept(_plain)
 """
 
 
@@ -305,6 +361,8 @@ def test_a_reward_in_processes_of_its_own_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     import my_reward_file
 
+    said = refused(tmp_path / "run", reward={"function": my_reward_file.decorated, **pool})
+    assert "the reward _plain is not what" in said and "my_reward_file.py has under that name" in said
     half, whole = (functools.partial(my_reward_file.score, weight=weight) for weight in (0.5, 1.0))
     done = small(tmp_path / "run", reward={"function": [half, whole], **pool}, train={"steps": 1})
     recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["reward"]["terms"]

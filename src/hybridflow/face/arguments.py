@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +86,7 @@ def base_values(config: Any) -> tuple[dict[str, Any], Path | None]:
     if isinstance(config, RlConfig):
         return config.model_dump(mode="json", exclude_unset=True), None
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config)), None
+        return dict(config), None
     raise UserError(
         f"config is a {type(config).__name__}",
         fix='give the path of a YAML file, sections as a dict ({"optim": {"lr": 1e-5}}), or an RlConfig',

@@ -113,8 +113,11 @@ def _ids(value: Any) -> list[int]:
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Returns a digest of every part of a model and its tokenizer."""
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in _OF_SAVING}
+    own = getattr(model, "generation_config", None)  # its end-of-sequence ids end responses
+    generation = {} if own is None else {k: v for k, v in own.to_diff_dict().items() if k not in _OF_SAVING}
     parts = {
         "configuration": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
+        "generation configuration": _digest(json.dumps(generation, sort_keys=True, default=str).encode()),
         "tokenizer's vocabulary": _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()),
         "tokenizer's special tokens": _digest(json.dumps(tokenizer.special_tokens_map, sort_keys=True).encode()),
         "chat template": _digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,12 @@ def _named(function: Callable[..., Any]) -> dict[str, Any]:
         raise _cannot_be_named(function, "is a lambda")
     if "." in inner.__qualname__:
         raise _cannot_be_named(function, "is defined inside of another function or class")
-    file = inspect.getsourcefile(inner)
+    module = sys.modules.get(inner.__module__)
+    file = getattr(module, "__file__", None)  # not that of its code, which of a decorated function is the decorator's
     if inner.__module__ == "__main__" or file is None or not Path(file).is_file():
         raise _cannot_be_named(function, "is defined in the program itself, or in a notebook")
+    if getattr(module, inner.__name__, None) is not inner:
+        raise _cannot_be_named(function, f"is not what {file} has under that name")
     return {"function": f"{file}:{inner.__name__}"} | ({"kwargs": kwargs} if kwargs else {})
 
 

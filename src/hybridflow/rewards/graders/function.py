@@ -124,6 +124,14 @@ class RewardFunction:
         try:
             parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in bound}
         except ValueError as error:  # of functions that are written in C
+            if bound and _has_signature(inner):
+                taken = list(inspect.signature(inner).parameters)
+                said = ", ".join(sorted(bound - set(taken))) or "arguments by position"
+                raise UserError(
+                    f"the reward {name} does not take what it is given beforehand: {said}",
+                    why="a partial, or reward.kwargs, gives it that",
+                    fix=f"its arguments are {', '.join(taken)}",
+                ) from error
             raise UserError(
                 f"the reward {name} has no signature that Python can read",
                 why="the names of its arguments say what it is given",
@@ -268,6 +276,14 @@ class RewardFunction:
 
     def _raised(self, error: BaseException, answers: Answers, index: int | None) -> list[Score]:
         return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
+
+
+def _has_signature(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function)
+    except ValueError:
+        return False
+    return True
 
 
 def name_of(function: Callable[..., Any]) -> str:
