@@ -1,8 +1,8 @@
 """Rewards that a program gives as objects: the name that the run's configuration records for them.
 
 The name holds a fingerprint of the source text (of a lambda its code), defaults, closure values and bound arguments.
-When the run is resumed with another function, the setting has changed, and the run says so. What a function reads elsewhere (globals, files) is
-not in it.
+When the run is resumed with another function, the setting has changed, and the run says so. What a function reads
+elsewhere (globals, files) is not in it.
 """
 
 from __future__ import annotations
