@@ -68,6 +68,9 @@ def test_an_unknown_key_in_the_file(tmp_path: Path, capsys: Output) -> None:
 @pytest.mark.parametrize("command", ["train", "sft", "eval", "check"])
 def test_a_configuration_file_that_is_none(command: str, tmp_path: Path, capsys: Output) -> None:
     said = mistake(capsys, command, tmp_path / "gone.yaml")
+    (tmp_path / "mine.yaml").touch()
+    assert f"did you mean {tmp_path / 'mine.yaml'}?" in mistake(capsys, "train", tmp_path / "mine.yml")
+    assert "give the YAML file first" in mistake(capsys, "train", "algorithm.adv_estimator=grpo")
     assert f"no configuration file {tmp_path / 'gone.yaml'}" in said and "hybridflow recipes carry" in said
     (tmp_path / "bad.yaml").write_text("run: {folder: [x\nmodel: }")
     said = mistake(capsys, command, tmp_path / "bad.yaml")

@@ -284,6 +284,17 @@ def test_options_stand_anywhere(name: str) -> None:
         (["init", "--model", "m", "--data", "d", "--steps", "3"], "without dashes: steps=3"),
         (["recipes", "carry", "my", "carry"], "one argument too many: carry"),
         (["export", "a", "b", "--format", "x"], "there is no option --format; options are --help, --step, --best"),
+        (["trane", "c.yaml"], "invalid choice: 'trane'; did you mean 'train'?"),
+        (["frobnicate"], "invalid choice: 'frobnicate' (choose from"),
+        (["recipes", "cary"], "invalid choice: 'cary'; did you mean 'carry'?"),
+        (["--versoin"], "there is no option --versoin; did you mean --version?"),
+        (["--quiet", "train"], "there is no option --quiet; options are -h, --help, --version"),
+        (["train", "c.yaml", "--hlep"], "there is no option --hlep; did you mean --help?"),
+        (
+            ["generate", "m", "2+2=", "--temprature", "1"],
+            "there is no option --temprature; did you mean --temperature?",
+        ),
+        (["generate", "m", "2+2=", "--max_tokens=5"], "there is no option --max_tokens; did you mean --max-tokens?"),
         (["train"], "the following arguments are required: config\n"),
         (["generate", "m"], "the following arguments are required: prompts\n"),
     ],
@@ -374,5 +385,5 @@ def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
     assert "hybridflow recipes gsm8k" in mistake(capsys, "recipes", "gsm8k", "")
     assert "hybridflow reward-model 'my own/reward-model.yaml'" in succeed(capsys, "recipes", "rlhf", "my own")
     with pytest.raises(SystemExit):
-        main(["recipes", "cary"])
+        main(["recipes", "addition"])
     assert "choose from 'carry', 'gsm8k', 'rlhf'" in capsys.readouterr().err

@@ -210,12 +210,18 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     ([{"prompt": "a", "worth": float("nan")}], ["column 'worth' of row 0 of data is nan", "None"]),
     ([{"prompt": "a", 3: "b"}], ["row 0 of data has the key 3, a int"]),
     (3, ["data is a int, not rows"]),
+    (plain_model, ["data is a function, not rows", "call it: data=plain_model()"]),
     ([{"question": "a", "ground_truth": "b"}], ["no column 'prompt'", "set data.prompt_key=question"]),
 ]
 BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"optimm": {}}, ["has no argument 'optimm'", "did you mean 'optim'"]),
     ({"learning_rate": 1e-5}, ['here it is optim={"lr": ...}']),
     ({"gradient_accumulation_steps": 2}, ['here it is train={"sequences_per_update": ...}; counted']),
+    ({"epochs": 1}, ['here it is train={"epochs": ...}']),
+    ({"max_prompt_length": 9}, ['here it is data={"train": data, "max_prompt_tokens": ...}']),
+    ({"every": 1}, ['here it is eval={"every": ...} or checkpoint={"every": ...}']),
+    ({"algorithm": "dr_grpo"}, ['algorithm={"preset": "dr_grpo"}']),
+    ({"reward": 1.0}, ["reward is a float, and not a function", "reward=score"]),
     ({"num_generations": 8}, ['here it is train={"samples_per_prompt": ...}']),
     ({"reward_funcs": [score]}, ["here it is reward=function"]),
     ({"train_dataset": ROWS}, ["here it is data=rows"]),
@@ -249,6 +255,11 @@ def test_a_mistake_in_the_call_is_told_and_nothing_is_trained(
     said = refused(tmp_path / "run", **given)
     assert [word for word in words if word not in said] == [], said
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_folder_that_is_no_path_is_refused() -> None:
+    with pytest.raises(hf.UserError, match="folder is a int, not a path"):
+        hf.train("a-model", ROWS, score, folder=3)  # type: ignore[arg-type]
 
 
 def test_a_model_object_needs_the_tokenizer_that_belongs_to_it(tmp_path: Path) -> None:

@@ -159,4 +159,8 @@ def test_overrides_without_a_configuration_and_a_configuration_without_models(tm
     assert "'run.seed=1' changes a configuration, and none is given" in mistake(capsys, "eval", a, b, "run.seed=1")
     config = configuration(tmp_path, "eval")
     assert "'run.seed' is not an override" in mistake(capsys, "eval", config, "run.seed")
+    (tmp_path / "a-model").mkdir()
+    (tmp_path / "a-model/config.json").touch()
+    said = mistake(capsys, "eval", tmp_path / "a-model")
+    assert "is a folder" in said and f"hybridflow eval eval.yaml model.path={tmp_path / 'a-model'}" in said
     assert "--config says how to evaluate two models" in mistake(capsys, "eval", config, "--config", config)

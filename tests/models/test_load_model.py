@@ -263,11 +263,17 @@ def test_a_name_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_a_name_that_cannot_be_fetched_is_told(load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_cannot_be_fetched_is_told(
+    load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/gone cannot be fetched from the Hugging Face hub") as caught:
         load("nobody/gone")
     assert "no folder of this name" in caught.value.why and "HF_HUB_OFFLINE" in caught.value.fix
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/carry-sft").mkdir(parents=True)
+    with pytest.raises(UserError, match="the nearest is runs/carry-sft"):
+        load("runs/cary-sft")
 
 
 def test_modelscope_needs_its_library_and_fetches_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.config.pieces.tables import ADVANTAGES
 from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.tracking.events import read_events
-from hybridflow.tracking.signal_watch import ALIKE, GROUPS_ALIKE, TEACHES, SignalWatch, teaches
+from hybridflow.tracking.signal_watch import ALIKE, GROUPS_ALIKE, LEAST, MOST, TEACHES, SignalWatch, teaches
 from hybridflow.trainers.rl.batches import batch_of
 from hybridflow.trainers.rl.shaping import token_rewards
 
@@ -108,6 +108,12 @@ def test_nothing_is_said_where_rewards_vary_now_and_then() -> None:
             steps += [(0.0, 0.0)] * draw.randrange(ALIKE) + [None]
         assert not said(steps)
     assert SignalWatch().observe({"actor/loss": 1.0}) is None  # records of before
+
+
+def test_a_run_of_one_step_speaks_of_one_step() -> None:
+    watch = SignalWatch()
+    watch.observe({TEACHES: 0.0, LEAST: 0.0, MOST: 1.0})
+    assert (watch.summary() or "").startswith("nothing was learned in the only step: all responses to a prompt had")
 
 
 def test_the_advice_names_the_reward_and_what_to_look_at() -> None:

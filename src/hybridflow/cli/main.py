@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hybridflow import __version__
 from hybridflow.cli.completion import SHELLS, completion
 from hybridflow.cli.needs import missing_requirements
-from hybridflow.cli.parser import Parser, never_fails_to_print, path, reader_is_gone
+from hybridflow.cli.parser import Parser, Program, never_fails_to_print, path, reader_is_gone
 from hybridflow.commands.recipes import copy_recipe, recipe_lines, recipe_names, recipes
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import KINDS, Kind
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Program(
         prog="hybridflow", description="Reinforcement-learning post-training of large language models.",
         epilog="to begin with:\n  hybridflow recipes          lists the recipes that the examples name\n"
         "  hybridflow recipes carry    copies one into the current folder, and prints its commands",
@@ -293,8 +293,14 @@ def _train(given: argparse.Namespace) -> int:
 def _eval(given: argparse.Namespace) -> int:
     if _compares(given):
         return _compare(given)
+    one = typed("eval", given.how or "eval.yaml", f"model.path={given.config}")
     if given.how is not None:
-        raise UserError("--config says how to evaluate two models", fix="hybridflow eval A B --config eval.yaml")
+        raise UserError(
+            "--config says how to evaluate two models",
+            fix=f"hybridflow eval A B --config {given.how}, or, for one: {one}",
+        )
+    if any((Path(given.config) / file).is_file() for file in ("metrics.jsonl", "config.json")):
+        raise UserError(f"{given.config} is a folder, and a configuration says how to evaluate it", fix=one)
     config = _load(given, KINDS["eval"])
     from hybridflow.commands.evaluate import evaluate_model, evaluation_lines
 

@@ -53,12 +53,15 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     path = home(path)
     if not path.is_file():
         files = ", ".join(str(file) for file in sorted(path.glob("*.yaml")))
-        raise UserError(
-            f"{path} is a folder" if path.is_dir() else f"no configuration file {path}",
-            fix=f"give one of its files: {files}"
-            if files
-            else "give a YAML file; `hybridflow recipes carry` copies an example to recipes/carry",
-        )
+        if files:
+            fix = f"give one of its files: {files}"
+        elif "=" in path.name:
+            fix = "give the YAML file first, then keys that it does not have: CONFIG key=value"
+        else:
+            meant = near(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+            other = f"did you mean {path.parent / meant}? or " if meant is not None else ""
+            fix = f"{other}give a YAML file; `hybridflow recipes carry` copies an example to recipes/carry"
+        raise UserError(f"{path} is a folder" if path.is_dir() else f"no configuration file {path}", fix=fix)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

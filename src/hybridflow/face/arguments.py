@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import read_values
 from hybridflow.config.names import meaning
 from hybridflow.config.paths import home
-from hybridflow.errors import UserError, nearest
+from hybridflow.errors import UserError, near, nearest
 
 ARGUMENTS = ("model", "data", "reward", "eval_data", "tokenizer", "config", "folder", "callbacks")
+_STANDS_FOR = {"model": "path", "data": "train", "reward": "function"}  # the key that such an argument gives alone
+FEW = 3  # sections with a key of one name, of which a message still lists all
 DEFAULTS: dict[str, Any] = {"epochs": 1, "prompts_per_step": 8, "samples_per_prompt": 8}  # of the section train
 
 # What the calls of other programs name these arguments.
@@ -37,6 +40,11 @@ _CALLED = {
 def refuse_unknown(sections: Mapping[str, Any]) -> None:
     """Raises a UserError for an argument that is no section: says what it is here."""
     known = RlConfig.model_fields
+    if isinstance(sections.get("algorithm"), str):
+        raise UserError(
+            f"algorithm is {sections['algorithm']!r}, not a section",
+            fix=f'algorithm={{"preset": {json.dumps(sections["algorithm"])}}}',
+        )
     name = next((name for name in sections if name not in known), None)
     if name is None:
         return
@@ -49,7 +57,10 @@ def refuse_unknown(sections: Mapping[str, Any]) -> None:
         here = f"here it is {' or '.join(written)}" if written else "there is no such setting here"
         hint = f"{here}; {found.hint}" if found.hint else here
     else:
-        hint = nearest(name, [*ARGUMENTS, *known])
+        meant = near(name, {*ARGUMENTS, *known})
+        written = [_written(key.name) for key in keys_of(RlConfig) if key.name.endswith(f".{name}")]
+        here = f"here it is {' or '.join(written)}" if meant is None and 0 < len(written) <= FEW else ""
+        hint = here or nearest(name, {*ARGUMENTS, *known})
     raise UserError(
         f"hybridflow.train has no argument {name!r}",
         why="its further arguments are the sections of a configuration, as dicts",
@@ -61,12 +72,15 @@ def _written(key: str) -> str:
     """Returns a dotted key as an argument of the call.
 
     >>> _written("model.lora.rank")
-    'model={"lora": {"rank": ...}}'
+    'model={"path": model, "lora": {"rank": ...}}'
     """
     section, *inner = key.split(".")
     text = "..."
     for name in reversed(inner):
         text = f'{{"{name}": {text}}}'
+    own = _STANDS_FOR.get(section)  # the call needs this key beside the others
+    if own is not None and inner[:1] != [own]:
+        text = f'{{"{own}": {section}, {text[1:]}'
     return f"{section}={text}"
 
 

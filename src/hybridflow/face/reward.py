@@ -36,6 +36,11 @@ def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenRewar
     given = section.get("function")
     several = isinstance(given, list | tuple)
     if not several and not callable(given):
+        if given is not None and not isinstance(given, str):
+            raise UserError(
+                f"reward is a {type(given).__name__}, and not a function",
+                fix="write def score(response, ground_truth): ..., and give reward=score",
+            )
         return dict(section), None
     functions: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     if not functions:

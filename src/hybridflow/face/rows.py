@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,8 @@ def _entries(data: Any, argument: str) -> Iterable[Any]:
             f"{argument} is a dict of columns ({', '.join(map(str, list(data)[:5]))}), not a list of rows",
             fix=f"{argument}=[dict(zip(columns, values)) for values in zip(*columns.values())]",
         )
+    if isinstance(data, FunctionType):
+        raise UserError(f"{argument} is a function, not rows", fix=f"call it: {argument}={data.__name__}()")
     try:
         return iter(data)
     except TypeError:

@@ -188,6 +188,10 @@ def _given_sections(model: Any, data: Any, reward: Any, eval_data: Any) -> dict[
 
 def _folder(values: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> str:
     own = _inner(values, "run", "folder")
+    if not isinstance(folder, str | os.PathLike | None):
+        raise UserError(
+            f"folder is a {type(folder).__name__}, not a path", fix='give a path, such as folder="runs/mine"'
+        )
     return os.fspath(folder) if folder is not None else FOLDER if own is None else str(own)
 
 

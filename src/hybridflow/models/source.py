@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hybridflow.config.locate import is_function_reference
-from hybridflow.errors import UserError, typed
+from hybridflow.errors import UserError, near, typed
 
 MODELSCOPE = "modelscope://"
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # what is not weights
@@ -102,9 +102,11 @@ def _fetched(path: str, where: str, fetch: Callable[[], str]) -> Path:
         folder = Path(fetch())
     except Exception as error:  # the libraries pass on errors of their network stacks, which have no common base class
         text = next(iter(str(error).strip().splitlines()), "")
+        meant = near(Path(path).name, [entry.name for entry in Path(path).parent.glob("*/")])
+        other = f"; the nearest is {Path(path).parent / meant}" if meant is not None else ""
         raise UserError(
             f"model {path} cannot be fetched from {where}: {type(error).__name__}: {text}",
-            why="there is no folder of this name either",
+            why=f"there is no folder of this name either{other}",
             fix="check the name and the network (HF_HUB_OFFLINE forbids it), log in where the model is gated, or fetch "
             "it elsewhere and give the folder",
         ) from error

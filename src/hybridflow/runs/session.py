@@ -42,7 +42,7 @@ def total_steps(steps: int | None, epochs: int | None, *, rows: int, rows_per_st
     assert epochs is not None
     if epochs * rows < rows_per_step:
         raise UserError(
-            f"there is nothing to train: {epochs} epochs of {rows} rows are fewer than the {rows_per_step} of one step",
+            f"there is nothing to train: a step takes {rows_per_step} rows, and epochs x rows are {epochs} x {rows}",
             fix="raise train.epochs, or take fewer rows in a step",
         )
     return epochs * rows // rows_per_step

@@ -79,14 +79,15 @@ class SignalWatch:
 
 
 def _sentence(steps: int, ends: set[float], cut: float) -> str:
+    last, each = ("the only step", "") if steps == 1 else (f"the last {steps} steps", "in each of them, ")
     if len(ends) > 1:
         return (
-            f"nothing was learned in the last {steps} steps: in each of them, all responses to a prompt had the same "
+            f"nothing was learned in {last}: {each}all responses to a prompt had the same "
             "reward. Use rows that the model solves sometimes, or raise train.samples_per_prompt or "
             "rollout.temperature"
         )
     (worth,) = ends
-    said = f"nothing was learned in the last {steps} steps: every response had reward {worth:g}. "
+    said = f"nothing was learned in {last}: every response had reward {worth:g}. "
     if worth > 0:
         said += (
             "If that is the highest reward, these rows are solved: use harder ones, or stop here; else check the reward"
