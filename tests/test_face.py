@@ -214,6 +214,7 @@ BAD_ROWS: list[tuple[Any, list[str]]] = [
     ([{"question": "a", "ground_truth": "b"}], ["no column 'prompt'", "set data.prompt_key=question"]),
 ]
 BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"train": {"epochs": 1}, "reward": lambda: 1.0}, ["does not take 'response'"]),  # and not "both are given"
     ({"optimm": {}}, ["has no argument 'optimm'", "did you mean 'optim'"]),
     ({"learning_rate": 1e-5}, ['here it is optim={"lr": ...}']),
     ({"gradient_accumulation_steps": 2}, ['here it is train={"sequences_per_update": ...}; counted']),

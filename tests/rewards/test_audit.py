@@ -90,6 +90,13 @@ def test_an_honest_reward_is_clean(tmp_path: Path, rows: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_reward_of_trls_form_is_audited_on_the_prompts_that_its_rows_have(tmp_path: Path, rows: Path) -> None:
+    scored = "return [right(c, t) for c, t in zip(completions, ground_truth)]"
+    (tmp_path / "trl.py").write_text(f"{HONEST}\ndef trl(completions, ground_truth, **columns):\n    {scored}\n")
+    options = AuditOptions(pool=RewardPoolSection(processes=0), heavy=False, calls=0)
+    assert found(audit_reward(f"{tmp_path / 'trl.py'}:trl", AuditRows(str(rows), right=FORM), options)) == set()
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "text"),
     [

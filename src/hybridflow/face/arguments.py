@@ -13,6 +13,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import read_values
 from hybridflow.config.names import meaning
 from hybridflow.config.paths import home
+from hybridflow.config.sections.train import LengthSection
 from hybridflow.errors import UserError, near, nearest
 
 ARGUMENTS = ("model", "data", "reward", "eval_data", "tokenizer", "config", "folder", "callbacks")
@@ -118,6 +119,20 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         own = result.get(key)
         result[key] = merged(own, value) if isinstance(own, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def sets_length(values: Mapping[str, Any]) -> bool:
+    """Returns whether values say how long a run is."""
+    train = values.get("train")
+    return isinstance(train, Mapping) and any(train.get(key) is not None for key in LengthSection.ends)
+
+
+def without_length(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values without their length of the run, which another one takes the place of."""
+    train = values.get("train")
+    if not isinstance(train, Mapping):
+        return dict(values)
+    return {**values, "train": {key: value for key, value in train.items() if key not in LengthSection.ends}}
 
 
 def with_defaults(values: Mapping[str, Any], *, rows: int | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hybridflow.config.paths import home
 from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.controller.backends.forking import refuse_imported_program
 from hybridflow.errors import UserError
-from hybridflow.face.arguments import base_values, merged, refuse_unknown, with_defaults
+from hybridflow.face.arguments import base_values, merged, refuse_unknown, sets_length, with_defaults, without_length
 from hybridflow.face.model import checked_pair, save_model
 from hybridflow.face.reward import needs_no_truth, split_reward
 from hybridflow.face.rows import is_mapping_of_splits, is_name, rows_of, write_rows
@@ -91,7 +91,7 @@ def train(
     refuse_unknown(sections)
     require_callbacks(callbacks)
     values, base = base_values(config)
-    values = merged(values, sections)
+    values = merged(without_length(values) if sets_length(sections) else values, sections)
     for name, section in _given_sections(model, data, reward, eval_data).items():
         if name == "reward" and {"function", "terms"} & section.keys() and isinstance(values.get(name), Mapping):
             instead = ("function", "terms", "kwargs")  # those of the base are of another reward

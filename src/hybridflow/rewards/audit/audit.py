@@ -227,7 +227,7 @@ def answers_of(case: KnownCase, texts: Sequence[str]) -> Answers:
     """Returns responses to a case, as a grader takes them."""
     prompt = [{"role": "user", "content": case.question}]
     row = {"prompt": prompt, "ground_truth": case.ground_truth, **case.row}
-    return Answers(list(texts), case.ground_truth, prompt, row)
+    return Answers(list(texts), case.ground_truth, prompt, row, written=row["prompt"])
 
 
 def score_all(grader: Grader, asked: Sequence[Answers]) -> list[list[Score] | None]:

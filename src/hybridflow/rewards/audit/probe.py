@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hybridflow.protocols.rewards import Answers, Score
@@ -104,7 +104,7 @@ def measure(reward: RewardFunction, asked: Sequence[Answers], *, seconds: float,
         if found.changed is None and (one.row, one.prompt, one.ground_truth) != given:
             found.changed = index
         row, prompt, truth = given
-        answers[index] = Answers(one.responses, truth, prompt, row)
+        answers[index] = replace(one, row=row, prompt=prompt, ground_truth=truth)
         found.again += reward.scores(answers[index])
     done = answers[: len(found.scores)]
     thread = threading.Thread(target=lambda: found.in_thread.extend(s for one in done for s in reward.scores(one)))
