@@ -51,7 +51,9 @@ def test_a_policy_loss_that_is_nothing_is_left_out_and_what_tells_of_learning_is
     measured = {"actor/entropy": 1.25, "actor/grad_norm": 0.125, "actor/kl_loss": 0.0625}
     progress.log(1, {"actor/pg_loss": 0.5} | measured)
     progress.log(2, {"actor/pg_loss": loss} | measured)
-    first, second = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    progress.log(3, {"critic/score/mean": 0.0})  # nothing to learn from, no update
+    first, second, third = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    assert third[:2] == ["train 3/3", "reward 0.000"] and not any(part.startswith("gradient") for part in third)
     assert "loss 0.5000" in first and not any(part.startswith("loss") for part in second)
     assert {"KL 0.0625", "entropy 1.250", "gradient 0.125"} <= set(second)
 

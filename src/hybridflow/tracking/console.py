@@ -20,10 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+HELD_OUT = "held-out"
 # Label, the metrics it may be found under (the first that is there), and how it is written.
 NUMBERS = (
     ("reward", ("critic/score/mean",), "{:.3f}"),
-    ("held-out", (), "{:.3f}"),
+    (HELD_OUT, (), "{:.3f}"),
     ("loss", ("train/loss", "actor/pg_loss"), "{:.4f}"),
     ("value loss", ("critic/loss",), "{:.4g}"),
     ("accuracy", ("train/accuracy",), "{:.3f}"),
@@ -67,23 +68,25 @@ class ProgressConsole:
             atexit.register(self.close)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the numbers of a step that is done. What a step does not measure stays as it was."""
+        """Shows the numbers of a step that is done, and of the last evaluation, with its step.
+
+        What a step does not measure is not shown: the gradient of an earlier step would read as an update of this one.
+        """
         self.step = step
         now = time.monotonic()
         if step == 0:
             self._pace.clear()  # the evaluation before training does not count for the pace
         self._pace.append((now, step))
         evaluated = held_out(metrics) or {name: metrics[name] for name in ("val/accuracy",) if name in metrics}
+        self._numbers = {label: text for label, text in self._numbers.items() if label == HELD_OUT}
         for label, names, form in NUMBERS:
             value = next((metrics[name] for name in names if name in metrics), None)
             text = "" if value is None else form.format(value)
-            if text in NOTHING.get(label, ()):
-                self._numbers.pop(label, None)
-            elif text:
+            if text and text not in NOTHING.get(label, ()):
                 self._numbers[label] = text
         if evaluated:
             mean = sum(evaluated.values()) / len(evaluated)
-            self._numbers["held-out"] = f"{mean:.3f} (at {step})"
+            self._numbers[HELD_OUT] = f"{mean:.3f} (at {step})"
         due = step % self._every == 0 or step == self.total_steps or now - self._last_line > SECONDS_BETWEEN_LINES
         if self._live is None and (evaluated or due):
             if self._every > 1 and self._last_line == -math.inf:
