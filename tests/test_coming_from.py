@@ -81,9 +81,9 @@ def exact(completions: Any, answer: list[str], **columns: Any) -> list[float]:
     return [float(a in c[0]["content"]) for c, a in zip(completions, answer)]
 
 
-def lengths(completions: Any, **columns: Any) -> list[float | None]:
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [None if len(text) % 2 else len(text) / 100 for text in texts]
+def some(completions: Any, **columns: Any) -> list[float | None]:
+    """Judges every second response alone."""
+    return [None if i % 2 else 1.0 for i, _ in enumerate(completions)]
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, float]:
@@ -100,11 +100,10 @@ def test_rewards_and_rows_of_trl_and_verl_train_as_they_are(tmp_path: Path) -> N
         given = {"model": MODEL, "data": rows, "reward": reward, "folder": tmp_path / name, "config": QUICK}
         return hf.train(**given | sections).metrics[-1]
 
-    found = train("trl", CHAT, [exact, lengths])
-    assert found["reward/exact/min"] >= 0
-    # Where neither judges an odd response its reward is 0, and lengths stays out of the mean of those it judges.
-    assert found["critic/score/max"] >= found["reward/exact/max"]
-    assert "critic/score/mean" in train("text", PLAIN, lengths)
+    found = train("trl", CHAT, [exact, some])
+    assert found["reward/some/min"] == found["reward/some/max"] == 1.0, "of those that it judges"
+    assert found["critic/score/mean"] == pytest.approx(found["reward/exact/mean"] + 0.5)
+    assert train("text", PLAIN, some)["critic/score/mean"] == 0.5
     assert "reward/acc/mean" in train("verl", VERL, compute_score)
     assert "critic/score/mean" in train("batch", VERL, compute_batch)
 

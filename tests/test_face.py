@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pandas
+import peft
 import pyarrow as pa
 import pytest
 import torch
@@ -272,7 +273,6 @@ def test_a_model_object_needs_the_tokenizer_that_belongs_to_it(tmp_path: Path) -
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
     said = refused(tmp_path, model=model, tokenizer=tokenizer)
     assert "the tokenizer's eos_token_id is" in said and "give the model's own tokenizer" in said
-    peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert "merge_and_unload" in refused(tmp_path, model=adapted, tokenizer=tokenizer)
 

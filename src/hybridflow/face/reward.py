@@ -65,8 +65,8 @@ def split_reward(section: Mapping[str, Any]) -> tuple[dict[str, Any], GivenRewar
     if not isinstance(processes, int) or processes < 1:
         return rest, functions if several else functions[0]
     if not several:
-        return rest | _named(functions[0]), None
-    terms = {name: _named(function) for name, function in named(functions).items()}
+        return rest | _by_name(functions[0]), None
+    terms = {name: _by_name(function) for name, function in named(functions).items()}
     return rest | {"terms": terms}, None
 
 
@@ -78,7 +78,7 @@ def needs_no_truth(rows: Sequence[Mapping[str, Any]], reward: GivenReward) -> bo
     return not any(RewardFunction(function, name_of(function)).wants_truth for function in functions)
 
 
-def _named(function: Callable[..., Any]) -> dict[str, Any]:
+def _by_name(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns a function as ``file.py:function``, with what a partial was given as its kwargs."""
     kwargs: dict[str, Any] = {}
     inner = function

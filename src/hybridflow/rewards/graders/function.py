@@ -218,8 +218,6 @@ class RewardFunction:
             return self._read(self.function(**self._given(answers, index)), answers, index)
         except KeyboardInterrupt:
             raise
-        except _NoColumn as error:
-            return failures(self.name, "columns", str(error), answers, index)
         except BaseException as error:  # SystemExit too: a reward must not end the run silently
             return self._raised(error, answers, index)
 
@@ -230,8 +228,6 @@ class RewardFunction:
             return self._read(await begun, answers, index)
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise
-        except _NoColumn as error:
-            return failures(self.name, "columns", str(error), answers, index)
         except BaseException as error:
             return self._raised(error, answers, index)
 
@@ -275,6 +271,8 @@ class RewardFunction:
         return read_scores(self.name, value, answers, may_abstain=self.of_trl)
 
     def _raised(self, error: BaseException, answers: Answers, index: int | None) -> list[Score]:
+        if isinstance(error, _NoColumn):
+            return failures(self.name, "columns", str(error), answers, index)
         return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
 
 
