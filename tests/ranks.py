@@ -5,6 +5,7 @@ The functions that it runs stand in `tests/on_ranks/`, because a process finds t
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -74,9 +75,19 @@ class Ranks:
             waited_for = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
             ready = wait(waited_for, GRACE if failed else None)
             for pipe in ready or waited_for:
-                answers[waited_for[pipe]] = _answer(pipe) if ready else (False, "it did not answer: does it wait?")
+                rank = waited_for[pipe]
+                answers[rank] = self._answer(rank) if ready else (False, "it did not answer: does it wait?")
             failed = not all(ok for ok, _ in answers.values())
         return answers
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            answer: tuple[bool, Any] = self._pipes[rank].recv()
+        except (EOFError, OSError):
+            self._processes[rank].join(GRACE)
+            stacks = _crash_file(self._folder.name, rank).read_text()
+            return False, f"its process ended, exit status {self._processes[rank].exitcode}\n{stacks}"
+        return answer
 
 
 def server_of_forks() -> ForkServerContext:
@@ -92,12 +103,9 @@ def server_of_forks() -> ForkServerContext:
     return context
 
 
-def _answer(pipe: Any) -> tuple[bool, Any]:
-    try:
-        answer: tuple[bool, Any] = pipe.recv()
-    except (EOFError, OSError):
-        return False, "its process ended"
-    return answer
+def _crash_file(folder: str, rank: int) -> Path:
+    """Where Python writes the stacks of all threads of a rank that ends by a crash of native code."""
+    return Path(folder) / f"crash-{rank}.txt"
 
 
 _SHARED: dict[tuple[str, int], Ranks] = {}
@@ -121,6 +129,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
 
     # A server of forks that a pool has started holds this signal back, and the end of the tests would wait for us.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    faulthandler.enable(_crash_file(folder, rank).open("w"))
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))

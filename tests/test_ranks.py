@@ -34,10 +34,11 @@ def test_a_group_that_nobody_breaks_is_the_same_for_all(group: list[int]) -> Non
     ("how", "said"),
     [
         ("raises", "rank 1:\nTraceback[\\s\\S]*ValueError: rank 1 has had enough"),
-        ("ends", "rank 1:\nits process ended"),
+        ("ends", "rank 1:\nits process ended, exit status 3"),
+        ("crashes", "exit status -11\\nFatal Python error: Segmentation fault[\\s\\S]*in break_on_rank_1"),
         ("answers with what cannot travel", "rank 1:\nTraceback[\\s\\S]*lambda"),
     ],
-    ids=["raises", "ends", "does not travel"],
+    ids=["raises", "ends", "crashes", "does not travel"],
 )
 def test_a_test_that_breaks_a_group_fails_alone(how: str, said: str, group: list[int]) -> None:
     begun = time.monotonic()

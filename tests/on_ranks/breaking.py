@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Literal
 
@@ -14,13 +15,15 @@ def process_id() -> int:
     return os.getpid()
 
 
-def break_on_rank_1(how: Literal["raises", "ends", "hangs", "answers with what cannot travel"]) -> object:
+def break_on_rank_1(how: Literal["raises", "ends", "crashes", "hangs", "answers with what cannot travel"]) -> object:
     """Rank 1 does; rank 0 waits for it in a collective, as ranks do."""
     if dist.get_rank() == 1:
         if how == "raises":
             raise ValueError("rank 1 has had enough")
         if how == "ends":
             os._exit(3)
+        if how == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if how == "hangs":
             time.sleep(600)
         return lambda: None
