@@ -85,7 +85,8 @@ class Ranks:
             answer: tuple[bool, Any] = self._pipes[rank].recv()
         except (EOFError, OSError):
             self._processes[rank].join(GRACE)
-            stacks = _crash_file(self._folder.name, rank).read_text()
+            crash = _crash_file(self._folder.name, rank)
+            stacks = crash.read_text() if crash.exists() else ""  # it may end before it has made the file
             return False, f"its process ended, exit status {self._processes[rank].exitcode}\n{stacks}"
         return answer
 
