@@ -10,20 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.checkpoint.journal import Journal
-from hybridflow.protocols.generation import Span, Support
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.generation import Result, Span, Support
+from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn, one_turn
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+small, numbers, texts = st.integers(0, 9), st.floats(allow_nan=False), st.text(st.characters(codec=None), max_size=8)
+sequences = st.builds(
+    TokenSequence,
+    prompt_ids=tokens,
+    token_ids=tokens,
+    logps=st.lists(numbers, max_size=4),
+    spans=st.lists(st.builds(Span, small, small, small), max_size=3),
+    turns=st.lists(
+        st.builds(Turn, small, small, texts, reward=st.none() | numbers, anchor=st.none() | st.integers(0, 2**63 - 1)),
+        max_size=2,
+    ),
+    support=st.none() | st.builds(Support, tokens, tokens),
+    step_rewards=st.lists(st.tuples(small, numbers), max_size=2),
+    fork=texts,
+)
 trajectories = st.builds(
     Trajectory,
     sample=st.integers(0, 100),
-    token_ids=tokens,
-    logps=st.lists(st.floats(allow_nan=False), max_size=4),
+    sequences=st.lists(sequences, min_size=1, max_size=2),
     finish_reason=st.sampled_from(["stop", "length"]),
-    spans=st.lists(st.builds(Span, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), max_size=3),
-    response=st.text(st.characters(codec=None), max_size=8),
-    reward=st.floats(allow_nan=False),
-    support=st.none() | st.builds(Support, tokens, tokens),
+    response=texts,
+    reward=numbers,
+    messages=st.lists(st.dictionaries(texts, texts, max_size=2), max_size=2),
+    final=texts,
+    counts=st.dictionaries(texts, numbers, max_size=2),
 )
 groups = st.builds(
     Group,
@@ -35,8 +50,8 @@ groups = st.builds(
 
 
 def group(draw: int, reward: float = 0.1) -> Group:
-    answer = Trajectory(0, [5, 6], [-0.5, -1e-300], "stop", [Span(1, 0, 2)], "a\u2028\r\n\ud800", reward)
-    return Group(draw, 7, [1, 2], [answer])
+    sequence = one_turn([1, 2], Result(0, [5, 6], [-0.5, -1e-300], "stop", [Span(1, 0, 2)]))
+    return Group(draw, 7, [1, 2], [Trajectory(0, [sequence], "stop", "a\u2028\r\n\ud800", reward)])
 
 
 def journal(folder: Path, draws: int = 3, step: int = 4) -> tuple[Journal, Path]:

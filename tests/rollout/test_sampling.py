@@ -18,7 +18,7 @@ from hybridflow.engines.local import LocalEngine
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Sampling, generate
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.groups import Group, Trajectory, one_turn
 from hybridflow.rollout.inline.engine import InlineEngine
 from hybridflow.rollout.sampling import kept
 from hybridflow.trainers.rl.batches import batch_of
@@ -212,7 +212,7 @@ def groups_of(model: PreTrainedModel, way: dict[str, Any]) -> list[Group]:
     ]  # fmt: skip
     results = generate(InlineEngine(model), asked)
     answers = [
-        Trajectory(i % 4, r.token_ids, r.logps, r.finish_reason, r.spans, "", 0.0, r.support)
+        Trajectory(i % 4, [one_turn(list(asked[i].prompt_ids), r)], r.finish_reason, "", 0.0)
         for i, r in enumerate(results)
     ]
     return [Group(i, i, list(asked[4 * i].prompt_ids), answers[4 * i : 4 * i + 4]) for i in range(4)]
@@ -235,7 +235,8 @@ def test_training_scores_under_the_sampled_support(trained_model: PreTrainedMode
 
 def test_answers_with_and_without_a_support_share_a_batch(trained_model: PreTrainedModel) -> None:
     groups = groups_of(trained_model, {"top_p": 0.8})
-    assert groups[0].trajectories[0].support is None and groups[1].trajectories[0].support is not None
+    supports = [g.trajectories[0].sequences[0].support for g in groups]
+    assert supports[0] is None and supports[1] is not None
     batch = batch_of(groups)
     engine = LocalEngine(trained_model, OptimSection(), total_steps=1, tokens_per_microbatch=256)
     logp_T = engine.score(batch, ["logp"])["logp"]

@@ -11,7 +11,8 @@ import pytest
 
 from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.config.pieces.tables import ADVANTAGES
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.generation import Result
+from hybridflow.protocols.groups import Group, Trajectory, one_turn
 from hybridflow.tracking.events import read_events
 from hybridflow.tracking.signal_watch import ALIKE, GROUPS_ALIKE, LEAST, MOST, TEACHES, SignalWatch, teaches
 from hybridflow.trainers.rl.batches import batch_of
@@ -30,9 +31,10 @@ def groups_of(*rewards: Sequence[float], **more: Sequence[Any]) -> list[Group]:
         answers = []
         for i, reward in enumerate(values):
             columns = {name: column[count] for name, column in more.items()}
-            answers.append(
-                Trajectory(i, [1] * (1 + count % 3), [0.0] * (1 + count % 3), "stop", [], "a", reward, **columns)
-            )
+            length = 1 + count % 3
+            sequence = one_turn([1], Result(0, [1] * length, [0.0] * length, "stop", []))
+            sequence.step_rewards = columns.pop("step_rewards", [])
+            answers.append(Trajectory(i, [sequence], "stop", "a", reward, **columns))
             count += 1
         groups.append(Group(draw, draw, [1], answers))
     return groups

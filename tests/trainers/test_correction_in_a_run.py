@@ -31,7 +31,7 @@ def off_policy(run: RlRun, by: float) -> list[Any]:
     groups, _ = next_groups(run, 1)
     for g in groups:
         for t in g.trajectories:
-            t.logps = [logp + (by if i % 2 else 0.0) for i, logp in enumerate(t.logps)]
+            t.sequences[0].logps = [logp + (by if i % 2 else 0.0) for i, logp in enumerate(t.logps)]
     return groups
 
 

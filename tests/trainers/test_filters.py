@@ -227,7 +227,7 @@ def test_a_group_is_filtered_by_the_answers_that_have_the_component() -> None:
 
     def group(*accs: float | None) -> Group:
         parts = [{} if acc is None else {"acc": acc} for acc in accs]
-        return Group(0, 0, [], [Trajectory(i, [], [], "stop", [], "", 1.0, None, c) for i, c in enumerate(parts)])
+        return Group(0, 0, [], [Trajectory(i, [], "stop", "", 1.0, c) for i, c in enumerate(parts)])
 
     dropped: Counter[str] = Counter()
     groups = [group(1.0, None), group(None, 0.0, 0.0), group(None, None), group(0.0, 1.0)]

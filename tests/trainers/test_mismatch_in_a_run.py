@@ -12,8 +12,8 @@ from torch import Tensor
 from hybridflow.config.load import load_config
 from hybridflow.models.load import load_model
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols.generation import Request, Sampling, Span, generate
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.generation import Request, Result, Sampling, Span, generate
+from hybridflow.protocols.groups import Group, Trajectory, one_turn
 from hybridflow.tracking.events import read_events
 from hybridflow.trainers.rl.corrections import engine_gap
 from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, record, update
@@ -104,13 +104,14 @@ def test_support_is_the_log_mass_of_what_was_kept(tmp_path: Path, old_logp: str)
         model, masses = run.engine.model, []  # type: ignore[attr-defined]
         for g in groups:
             for t in g.trajectories:
-                assert t.support is not None
+                support = t.sequences[0].support
+                assert support is not None
                 ids = torch.tensor([g.prompt_ids + t.token_ids])
                 with torch.no_grad():
                     logp_TV = (one_by_one(model, ids)[0] / 0.9).log_softmax(-1)
-                ends = torch.tensor(t.support.sizes).cumsum(0).tolist()
-                for i, (end, size) in enumerate(zip(ends, t.support.sizes)):
-                    kept = t.support.ids[end - size : end] if size else range(logp_TV.shape[1])
+                ends = torch.tensor(support.sizes).cumsum(0).tolist()
+                for i, (end, size) in enumerate(zip(ends, support.sizes)):
+                    kept = support.ids[end - size : end] if size else range(logp_TV.shape[1])
                     masses.append(float(logp_TV[len(g.prompt_ids) + i - 1, list(kept)].logsumexp(-1)))
         batch, measured = estimate(run, groups)
         found = measured | update(run, batch)
@@ -140,7 +141,12 @@ def test_a_correction_takes_the_bias_out_of_the_gradient(tmp_path: Path, preset:
         drawn = seen(run, prompt.token_ids, 0.25)
         words = sorted(drawn)
         groups = [
-            Group(0, 0, list(prompt.token_ids), [answer(i, word, drawn[word]) for i, word in enumerate(words)]),
+            Group(
+                0,
+                0,
+                list(prompt.token_ids),
+                [answer(list(prompt.token_ids), i, word, drawn[word]) for i, word in enumerate(words)],
+            ),
         ]
         batch, measured = estimate(run, groups)
         q_B = torch.tensor([drawn[word] for word in words]).exp()
@@ -178,8 +184,9 @@ def seen(run: RlRun, prompt: tuple[int, ...], temperature: float) -> dict[int, f
     }
 
 
-def answer(sample: int, word: int, logp: float) -> Trajectory:
-    return Trajectory(sample, [word], [logp], "length", [Span(0, 0, 1)], "", reward(word))
+def answer(prompt: list[int], sample: int, word: int, logp: float) -> Trajectory:
+    sequence = one_turn(prompt, Result(0, [word], [logp], "length", [Span(0, 0, 1)]))
+    return Trajectory(sample, [sequence], "length", "", reward(word))
 
 
 def reward(word: int) -> float:

@@ -1,7 +1,8 @@
 """The journal: finished, scored groups are written at once, so that killing a run loses none of them.
 
 One file per step, one line per group: a checksum, then the group as JSON (floats are written so that they read back bit
-for bit). A line that a kill cut short fails its checksum and is dropped.
+for bit). A line that a kill cut short fails its checksum and is dropped. A prompt is written once per group: sequences
+refer to it by number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.protocols.generation import Span, Support
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn
 
 
 class Journal:
@@ -74,20 +75,39 @@ class Journal:
 
 
 def _line(group: Group) -> bytes:
-    text = json.dumps(group, default=_fields)
+    prompts = {tuple(group.prompt_ids): 0}
+    for t in group.trajectories:
+        for sequence in t.sequences:
+            prompts.setdefault(tuple(sequence.prompt_ids), len(prompts))
+
+    def plain(record: Any) -> dict[str, Any]:
+        values = {f.name: getattr(record, f.name) for f in fields(record)}  # asdict copies every list, entry by entry
+        if "prompt_ids" in values:
+            values["prompt_ids"] = prompts[tuple(values["prompt_ids"])]
+        return values
+
+    text = json.dumps({"prompts": list(prompts), "group": group}, default=plain)
     return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
 
 
-def _fields(record: Any) -> dict[str, Any]:
-    return {f.name: getattr(record, f.name) for f in fields(record)}  # asdict would copy every list, entry by entry
-
-
 def _group(value: dict[str, Any]) -> Group:
-    return Group(**value | {"trajectories": [_trajectory(t) for t in value["trajectories"]]})
+    prompts: list[list[int]] = value["prompts"]
 
+    def sequence(found: dict[str, Any]) -> TokenSequence:
+        return TokenSequence(
+            **found
+            | {
+                "prompt_ids": prompts[found["prompt_ids"]],
+                "spans": [Span(**s) for s in found["spans"]],
+                "turns": [Turn(**t) for t in found["turns"]],
+                "support": found["support"] and Support(**found["support"]),
+                "step_rewards": [(position, reward) for position, reward in found["step_rewards"]],
+            }
+        )
 
-def _trajectory(value: dict[str, Any]) -> Trajectory:
-    support = value.get("support") and Support(**value["support"])
-    steps = [(position, reward) for position, reward in value.get("step_rewards", ())]
-    spans = [Span(**s) for s in value["spans"]]
-    return Trajectory(**value | {"spans": spans, "support": support, "step_rewards": steps})
+    def trajectory(found: dict[str, Any]) -> Trajectory:
+        return Trajectory(**found | {"sequences": [sequence(s) for s in found["sequences"]]})
+
+    group: dict[str, Any] = value["group"]
+    trajectories = [trajectory(t) for t in group["trajectories"]]
+    return Group(**group | {"prompt_ids": prompts[group["prompt_ids"]], "trajectories": trajectories})

@@ -14,7 +14,7 @@ from hybridflow.faults import fault_point
 from hybridflow.groups.answering import Answering
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Request, Result, Sampling
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.groups import Group, Trajectory, one_turn
 from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 
@@ -241,18 +241,16 @@ class GroupSource:
         for i, (text, score) in enumerate(zip(found.texts, found.scores)):
             r = found.results[i]
             valued = score.failure is not None and policy.on_failure == "value"
+            sequence = one_turn(group.prompt_ids, r)
+            sequence.step_rewards = self._at_tokens(r.token_ids, text, score)
             group.trajectories.append(
                 Trajectory(
                     i,
-                    r.token_ids,
-                    r.logps,
+                    [sequence],
                     r.finish_reason,
-                    r.spans,
                     text,
                     total(score) if score.failure is None else policy.value,
-                    r.support,
                     components=dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components),
-                    step_rewards=self._at_tokens(r.token_ids, text, score),
                     failure=str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None,
                 )
             )

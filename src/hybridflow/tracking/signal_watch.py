@@ -38,7 +38,8 @@ def teaches(groups: Sequence[Group], advantage: str, clip: tuple[float, float] |
         value = min(max(t.reward, low), high)
         if needs.needs_greedy and group.baseline is not None:
             value -= min(max(group.baseline, low), high)
-        return value, tuple(t.step_rewards), tuple(sorted(t.components.items())) if needs.needs_components else ()
+        steps = tuple((i, *step) for i, s in enumerate(t.sequences) for step in s.step_rewards)
+        return value, steps, tuple(sorted(t.components.items())) if needs.needs_components else ()
 
     if advantage == "distillation":
         return None

@@ -43,7 +43,7 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     """
     mask_T, answers = batch["loss_mask_T"], [t for g in groups for t in g.trajectories]
     scored = [t for t in answers if t.failure is None]
-    response_B = torch.tensor([len(t.token_ids) for t in answers], dtype=torch.float32)
+    response_B = torch.tensor([t.length for t in answers], dtype=torch.float32)
     equal = [len({t.reward for t in g.trajectories if t.failure is None}) <= 1 for g in groups]
     metrics = {"training/equal_reward_groups": sum(equal) / max(len(equal), 1)}
     rows = [g.row for g in groups for t in g.trajectories if t.failure is None]
