@@ -7,45 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.groups.answering import Answering
 from hybridflow.noise import NoiseKey
+from hybridflow.protocols.episodes import Question
 from hybridflow.protocols.generation import Request, Result, Sampling
 from hybridflow.protocols.groups import Group, Trajectory, one_turn
 from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.protocols.waiting import Stopped, returning_when
-
-
-class Question(Protocol):
-    """What a prompt must offer (`data.prompts.Prompt` does)."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The rendered prompt."""
-        ...
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The prompt as chat messages."""
-        ...
-
-    @property
-    def ground_truth(self) -> Any:
-        """What the reward compares with."""
-        ...
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The whole row."""
-        ...
-
-    @property
-    def written(self) -> Any:
-        """The prompt as the row has it."""
-        ...
 
 
 class GroupStore(Protocol):
