@@ -14,7 +14,7 @@ Messages: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """A call of a tool that the model wrote.
 
     Args:
@@ -42,7 +42,7 @@ class Action:
     """
 
     text: str
-    calls: tuple[Call, ...]
+    calls: tuple[ToolCall, ...]
     message: dict[str, Any]
     finish_reason: str
 
