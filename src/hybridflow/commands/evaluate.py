@@ -23,6 +23,7 @@ from hybridflow.devices import pick_device
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.groups.answering import Answering
+from hybridflow.groups.single_turn import SingleTurn
 from hybridflow.models.load import stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.placing.generation import inline_engine, training_sampling
@@ -56,12 +57,14 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     check_rows(config, prompts)
     limit, stops = config.rollout.max_response_tokens, stop_ids(model, tokenizer)
     make_folder(folder)
+    decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(
             Answering(
                 inline_engine(model, tokenizer, config.rollout),
+                SingleTurn(decode),
                 grader,
-                answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens),
+                decode,
                 failure_policy(config.reward),
             ),
             prompts,

@@ -107,7 +107,7 @@ def ask(
         asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
         requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
     for i, result in enumerate(_in_order(inline_engine(model, tokenizer, stop=sampling.stop), requests)):
-        require_finite([result], f"prompt {i // samples + 1}", "--temperature")
+        require_finite([result.logps], f"prompt {i // samples + 1}", "--temperature")
         text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
         yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))
 

@@ -18,10 +18,13 @@ from hybridflow.data.prompts import Prompt, PromptSet, answers_to
 from hybridflow.errors import UserError, raised
 from hybridflow.evaluation.statistics import maj_at_k, mean_interval, pass_at_k
 from hybridflow.groups.answering import Answering
+from hybridflow.groups.driving import Driver
 from hybridflow.groups.failures import FailurePolicy
 from hybridflow.groups.source import require_finite
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.episodes import Start
+from hybridflow.protocols.generation import Sampling
+from hybridflow.protocols.groups import Trajectory
 from hybridflow.protocols.rewards import Score, score_all, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 
@@ -130,26 +133,23 @@ def evaluate(
     count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
     asked, n = [prompts[i] for i in range(count)], section.samples_per_prompt
     stream = "eval" if sampling.temperature else "greedy"
-    requests = [
-        Request(p.token_ids, sampling, NoiseKey(seed, stream, i, sample))
-        for i, p in enumerate(asked)
-        for sample in range(n)
-    ]
+    starts = [Start(NoiseKey(seed, stream, i, sample), p, sampling) for i, p in enumerate(asked) for sample in range(n)]
     rewards: dict[str, list[list[float]]] = defaultdict(list)
     votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []
     failures: dict[str, float] = {}
     with returning_when(should_stop, engine, grader):
-        answers = _answers(engine, requests, note, should_stop)
-    for i in range(count):
-        require_finite(answers[i * n : (i + 1) * n], f"row {i} of the evaluation data", "eval.temperature")
-    texts_of = [[answering.decode(result.token_ids) for result in answers[i * n : (i + 1) * n]] for i in range(count)]
-    ids_of = ([result.token_ids for result in answers[i * n : (i + 1) * n]] for i in range(count))
-    asked_of = (answers_to(p, texts, ids) for p, texts, ids in zip(asked, texts_of, ids_of))
+        answers = _answers(Driver(engine, answering.rollouts), starts, note, should_stop)
+    by_row = [answers[i * n : (i + 1) * n] for i in range(count)]
+    for i, found in enumerate(by_row):
+        require_finite((t.logps for t in found), f"row {i} of the evaluation data", "eval.temperature")
+    asked_of = (
+        answers_to(p, [t.response for t in found], [t.token_ids for t in found]) for p, found in zip(asked, by_row)
+    )
     with returning_when(should_stop, engine, grader):
         scores_of = score_all(grader, asked_of, should_stop)
     for i, prompt in enumerate(asked):
-        results, texts = answers[i * n : (i + 1) * n], texts_of[i]
+        texts = [t.response for t in by_row[i]]
         values = [_value(score, answering.policy, f"row {i} of the evaluation data") for score in scores_of[i]]
         for score in scores_of[i]:
             name = f"val-aux/{prompt.data_source}/reward_failures"
@@ -157,9 +157,9 @@ def evaluate(
         voted = [vote_in(text, section.answer) for text in texts]
         rewards[prompt.data_source].append(values)
         votes[prompt.data_source].append(voted)
-        for sample, (result, text, value, said) in enumerate(zip(results, texts, values, voted)):
-            record = _record(prompt, result) | {"draw": i, "sample": sample, "response": text, "reward": value}
-            records.append(record | {"vote": said})
+        for sample, (t, value, said) in enumerate(zip(by_row[i], values, voted)):
+            record = _record(prompt, t) | {"draw": i, "sample": sample, "reward": value, "vote": said}
+            records.append(record)
     measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
     return Evaluation(measures, _lengths(records) | failures, records, count)
 
@@ -222,31 +222,28 @@ def never_ended(finish_reasons: Sequence[str], limit: int, eos: str) -> str | No
 
 
 def _answers(
-    engine: RolloutEngine,
-    requests: Sequence[Request],
-    note: Callable[[str], None] | None,
-    should_stop: Callable[[], bool],
-) -> list[Result]:
-    """Returns the results, in the order of their requests."""
-    handles = [engine.submit(request) for request in requests]
-    done: dict[int, Result] = {}
+    driver: Driver, starts: Sequence[Start], note: Callable[[str], None] | None, should_stop: Callable[[], bool]
+) -> list[Trajectory]:
+    """Returns the trajectories, in the order of their starts."""
+    numbers = [driver.begin(start) for start in starts]
+    done: dict[int, Trajectory] = {}
     began = told = time.monotonic()
-    while len(done) < len(handles):
+    while driver.running:
         try:
-            done.update({result.handle: result for result in engine.wait()})
+            done.update(driver.advance())
         except KeyboardInterrupt:
             if note is not None:
-                note(f"stopped after {len(done)} of {len(handles)} responses: an incomplete evaluation is not kept")
+                note(f"stopped after {len(done)} of {len(numbers)} responses: an incomplete evaluation is not kept")
             raise
         if should_stop():
-            engine.abort([handle for handle in handles if handle not in done])
+            driver.stop()
             raise Stopped
         now = time.monotonic()
-        if note is not None and done and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(handles):
-            left = (now - began) / len(done) * (len(handles) - len(done))
-            note(f"evaluation: {len(done)} of {len(handles)} responses, about {left:.0f} s left")
+        if note is not None and done and now - told > SECONDS_BETWEEN_NOTES and len(done) < len(numbers):
+            left = (now - began) / len(done) * (len(numbers) - len(done))
+            note(f"evaluation: {len(done)} of {len(numbers)} responses, about {left:.0f} s left")
             told = now
-    return [done[handle] for handle in handles]
+    return [done[number] for number in numbers]
 
 
 def _value(score: Score, policy: FailurePolicy, where: str) -> float:
@@ -257,18 +254,19 @@ def _value(score: Score, policy: FailurePolicy, where: str) -> float:
     return policy.value
 
 
-def _record(prompt: Prompt, result: Result) -> dict[str, Any]:
+def _record(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
     asked = [m["content"] for m in prompt.messages if m["role"] == "user"]
     question = asked[-1] if asked else prompt.text
     return {
         "data_source": prompt.data_source,
         "prompt": prompt.text,
+        "response": t.response,
         "question": question if isinstance(question, str) else json.dumps(question, default=str),
         "advantage": None,
-        "finish_reason": result.finish_reason,
+        "finish_reason": t.finish_reason,
         "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
-        "token_ids": result.token_ids,
-        "logps": result.logps,
+        "token_ids": t.token_ids,
+        "logps": t.logps,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybridflow.groups.failures import FAIL, FailurePolicy
+from hybridflow.protocols.episodes import Rollouts
 from hybridflow.protocols.generation import RolloutEngine
 from hybridflow.protocols.rewards import Grader
 from hybridflow.protocols.waiting import never
@@ -17,13 +18,15 @@ class Answering:
 
     Args:
         engine: where responses come from.
-        grader: scores the responses of finished groups, while others are generated.
+        rollouts: makes trajectories of what it generates.
+        grader: scores the trajectories of finished groups, while others are generated.
         decode: token ids to text.
         policy: what happens where the reward fails.
         should_stop: asked all the time; True ends with `Stopped`.
     """
 
     engine: RolloutEngine
+    rollouts: Rollouts
     grader: Grader
     decode: Callable[[list[int]], str]
     policy: FailurePolicy = FAIL

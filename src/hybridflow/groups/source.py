@@ -12,10 +12,11 @@ from typing import Protocol
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.groups.answering import Answering
+from hybridflow.groups.driving import Driver
 from hybridflow.noise import NoiseKey
-from hybridflow.protocols.episodes import Question
-from hybridflow.protocols.generation import Request, Result, Sampling
-from hybridflow.protocols.groups import Group, Trajectory, one_turn
+from hybridflow.protocols.episodes import Question, Start
+from hybridflow.protocols.generation import Result, Sampling
+from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 
@@ -71,6 +72,7 @@ class GroupSource:
     ) -> None:
         self.answering, self.question = answering, question
         self.engine, self.grader, self.decode = answering.engine, answering.grader, answering.decode
+        self.driver = Driver(answering.engine, answering.rollouts)
         self.policy, self.should_stop = answering.policy, answering.should_stop
         self.sampling, self.seed = sampling, seed
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
@@ -78,14 +80,13 @@ class GroupSource:
         self.tell = tell
         self._told: set[str] = set()
         self.reward_seconds = 0.0
-        self._kept: list[Result] = []
         self._submitted = 0
         # What was submitted to the grader, by its key: the draw, and whether it is the greedy response to it.
         self._asked: dict[int, tuple[int, bool]] = {}
 
     def keep(self, results: Sequence[Result]) -> None:
         """Takes results of this source that another caller got from the engine while it waited for its own."""
-        self._kept += results
+        self.driver.keep(results)
 
     def collect(self, step: int, draws: Sequence[tuple[int, int]]) -> list[Group]:
         """Returns the groups of these (draw, row) pairs, in their order; one that the policy drops has no trajectories.
@@ -122,24 +123,22 @@ class GroupSource:
         owner: dict[int, tuple[int, int]] = {}
         for draw, _ in again:
             for sample in self.samples:
-                owner[self.engine.submit(self._request(questions[draw], draw, sample))] = (draw, sample)
-        arrived: dict[int, dict[int, Result]] = {draw: {} for draw, _ in again}
+                owner[self.driver.begin(self._start(questions[draw], draw, sample))] = (draw, sample)
+        arrived: dict[int, dict[int, Trajectory]] = {draw: {} for draw, _ in again}
         scoring: dict[int, _Scoring] = {}
         journaled = len(done)  # of the step: a filter may request more groups of it
-        while owner or scoring:
+        while self.driver.running or scoring:
             if self.should_stop():
-                self.engine.abort(list(owner))
+                self.driver.stop()
                 self.grader.cancel()
                 self._asked.clear()
                 raise Stopped
-            if owner:
-                arriving, self._kept = self._kept or self.engine.wait(), []
-                for result in arriving:
-                    draw, sample = owner.pop(result.handle)
-                    arrived[draw][sample] = result
-                    if len(arrived[draw]) == len(self.samples) and draw not in done:
-                        scoring[draw] = self._submit(draw, rows[draw], questions[draw], arrived.pop(draw))
-            for draw in self._scored(scoring, wait=not owner):
+            for number, trajectory in self.driver.advance() if self.driver.running else []:
+                draw, sample = owner.pop(number)
+                arrived[draw][sample] = trajectory
+                if len(arrived[draw]) == len(self.samples) and draw not in done:
+                    scoring[draw] = self._submit(draw, rows[draw], questions[draw], arrived.pop(draw))
+            for draw in self._scored(scoring, wait=not self.driver.running):
                 done[draw] = self._group(draw, rows[draw], questions[draw], scoring.pop(draw))
                 if self.journal is not None:
                     self.journal.append(step, done[draw])
@@ -147,31 +146,32 @@ class GroupSource:
                 fault_point("group", step, journaled)
         return [done[draw] for draw, _ in draws]
 
-    def _request(self, question: Question, draw: int, sample: int) -> Request:
+    def _start(self, question: Question, draw: int, sample: int) -> Start:
         if sample != GREEDY:
-            return Request(question.token_ids, self.sampling, NoiseKey(self.seed, "train", draw, sample))
+            return Start(NoiseKey(self.seed, "train", draw, sample), question, self.sampling)
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-        return Request(question.token_ids, greedy, NoiseKey(self.seed, "greedy", draw))
+        return Start(NoiseKey(self.seed, "greedy", draw), question, greedy)
 
-    def _submit(self, draw: int, row: int, question: Question, results: dict[int, Result]) -> _Scoring:
+    def _submit(self, draw: int, row: int, question: Question, trajectories: dict[int, Trajectory]) -> _Scoring:
         """Submits a finished group to the grader."""
-        require_finite(results.values(), f"row {row} of the training data", "rollout.temperature")
+        require_finite(
+            (t.logps for t in trajectories.values()), f"row {row} of the training data", "rollout.temperature"
+        )
         began = time.perf_counter()
-        greedy = results.pop(GREEDY, None)
-        group = _Scoring(results, [self.decode(results[i].token_ids) for i in range(len(results))])
+        greedy = trajectories.pop(GREEDY, None)
+        group = _Scoring([trajectories[i] for i in range(len(trajectories))])
 
-        def ask(texts: list[str], ids: list[list[int]], *, baseline: bool) -> None:
+        def ask(asked: list[Trajectory], *, baseline: bool) -> None:
             self._asked[self._submitted] = draw, baseline
-            q = question
-            asked = Answers(texts, q.ground_truth, q.messages, q.row, q.written, ids)
-            self.grader.submit(self._submitted, asked)
+            q, texts, ids = question, [t.response for t in asked], [t.token_ids for t in asked]
+            self.grader.submit(self._submitted, Answers(texts, q.ground_truth, q.messages, q.row, q.written, ids))
             self._submitted += 1
             group.lacking += 1
 
-        ask(group.texts, [results[i].token_ids for i in range(len(results))], baseline=False)
+        ask(group.trajectories, baseline=False)
         if greedy is not None:
             # Scored apart: a reward that reads the whole group must not see the response that it is compared with.
-            ask([self.decode(greedy.token_ids)], [greedy.token_ids], baseline=True)
+            ask([greedy], baseline=True)
         self.reward_seconds += time.perf_counter() - began
         return group
 
@@ -210,53 +210,44 @@ class GroupSource:
         if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
             return group  # without its baseline a response has nothing to be compared with
         names = {name for score in found.scores for name in score.components}
-        for i, (text, score) in enumerate(zip(found.texts, found.scores)):
-            r = found.results[i]
+        for t, score in zip(found.trajectories, found.scores):
             valued = score.failure is not None and policy.on_failure == "value"
-            sequence = one_turn(group.prompt_ids, r)
-            sequence.step_rewards = self._at_tokens(r.token_ids, text, score)
-            group.trajectories.append(
-                Trajectory(
-                    i,
-                    [sequence],
-                    r.finish_reason,
-                    text,
-                    total(score) if score.failure is None else policy.value,
-                    components=dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components),
-                    failure=str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None,
-                )
-            )
+            t.reward = total(score) if score.failure is None else policy.value
+            t.components = dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components)
+            t.failure = str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None
+            self._set_step_rewards(t, score)
+            group.trajectories.append(t)
         return group
 
-    def _at_tokens(self, token_ids: list[int], text: str, score: Score) -> list[tuple[int, float]]:
-        """Returns the rewards of a response's parts, each on the first token with which the text is as long as the part
-        ends.
+    def _set_step_rewards(self, t: Trajectory, score: Score) -> None:
+        """Puts the rewards of a response's parts on tokens: each on the first one with which the text is as long as
+        the part ends.
         """
-        found = []
         for characters, reward in score.steps:
+            (sequence,) = t.sequences
+            token_ids = sequence.token_ids
             low, high = 1, len(token_ids)  # the length of the text grows with the tokens: a binary search
             while low < high:
                 middle = (low + high) // 2
-                if len(self.decode(token_ids[:middle])) >= min(characters, len(text)):
+                if len(self.decode(token_ids[:middle])) >= min(characters, len(t.response)):
                     high = middle
                 else:
                     low = middle + 1
-            found.append((low - 1, reward))
-        return found
+            sequence.step_rewards.append((low - 1, reward))
 
 
-def require_finite(results: Iterable[Result], to: str, temperature: str) -> None:
+def require_finite(logps: Iterable[Sequence[float]], to: str, temperature: str) -> None:
     """Checks that a model gave finite log-probabilities.
 
     Args:
-        results: of the model.
+        logps: of each response.
         to: the prompt, for the message.
         temperature: the name of its setting, for the message.
 
     Raises:
         UserError: its numbers are not finite.
     """
-    if not all(math.isfinite(logp) for result in results for logp in result.logps):
+    if not all(math.isfinite(logp) for of_response in logps for logp in of_response):
         raise UserError(
             f"the log-probabilities of a response to {to} are not finite",
             why=f"the model's weights hold numbers that are not finite, or {temperature} is far too small",
@@ -268,8 +259,7 @@ def require_finite(results: Iterable[Result], to: str, temperature: str) -> None
 class _Scoring:
     """A finished group that is being scored, as far as it has scores."""
 
-    results: dict[int, Result]
-    texts: list[str]
+    trajectories: list[Trajectory]
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
     lacking: int = 0  # submissions without a result

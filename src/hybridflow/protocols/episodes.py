@@ -74,10 +74,11 @@ class Rollouts(Protocol):
         ...
 
     def asks(self, *, block: bool) -> list[tuple[int, Request]]:
-        """Returns the requests that came since, by trajectory, in the order of (draw, sample, sequence).
+        """Returns the requests that came since, by trajectory, in the order in which these began.
 
         Args:
-            block: wait until there is one or a trajectory has ended; with "rounds", until each asks or has ended.
+            block: wait a moment (`waiting.SECONDS_BETWEEN_LOOKS`) for one, or for the end of a trajectory. With
+                "rounds" nothing is returned before each trajectory asks or has ended.
         """
         ...
 

@@ -22,6 +22,7 @@ from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.groups.answering import Answering
+from hybridflow.groups.single_turn import SingleTurn
 from hybridflow.groups.source import GroupSource
 from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import Critic, make_critic, make_reference, require_companions
@@ -262,7 +263,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
     journal = Journal(opened.folder.path / "journal")
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     source = GroupSource(
-        Answering(rollout, grader, decode, failure_policy(config.reward), opened.stop.requested),
+        Answering(rollout, SingleTurn(decode), grader, decode, failure_policy(config.reward), opened.stop.requested),
         prompts.__getitem__,
         sampling=training_sampling(config.rollout, stops),
         samples=config.train.samples_per_prompt,
