@@ -36,7 +36,7 @@ SEQUENCES = "counted in responses of all devices together"
 MICRO = "in tokens, and it changes speed and memory only; no key is per device"
 ARGS = "the engine's own arguments go below rollout.engine_args"
 NONE = "nothing needs it here"
-TURNS = ("", "conversations of several generated turns are not there")
+TURNS = ("agent", "agent.tools or agent.environment makes a model act")
 
 # name: keys, what differs. Names with dots are verl's, where a shorter one would mean something else.
 _NAMES: dict[str, tuple[str, str]] = {
@@ -365,6 +365,26 @@ _NAMES: dict[str, tuple[str, str]] = {
     "ray_init": ("placement.backend", "placement.backend=ray"),
     "ray_kwargs": ("placement.backend", "placement.backend=ray"),
     "multi_turn": TURNS,
+    "multi_turn.enable": TURNS,
+    "multi_turn.format": ("agent.format", ""),
+    "multi_turn.num_repeat_rollouts": ("train.samples_per_prompt", ""),
+    "max_assistant_turns": ("agent.max_turns", ""),
+    "max_user_turns": ("agent.max_turns", "it counts the model's turns"),
+    "max_parallel_calls": ("agent.parallel_calls", ""),
+    "max_tool_response_length": ("agent.max_observation_tokens", "in tokens, not in characters"),
+    "tool_response_truncate_side": ("agent.max_observation_tokens", "a longer observation is cut in its middle"),
+    "use_inference_chat_template": ("agent.history", "template or append"),
+    "tokenization_sanity_check_mode": (
+        "",
+        "`hybridflow check` prints which turns append; tokens are never rendered twice",
+    ),
+    "function_tool_path": ("agent.tools", "a list of file.py:function"),
+    "tool_config_path": ("agent.tools", "a list of file.py:function, no YAML file"),
+    "interaction_config_path": ("agent.environment", "file.py:Class"),
+    "max_tool_calling_iterations": ("agent.max_turns", "the turns of the model, the last one too"),
+    "environment_factory": ("agent.environment", "file.py:Class with reset, step and close"),
+    "agent_loop_config_path": ("agent.plays", "loops by the agent_name of a row"),
+    "default_agent_loop": ("agent.play", "file.py:function"),
     "megatron": ("", "Megatron-LM is not there; engine.strategy is local, fsdp2 or fsdp1"),
     "balance_batch": ("", "work is always balanced"),
     "hybrid_engine": ("", "placement.roles says which models share processes"),
@@ -460,7 +480,6 @@ _NAMES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("lora_adapter_path", "lora.adapter_path"), ("model.path", "a whole model: merge the adapters into it first")
     ),
-    **dict.fromkeys(("max_tool_calling_iterations", "tool_config_path", "function_tool_path"), TURNS),
     **dict.fromkeys(
         (
             "lora.type",

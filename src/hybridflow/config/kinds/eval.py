@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from hybridflow.config.sections.agent import AgentSection
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.config.sections.eval import EvalSection
@@ -23,6 +24,7 @@ class EvalConfig(Section):
     data: PromptDataSection
     reward: RewardSection
     rollout: InlineSection = InlineSection()
+    agent: AgentSection | None = Field(None, description="As in training.")
     eval: EvalSection = EvalSection()
 
     @field_validator("rollout", mode="before")
@@ -34,7 +36,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _check_data(self) -> EvalConfig:
-        if self.data.eval is None:
+        if self.data.eval is None and (self.agent is None or self.agent.eval_tasks is None):
             raise ValueError("data.eval is missing: there is nothing to evaluate on")
         if self.model.lora is not None:
             raise ValueError(

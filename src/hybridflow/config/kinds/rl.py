@@ -9,6 +9,7 @@ from hybridflow.config.checks.placement import PlacedModel, RolesOfRun, check_pl
 from hybridflow.config.inherit import inherited
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.config.sections.agent import AgentSection
 from hybridflow.config.sections.algorithm import AlgorithmSection, FilterSection, ReweightSection
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.data import PromptDataSection
@@ -31,6 +32,7 @@ class RlConfig(Section):
     data: PromptDataSection
     reward: RewardSection
     rollout: RolloutSection = InlineSection()
+    agent: AgentSection | None = Field(None, description="Tools or an environment that the model acts on.")
     algorithm: AlgorithmSection = Field(default_factory=lambda: AlgorithmSection.model_validate({}))
     filter: FilterSection = FilterSection()
     reweight: ReweightSection | None = Field(None, description="Draw some responses of a step again (PF-PPO).")
@@ -76,26 +78,51 @@ class RlConfig(Section):
             if room < self.longest:
                 raise ValueError(
                     f"{key} is {room}, but one sequence can have {self.longest} tokens (data.max_prompt_tokens "
-                    f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens}); "
+                    f"{self.data.max_prompt_tokens} + {self._behind_prompts}); "
                     f"set {key}={self.longest} or more, or lower one of the two limits"
                 )
-        if self.data.train is None:
-            raise ValueError("data.train is missing: reinforcement learning needs prompts")
+        if self.agent is not None and self.agent.tasks is not None and self.data.train is not None:
+            raise ValueError("data.train and agent.tasks both give the rows to train on: leave one of them out")
+        if self.data.train is None and (self.agent is None or self.agent.tasks is None):
+            raise ValueError(
+                "data.train is missing: reinforcement learning needs prompts (an environment that makes its tasks by "
+                "itself has agent.tasks)"
+            )
         if self.rollout.engine == "sglang" and self.model.lora is not None and self.rollout.lora != "merged":
             raise ValueError(
                 "rollout.engine sglang takes no adapters alone (model.lora): set rollout.lora=merged, which adds them "
                 "into full weights"
             )
-        if self.eval.every and self.data.eval is None:
+        if self.eval.every and not self.has_evaluation:
             raise ValueError("eval.every is set, but data.eval names no evaluation rows")
         if self.checkpoint.best is not None:
-            check_best(self.checkpoint.best, self.eval, has_rows=self.data.eval is not None)
+            check_best(self.checkpoint.best, self.eval, has_rows=self.has_evaluation)
         return self
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the run can meet."""
-        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        behind = self.rollout.max_response_tokens
+        return self.data.max_prompt_tokens + (behind if self.agent is None else self.agent.longest(behind))
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.data.eval is not None or (self.agent is not None and self.agent.eval_tasks is not None)
+
+    @property
+    def _behind_prompts(self) -> str:
+        """The limit of a sequence behind its prompt, in words."""
+        response = self.rollout.max_response_tokens
+        if self.agent is None:
+            return f"rollout.max_response_tokens {response}"
+        if self.agent.max_tokens is not None:
+            return f"agent.max_tokens {self.agent.max_tokens}"
+        turns, observation = self.agent.max_turns, self.agent.max_observation_tokens
+        return (
+            f"rollout.max_response_tokens {response} + agent.max_turns {turns} x agent.max_observation_tokens "
+            f"{observation}; or set agent.max_tokens"
+        )
 
     def roles(self) -> RolesOfRun:
         """Returns the actor, and the models beside it: critic, reference, reward model, generation."""
