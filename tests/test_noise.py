@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridflow.noise import NoiseKey, gumbel, permutation, uniform
+from hybridflow.noise import NoiseKey, fork_stream, gumbel, permutation, uniform
 
 KEY = NoiseKey(seed=3, stream="train", draw=5, sample=2)
 EULER = 0.5772156649
@@ -53,6 +53,17 @@ def test_positions_and_neighbouring_samples_are_independent() -> None:
     correlation = torch.corrcoef(noise) - torch.eye(40)
     assert float(correlation.abs().max()) < 0.1  # 780 pairs, each with a deviation of 0.022
     assert len(noise.unique()) > 0.99 * noise.numel()
+
+
+def test_a_fork_draws_anew_whenever_it_comes_to_the_same_context() -> None:
+    """Sequences of one trajectory, by the context that they begin with and how many began with it before."""
+    contexts = [([5, 6, 7], 0), ([5, 6, 7], 1), ([5, 6, 7], 2), ([5, 67], 0), ([56, 7], 0), ([5, 6], 7), ([5, 6], 0)]
+    keys = [KEY, *(replace(KEY, stream=fork_stream(KEY.stream, ids, n)) for ids, n in contexts)]
+    keys += [replace(key, sample=9) for key in keys]
+    noise = torch.stack([noise_of([key], [4], 2000)[0] for key in keys])
+    assert float((torch.corrcoef(noise) - torch.eye(16)).abs().max()) < 0.1  # 120 pairs, deviation 0.022
+    assert len({tuple(noise_of([key] * 12, [*range(12)], 50).argmax(-1).tolist()) for key in keys}) == 16
+    assert fork_stream("train", [5, 6, 7], 1) == fork_stream("train", (5, 6, 7), 1) == "train/fork/af6405d0ef20c951/1"
 
 
 def test_mean_and_variance_are_those_of_the_gumbel_distribution() -> None:

@@ -8,6 +8,7 @@ sequences, T tokens of all of them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,21 @@ class NoiseKey:
         """Returns 64 bits of the key as a signed integer."""
         text = f"{self.seed}/{self.stream}/{self.draw}/{self.sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def fork_stream(stream: str, prompt_ids: Sequence[int], before: int) -> str:
+    """Returns the stream of a forked sequence: a trajectory's first sequence has the plain stream.
+
+    It depends on what the model is shown, and on how often it was shown that before: an agent that comes to the same
+    context again draws anew, and n forks of one context give n different sequences.
+
+    Args:
+        stream: the trajectory's.
+        prompt_ids: the ids that the sequence begins with.
+        before: how many earlier sequences of the trajectory begin with the same ids.
+    """
+    digest = hashlib.blake2b(",".join(map(str, prompt_ids)).encode(), digest_size=8).hexdigest()
+    return f"{stream}/fork/{digest}/{before}"
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ log-probability is held against a plain Hugging Face forward pass of the weights
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -196,6 +198,63 @@ def test_an_answer_goes_on_under_new_weights_and_says_which_token_is_whose(setup
     logps, at = torch.tensor(result.logps), first.end
     assert (logps - expected(before, long, result))[:at].abs().max() < TOLERANCE
     assert (logps - expected(setup.model, long, result))[at:].abs().max() < TOLERANCE
+
+
+def test_a_later_turn_draws_fresh_noise(setup: Setup) -> None:
+    """A model that finds all tokens equally likely draws what its noise says, and nothing else."""
+    found = deepcopy(setup.model.state_dict())
+    with torch.no_grad():
+        setup.model.get_parameter("model.norm.weight").zero_()
+    setup.publish()
+    whole = replace(requests(1, seed=15)[0], sampling=Sampling(32))
+    first = replace(whole, sampling=Sampling(16))
+    (long,), (said,) = generate(setup.engine, [whole]), generate(setup.engine, [first])
+    assert said.token_ids == long.token_ids[:16]
+    observed = replace(first, prompt_ids=(*first.prompt_ids, *said.token_ids, 5, 6, 7))
+    assert generate(setup.engine, [observed])[0].token_ids == said.token_ids, "the model is not flat"
+    second, third = replace(observed, position=16), replace(observed, position=32)
+    drawn = [said, *generate(setup.engine, [second, third])]
+    for one, other in [(0, 1), (0, 2), (1, 2)]:
+        assert sum(a == b for a, b in zip(drawn[one].token_ids, drawn[other].token_ids)) < 4  # of 16; 0.16 by chance
+    assert generate(setup.engine, [second])[0].token_ids == drawn[1].token_ids
+    if not setup.name.startswith("vllm"):  # whose noise is its own generator's, with a seed for each turn
+        assert drawn[1].token_ids == long.token_ids[16:]
+    setup.model.load_state_dict(found)
+    setup.publish()
+
+
+def test_the_weights_of_a_turn_are_those_published_before_it(setup: Setup) -> None:
+    """Its beginning, which the older weights have read, is read again."""
+    first = requests(1, 0.7, seed=16)[0]
+    (said,) = generate(setup.engine, [first])
+    before = setup.perturb(seed=16)
+    setup.publish()
+    second = replace(first, prompt_ids=(*first.prompt_ids, *said.token_ids, 5, 6, 7), position=len(said.token_ids))
+    (more,) = generate(setup.engine, [second])
+    assert said.spans == [Span(setup.version - 1, 0, 16)] and more.spans == [Span(setup.version, 0, 16)]
+    assert gap(before, [first], [said]) < TOLERANCE and gap(setup.model, [second], [more]) < TOLERANCE
+    assert gap(before, [second], [more]) > FAR
+    assert (said.replica, more.replica) == (0, 0)
+
+
+def test_an_interrupted_wait_returns_and_nothing_is_lost(setup: Setup) -> None:
+    engine, long = setup.engine, replace(requests(1, seed=17)[0], sampling=Sampling(LONG))
+    undisturbed = generate(engine, [long])[0].token_ids
+    handle = engine.submit(long)
+    engine.interrupt()
+    engine.interrupt()  # before any `wait`: they end the next one, and only that
+    assert engine.wait() == []
+    timer = threading.Timer(0.05, engine.interrupt)
+    timer.start()
+    began = time.monotonic()
+    assert engine.wait() == [], "nothing had ended: another thread woke it"
+    assert time.monotonic() - began < 5
+    timer.join()
+    (result,) = engine.wait()
+    assert (result.handle, result.token_ids, result.finish_reason) == (handle, undisturbed, "length")
+    engine.interrupt()
+    assert engine.wait() == []  # with nothing in flight too
+    assert generate(engine, [long])[0].token_ids == undisturbed
 
 
 def test_a_paused_engine_hands_nothing_out_until_it_goes_on(setup: Setup) -> None:

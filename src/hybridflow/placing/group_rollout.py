@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from hybridflow.balance import balanced_ranks
@@ -12,7 +13,7 @@ from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.weights.readback import together
 
-SLICE_SECONDS = 0.5  # seconds that replicas generate before they return what has ended
+SLICE_SECONDS = 0.1  # seconds that replicas generate before they return what has ended, and take new requests
 
 
 class GroupRollout:
@@ -41,6 +42,7 @@ class GroupRollout:
         self._in_flight: set[int] = set()
         self._slice: Future | None = None  # in flight in the replicas
         self._ready: list[Result] = []
+        self._interrupted = threading.Event()
 
     def submit(self, request: Request) -> int:
         """See `RolloutEngine.submit`."""
@@ -51,19 +53,25 @@ class GroupRollout:
 
     def wait(self) -> list[Result]:
         """See `RolloutEngine.wait`."""
-        while not self._ready and self._in_flight and not self.should_return():
+        while not self._ready and self._in_flight and not self._interrupted.is_set() and not self.should_return():
             self._advance()
-        return self._take()
+        interrupted = self._interrupted.is_set()
+        self._interrupted.clear()
+        return self._take(begin=not interrupted)  # after an interrupt come requests, for the next slice
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`; checked when replicas return, every tenth of a second."""
+        self._interrupted.set()
 
     def poll(self) -> list[Result]:
         """See `RolloutEngine.poll`; replicas continue with what was submitted."""
         if self._slice is not None and self._slice.done():
             self._finish()
-        return self._take()
+        return self._take(begin=True)
 
-    def _take(self) -> list[Result]:
+    def _take(self, *, begin: bool) -> list[Result]:
         ready, self._ready = self._ready, []
-        if self._in_flight and self._slice is None:
+        if self._in_flight and self._slice is None and begin:
             self._begin()
         return ready
 
@@ -74,7 +82,7 @@ class GroupRollout:
         wanted = set(handles)
         never = [h for h, _ in self._queue if h in wanted]
         self._queue = [(h, r) for h, r in self._queue if h not in wanted]
-        done = [result for part in self.group.abort(sorted(wanted)) for result in part]
+        done = _placed(self.group.abort(sorted(wanted)))
         done += [result for result in self._ready if result.handle in wanted]
         self._ready = [result for result in self._ready if result.handle not in wanted]
         self._in_flight -= wanted
@@ -141,10 +149,9 @@ class GroupRollout:
     def _finish(self) -> None:
         assert self._slice is not None
         under_way, self._slice = self._slice, None
-        for results in under_way.result():
-            for result in results:
-                self._in_flight.discard(result.handle)
-                self._ready.append(result)
+        for result in _placed(under_way.result()):
+            self._in_flight.discard(result.handle)
+            self._ready.append(result)
 
     def _settle(self) -> None:
         """Waits for the round of generation that is in flight, if any: commands reach replicas in order."""
@@ -170,6 +177,14 @@ def shares_of(queue: Sequence[tuple[int, Request]], replicas: int) -> list[list[
         if request.replica is not None:
             shares[request.replica].append((handle, request))
     return shares
+
+
+def _placed(replicas: Sequence[list[Result]]) -> list[Result]:
+    """Returns the results of all replicas, each with the number of its own."""
+    for number, results in enumerate(replicas):
+        for result in results:
+            result.replica = number
+    return [result for results in replicas for result in results]
 
 
 def _flat(replicas: Iterable[list[Receipt]]) -> list[Receipt]:

@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One trajectory to generate.
+    """One turn to generate: all that a single-turn response is, or the next turn of a longer sequence.
 
     Args:
         prompt_ids: token ids of the prompt. Requests with equal prompts share one prefill.
@@ -59,7 +59,12 @@ class Request:
         generated_ids: tokens already generated (by an aborted request); generation continues after them, and noise and
             `max_tokens` count from the first of them. The result holds only what is new.
         images: what the image tokens of the prompt stand for, in order (PIL images); vision-language models only.
-        replica: which of the engine's replicas must take the request; None: any.
+        replica: which of the engine's replicas must take the request; None: any. A replica that was evicted since
+            takes nothing: any other does.
+        position: tokens of this sequence that the model sampled before this request (they are part of `prompt_ids`).
+            The noise continues at it: a later turn never repeats the noise of an earlier one, and draws what one long
+            request would draw at these positions where noise is a function of the position (inline, SGLang).
+            `max_tokens` and stop texts see the tokens of this request alone.
     """
 
     prompt_ids: tuple[int, ...]
@@ -68,6 +73,7 @@ class Request:
     generated_ids: tuple[int, ...] = ()
     images: tuple[Any, ...] = ()
     replica: int | None = None
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,8 @@ class Result:
         finish_reason: "stop" (a stop token, the last one), "length" (`max_tokens`), or "abort" (the part done so far).
         spans: weight versions of the tokens, in order, covering all of them.
         support: the tokens that could have been sampled; None where that was the whole vocabulary throughout.
+        replica: which of the engine's replicas generated it, and may have its beginning in a cache: as
+            `Request.replica`, it sends the next turn there.
     """
 
     handle: int
@@ -112,6 +120,7 @@ class Result:
     finish_reason: Literal["stop", "length", "abort"]
     spans: list[Span]
     support: Support | None = None
+    replica: int = 0
 
 
 class RolloutEngine(Protocol):
@@ -166,7 +175,15 @@ class RolloutEngine(Protocol):
     def wait(self) -> list[Result]:
         """Blocks until at least one request has ended; returns those that ended since the last call.
 
-        Returns an empty list only when nothing is in flight.
+        Returns an empty list only when nothing is in flight, after `interrupt`, or because of `should_return`.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Makes `wait` return soon, with what has ended or with nothing; requests in flight stay in flight.
+
+        Any thread may call it, at any time: the `wait` that runs returns, else the next one. One call ends one `wait`;
+        calls before that `wait` returns count as one. It ends no `wait` of another caller inside `on_restart`.
         """
         ...
 

@@ -57,6 +57,10 @@ class Job:
         """Returns the number of tokens so far, the prompt included."""
         return len(self.request.prompt_ids) + len(self.request.generated_ids) + len(self.tokens)
 
+    def place(self) -> int:
+        """Returns how many tokens of its sequence were sampled, in earlier turns too: where the noise continues."""
+        return self.request.position + len(self.request.generated_ids) + len(self.tokens)
+
     def left(self) -> int:
         """Returns how many tokens the job can still generate."""
         return self.room - len(self.tokens)
@@ -119,7 +123,7 @@ def check_request(request: Request, *, decodes: bool, max_model_len: int | None 
 
 
 def seed_of(request: Request, new: int = 0) -> int:
-    """Returns 63 bits of a request's noise; at a later place of the trajectory they differ.
+    """Returns 63 bits of a request's noise; at a later place of the sequence they differ.
 
     torch's CPU generator takes the low 32 of them: among 100,000 requests about one pair shares its noise.
 
@@ -127,7 +131,7 @@ def seed_of(request: Request, new: int = 0) -> int:
         request: the request.
         new: how many tokens it has generated beside its `generated_ids`.
     """
-    key, first = request.noise, len(request.generated_ids) + new
+    key, first = request.noise, request.position + len(request.generated_ids) + new
     if first:
         key = NoiseKey(key.bits(), "continued", draw=first)
     return key.bits() & (2**63 - 1)

@@ -68,7 +68,7 @@ class Rows:
         self.jobs: list[Job] = []
         self._needs: BatchNeeds | None = None  # of all rows
         self.count_near_ties, self.near_ties = count_near_ties, 0
-        # newest token (not yet in the cache), tokens of the sequence with it, tokens generated, bits of the noise
+        # newest token (not yet in the cache), tokens of the sequence with it, tokens sampled, bits of the noise
         self.numbers_4R = torch.zeros(4, 0, dtype=torch.int64, device=device)
         self.floats_2R = torch.zeros(2, 0, device=device)  # temperature (1 where greedy), whether noise is added
 
@@ -86,7 +86,7 @@ class Rows:
         """Adds rows at the end."""
         self.jobs += jobs
         self._needs = None
-        numbers = [(0, j.length(), len(j.request.generated_ids) + len(j.tokens), j.request.noise.bits()) for j in jobs]
+        numbers = [(0, j.length(), j.place(), j.request.noise.bits()) for j in jobs]
         temperatures = [j.request.sampling.temperature for j in jobs]
         device = self.numbers_4R.device
         floats = [[t or 1.0 for t in temperatures], [float(t > 0) for t in temperatures]]

@@ -12,6 +12,7 @@ Shapes: R running rows, T tokens of a prefill, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -93,6 +94,7 @@ class InlineEngine:
         self.quick = quick and self.packs and is_covered(model)
         self.version = 0
         self.paused = False
+        self._interrupted = threading.Event()
         self._steps = Steps.compiled() if compile and self.quick else Steps()
         self._next_handle = 0
         self._waiting: deque[Job] = deque()
@@ -131,11 +133,18 @@ class InlineEngine:
         """See `RolloutEngine.wait`."""
         assert not (self.paused and not self._ready), "waiting for a paused engine would never end"
         with torch.inference_mode(), self._autocast():
-            while not self._ready and (self._waiting or self._rows.jobs) and not self.should_return():
+            while not self._ready and (self._waiting or self._rows.jobs):
+                if self._interrupted.is_set() or self.should_return():
+                    break
                 self._admit()
                 if self._rows.jobs:
                     self._decode()
+        self._interrupted.clear()
         return self.poll()
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`; checked before every decoding step."""
+        self._interrupted.set()
 
     def poll(self) -> list[Result]:
         """See `RolloutEngine.poll`."""

@@ -32,6 +32,7 @@ from hybridflow.rollout.served.replica import (
     ReplicaFailed,
     ReplicaLost,
     all_of,
+    cost_of,
     why_lost,
 )
 from hybridflow.rollout.startup import Supervision
@@ -84,7 +85,7 @@ class AsyncEngine(Hooks):
         self._channel: Channel | None = None
         self._published = False  # whether the weights differ from those that replicas start with
         self._next_handle = 0
-        self._oldest = 0  # results of older handles are kept back
+        self._oldest = 0  # results of older handles are kept back; above 0 while `on_restart` runs
         self._queue: list[Job] = []
         self._in_flight: set[int] = set()
         # What the thread of the loop passes to the one that waits:
@@ -92,10 +93,12 @@ class AsyncEngine(Hooks):
         self._ready: list[Result] = []
         self._stale = False  # a replica needs the current weights
         self._error: BaseException | None = None
+        self._interrupted = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hybridflow-rollout", daemon=True)
         self._thread.start()
         self._live = [Replica(name) for name in names]
+        self._began = len(names)
         self._running = asyncio.Event()  # cleared while paused, and while weights arrive
         self._loop.call_soon_threadsafe(self._running.set)
 
@@ -120,8 +123,8 @@ class AsyncEngine(Hooks):
         """See `RolloutEngine.submit`. Requests leave for their replicas with `wait` or `poll`: then all are known."""
         check_request(request, decodes=self.decode is not None, max_model_len=self.max_model_len)
         wanted = request.replica
-        if wanted is not None and not 0 <= wanted < self.replicas:
-            raise UserError(f"a request for replica {wanted}, counted from 0, of {self.replicas}")
+        if wanted is not None and not 0 <= wanted < self._began:
+            raise UserError(f"a request for replica {wanted}, counted from 0, of {self._began}")
         self._check(request)
         job = Job(self._next_handle, request)
         self._next_handle += 1
@@ -136,13 +139,20 @@ class AsyncEngine(Hooks):
             UserError: no replica is left, or one fails for a reason that the user must mend.
         """
         self._send()
+        try:
+            return self._collect()
+        finally:
+            if not self._oldest:
+                self._interrupted = False
+
+    def _collect(self) -> list[Result]:
         while True:
             with self._changed:
                 while not (self._stale or self._error or self._takes()):
                     if not any(handle >= self._oldest for handle in self._in_flight):
                         return []
                     assert not (self.paused or self.asleep), "waiting for a paused engine would never end"
-                    if self.should_return():
+                    if (self._interrupted and not self._oldest) or self.should_return():
                         return []
                     self._changed.wait(SECONDS_BETWEEN_LOOKS)
                 if self._error is not None:
@@ -165,7 +175,13 @@ class AsyncEngine(Hooks):
         with self._changed:
             if not (self._stale or self._error or self._takes()):
                 return []
-        return self.wait()
+        return self._collect()
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`; it wakes the thread that waits."""
+        with self._changed:
+            self._interrupted = True
+            self._changed.notify_all()
 
     def abort(self, handles: Iterable[int]) -> list[Result]:
         """See `RolloutEngine.abort`. What ended and was not handed out yet comes with the reason that it ended for."""
@@ -299,11 +315,11 @@ class AsyncEngine(Hooks):
             r = job.request
             together.setdefault((r.prompt_ids, r.replica), []).append(job)
         loads = {replica: replica.load() for replica in self._live}
-        for jobs in sorted(together.values(), key=_cost, reverse=True):
+        for jobs in sorted(together.values(), key=cost_of, reverse=True):
             wanted = jobs[0].request.replica
             known = wanted is not None and wanted < len(self._live)
             replica = self._live[wanted] if known else min(self._live, key=loads.__getitem__)  # type: ignore[index]
-            loads[replica] += _cost(jobs)
+            loads[replica] += cost_of(jobs)
             for job in jobs:
                 self._fly(replica, Flight(job))
 
@@ -351,7 +367,9 @@ class AsyncEngine(Hooks):
     def _ended(self, replica: Replica, flight: Flight, reason: str) -> None:
         replica.flights.discard(flight)
         with self._changed:
-            self._ready.append(flight.job.result(reason))
+            result = flight.job.result(reason)
+            result.replica = self._live.index(replica) if replica in self._live else 0
+            self._ready.append(result)
             self._changed.notify_all()
 
     def _extend(self, job: Job, piece: Piece, version: int) -> str:
@@ -579,8 +597,3 @@ class AsyncEngine(Hooks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(self._end(replica) for replica in self._live), return_exceptions=True)
-
-
-def _cost(jobs: list[Job]) -> int:
-    """Counts the tokens of jobs with one prompt: the prompt once."""
-    return len(jobs[0].request.prompt_ids) + sum(job.room for job in jobs)

@@ -164,6 +164,11 @@ class Hooks(ABC):
         """Returns the host of each of its processes that take weights, in order."""
 
 
+def cost_of(jobs: list[Job]) -> int:
+    """Returns how many tokens jobs with one prompt read and generate at most: the prompt once."""
+    return len(jobs[0].request.prompt_ids) + sum(job.room for job in jobs)
+
+
 def why_lost(error: Exception, timeout: float) -> str:
     """Returns the reason that a replica is lost, from an error."""
     return f"was silent for {timeout:g} s" if isinstance(error, TimeoutError) else str(error)

@@ -7,9 +7,9 @@ GPUs, and ends the scheduler when a seeded request has min-p. `install` replaces
 - ``Sampler._sample_from_probs`` draws with `noise.gumbel` where there are seeds, from what `sampling.kept` leaves.
 
 A seed is the request's noise, moved so that SGLang's positions, which count from the beginning of the prompt, give the
-noise of positions counted from the first generated token: see `seed_of`. Tokens are then those of the inline engine up
-to rounding, whatever they are batched with, and a continued request keeps its own noise. The order of filters
-is ours as well (SGLang's top-p ignores what top-k left).
+noise of positions counted over the sampled tokens of the sequence: see `seed_of`. Tokens are then those of the inline
+engine up to rounding, whatever they are batched with; continued requests and later turns continue their own noise.
+The order of filters is ours as well (SGLang's top-p ignores what top-k left).
 
 Shapes: R rows, V vocabulary.
 """
@@ -30,8 +30,8 @@ MOST_KEPT = 1 << 20  # ids of one token's support that SGLang may return: no voc
 
 
 def seed_of(request: Request) -> int:
-    """Returns the ``sampling_seed`` of a request, continued or not."""
-    return moved(request.noise.bits(), len(request.prompt_ids) - 1)
+    """Returns the ``sampling_seed`` of a request, continued or not, of any turn."""
+    return moved(request.noise.bits(), len(request.prompt_ids) - 1 - request.position)
 
 
 def install() -> None:

@@ -23,6 +23,7 @@ This file handles what vLLM does by default and a trainer must not be exposed to
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -96,6 +97,7 @@ class VllmEngine:
     ) -> None:
         self.version = 0
         self.paused = self.asleep = False
+        self._interrupted, self._restarting = threading.Event(), False
         self.max_model_len, self.decode = model.max_model_len, decode
         self.should_return: Callable[[], bool] = never
         self.on_restart: Callable[[], object] | None = None
@@ -194,9 +196,18 @@ class VllmEngine:
         assert not (self.asleep and self._jobs), "waiting for a sleeping engine would never end"
         assert self._whole or not self._jobs, "an engine without usable weights: publish some"
         with torch_generators_kept():  # vLLM draws from torch's own generator beside greedy requests
-            while not self._ready and self._jobs and not self.should_return():
+            while not self._ready and self._jobs and not self._interrupting() and not self.should_return():
                 self._step()
+        if not self._restarting:
+            self._interrupted.clear()
         return self.poll()
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`; checked before every step of vLLM."""
+        self._interrupted.set()
+
+    def _interrupting(self) -> bool:
+        return self._interrupted.is_set() and not self._restarting
 
     def poll(self) -> list[Result]:
         """See `RolloutEngine.poll`."""
@@ -404,7 +415,11 @@ class VllmEngine:
         """
         lost = self._begin_anew(error)
         if self.on_restart is not None:
-            self.on_restart()
+            self._restarting = True  # what it generates to verify the weights is not what `interrupt` is about
+            try:
+                self.on_restart()
+            finally:
+                self._restarting = False
         if not self._whole:
             raise WeightSyncError(
                 "vLLM was restarted with its initial weights, and nothing publishes the current ones"
