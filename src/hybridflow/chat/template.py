@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase, style: Style = CHAT) -> tup
     text = ""
     for roles in (("system", "user", "assistant"), ("user", "assistant")):
         with suppress(UserError):  # a template for other conversations gets its own message where a row is rendered
-            text += _apply(tokenizer, _probe(roles), style)
+            text += apply_template(tokenizer, _probe(roles), style)
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(_MARKER.findall(text))
     inside = (t for t in special if t in text and not re.search("think|tool|call|reason|answer", t))
     return tuple(sorted({*inside, tokenizer.eos_token or ""} - {""}))
@@ -96,7 +96,7 @@ def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Sty
     if answered and "reasoning_content" in probe[-1]:
         probe[-1]["reasoning_content"] = "thoughtend"
     try:
-        text = _apply(tokenizer, probe, style, add_generation_prompt=not answered)
+        text = apply_template(tokenizer, probe, style, add_generation_prompt=not answered)
     except (UserError, TypeError):
         return None
     for message in probe:
@@ -111,13 +111,31 @@ def _probe(roles: Sequence[str]) -> Messages:
     return [{"role": role, "content": f"word{i}end"} for i, role in enumerate(roles)]
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, *, add_generation_prompt: bool = False
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    style: Style,
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
+    """Renders messages with the tokenizer's chat template.
+
+    Args:
+        tokenizer: its template.
+        messages: the conversation.
+        style: its switch for thinking.
+        add_generation_prompt: whether the opening of the assistant's next turn comes last.
+        tools: schemas of the tools that the model may call, in OpenAI's form; None: none.
+
+    Raises:
+        UserError: the template refuses them.
+    """
     switch = {} if style.thinking is None else {"enable_thinking": style.thinking}
+    given = None if tools is None else [dict(tool) for tool in tools]
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+            messages, tools=given, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
         )
     except TemplateError as error:
         raise UserError(
@@ -132,7 +150,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, styl
     if style.format == "text":
         assert isinstance(prompt, str)
         return prompt
-    return _apply(tokenizer, as_messages(prompt, style), style, add_generation_prompt=True)
+    return apply_template(tokenizer, as_messages(prompt, style), style, add_generation_prompt=True)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], style: Style = CHAT) -> list[list[int]]:
@@ -151,7 +169,7 @@ def render_prompt(
 
 def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style = CHAT) -> str:
     """Returns a whole conversation as the model sees it."""
-    return _apply(tokenizer, as_messages(messages, style), style)
+    return apply_template(tokenizer, as_messages(messages, style), style)
 
 
 def render_conversations(
@@ -255,15 +273,15 @@ def _assistant_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, loss_on: LossOn
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the rendered conversation and the character ranges of the assistant's turns that are learned."""
-    full = _apply(tokenizer, messages, style)
+    full = apply_template(tokenizer, messages, style)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in turns[-1:] if loss_on == "last_assistant" else turns:
         if messages[i].get("train") is False:
             continue
-        before = _apply(tokenizer, messages[:i], style, add_generation_prompt=True)
+        before = apply_template(tokenizer, messages[:i], style, add_generation_prompt=True)
         last = i + 1 == len(messages)
-        after = full if last else _apply(tokenizer, messages[: i + 1], style)
+        after = full if last else apply_template(tokenizer, messages[: i + 1], style)
         if not (full.startswith(before) and full.startswith(after)):
             raise UserError(
                 f"the chat template rewrites turns before message {i}",
