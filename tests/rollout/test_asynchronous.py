@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,34 @@ def test_requests_of_one_prompt_stay_together_and_replicas_get_equal_work(theirs
         engine.submit(Request((1,), Sampling(4), NoiseKey(0, "x"), replica=2))
 
 
+def test_a_trajectory_stays_on_its_replica_and_outlives_it(theirs: Engines) -> None:
+    """Results name the replica that has their beginning in its cache; turns that name it are generated there."""
+    engine = theirs({}, {})
+    asked = [r for r in requests(6) for _ in range(2)]
+    first = generate(engine, asked)
+    served = {url: ask(url, "/served")[1:] for url in urls(engine)}
+    for request, result in zip(asked, first, strict=True):
+        assert list(request.prompt_ids) in served[urls(engine)[result.replica]]
+    assert {r.replica for r in first} == {0, 1}
+    turns = [
+        Request((*q.prompt_ids, *r.token_ids, i), Sampling(4), q.noise, replica=r.replica, position=len(r.token_ids))
+        for i, (q, r) in enumerate(zip(asked, first))
+    ]
+    second = generate(engine, turns)
+    assert [r.replica for r in second] == [r.replica for r in first]
+    for place, url in enumerate(urls(engine)):
+        mine = [list(q.prompt_ids) for q, r in zip(turns, first) if r.replica == place]
+        assert sorted(ask(url, "/served")[1 + len(served[url]) :]) == sorted(mine)
+    seeds = [NoiseKey(q.noise.bits(), "continued", 8).bits() & (2**63 - 1) for q in turns]
+    assert [r.token_ids for r in second] == [
+        [token_of(list(q.prompt_ids), seed, place, "0") for place in range(4)] for q, seed in zip(turns, seeds)
+    ]
+    ask(urls(engine)[1], "/behave", {"close": 10**6})
+    assert [r.token_ids for r in generate(engine, turns)] == [r.token_ids for r in second]
+    assert engine.replicas == 1
+    assert {r.replica for r in generate(engine, turns)} == {0}, "a turn that names an evicted replica goes to another"
+
+
 @pytest.mark.parametrize("fault", [{"fail": 3}, {"close": 3}])
 def test_a_failure_that_passes_costs_nothing_but_time(theirs: Engines, fault: dict[str, int]) -> None:
     engine, asked = theirs({}), requests(6)
@@ -176,6 +205,7 @@ def test_a_server_that_dies_or_hangs_is_started_again_and_answers_as_if_nothing_
     said, published = told(engine), []
 
     def publish() -> None:
+        engine.interrupt()  # what is generated here to verify weights is not interrupted
         published.append(engine.receive_weights("somewhere", 5))
         canary = Request((9, 9), Sampling(3), NoiseKey(0, "canary"))
         as_undisturbed([canary], generate(engine, [canary]), 5)  # must not swallow what others wait for
@@ -186,10 +216,14 @@ def test_a_server_that_dies_or_hangs_is_started_again_and_answers_as_if_nothing_
     done = {r.handle: r for r in engine.wait()}
     assert set(done) == {quick}
     os.kill(pids(engine)[0], end)
+    empty = 0
     while len(done) <= len(handles):
-        for result in engine.wait():
+        found = engine.wait()
+        empty += not found
+        for result in found:
             assert result.handle not in done, "an answer twice"
             done[result.handle] = result
+    assert empty <= 1  # the interruption ended one `wait`, unless that had something to return
     as_undisturbed(asked, [done[h] for h in handles], 5)
     assert engine.wait() == [] and len(published) == 1 and len(published[0]) == 2
     lost, again = said[-2:]
@@ -243,6 +277,18 @@ def test_new_weights_in_flight_leave_exact_spans_and_a_pause_nothing(ours: Engin
     assert [result.spans[0].start, result.spans[-1].end] == [0, 30]
     for span in result.spans:
         assert result.token_ids[span.start : span.end] == wanted(asked, span.version)[span.start : span.end]
+
+
+def test_a_thread_that_waits_is_woken_and_sleeps_meanwhile(ours: Engines) -> None:
+    engine = ours(delay=0.1)
+    handle = engine.submit(requests(1, max_tokens=10)[0])
+    thread = threading.Thread(target=lambda: [time.sleep(0.4), engine.interrupt()])
+    thread.start()
+    began, worked = time.monotonic(), time.thread_time()
+    assert engine.wait() == []
+    assert 0.35 < time.monotonic() - began < 0.9 and time.thread_time() - worked < 0.02
+    thread.join()
+    assert [r.handle for r in engine.wait()] == [handle]
 
 
 def test_an_abort_gives_the_part_done_and_ends_what_was_never_sent(ours: Engines) -> None:
