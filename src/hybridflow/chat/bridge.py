@@ -64,21 +64,19 @@ class Bridge:
 
     Args:
         tokenizer: of the model.
-        style: how rows become text.
-        tools: the schemas of the tools that prompts list, in OpenAI's form.
+        style: how conversations become text, with the tools that prompts list.
         history: "template" forks where the template rewrites; "append" never does.
     """
 
     tokenizer: PreTrainedTokenizerBase
     style: Style = CHAT
-    tools: Sequence[Mapping[str, Any]] = ()
     history: History = "template"
     _forks: dict[TurnKind, str] = field(default_factory=dict, init=False)
     _closing: str | None = field(default=None, init=False)
 
     def prompt(self, messages: Messages) -> list[int]:
         """Returns the tokens of a conversation, with the template's opening of the next turn."""
-        return self._ids(self._text(messages, opened=True))
+        return self.tokens(self._text(messages, opened=True))
 
     def after(self, messages: Messages, last_id: int | None, news: Messages) -> Rendered:
         """Returns what the model is shown after a turn.
@@ -96,10 +94,10 @@ class Bridge:
         if reason:
             return Rendered(self.prompt([*messages, *news]), reason)
         behind = self._behind(messages[-1], news)
-        written = "" if last_id is None else str(self.tokenizer.decode([last_id], skip_special_tokens=False))
+        written = "" if last_id is None else self.text([last_id])
         if written and behind.startswith(written):  # the turn closed itself; one that was cut gets its closing here
             behind = behind[len(written) :]
-        return Rendered(self._ids(behind))
+        return Rendered(self.tokens(behind))
 
     def fork_of(self, kind: TurnKind) -> str:
         """Returns why a new sequence begins after a turn of this kind; "" where tokens are appended."""
@@ -165,13 +163,16 @@ class Bridge:
         return self._closing
 
     def _text(self, messages: Messages, *, opened: bool = False) -> str:
-        return apply_template(
-            self.tokenizer, messages, self.style, add_generation_prompt=opened, tools=list(self.tools) or None
-        )
+        return apply_template(self.tokenizer, messages, self.style, add_generation_prompt=opened)
 
-    def _ids(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Returns the tokens of a text, without those that a tokenizer puts around texts."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 
 def kind_of(messages: Messages, news: Messages) -> TurnKind:

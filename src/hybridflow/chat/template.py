@@ -19,11 +19,19 @@ LossOn = Literal["all_assistant", "last_assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The settings with which rows become text: the keys of the same names in ``data``."""
+    """The settings with which rows become text: the keys of the same names in ``data``.
+
+    Args:
+        format: chat or text.
+        system_prompt: put before conversations that have none.
+        thinking: the template's switch.
+        tools: schemas of the tools that prompts list, in OpenAI's form.
+    """
 
     format: Literal["chat", "text"] = "chat"
     system_prompt: str | None = None
     thinking: bool | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 CHAT = Style()
@@ -117,25 +125,23 @@ def apply_template(
     style: Style,
     *,
     add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Renders messages with the tokenizer's chat template.
 
     Args:
         tokenizer: its template.
         messages: the conversation.
-        style: its switch for thinking.
+        style: its switch for thinking, and the tools.
         add_generation_prompt: whether the opening of the assistant's next turn comes last.
-        tools: schemas of the tools that the model may call, in OpenAI's form; None: none.
 
     Raises:
         UserError: the template refuses them.
     """
     switch = {} if style.thinking is None else {"enable_thinking": style.thinking}
-    given = None if tools is None else [dict(tool) for tool in tools]
+    tools = [dict(tool) for tool in style.tools] or None
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tools=given, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
         )
     except TemplateError as error:
         raise UserError(

@@ -18,14 +18,13 @@ from hybridflow import __version__
 from hybridflow.chat.special_tokens import answer_decoder
 from hybridflow.checkpoint.run_folder import make_folder, write_atomically
 from hybridflow.config.kinds.eval import EvalConfig
-from hybridflow.data.prompts import load_prompts
 from hybridflow.devices import pick_device
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.groups.answering import Answering
-from hybridflow.groups.single_turn import SingleTurn
 from hybridflow.models.load import stop_ids
 from hybridflow.models.lora import load_trainable
+from hybridflow.placing.acting import make_rollouts, prompts_of
 from hybridflow.placing.generation import inline_engine, training_sampling
 from hybridflow.tracking.rollouts import EVALUATION, write_rollouts
 
@@ -48,21 +47,24 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    assert config.data.eval is not None
     began, folder = time.perf_counter(), Path(config.run.folder)
     section = config.model
     model, tokenizer = load_trainable(section, seed=config.run.seed)
     model.to(pick_device(config.run.device))
-    prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    tasks = None if config.agent is None else config.agent.eval_tasks
+    prompts = prompts_of(config, tokenizer, config.data.eval, tasks)
+    assert prompts is not None, "the configuration was checked"
     check_rows(config, prompts)
     limit, stops = config.rollout.max_response_tokens, stop_ids(model, tokenizer)
     make_folder(folder)
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     with closing(make_grader(config, None, data_sources(prompts))) as grader:
+        engine = inline_engine(model, tokenizer, config.rollout)
+        rollouts = make_rollouts(config, tokenizer, engine, stops, prompts, tell=note or (lambda text: None))
         done = evaluate(
             Answering(
-                inline_engine(model, tokenizer, config.rollout),
-                SingleTurn(decode),
+                engine,
+                rollouts,
                 grader,
                 decode,
                 failure_policy(config.reward),

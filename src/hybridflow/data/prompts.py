@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.messages import Messages, RefusedValue, check_truth
 from hybridflow.chat.template import Style, as_messages, prompt_text, require_template, tokenize
-from hybridflow.config.sections.data import PromptDataSection
+from hybridflow.config.sections.data import PromptDataSection, SourceSection
 from hybridflow.data.reader import ConversationReader, reading, require_rows
 from hybridflow.data.rows import Row, column, has_column, require_one_schema
 from hybridflow.data.sampler import Sampler
@@ -58,12 +58,16 @@ class PromptSet:
         config: which columns, which limit.
         tokenizer: renders and tokenises.
         over_long: number of prompts that were left out or are cut, as ``data.over_long`` says.
+        tools: schemas of the tools that prompts list.
+        made_later: whether an environment makes a prompt of each row when its episode begins; the rows then need none.
     """
 
     data: RowSet
     config: PromptDataSection
     tokenizer: PreTrainedTokenizerBase
     over_long: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
+    made_later: bool = False
     reader: ConversationReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +82,10 @@ class PromptSet:
         Raises:
             UserError: a column is missing, it holds no prompt, or the prompt is over the limit.
         """
+        if self.made_later:
+            row, key = self.data.rows[index], truth_key(self.data.rows[index], self.config)
+            truth = column(row, key, source="", index=index) if key is not None and has_column(row, key) else None
+            return Prompt((), "", [], truth, row, None)
         value, truth = self.values(index)
         text = prompt_text(self.tokenizer, value, self.style)
         [ids] = tokenize(self.tokenizer, [text], self.style)
@@ -108,7 +116,7 @@ class PromptSet:
     @property
     def style(self) -> Style:
         """How prompts become text."""
-        return Style(self.config.format, self.config.system_prompt, self.config.thinking)
+        return Style(self.config.format, self.config.system_prompt, self.config.thinking, self.tools)
 
     def sampler(self, *, seed: int) -> Sampler:
         """Draws from these prompts, in the order of ``data.order`` and by the weights of the sources."""
@@ -163,16 +171,32 @@ def truth_key(row: Row, config: PromptDataSection) -> str | None:
 
 
 def load_prompts(
-    sources: Sources, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    sources: Sources,
+    config: PromptDataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    tools: Sequence[Mapping[str, Any]] = (),
+    made_later: bool = False,
 ) -> PromptSet:
     """Reads data sources for prompts; with ``data.over_long`` filter or truncate every prompt is measured.
+
+    Args:
+        sources: where the rows are.
+        config: which columns, which limit.
+        tokenizer: renders and tokenises.
+        seed: of the order.
+        tools: see `PromptSet`.
+        made_later: see `PromptSet`.
 
     Raises:
         UserError: a source cannot be read, its rows are of different kinds, or the tokenizer has no chat template.
     """
     data = read_sources(sources, seed=seed)
-    prompts = PromptSet(data, config, tokenizer)
+    prompts = PromptSet(data, config, tokenizer, tools=tuple(tools), made_later=made_later)
     require_template(tokenizer, prompts.style)
+    if made_later:
+        return prompts
     for part, source in zip(data.parts(), data.sources):
         rows = data.rows[part.start : part.stop]
         keys, truth = {config.prompt_key: "data.prompt_key"}, truth_key(rows[0], config)
@@ -185,7 +209,20 @@ def load_prompts(
     fits = [tokens <= config.max_prompt_tokens for _, tokens in prompts.measure()]
     if config.over_long == "filter":
         data = data.keep([i for i, fit in enumerate(fits) if fit])
-    return PromptSet(data, config, tokenizer, over_long=fits.count(False))
+    return PromptSet(data, config, tokenizer, over_long=fits.count(False), tools=tuple(tools))
+
+
+def environment_tasks(count: int, config: PromptDataSection, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Returns the rows of an environment that makes its tasks by itself: each holds its number, as ``index``.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    rows: list[Row] = [{"index": i, "data_source": "environment"} for i in range(count)]
+    source = SourceSection(source="the environment's tasks")
+    prompts = PromptSet(RowSet(rows, (source,), (0,), range(count)), config, tokenizer, made_later=True)
+    require_template(tokenizer, prompts.style)
+    return prompts
 
 
 def answers_to(prompt: Prompt, texts: list[str], token_ids: Sequence[Sequence[int]]) -> Answers:

@@ -133,7 +133,11 @@ def evaluate(
     count = len(prompts) if section.max_rows is None else min(section.max_rows, len(prompts))
     asked, n = [prompts[i] for i in range(count)], section.samples_per_prompt
     stream = "eval" if sampling.temperature else "greedy"
-    starts = [Start(NoiseKey(seed, stream, i, sample), p, sampling) for i, p in enumerate(asked) for sample in range(n)]
+    starts = [
+        Start(NoiseKey(seed, stream, i, sample), p, sampling, "environment/eval")
+        for i, p in enumerate(asked)
+        for sample in range(n)
+    ]
     rewards: dict[str, list[list[float]]] = defaultdict(list)
     votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []

@@ -19,6 +19,7 @@ class Driver:
 
     def __init__(self, engine: RolloutEngine, rollouts: Rollouts) -> None:
         self.engine, self.rollouts = engine, rollouts
+        rollouts.on_ready(engine.interrupt)
         self._owner: dict[int, int] = {}  # the trajectory that asked for a request, by its handle
         self._running: set[int] = set()
         self._kept: list[Result] = []
@@ -48,7 +49,12 @@ class Driver:
             for result in arriving:
                 self.rollouts.take(self._owner.pop(result.handle), result)
         ended = self.rollouts.ended()
-        self._running -= {number for number, _ in ended}
+        over = {number for number, _ in ended}
+        late = [handle for handle, number in self._owner.items() if number in over]
+        if late:  # the time of a trajectory was up while the engine worked for it
+            self.engine.abort(late)
+            self._owner = {handle: number for handle, number in self._owner.items() if number not in over}
+        self._running -= over
         return ended
 
     def stop(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections import Counter
@@ -110,7 +112,7 @@ class GroupSource:
             self.journal.mend(step)
             done = self.journal.read(step)
         for draw, row in draws:
-            if draw in done and (done[draw].row, done[draw].prompt_ids) != (row, list(self.question(row).token_ids)):
+            if draw in done and not _is_of(done[draw], row, self.question(row)):
                 raise UserError(
                     f"the journal of step {step} was written with other data: its prompt of row {row} differs",
                     why="resuming would train on responses to prompts that are not in the data",
@@ -196,7 +198,8 @@ class GroupSource:
         """Makes a group of the scored responses, after the failure policy was applied to those that failed."""
         every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
         failed = [score.failure for score in every if score.failure is not None]
-        group = Group(draw, row, list(question.token_ids), [], failures=dict(Counter(f.kind for f in failed)))
+        kinds = dict(Counter(f.kind for f in failed))
+        group = Group(draw, row, found.prompt_ids, [], failures=kinds, digest=_digest(question))
         policy = self.policy
         if failed and policy.on_failure == "fail":
             raise policy.refuse(failed[0], f"row {row} of the training data")
@@ -236,6 +239,19 @@ class GroupSource:
             sequence.step_rewards.append((low - 1, reward))
 
 
+def _digest(question: Question) -> str:
+    """Returns a digest of the row, where the prompt is not known before an environment makes it; else ""."""
+    if question.token_ids:
+        return ""
+    return hashlib.blake2b(json.dumps(question.row, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _is_of(group: Group, row: int, question: Question) -> bool:
+    """Returns whether a journaled group is of this row of the data."""
+    known = list(question.token_ids) or group.prompt_ids
+    return (group.row, group.prompt_ids, group.digest) == (row, known, _digest(question))
+
+
 def require_finite(logps: Iterable[Sequence[float]], to: str, temperature: str) -> None:
     """Checks that a model gave finite log-probabilities.
 
@@ -263,3 +279,8 @@ class _Scoring:
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
     lacking: int = 0  # submissions without a result
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt that the trajectories begin with."""
+        return next((t.sequences[0].prompt_ids for t in self.trajectories if t.sequences), [])

@@ -52,11 +52,13 @@ class Start:
         key: of its noise: seed, stream, draw, sample.
         question: the prompt, or the row that an environment makes one of.
         sampling: how tokens are drawn; `max_tokens` counts what the model samples over the whole trajectory.
+        world: the stream of the environment's seed, which depends on the draw beside it.
     """
 
     key: NoiseKey
     question: Question
     sampling: Sampling
+    world: str = "environment"
 
 
 class Rollouts(Protocol):

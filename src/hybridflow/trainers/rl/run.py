@@ -18,12 +18,12 @@ from hybridflow.checkpoint.store import saved_steps, write_best
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
-from hybridflow.data.prompts import PromptSet, load_prompts
+from hybridflow.data.prompts import PromptSet
 from hybridflow.evaluation.evaluate import Evaluation, evaluate, never_ended, sampling_for
 from hybridflow.grading.make import check_rows, data_sources, failure_policy, make_grader
 from hybridflow.groups.answering import Answering
-from hybridflow.groups.single_turn import SingleTurn
 from hybridflow.groups.source import GroupSource
+from hybridflow.placing.acting import make_rollouts, prompts_of
 from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import Critic, make_critic, make_reference, require_companions
 from hybridflow.placing.generation import training_sampling
@@ -262,8 +262,10 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
     stops = engine.stop_ids(tokenizer)
     journal = Journal(opened.folder.path / "journal")
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
+    rollouts = make_rollouts(config, tokenizer, rollout, stops, prompts, tell=trackers.advise)
+    places.on_close(rollouts.close)
     source = GroupSource(
-        Answering(rollout, SingleTurn(decode), grader, decode, failure_policy(config.reward), opened.stop.requested),
+        Answering(rollout, rollouts, grader, decode, failure_policy(config.reward), opened.stop.requested),
         prompts.__getitem__,
         sampling=training_sampling(config.rollout, stops),
         samples=config.train.samples_per_prompt,
@@ -313,10 +315,10 @@ def _prompts(
     config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: GivenReward | None
 ) -> tuple[PromptSet, PromptSet | None]:
     """Loads the rows to train on, and those to evaluate on; the reward can score all of them."""
-    d, seed = config.data, config.run.seed
-    assert d.train is not None
-    prompts = load_prompts(d.train, d, tokenizer, seed=seed)
-    evaluated = None if d.eval is None else load_prompts(d.eval, d, tokenizer, seed=seed)
+    a = config.agent
+    prompts = prompts_of(config, tokenizer, config.data.train, None if a is None else a.tasks)
+    evaluated = prompts_of(config, tokenizer, config.data.eval, None if a is None else a.eval_tasks)
+    assert prompts is not None, "the configuration was checked"
     check_rows(config, prompts, evaluated, function=reward)
     return prompts, evaluated
 

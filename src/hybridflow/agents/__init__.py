@@ -1,0 +1,1 @@
+"""Models that act: episodes, tools, environments, and where they run."""

@@ -1,0 +1,126 @@
+"""The agents of a configuration: tools and environments are loaded, and the maker of trajectories is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.agents.calls import CallStore
+from hybridflow.agents.episode import Language
+from hybridflow.agents.play import Play, loop_of, play
+from hybridflow.agents.runner import Agents
+from hybridflow.agents.tools import ToolSet, tool_of
+from hybridflow.agents.world import Calls, WorldMaker
+from hybridflow.chat.bridge import Bridge
+from hybridflow.chat.template import Style
+from hybridflow.chat.tool_calls import FORMATS
+from hybridflow.config.locate import load_function
+from hybridflow.config.sections.agent import AgentSection
+from hybridflow.errors import UserError, nearest
+from hybridflow.protocols.environments import Environment, Tool
+
+
+def make_agents(
+    section: AgentSection,
+    tokenizer: PreTrainedTokenizerBase,
+    style: Style,
+    *,
+    decode: Callable[[list[int]], str],
+    stops: Sequence[int],
+    longest: int,
+    order: Literal["rounds", "free"],
+    calls: CallStore | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Agents:
+    """Makes the maker of trajectories in which a model acts.
+
+    Args:
+        section: the ``agent`` section.
+        tokenizer: of the model.
+        style: how conversations become text, with the tools of the configuration.
+        decode: token ids to the text that rewards see.
+        stops: the tokens that close a turn.
+        longest: most tokens of a sequence, its prompt included.
+        order: see `Rollouts.order`.
+        calls: keeps answers of tools.
+        tell: takes the traceback of the first failure of each kind.
+
+    Raises:
+        UserError: a tool, an environment or a loop cannot be loaded or used.
+    """
+    tools = load_tools(section.tools)
+    bridge = Bridge(
+        tokenizer,
+        style,
+        history="append" if section.history == "append" else "template",
+    )
+    ends = tuple(str(tokenizer.decode([i], skip_special_tokens=False)) for i in stops)
+
+    def decode_all(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    language = Language(bridge, FORMATS[section.format], decode, decode_all, ends, longest)
+    return Agents(
+        section,
+        language,
+        world_maker(section, tools),
+        loops(section),
+        order=order,
+        calls=calls,
+        tell=tell,
+    )
+
+
+def load_tools(references: Sequence[str]) -> list[Tool]:
+    """Loads the tools of a configuration.
+
+    Raises:
+        UserError: a file or function is not there, cannot be described, or two tools have one name.
+    """
+    tools = [tool_of(load_function(reference)) for reference in references]
+    names = [tool.name for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two tools are called {name}", fix="rename one of the functions: calls go by their names")
+    return tools
+
+
+def world_maker(section: AgentSection, tools: Sequence[Tool]) -> WorldMaker:
+    """Returns the function that makes the environment of a trajectory."""
+    if section.environment is None:
+        return lambda calls: ToolSet(tools, calls)
+    name, make = section.environment, load_function(section.environment)
+
+    def environment(calls: Calls) -> Environment:
+        made = make(**section.environment_kwargs)
+        missing = [method for method in ("reset", "step", "close") if not callable(getattr(made, method, None))]
+        if missing:
+            raise UserError(
+                f"the environment {name} has no {' and no '.join(missing)}",
+                why="an environment has the methods reset(row, seed), step(action) and close()",
+                fix="define what is missing",
+            )
+        found: Environment = made
+        return found
+
+    return environment
+
+
+def loops(section: AgentSection) -> Callable[[dict[str, Any]], Play]:
+    """Returns the function that chooses the loop of a row."""
+    usual = play if section.play is None else loop_of(load_function(section.play), section.play)
+    named = {name: loop_of(load_function(ref), ref) for name, ref in section.plays.items()}
+
+    def of_row(row: dict[str, Any]) -> Play:
+        name = row.get("agent_name")
+        if name is None or not named:
+            return usual
+        if name not in named:
+            raise UserError(
+                f"a row has the agent_name {name!r}; {nearest(str(name), named)}", fix="name it in agent.plays"
+            )
+        return named[name]
+
+    return of_row

@@ -1,0 +1,85 @@
+"""What environments return, made uniform and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+from hybridflow.chat.bridge import Bridge
+from hybridflow.errors import UserError
+from hybridflow.protocols.environments import Messages, Observation
+
+MARK = "\n[... {count} tokens left out ...]\n"
+_BYTES_PER_TOKEN = 40  # a text is tokenised only as far as this many for each token that is kept
+
+
+def observation_of(value: Any, where: str) -> Observation:
+    """Makes an observation of what an environment returned: a text is a message of the user.
+
+    Args:
+        value: a text, messages, or an `Observation`.
+        where: which method of which environment, for messages.
+
+    Raises:
+        UserError: it is none of these, or its reward is no number.
+    """
+    found = value if isinstance(value, Observation) else Observation(_messages(value, where))
+    found.messages = _messages(found.messages, where)
+    reward = found.reward
+    if reward is not None and (isinstance(reward, str) or not _is_number(reward)):
+        raise UserError(
+            f"{where} returned the reward {reward!r}",
+            why="a reward is a finite number, or None where there is none",
+            fix="return Observation(..., reward=number)",
+        )
+    found.reward = None if reward is None else float(reward)
+    return found
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
+        return list(value)
+    raise UserError(
+        f"{where} returned {type(value).__name__} {str(value)[:80]!r}",
+        why="an observation is a text, a list of chat messages, or an Observation",
+        fix="return Observation(messages=[{'role': 'user', 'content': ...}], reward=..., done=...)",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def state_number(anchor: str | int) -> int:
+    """Returns a number below 2^63 for a state, equal for equal states."""
+    digest = hashlib.blake2b(repr(anchor).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def cut(content: Any, limit: int, bridge: Bridge) -> tuple[Any, int]:
+    """Cuts a text that is too long in its middle; returns it, and how many tokens were left out.
+
+    Args:
+        content: of a message; one that is no text is left as it is.
+        limit: most tokens.
+        bridge: its tokenizer counts.
+    """
+    if not isinstance(content, str) or len(content.encode("utf-8", "replace")) <= limit:
+        return content, 0  # a token is a byte at least
+    room = limit * _BYTES_PER_TOKEN
+    middle = max(0, len(content) - 2 * room)
+    head, tail = (content, "") if not middle else (content[:room], content[-room:])
+    ids = bridge.tokens(head)
+    behind = bridge.tokens(tail) if middle else ids
+    if not middle and len(ids) <= limit:
+        return content, 0
+    lost = len(ids) - limit if not middle else len(ids) + len(behind) - limit + middle // 4
+    first, last = limit - limit // 2, limit // 2
+    kept = bridge.text(ids[:first]), bridge.text(behind[len(behind) - last :])
+    return MARK.format(count=lost).join(kept), lost

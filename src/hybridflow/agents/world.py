@@ -1,0 +1,115 @@
+"""An environment as an episode meets it: awaited, limited in time, normalised, and with its answers kept."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from hybridflow.agents.calls import CallPlace, CallStore
+from hybridflow.agents.observations import observation_of
+from hybridflow.agents.threads import in_thread
+from hybridflow.config.sections.agent import AgentSection
+from hybridflow.noise import NoiseKey
+from hybridflow.protocols.environments import Action, Environment, Messages, Observation
+
+WorldMaker: TypeAlias = Callable[["Calls"], Environment]
+
+
+class Calls:
+    """The calls of one trajectory: runs them within their time, and keeps what they answered.
+
+    Args:
+        section: limits.
+        key: of the trajectory.
+        prompt: the messages of its row; empty where an environment makes them.
+        store: keeps answers; None keeps none.
+    """
+
+    def __init__(self, section: AgentSection, key: NoiseKey, prompt: Messages, store: CallStore | None) -> None:
+        self.section, self.key, self.prompt, self.store = section, key, prompt, store
+        self.turn = 0
+        self.counts: defaultdict[str, float] = defaultdict(float)
+
+    def place(self, number: int) -> CallPlace:
+        """Returns the place of a call of the current turn."""
+        return CallPlace(self.key.stream, self.key.draw, self.key.sample, self.turn, number)
+
+    def kept(self, number: int) -> dict[str, Any] | None:
+        """Returns the answer that was kept for a call of the current turn."""
+        return None if self.store is None else self.store.find(self.place(number))
+
+    def keep(self, number: int, answer: dict[str, Any]) -> None:
+        """Keeps an answer, unless one is kept already."""
+        if self.store is not None and self.store.find(self.place(number)) is None:
+            self.store.add(self.place(number), answer)
+
+    async def run(self, function: Callable[..., Any], *args: Any, seconds: float | None) -> Any:
+        """Runs a function, plain or async.
+
+        Args:
+            function: what to run.
+            args: its arguments.
+            seconds: that it may take; None: no limit.
+
+        Raises:
+            TimeoutError: it took longer; a plain function then runs on in its thread, and nobody waits for it.
+        """
+        began = time.perf_counter()
+        try:
+            call = function(*args) if inspect.iscoroutinefunction(function) else in_thread(function, *args)
+            return await asyncio.wait_for(call, seconds)
+        finally:
+            self.counts["seconds/tool_calls"] += time.perf_counter() - began
+
+
+class JournaledWorld:
+    """A `World` over a user's environment.
+
+    Args:
+        make: makes the environment.
+        calls: of the trajectory.
+    """
+
+    def __init__(self, make: WorldMaker, calls: Calls) -> None:
+        self.make, self.calls = make, calls
+        # A set of tools limits each of its calls by itself.
+        self.seconds = None if calls.section.tools else calls.section.call_timeout
+        self.environment: Environment | None = None
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What was counted: see `Trajectory.counts`."""
+        return self.calls.counts
+
+    async def reset(self, row: dict[str, Any], seed: int) -> Observation:
+        """See `Environment.reset`."""
+        self.environment = await self.calls.run(self.make, self.calls, seconds=self.calls.section.call_timeout)
+        assert self.environment is not None
+        return await self._answer(self.environment.reset, row, seed)
+
+    async def step(self, action: Action) -> Observation:
+        """See `Environment.step`."""
+        assert self.environment is not None, "a loop calls reset first"
+        self.calls.turn += 1
+        return await self._answer(self.environment.step, action)
+
+    async def _answer(self, method: Callable[..., Any], *args: Any) -> Observation:
+        """Calls the environment, and returns the answer that was kept, where there is one: the model has seen it."""
+        where = f"{type(self.environment).__name__}.{method.__name__}"
+        found = observation_of(await self.calls.run(method, *args, seconds=self.seconds), where)
+        kept = self.calls.kept(-1)
+        if kept is not None:
+            return Observation(**kept)
+        self.calls.keep(-1, asdict(found))
+        return found
+
+    async def close(self) -> None:
+        """See `Environment.close`."""
+        if self.environment is not None:
+            environment, self.environment = self.environment, None
+            await self.calls.run(environment.close, seconds=self.calls.section.call_timeout)
