@@ -2,11 +2,12 @@
 
 A sampled turn is never rendered again. After it, messages are appended as tokens, where the chat template does the same
 in use. Where the template changes what stands before (it drops earlier thoughts, say), the model would see another
-history in use: a new sequence begins there, a fork, whose reason is kept.
+history in use: a new sequence begins there, a fork, whose kind is kept.
 
-What a template does is found by rendering a short conversation of the same kind: a message of the user, the turn with
-a sentinel in place of its text, and the new messages. So the price of a turn does not grow with its history. A
-difference in white space alone is no reason to fork.
+What a template does is found by rendering stand-ins of the conversation (`shapes.py`), once for each shape. The text of
+new messages comes from rendering them behind a short conversation, or a longer one where the template needs it; so the
+price of a turn does not grow with its history. How the model wrote a turn (spaces, the order of keys in a call) is no
+reason to fork: its own tokens stay.
 """
 
 from __future__ import annotations
@@ -18,31 +19,22 @@ from typing import Any, Literal
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.messages import Messages
+from hybridflow.chat.shapes import Shape, argument, marked_calls, recent, shape_of, stand_ins, thought, word
 from hybridflow.chat.template import CHAT, Style, apply_template
 from hybridflow.errors import UserError
 
 History = Literal["template", "append"]
-THOUGHT_ENDS = "</think>"
-_WORD, _THOUGHT, _ARGUMENT = "sentinelword", "sentinelthought", "sentinelargument"
 
-
-@dataclass(frozen=True, slots=True)
-class TurnKind:
-    """What decides how a template treats a turn and what comes before it.
-
-    Args:
-        thinks: whether the turn has a thought.
-        text: whether it has text beside its calls.
-        calls: whether it has calls.
-        thought_before: whether an earlier turn has a thought.
-        news: the roles of the messages behind it.
-    """
-
-    thinks: bool
-    text: bool
-    calls: bool
-    thought_before: bool
-    news: tuple[str, ...]
+FORKS = {  # kinds of forks, each with what the chat template does
+    "thoughts dropped": "it leaves out the thoughts of earlier turns",
+    "opening rewritten": "it opens an earlier turn in another way than the turn that is generated",
+    "beginning rewritten": "it writes what stands before the turn in another way once the turn is over",
+    "text dropped": "it leaves out the text of the turn",
+    "calls dropped": "it leaves out the calls of the turn",
+    "turn rewritten": "it writes the turn in another way than the model",
+    "closing rewritten": "it ends an earlier turn in another way than the last one",
+}
+_Key = tuple[tuple[Shape, ...], Shape, tuple[Shape, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +43,30 @@ class Rendered:
 
     Args:
         token_ids: behind the turn's tokens; of a fork, the whole new prompt.
-        fork: why a new sequence begins; "" where the tokens are appended.
+        fork: why a new sequence begins, a key of `FORKS`; "" where the tokens are appended.
     """
 
     token_ids: list[int]
     fork: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a template does after a turn of one shape.
+
+    Args:
+        fork: see `Rendered.fork`.
+        before: stand-ins of the messages before the turn, as few as the template needs to write what comes after it.
+        turn: a stand-in of the turn.
+        number: of the stand-in, which its words have.
+        own: number of characters between the turn's last word and its closing, which the model writes.
+    """
+
+    fork: str
+    before: Messages
+    turn: dict[str, Any]
+    number: int
+    own: int
 
 
 @dataclass(slots=True)
@@ -71,8 +82,8 @@ class Bridge:
     tokenizer: PreTrainedTokenizerBase
     style: Style = CHAT
     history: History = "template"
-    _forks: dict[TurnKind, str] = field(default_factory=dict, init=False)
-    _closing: str | None = field(default=None, init=False)
+    _known: dict[_Key, _Found] = field(default_factory=dict, init=False)
+    _mark: str | None = field(default=None, init=False)
 
     def prompt(self, messages: Messages) -> list[int]:
         """Returns the tokens of a conversation, with the template's opening of the next turn."""
@@ -89,81 +100,96 @@ class Bridge:
         Raises:
             UserError: the template refuses such messages.
         """
-        kind = kind_of(messages, news)
-        reason = "" if self.history == "append" else self.fork_of(kind)
-        if reason:
-            return Rendered(self.prompt([*messages, *news]), reason)
-        behind = self._behind(messages[-1], news)
-        written = "" if last_id is None else self.text([last_id])
-        if written and behind.startswith(written):  # the turn closed itself; one that was cut gets its closing here
-            behind = behind[len(written) :]
-        return Rendered(self.tokens(behind))
-
-    def fork_of(self, kind: TurnKind) -> str:
-        """Returns why a new sequence begins after a turn of this kind; "" where tokens are appended."""
-        if kind not in self._forks:
-            self._forks[kind] = self._find_fork(kind)
-        return self._forks[kind]
-
-    def _find_fork(self, kind: TurnKind) -> str:
-        early: Messages = [{"role": "user", "content": "question"}]
-        if kind.thought_before:
-            early += [_turn(thinks=True, text=True, calls=kind.calls, word="earlier")]
-            early += [_news(role) for role in (["tool"] if kind.calls else ["user"])]
-        turn = _turn(thinks=kind.thinks, text=kind.text, calls=kind.calls)
-        before = self._text(early, opened=True)
-        whole = self._text([*early, turn, *(_news(role) for role in kind.news)], opened=True)
-        if not whole.startswith(before):
-            return "the template rewrites what stands before the turn"
-        kept = whole[len(before) :]
-        if kind.thinks and _THOUGHT not in kept:
-            return "the template drops the thoughts of earlier turns"
-        if kind.text and _WORD not in kept:
-            return "the template drops the text of the turn"
-        if kind.calls and _ARGUMENT not in kept:
-            return "the template drops the calls of the turn"
-        if _squeezed(kept).startswith(_squeezed(turn["content"])):
-            return ""
-        return "the template writes the turn in another way than the model"
-
-    def _behind(self, turn: Mapping[str, Any], news: Messages) -> str:
-        """Returns the text that the template puts behind a turn of this kind: its closing, the new messages, and the
-        opening of the next turn.
-        """
-        closing = self._turn_closing()
-        calls = [dict(call) for call in turn.get("tool_calls") or ()]
-        stub: dict[str, Any] = {"role": "assistant", "content": _WORD if turn.get("content") or not calls else ""}
-        mark = _WORD
+        found = self._find(messages, news)
+        if found.fork and self.history == "template":
+            return Rendered(self.prompt([*messages, *news]), found.fork)
+        turn, calls = found.turn, messages[-1].get("tool_calls") or ()
         if calls:
-            last = dict(calls[-1]["function"])
-            calls[-1]["function"] = last | {"arguments": {"x": _ARGUMENT}}
-            stub["tool_calls"], mark = calls, _ARGUMENT
-        whole = self._text([{"role": "user", "content": "question"}, stub, *news], opened=True)
-        start = whole.find(mark)
-        end = whole.find(closing, start + len(mark)) if start >= 0 else -1
-        if end < 0:
-            raise UserError(
-                "the chat template has no place for what comes after a turn",
-                why=f"a turn {'with calls ' if calls else ''}does not end in {closing!r} there, as turns end elsewhere",
-                fix="use a chat template that renders tools, or agent.history=steps",
-            )
-        return whole[end:]
+            turn = turn | {"tool_calls": marked_calls(calls, found.number)}
+        shown = self._text([*found.before, turn, *news], opened=True)
+        behind = _behind(shown, turn, found.number)[found.own :]
+        closed = "" if last_id is None else self.text([last_id])
+        if not closed or not behind.startswith(closed):  # the turn was cut: its closing is context
+            return Rendered(self.tokens(behind))
+        ids = self.tokens(behind)
+        return Rendered(ids[1:] if ids[:1] == [last_id] else self.tokens(behind[len(closed) :]))
 
-    def _turn_closing(self) -> str:
-        """Returns what the template writes behind a turn that is the last one: the marker of its end."""
-        if self._closing is None:
-            whole = self._text([{"role": "user", "content": "question"}, {"role": "assistant", "content": _WORD}])
-            self._closing = whole[whole.rfind(_WORD) + len(_WORD) :].rstrip("\n")
-            if not self._closing:
+    def fork_after(self, messages: Messages, news: Messages) -> str:
+        """Returns why a new sequence begins between a turn, the last of the messages, and new messages; "" where the
+        template appends.
+        """
+        return self._find(messages, news).fork
+
+    def _find(self, messages: Messages, news: Messages) -> _Found:
+        shapes = [shape_of(message) for message in messages]
+        key = (recent(shapes[:-1]), shapes[-1], tuple(map(shape_of, news)))
+        if key not in self._known:
+            self._known[key] = self._try(*key)
+        return self._known[key]
+
+    def _try(self, early: tuple[Shape, ...], shape: Shape, news: tuple[Shape, ...]) -> _Found:
+        messages, here = stand_ins([*early, shape, *news]), len(early)
+        before, turn = messages[:here], messages[here]
+        opened = self._text(before, opened=True)
+        whole = self._text(messages, opened=True)
+        behind = _behind(whole, turn, here)
+        if not behind:
+            raise UserError(
+                "the chat template shows neither the text nor the calls of a turn",
+                why=f"of a turn of the assistant {_described(shape)} nothing is in the conversation that follows",
+                fix="use a chat template that renders calls of tools, or agent.history=steps",
+            )
+        alone = _behind(self._text(messages[: here + 1]), turn, here)
+        own = behind.find(self._closing_mark())
+        if alone and behind.startswith(alone):
+            inside = alone.find(self._closing_mark())
+            own = len(alone) if inside < 0 else inside
+        elif own < 0:
+            own = _common(alone, behind)
+        fork = self._fork(messages, here, opened, whole)
+        if not fork and alone and not behind.startswith(alone.rstrip("\n")):
+            fork = "closing rewritten"
+        return _Found(fork, self._short(messages, here, behind), turn, here, own)
+
+    def _short(self, messages: Messages, here: int, behind: str) -> Messages:
+        """Returns as few messages before a turn as the template needs to write the same behind it."""
+        first = next((i for i, message in enumerate(messages[:here]) if message["role"] == "user"), here - 1) + 1
+        short = self._text([*messages[:first], *messages[here:]], opened=True)
+        return messages[: first if _behind(short, messages[here], here) == behind else here]
+
+    def _fork(self, messages: Messages, here: int, opened: str, whole: str) -> str:
+        """Returns a key of `FORKS`, or ""."""
+        if not whole.startswith(opened):
+            thoughts = [thought(i) for i in range(here)]
+            if any(known in opened and known not in whole for known in thoughts):
+                return "thoughts dropped"
+            unopened = self._text(messages[:here])
+            return "opening rewritten" if whole.startswith(unopened) else "beginning rewritten"
+        kept, turn = whole[len(opened) :], messages[here]
+        if shape_of(turn)[2] and thought(here) not in kept:
+            return "thoughts dropped"
+        if word(here) in turn["content"] and word(here) not in kept:
+            return "text dropped"
+        if any(argument(here, i) not in kept for i, _ in enumerate(turn.get("tool_calls") or ())):
+            return "calls dropped"
+        thinks_aside = shape_of(turn)[2] == "key"
+        written = _squeezed(turn["content"])
+        return "" if thinks_aside or _squeezed(kept).startswith(written) else "turn rewritten"
+
+    def _closing_mark(self) -> str:
+        """Returns the text of the token that ends a turn."""
+        if self._mark is None:
+            messages = stand_ins([("user", True, "", 0, ""), ("assistant", True, "", 0, "")])
+            closing = _behind(self._text(messages), messages[1], 1)
+            first = self.tokens(closing)[:1]
+            self._mark = self.text(first).strip("\n") if closing else ""
+            if not self._mark:
                 raise UserError(
                     "the chat template does not mark where a turn of the assistant ends",
                     why="what comes after a turn is put behind that mark",
                     fix="use a template that closes turns with a token, such as <|im_end|>",
                 )
-        return self._closing
-
-    def _text(self, messages: Messages, *, opened: bool = False) -> str:
-        return apply_template(self.tokenizer, messages, self.style, add_generation_prompt=opened)
+        return self._mark
 
     def tokens(self, text: str) -> list[int]:
         """Returns the tokens of a text, without those that a tokenizer puts around texts."""
@@ -171,34 +197,30 @@ class Bridge:
         return ids
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of tokens."""
+        """Returns the text of tokens, special tokens included."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
-
-def kind_of(messages: Messages, news: Messages) -> TurnKind:
-    """Finds the kind of a turn, which is the last of these messages, and of what comes after it."""
-    turns = [m for m in messages if m["role"] == "assistant"]
-    return TurnKind(
-        thinks=_thinks(turns[-1]),
-        text=bool(turns[-1].get("content")) or not turns[-1].get("tool_calls"),
-        calls=bool(turns[-1].get("tool_calls")),
-        thought_before=any(_thinks(turn) for turn in turns[:-1]),
-        news=tuple(dict.fromkeys(m["role"] for m in news)),
-    )
+    def _text(self, messages: Messages, *, opened: bool = False) -> str:
+        return apply_template(self.tokenizer, messages, self.style, add_generation_prompt=opened)
 
 
-def _thinks(turn: Mapping[str, Any]) -> bool:
-    return THOUGHT_ENDS in str(turn.get("content") or "") or bool(turn.get("reasoning_content"))
+def _behind(text: str, turn: Mapping[str, Any], number: int) -> str:
+    """Returns what stands behind the last of a stand-in's words that the text has; "" where it has none."""
+    calls = len(turn.get("tool_calls") or ())
+    for last in (argument(number, calls - 1), word(number), thought(number)):
+        if last in text:
+            return text.partition(last)[2]
+    return ""
 
 
-def _turn(*, thinks: bool, text: bool, calls: bool, word: str = _WORD) -> dict[str, Any]:
-    content = (f"<think>\n{_THOUGHT}\n{THOUGHT_ENDS}\n\n" if thinks else "") + (word if text else "")
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "tool", "arguments": {"x": _ARGUMENT}}}
-    return {"role": "assistant", "content": content} | ({"tool_calls": [call]} if calls else {})
+def _common(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def _news(role: str) -> dict[str, Any]:
-    return {"role": role, "content": "news"} | ({"tool_call_id": "abcdefghi", "name": "tool"} if role == "tool" else {})
+def _described(shape: Shape) -> str:
+    _, text, thinks, calls, _ = shape
+    parts = ["a thought"] * bool(thinks) + ["text"] * text + [f"{calls} call{'s' * (calls > 1)}"] * bool(calls)
+    return f"with {' and '.join(parts)}"
 
 
 def _squeezed(text: str) -> str:

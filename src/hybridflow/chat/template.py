@@ -6,11 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from hybridflow.chat.call_forms import CallForm, find_form, in_form
 from hybridflow.chat.messages import Messages
 from hybridflow.errors import UserError
 
@@ -120,35 +123,59 @@ def _probe(roles: Sequence[str]) -> Messages:
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    style: Style,
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, *, add_generation_prompt: bool = False
 ) -> str:
     """Renders messages with the tokenizer's chat template.
 
     Args:
         tokenizer: its template.
-        messages: the conversation.
+        messages: the conversation; calls of tools are given to the template in the form that it wants.
         style: its switch for thinking, and the tools.
         add_generation_prompt: whether the opening of the assistant's next turn comes last.
 
     Raises:
         UserError: the template refuses them.
     """
-    switch = {} if style.thinking is None else {"enable_thinking": style.thinking}
-    tools = [dict(tool) for tool in style.tools] or None
+    form: CallForm = "object"
+    if any(message.get("tool_calls") for message in messages):
+        form = call_form(tokenizer, str(tokenizer.chat_template)) or "object"
+        messages = in_form(messages, form)
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
-        )
-    except TemplateError as error:
+        return _rendered(tokenizer, messages, style, form, add_generation_prompt)
+    except (TemplateError, TypeError) as error:
         raise UserError(
             f"the chat template refuses the messages {str(messages)[:200]}: {error}",
             fix="give messages with the roles, the order and the keys that the model's template expects",
         ) from error
-    return str(rendered)
+
+
+@lru_cache(maxsize=16)
+def call_form(tokenizer: PreTrainedTokenizerBase, template: str) -> CallForm | None:
+    """Returns the form in which a tokenizer's template takes calls of tools; None where it shows none.
+
+    Args:
+        tokenizer: its template.
+        template: the template's text, for which the result is kept.
+    """
+    return find_form(lambda messages, form: _rendered(tokenizer, messages, CHAT, form, False))
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Style, form: CallForm, add_generation_prompt: bool
+) -> str:
+    switch = {} if style.thinking is None else {"enable_thinking": style.thinking}
+    tools = [dict(tool) for tool in style.tools] or None
+    if form == "text without content":  # apply_chat_template leaves out keys whose value is None
+        given = {**tokenizer.special_tokens_map, **switch}
+        template = tokenizer.get_chat_template(tools=tools)
+        texts, _ = render_jinja_template(
+            [messages], tools, chat_template=template, add_generation_prompt=add_generation_prompt, **given
+        )
+        return str(texts[0])
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+    )
+    return str(text)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: Style = CHAT) -> str:
