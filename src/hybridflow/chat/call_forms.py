@@ -1,7 +1,7 @@
 """How chat templates want the assistant's calls of tools: templates differ in it, messages here do not.
 
-A message with calls is kept as ``{"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function":
-{"name": ..., "arguments": {...}}}]}``. Some templates want the arguments as JSON text, and some no content beside calls.
+A message with calls has ``"tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]``.
+Some templates want the arguments as JSON text, and some no content beside calls.
 """
 
 from __future__ import annotations

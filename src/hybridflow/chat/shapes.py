@@ -1,4 +1,4 @@
-"""What of a conversation decides how a chat template renders it: its shape. A template is tried on stand-ins of a shape.
+"""The shape of a conversation: what of it decides how a chat template renders it. Templates are tried on stand-ins.
 
 A template looks at roles, at whether there is text, a thought or calls, and at the order of these; the words do not
 matter to it. So what it does with a conversation is found once for each shape.
@@ -112,5 +112,3 @@ def _tag(content: object) -> str:
     if not isinstance(content, str) or not content.startswith("<") or not _TAGGED.match(content):
         return ""
     return content[1 : content.index(">")]
-
-
