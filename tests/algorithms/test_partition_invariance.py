@@ -58,7 +58,7 @@ MORE: dict[str, dict[str, Any]] = {
         "mode": "bypass",
         "weights": "token",
         "normalize": True,
-        "reject": {"seq_sum_k1": [0.3, 3.0]},
+        "reject": {"seq_sum_k1": [0.7, 1.4]},
     },
 }
 ALL_CORRECTIONS = {name: {"preset": name} for name in CORRECTIONS} | MORE
@@ -123,7 +123,8 @@ def random_triples(count: int) -> Iterator[tuple[tuple[str, str, str], dict[str,
 # --- the batch ---
 
 EQUAL = 2  # the group of equal rewards
-CUT_UP = {(0, 1): 2, (1, 0): 3, (3, 1): 2}  # trajectories, by group and sample, of several sequences
+# Trajectories, by group and sample, of several sequences.
+CUT_UP = {(0, 0): 2, (0, 1): 2, (1, 0): 3, (3, 0): 2, (3, 1): 4}
 SCALES = (0.02, 0.1, 0.4, 1.0)  # how far the step's first policy and the sampler are from the current one, by sequence
 
 
@@ -131,29 +132,36 @@ SCALES = (0.02, 0.1, 0.4, 1.0)  # how far the step's first policy and the sample
 def step_answers(temperature: float = 1.0) -> Batch:
     """Ragged answers of four groups; prompts as long as their group's number + 2, whose tokens carry no loss.
 
-    A sequence that goes on with a trajectory has a context of its own length. One sequence has no loss token at all,
-    some answers have a single token, some have tokens without loss in between.
+    A sequence that goes on with a trajectory has another context: the prompt and tokens that the model sampled before,
+    where the history was rewritten; or a state, which other trajectories of the group can reach too. Contexts of equal
+    length can differ. One sequence has no loss token at all, some answers have a single token, some have observed
+    tokens in between.
     """
     rng = torch.Generator().manual_seed(0)
     rows: dict[str, list[Any]] = {}
     for group, size in enumerate((3, 3, 2, 3)):
         prompt = torch.randint(WORDS, (group + 2,), generator=rng)
+        states = torch.randint(WORDS, (2, 8), generator=rng)
         for sample in range(size):
-            parts = CUT_UP.get((group, sample), 1)
-            for part in range(parts):
+            reward = 0.5 if group == EQUAL else float(torch.rand((), generator=rng, dtype=torch.float64))
+            before = prompt
+            for part in range(CUT_UP.get((group, sample), 1)):
                 length = 1 if sample == 2 else int(torch.randint(2, 9, (1,), generator=rng))
                 mask = torch.rand(length, generator=rng) < 0.85
                 mask[0] = True
+                mask[2:5] &= part == 0  # an observation between two turns
                 mask &= (group, sample, part) != (1, 0, 1)
-                context = torch.randint(WORDS, (8 + 2 * sample + part,), generator=rng) if part else prompt
-                reward = 0.5 if group == EQUAL else float(torch.rand((), generator=rng, dtype=torch.float64))
+                state = states[int(part == 3 or sample > group)]
+                context = before[:10] if part == 2 else state if part else prompt
+                before = torch.cat([context, torch.randint(WORDS, (length,), generator=rng)])
                 row = {
-                    "input_ids_T": torch.cat([context, torch.randint(WORDS, (length,), generator=rng)]),
+                    "input_ids_T": before,
                     "loss_mask_T": torch.cat([torch.zeros(len(context), dtype=torch.bool), mask]),
-                    "reward_B": reward if part == parts - 1 else 0.0,
+                    "reward_B": reward,
                     "group_B": 70 - group,
                     "sample_B": sample,
                     "trajectory_B": 10 * (7 * group % 5) + sample,
+                    "sequence_B": part,
                 }
                 for name, value in row.items():
                     rows.setdefault(name, []).append(value)
@@ -198,7 +206,7 @@ ONE = Way(tokens=10_000)
 WAYS = {
     "many micro-batches, other order": Way(tokens=24, order=1),
     "two ranks, micro-batches, other order": Way(tokens=60, ranks=2, order=2),
-    "three ranks, padded, so that no prompts are shared": Way(tokens=10_000, ranks=3, packing=False, order=3),
+    "four ranks, padded, so that no prompts are shared": Way(tokens=10_000, ranks=4, packing=False, order=3),
 }
 MORE_WAYS = {  # for those that are tried besides the pairs
     "two micro-batches, no sharing of prompts": Way(tokens=90, sharing=False),

@@ -134,11 +134,24 @@ def test_answers_that_share_their_prompt_score_as_if_they_did_not(kind: str) -> 
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-def test_a_group_with_different_prompts_is_noticed() -> None:
-    batch = group_batch()
-    batch["input_ids_T"][int(batch.offsets["T"][3])] += 1
-    with pytest.raises(AssertionError, match="begin with different tokens"):
-        score_tokens(packed_model(), batch, temperature=1.0, entropy="no")
+def test_sequences_share_what_is_the_same_not_what_is_as_long() -> None:
+    """In a group whose prompts have equal lengths, each goes through the model once, and no score changes."""
+    batch = group_batch((6, 6), answers=8)
+    starts = batch.offsets["T"][:-1]
+    batch["input_ids_T"][starts[[3, 4, 5]] + 2] += VOCAB // 2  # of these three the same other prompt
+    batch["input_ids_T"] %= VOCAB
+    batch["input_ids_T"][int(starts[6]) : int(starts[6]) + 6] = batch["input_ids_T"][:6].flip(0)  # of this one alone
+    model, apart = packed_model(dtype=torch.float64), batch.select([n for n in batch if n != "group_B"])
+    seen: list[int] = []
+    hook = trunk(model).register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        found, plain = (score_tokens(model, b, temperature=1.0, entropy="no").logp_M for b in (batch, apart))
+    hook.remove()
+    torch.testing.assert_close(found, plain, atol=1e-10, rtol=0)
+    # Of the first group 0 and 7 begin alike, and 3, 4, 5; of the other six; two of each have no beginning.
+    assert seen == [batch.total() - 6 * (1 + 2 + 5), batch.total()]
 
 
 class Types(TorchDispatchMode):

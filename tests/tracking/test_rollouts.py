@@ -32,7 +32,9 @@ def answer(**changes: Any) -> dict[str, Any]:
 def test_round_trip(tmp_path: Path):
     path = tmp_path / "rollouts" / "step-000010.parquet"
     empty = answer(sample=3, response="", token_ids=[], tokens=[], logps=[], finish_reason="length")
-    rows = [answer(), empty, answer(sample=4, advantage=None)]
+    turn = {"start": 1, "end": 3, "finish_reason": "length", "reward": None, "anchor": 2**62 + 1}
+    rows = [answer(sequence=i, turns=turns, fork=fork) for i, turns, fork in [(0, [], ""), (1, [turn], "step")]]
+    rows += [row | {"sequence": 0, "turns": [], "fork": ""} for row in (empty, answer(sample=4, advantage=None))]
     write_rollouts(path, rows)
     assert read_rollouts(path) == rows
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -43,6 +45,11 @@ def test_the_file_has_the_documented_columns_for_other_tools(tmp_path: Path):
     write_rollouts(path, [])
     assert pq.read_schema(path).equals(SCHEMA)
     assert read_rollouts(path) == []
+    write_rollouts(path, [answer()])
+    read = read_rollouts(path)
+    assert read == [answer(sequence=0, turns=None, fork="")]
+    pq.write_table(pq.read_table(path, columns=list(answer())), path)  # as files were before there were sequences
+    assert read_rollouts(path) == read
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):

@@ -123,6 +123,7 @@ def test_a_reward_stands_on_the_last_token_with_loss() -> None:
         {
             "loss_mask_T": [[False, True, True, False], [False, False], [False, True]],
             "reward_B": [0.5, 3.0, -1.0],
+            "trajectory_B": [0, 1, 2],
         }
     )
     assert token_rewards(batch).tolist() == [0, 0, 0.5, 0, 0, 0, 0, -1.0]

@@ -20,6 +20,7 @@ from runs import configuration, metrics, succeed
 
 def batch(rewards: list[float], lengths: list[int], **columns: Any) -> Batch:
     rows = {"loss_mask_T": [[False] + [True] * n for n in lengths], "reward_B": rewards}
+    rows["trajectory_B"] = list(range(len(rewards)))
     return Batch.from_rows(rows | columns)
 
 

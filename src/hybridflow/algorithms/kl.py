@@ -11,7 +11,7 @@ With d = logp - reference logp of a token that the policy drew (J. Schulman, "Ap
 In a loss, k1 does nothing: the mean of its gradient is 0. There k2 or k3 is the choice, or a straight-through form,
 whose name ends in a plus sign (verl's): the value is that of the estimator, the gradient that of k2, which is d.
 
-Shapes: M tokens; for means per response T tokens of all sequences, B sequences.
+Shapes: M tokens; for means per response T tokens of all sequences, N trajectories.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class KlController:
             self.coef *= 1 + error * answers / self.horizon
 
 
-def mean_per_answer(kl_T: Tensor, mask_T: Tensor, sequence_T: Tensor, count: int) -> float:
-    """Computes the mean over responses of the mean over each one's masked-in tokens; responses without any count
-    as 0.
+def mean_per_answer(kl_T: Tensor, mask_T: Tensor, trajectory_T: Tensor, count: int) -> float:
+    """Computes the mean over responses (trajectories) of the mean over each one's masked-in tokens; responses without
+    any count as 0.
     """
     weight_T = mask_T.to(kl_T.dtype)
-    sum_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, kl_T * weight_T)
-    size_B = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, sequence_T, weight_T)
-    return float((sum_B / size_B.clamp(min=1)).mean()) if count else 0.0
+    sum_N = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, trajectory_T, kl_T * weight_T)
+    size_N = torch.zeros(count, dtype=kl_T.dtype).index_add_(0, trajectory_T, weight_T)
+    return float((sum_N / size_N.clamp(min=1)).mean()) if count else 0.0

@@ -23,7 +23,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.config.pieces.needs import needs_of
-from hybridflow.config.pieces.tables import ADVANTAGES
+from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES
 from hybridflow.data.prompts import PromptSet, load_prompts
 from hybridflow.data.sft import load_sft
 from hybridflow.data.sources import Sources
@@ -81,6 +81,7 @@ def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator
     if config.rollout.engine != "inline":
         yield describe_engine(config.rollout)
     yield from _check_own_functions(config)
+    yield from _describe_sequences(config)
     yield from check_companions(config, tokenizer)
     assert config.data.train is not None
     lacking = partial(lacking_components, config)
@@ -126,6 +127,21 @@ def _check_own_functions(config: RlConfig) -> Iterator[str]:
         if is_function_reference(name):
             load_function(name)
             yield f"{what} {name}: found"
+
+
+def _describe_sequences(config: RlConfig) -> Iterator[str]:
+    """Tells what is computed by sequence, where a trajectory can have several."""
+    a = config.algorithm
+    if config.agent is None or config.agent.history == "append":
+        return
+    found = [f"policy loss {a.policy_loss}"] * needs_of(a.policy_loss, POLICY_LOSSES).by_sequence
+    found += ["importance weights (algorithm.correction.weights)"] * (a.correction.weights == "sequence")
+    found += [f"{level} (algorithm.correction.reject)" for level in a.correction.reject if level.startswith("seq_")]
+    if found:
+        yield (
+            f"{', '.join(found)}: a ratio for each sequence; a trajectory has several where agent.history is "
+            f"{config.agent.history} and begins a new one"
+        )
 
 
 def _check_evaluation(

@@ -156,6 +156,8 @@ def _rewards(folder: Path) -> dict[Question, list[float]]:
     """Reads the rewards of all responses to each prompt. Equal prompts are told apart by their order."""
     answers: dict[tuple[tuple[str, str, str], int], list[float]] = defaultdict(list)
     for row in read_rollouts(folder / "answers.parquet"):
+        if row["sequence"]:
+            continue  # the reward is that of the whole response, whose first sequence has it already
         answers[(row["data_source"], row["question"], row["ground_truth"]), row["draw"]].append(row["reward"])
     found: dict[Question, list[float]] = {}
     seen: dict[tuple[str, str, str], int] = defaultdict(int)

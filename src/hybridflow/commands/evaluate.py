@@ -77,7 +77,8 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
         )
     for record in done.records:
         record |= {"step": 0, "tokens": [str(tokenizer.decode([i])) for i in record["token_ids"]]}
-    advice = never_ended([r["finish_reason"] for r in done.records], limit, repr(tokenizer.eos_token))
+    ends = [r["finish_reason"] for r in done.records if not r["sequence"]]  # of each response once
+    advice = never_ended(ends, limit, repr(tokenizer.eos_token))
     result = _result(config, done, time.perf_counter() - began) | {"advice": [advice] if advice else []}
     kept = _keep_earlier(folder, result)
     if kept is not None and note is not None:

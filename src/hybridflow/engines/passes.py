@@ -158,8 +158,8 @@ class Passes:
 def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]]:
     """Cuts rows into micro-batches: at most `budget` tokens go through the model at once, and all cost about the same.
 
-    Sequences of one group stay together where they fit, because their prompt then goes through the model once. With
-    `at_least`, some can be empty: see `balanced_parts`.
+    Sequences that begin alike stay together where they fit, because their beginning then goes through the model once:
+    see `beginnings`. With `at_least`, some parts can be empty: see `balanced_parts`.
 
     Raises:
         ValueError: one sequence alone is over the budget.
@@ -168,15 +168,15 @@ def microbatches(batch: Batch, budget: int, at_least: int = 0) -> list[list[int]
     costs = sequence_costs(lengths)
     if "group_B" not in batch:
         return balanced_parts(lengths, budget, costs=costs, at_least=at_least)
-    prompts = beginnings(batch).tolist()
-    units: dict[tuple[int, int], list[int]] = {}
-    for row, group in enumerate(batch["group_B"].tolist()):
-        units.setdefault((group, prompts[row]), []).append(row)
+    prompts, kinds = (column_B.tolist() for column_B in beginnings(batch))
+    units: dict[int, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        units.setdefault(kind, []).append(row)
     rows: list[list[int]] = []
     sizes: list[int] = []
     works: list[int] = []
-    for (_, prompt), members in units.items():
-        again = len(members) - 1  # the prompt goes through the model this many times fewer
+    for members in units.values():
+        prompt, again = prompts[members[0]], len(members) - 1  # it goes through the model this many times fewer
         size = sum(lengths[r] for r in members) - again * prompt
         together = size <= budget
         rows += [members] if together else [[r] for r in members]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections.eval import EvalSection
 from hybridflow.data.prompts import Prompt, PromptSet, answers_to
@@ -27,6 +29,7 @@ from hybridflow.protocols.generation import Sampling
 from hybridflow.protocols.groups import Trajectory
 from hybridflow.protocols.rewards import Score, score_all, total
 from hybridflow.protocols.waiting import Stopped, returning_when
+from hybridflow.tracking.rollouts import sequence_columns
 
 SECONDS_BETWEEN_NOTES = 10.0
 
@@ -66,7 +69,8 @@ class Evaluation:
     Args:
         measures: all of one data source, then those of the next.
         others: ``response_length`` metrics of each source, and how many of its responses the reward failed on.
-        records: a row for each response, for `tracking.rollouts`; ``step`` and ``tokens`` are not in it.
+        records: a row for each sequence of each response, for `tracking.rollouts`; ``step`` and ``tokens`` are not in
+            it.
         prompts: the number of prompts.
     """
 
@@ -162,10 +166,10 @@ def evaluate(
         rewards[prompt.data_source].append(values)
         votes[prompt.data_source].append(voted)
         for sample, (t, value, said) in enumerate(zip(by_row[i], values, voted)):
-            record = _record(prompt, t) | {"draw": i, "sample": sample, "reward": value, "vote": said}
-            records.append(record)
+            same = {"draw": i, "sample": sample, "reward": value, "vote": said}
+            records += [record | same for record in _records(prompt, t, prompts.tokenizer)]
     measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
-    return Evaluation(measures, _lengths(records) | failures, records, count)
+    return Evaluation(measures, _lengths(asked, by_row) | failures, records, count)
 
 
 def measure(
@@ -258,29 +262,31 @@ def _value(score: Score, policy: FailurePolicy, where: str) -> float:
     return policy.value
 
 
-def _record(prompt: Prompt, t: Trajectory) -> dict[str, Any]:
+def _records(prompt: Prompt, t: Trajectory, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     asked = [m["content"] for m in prompt.messages if m["role"] == "user"]
     question = asked[-1] if asked else prompt.text
-    return {
+    same = {
         "data_source": prompt.data_source,
-        "prompt": prompt.text,
         "response": t.response,
         "question": question if isinstance(question, str) else json.dumps(question, default=str),
         "advantage": None,
         "finish_reason": t.finish_reason,
         "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
-        "token_ids": t.token_ids,
-        "logps": t.logps,
     }
+    texts = [
+        prompt.text if s.prompt_ids == list(prompt.token_ids) else str(tokenizer.decode(s.prompt_ids))
+        for s in t.sequences
+    ]
+    return [same | {"prompt": text} | columns for text, columns in zip(texts, sequence_columns(t))]
 
 
-def _lengths(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    of_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        of_source[record["data_source"]].append(record)
+def _lengths(prompts: Sequence[Prompt], trajectories: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
+    of_source: dict[str, list[Trajectory]] = defaultdict(list)
+    for prompt, of_prompt in zip(prompts, trajectories):
+        of_source[prompt.data_source] += of_prompt
     found = {}
-    for source, rows in of_source.items():
-        cut = sum(row["finish_reason"] == "length" for row in rows)
-        found[f"val-aux/{source}/response_length/mean"] = sum(len(row["token_ids"]) for row in rows) / len(rows)
-        found[f"val-aux/{source}/response_length/clip_ratio"] = cut / len(rows)
+    for source, of_one in of_source.items():
+        cut = sum(t.finish_reason == "length" for t in of_one)
+        found[f"val-aux/{source}/response_length/mean"] = sum(t.length for t in of_one) / len(of_one)
+        found[f"val-aux/{source}/response_length/clip_ratio"] = cut / len(of_one)
     return found

@@ -6,8 +6,8 @@ mask and no padding in the model, so nothing depends on the way sequences are pa
 
 This avoids a trap: with an attention mask of ones beside packed position ids, transformers attends across sequences.
 
-Sequences that begin alike, the responses to one prompt, can share that beginning: its tokens then go through the model
-once, and every response's attention reads them.
+Sequences that begin with the same tokens, as the responses to one prompt do, can share that beginning: its tokens then
+go through the model once, and every response's attention reads them.
 
 Shapes: T tokens of all sequences, U of them that go through the model (all, where nothing is shared), N sequences of a
 bucket, L longest of a bucket, H query heads, K key-value heads, D size of a query or key, E size of
@@ -227,24 +227,21 @@ class Shared:
         return Shared(torch.cat([self.token_U, every + more]), torch.cat([self.place_T, through + more]))
 
 
-def shared_beginnings(ids_T: Tensor, offsets: Tensor, group_B: Tensor, beginning_B: Tensor) -> Shared:
-    """Lets sequences of one group share their first tokens.
+def shared_beginnings(offsets: Tensor, beginning_B: Tensor, kind_B: Tensor) -> Shared:
+    """Lets sequences that begin alike share their first tokens.
 
     Args:
-        ids_T: token ids.
         offsets: ``[B + 1]`` offsets of the sequences.
-        group_B: sequences with the same number begin alike, as far as their beginnings are equally long.
         beginning_B: how many tokens of each are its beginning.
+        kind_B: a number below B for each, equal where the beginnings are the same tokens.
     """
-    _, kind_B = torch.unique(torch.stack([group_B, beginning_B]), dim=1, return_inverse=True)
     first_B = torch.full_like(kind_B, len(kind_B)).scatter_reduce(0, kind_B, torch.arange(len(kind_B)), "amin")[kind_B]
     lengths = offsets.diff()
     sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    step_T = torch.arange(len(ids_T)) - offsets[sequence_T]
-    source_T = torch.arange(len(ids_T))
-    source_T = torch.where(step_T < beginning_B[sequence_T], offsets[first_B[sequence_T]] + step_T, source_T)
-    assert torch.equal(ids_T[source_T], ids_T), "sequences of one group begin with different tokens"
-    through_T = source_T == torch.arange(len(ids_T))
+    every_T = torch.arange(len(sequence_T))
+    step_T = every_T - offsets[sequence_T]
+    source_T = torch.where(step_T < beginning_B[sequence_T], offsets[first_B[sequence_T]] + step_T, every_T)
+    through_T = source_T == every_T
     return Shared(through_T.nonzero()[:, 0], (through_T.cumsum(0) - 1)[source_T])
 
 

@@ -163,8 +163,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch, *, sp: SequenceParallel 
 
     Args:
         model: a model that `models.load` loaded; its output layer is not run.
-        batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group share their prompt: it goes
-            through the model once.
+        batch: ``input_ids_T`` and ``loss_mask_T``; with ``group_B``, sequences of one group that begin with the same
+            tokens, the same prompt for example, share that beginning: it goes through the model once.
         sp: the ranks that share the tokens; every rank calls with the same batch.
 
     Returns:
@@ -181,7 +181,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, *, sp: SequenceParallel 
         raise ValueError("the first token of a sequence is masked in, but nothing predicts it")
     ids_T, lengths, shared = batch["input_ids_T"], batch.lengths(), None
     if "group_B" in batch and len(batch) and packs(model):
-        shared = shared_beginnings(ids_T, offsets, batch["group_B"], beginnings(batch))
+        shared = shared_beginnings(offsets, *beginnings(batch))
     place_T = torch.arange(len(ids_T)) if shared is None else shared.place_T
     missing = (1 if sp is None else sp.size) - (len(ids_T) if shared is None else len(shared.token_U))
     if missing > 0:  # a sequence more, so that every rank has a token
@@ -220,11 +220,25 @@ def trunk(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(plain, plain.base_model_prefix)
 
 
-def beginnings(batch: Batch) -> Tensor:
-    """Returns ``[B]``: how many tokens of each sequence come before its first scored one (the prompt); 0 if none is
-    scored.
+def beginnings(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns what sequences can share of a forward pass.
+
+    The beginning of a sequence is all that comes before its first scored token: its prompt. It is empty if no token is
+    scored. Sequences of one group begin alike if these tokens are the same, wherever they come from: responses to one
+    prompt, or steps of an environment from one state.
+
+    Returns:
+        The length of each sequence's beginning ``[B]``, and a number that is equal for those of one group that begin
+        alike ``[B]``.
     """
     step_T = torch.arange(batch.total()) - batch.offsets["T"][batch.sequence_of()]
     step_T = torch.where(batch["loss_mask_T"], step_T, batch.lengths()[batch.sequence_of()])
     first_B = batch.lengths().scatter_reduce(0, batch.sequence_of(), step_T, "amin")
-    return torch.where(first_B < batch.lengths(), first_B, 0)
+    length_B = torch.where(first_B < batch.lengths(), first_B, 0)
+    ids, starts = batch["input_ids_T"].numpy(), batch.offsets["T"][:-1].tolist()
+    numbers: dict[tuple[int, bytes], int] = {}
+    kinds = [
+        numbers.setdefault((group, ids[start : start + length].tobytes()), len(numbers))
+        for group, start, length in zip(batch["group_B"].tolist(), starts, length_B.tolist())
+    ]
+    return length_B, torch.tensor(kinds, dtype=torch.int64)

@@ -78,7 +78,8 @@ class GroupScorer(Scorer):
         costs, places = sequence_costs(batch.lengths().tolist()), self.group.mesh.dims["dp"]
         if "group_B" not in batch:
             return balanced_ranks(costs, places)
-        return balanced_ranks(costs, places, batch["group_B"].tolist(), beginning_costs(beginnings(batch).tolist()))
+        length_B, kind_B = beginnings(batch)
+        return balanced_ranks(costs, places, kind_B.tolist(), beginning_costs(length_B.tolist()))
 
 
 class GroupEngine(GroupScorer, TrainEngine):

@@ -42,8 +42,7 @@ def evaluations(folder: Path, last_step: int) -> dict[str, Any] | None:
     if not files:
         return None
     first, last = min(files), max(files)
-    before = {(row["draw"], row["sample"]): row for row in _rows(files[first])}
-    after = {(row["draw"], row["sample"]): row for row in _rows(files[last])}
+    before, after = ({(row["draw"], row["sample"]): row for row in _firsts(_rows(files[at]))} for at in (first, last))
     keys = sorted(before.keys() & after.keys())
     binary = all(row["reward"] in (0.0, 1.0, None) for row in [*before.values(), *after.values()])
     counts: dict[str, int] = {}
@@ -150,7 +149,7 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:
-    rows = sorted(rows, key=lambda row: (row["draw"], row["sample"]))
+    rows = sorted(rows, key=lambda row: (row["draw"], row["sample"], row["sequence"]))
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row["draw"])]
     signal = [g for g in groups if any(row["advantage"] for row in g)]
     equal = [g for g in groups if not any(row["advantage"] for row in g)]
@@ -159,7 +158,7 @@ def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -
         "step": step,
         "groups": len(groups),
         "with_signal": len(signal),
-        "answers": len(rows),
+        "answers": len(_firsts(rows)),
         "reward": mean(given) if (given := _rewards(rows)) else None,
         "shown": [_group(group, algorithm) for group in chosen],
         "which": "; ".join(
@@ -172,9 +171,14 @@ def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -
     }
 
 
-def _rewards(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+def _firsts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row of each response: that of its first sequence."""
+    return [row for row in rows if not row["sequence"]]
+
+
+def _rewards(rows: Sequence[dict[str, Any]]) -> list[float]:
     """Returns the rewards of the responses that have one."""
-    return [row["reward"] for row in rows if row["reward"] is not None]
+    return [row["reward"] for row in _firsts(rows) if row["reward"] is not None]
 
 
 def _part(what: str, count: int, most: int) -> str:
@@ -197,7 +201,7 @@ def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str
         "prompt": shorten(rows[0]["prompt"]),
         "ground_truth": shorten(rows[0]["ground_truth"]),
         "reward": f"{mean(rewards):.2f}" if rewards else "none",
-        "size": len(rows),
+        "size": len(_firsts(rows)),
         "answers": [
             {
                 "reward": row["reward"],

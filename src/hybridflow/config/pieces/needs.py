@@ -41,6 +41,8 @@ class Needs:
     """statistics of the whole mini-batch under the current policy: an extra forward pass per update"""
     every_answer: bool = False
     """responses without an advantage have a loss too, so none may be left out"""
+    by_sequence: bool = False
+    """sums or means over each sequence: the whole response, or the part of a trajectory between two forks"""
     modes: tuple[str, ...] = ()
     """the only aggregations that it has a meaning in; empty: any"""
     values: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ def signature_of(name: str) -> tuple[list[str], dict[str, bool]]:
 
 def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
     """Returns the needs that the names of a function's parameters express."""
+    parameters = list(parameters)
     names = {p[:-1] + "T" if p.endswith("_M") else p for p in parameters}
     found = Needs(
         needs_group="group_N" in names,
@@ -84,7 +87,9 @@ def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
         values=tuple(values),
     )
     if "logp_M" in parameters:  # a policy loss, which has its ratio anyway
-        return replace(found, needs_rollout_logp="rollout_logp_T" in names)
+        return replace(
+            found, needs_rollout_logp="rollout_logp_T" in names, by_sequence="sequence_M" in parameters
+        )
     return replace(found, outputs=tuple(output for column, output in OUTPUTS.items() if column in names))
 
 

@@ -51,7 +51,9 @@ class CorrectionSection(Section):
         "compared with the sampler.",
     )
     weights: Literal["none", "token", "sequence"] = Field(
-        "none", description="Importance weights on the policy loss: none, one for each token, or one for each response."
+        "none",
+        description="Importance weights on the policy loss: none, one for each token, or one for each sequence: the "
+        "whole response, or each sequence of an agent's trajectory (see agent.history).",
     )
     weight_cap: PositiveFloat = Field(2.0, description="Largest importance weight; larger ones are set to it.")
     weight_floor: PositiveFloat | None = Field(
@@ -62,7 +64,7 @@ class CorrectionSection(Section):
     normalize: bool = Field(False, description="Divide the weights by their mean.")
     reject: dict[str, list[float]] = Field(
         default_factory=dict,
-        description="Bounds outside of which tokens or whole responses have no loss. A name is token_, seq_sum_, "
+        description="Bounds outside of which tokens or whole sequences have no loss. A name is token_, seq_sum_, "
         "seq_mean_ or seq_max_ followed by k1, k2 or k3. For k1: the two bounds of the sampler's "
         "probability over the policy's, such as {seq_mean_k1: [0.9, 1.1]}, or the upper one, whose "
         "reciprocal is the lower; for k2 and k3: an upper bound.",

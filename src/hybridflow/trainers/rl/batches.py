@@ -1,7 +1,7 @@
 """A step's groups as one batch, a row per sequence.
 
-Shapes: B sequences, T tokens of all sequences and their prompts, S spans of one weight version, K words that the tokens
-were drawn from (of `components_BK`, components of a reward).
+Shapes: B sequences, T tokens of all sequences and their prompts, N trajectories, S spans of one weight version, K words
+that the tokens were drawn from (of `components_BK`, components of a reward).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.protocols.groups import Group, TokenSequence, Trajectory
@@ -71,6 +72,24 @@ def batch_of(groups: list[Group]) -> Batch:
     if not rows:  # empty lists have no type of their own, and nothing is computed from them
         batch["loss_mask_T"], batch["advantage_T"] = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
     return batch
+
+
+def trajectories(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns which trajectory each sequence of a batch belongs to ``[B]``, 0 to N - 1 in the order of
+    ``trajectory_B``, and the first sequence of each ``[N]``.
+    """
+    numbers, index_B = torch.unique(batch["trajectory_B"], return_inverse=True)
+    first_N = torch.full((len(numbers),), len(batch)).scatter_reduce(0, index_B, torch.arange(len(batch)), "amin")
+    return index_B, first_N
+
+
+def minibatches(batch: Batch, size: int) -> list[Batch]:
+    """Cuts a batch into mini-batches of `size` trajectories each, in order, with all of their sequences; the last one
+    is smaller where they do not divide.
+    """
+    index_B, first_N = trajectories(batch)
+    parts = [(index_B // size == part).nonzero()[:, 0] for part in range(-(-len(first_N) // size))]
+    return [batch.take(rows) for rows in parts]
 
 
 def _by_token(s: TokenSequence) -> list[float]:

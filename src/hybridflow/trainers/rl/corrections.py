@@ -2,7 +2,7 @@
 
 Order: filter, estimate, reject, then the weights of the loss, whose denominators count what is left.
 
-Shapes: B responses, T tokens of all responses and their prompts, M of them with loss.
+Shapes: B sequences, T tokens of all sequences and their prompts, M of them with loss, N trajectories.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES
 from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.noise import NoiseKey, token_keys
 from hybridflow.protocols.training import TrainEngine
+from hybridflow.trainers.rl.batches import trajectories
 
 # --- groups ---
 
@@ -69,7 +70,8 @@ def corrected(batch: Batch, logp_T: Tensor, a: AlgorithmSection) -> tuple[Batch,
     """Returns the batch with the importance weights and without what ``algorithm.correction`` rejects, and its metrics.
 
     Args:
-        batch: whole responses with ``rollout_logp_T``.
+        batch: whole sequences with ``rollout_logp_T``; weights and bounds "of a sequence" are of each sequence of a
+            trajectory.
         logp_T: the policy's log-probabilities of their tokens.
         a: the algorithm.
     """
@@ -124,29 +126,27 @@ def rejected(batch: Batch) -> Batch:
 
 
 def reweighted(batch: Batch, config: RlConfig, step: int) -> Batch:
-    """Returns the step's responses, some of them again and some not at all (``reweight``)."""
+    """Returns the step's responses, each whole, some of them again and some not at all (``reweight``)."""
     if config.reweight is None or not len(batch):
         return batch
-    rows = pf_ppo_rows(
-        batch["reward_B"],
-        batch["group_B"],
-        batch["sample_B"],
+    index_B, first_N = trajectories(batch)
+    drawn = pf_ppo_rows(
+        batch["reward_B"][first_N],
+        batch["group_B"][first_N],
+        batch["sample_B"][first_N],
         key=NoiseKey(config.run.seed, "reweight", step),
         method=config.reweight.method,
         power=config.reweight.power,
     )
-    batch = batch.take(rows)
-    batch["trajectory_B"] = torch.arange(len(batch))  # a copy counts as a response of its own
+    rows = index_B.argsort(stable=True).split(index_B.bincount().tolist())  # the sequences of each trajectory
+    copies = [rows[n] for n in drawn.tolist()]
+    batch = batch.take(torch.cat(copies))
+    # A copy counts as a response of its own.
+    batch["trajectory_B"] = torch.arange(len(copies)).repeat_interleave(torch.tensor([len(copy) for copy in copies]))
     return batch
 
 
 # --- before each update ---
-
-
-def part_sizes(answers: int, size: int) -> list[int]:
-    """Returns the sizes of a step's mini-batches; where filters left fewer responses, the last one is smaller."""
-    rest = [answers % size] if answers % size else []
-    return [size] * (answers // size) + rest
 
 
 def needs_current(a: AlgorithmSection) -> bool:
@@ -182,7 +182,7 @@ def statistics_columns(
     """Computes the columns that a policy loss makes of a whole mini-batch under the current policy.
 
     Args:
-        mini: the mini-batch: ``loss_mask_T``, ``advantage_T``, ``group_B``, ``sample_B``.
+        mini: the mini-batch: ``loss_mask_T``, ``advantage_T``, ``group_B``, ``sample_B``, ``sequence_B``.
         logp_T: the current policy's log-probabilities.
         loss: a key of `STATISTICS`.
         values: the keys of the ``algorithm`` section.
@@ -196,9 +196,11 @@ def statistics_columns(
             return mini["loss_mask_T"]
         if parameter == "token_key_T":
             bits: list[int] = []
-            before: Counter[tuple[int, int]] = Counter()  # sequences of the same response have keys of their own
-            for name in zip(mini["group_B"].tolist(), mini["sample_B"].tolist()):
-                bits.append(NoiseKey(seed, f"{loss}/{before[name]}", *name).bits())
+            before: Counter[tuple[int, int, int]] = Counter()  # copies of the same sequence have keys of their own
+            for name in zip(*(mini[f"{column}_B"].tolist() for column in ("group", "sample", "sequence"))):
+                draw, sample, sequence = name
+                stream = f"{loss}/{before[name]}" + f"/{sequence}" * (sequence > 0)
+                bits.append(NoiseKey(seed, stream, draw, sample).bits())
                 before[name] += 1
             return token_keys(torch.tensor(bits, dtype=torch.int64), mini.lengths())
         held = mini if parameter.endswith("_T") else values

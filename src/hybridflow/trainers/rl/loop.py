@@ -1,6 +1,6 @@
 """The reinforcement-learning loop, the same for all algorithms: they differ in what `estimate` and `update` are given.
 
-Shapes: B responses, T tokens of all responses and their prompts, S spans of one version of the weights,
+Shapes: B sequences, T tokens of all sequences and their prompts, S spans of one version of the weights,
 K components of a reward.
 """
 
@@ -25,12 +25,11 @@ from hybridflow.protocols.training import Loss, Scorer, TrainEngine
 from hybridflow.rewards.graders.given import GivenReward
 from hybridflow.tracking.rollouts import write_rollouts
 from hybridflow.tracking.signal_watch import TEACHES, teaches
-from hybridflow.trainers.rl.batches import batch_of
+from hybridflow.trainers.rl.batches import batch_of, minibatches, trajectories
 from hybridflow.trainers.rl.callbacks import Callback, call_back, require_callbacks
 from hybridflow.trainers.rl.corrections import (
     corrected,
     old_logp_is,
-    part_sizes,
     piece_values,
     policy_outputs,
     rejected,
@@ -148,8 +147,8 @@ def update(run: RlRun, batch: Batch) -> dict[str, float]:
     """Trains on the batch: one optimizer step for every `sequences_per_update` responses. Returns the mean metrics."""
     config, metrics = run.config, [kl_metrics(batch, run.config.algorithm, run.kl.coef)]
     if PENALTY in metrics[0]:
-        run.kl.observe(metrics[0][PENALTY], len(batch))  # the next step's coefficient
-    minis = batch.split(part_sizes(len(batch), config.train.answers_per_update))
+        run.kl.observe(metrics[0][PENALTY], len(trajectories(batch)[1]))  # the next step's coefficient
+    minis = minibatches(batch, config.train.answers_per_update)
     of_critic: list[Callable[[], dict[str, float]]] = []
     if run.critic is not None and config.critic is not None and not run.critic.shared:
         with run.clock.phase("update_critic"):

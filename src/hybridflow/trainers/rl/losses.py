@@ -1,6 +1,6 @@
 """The losses of a reinforcement-learning step, and the weights of their tokens.
 
-Shapes: B responses, T tokens of all responses and their prompts.
+Shapes: B sequences, T tokens of all sequences and their prompts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def with_weights(mini: Batch, config: RlConfig) -> Batch:
 
 
 def with_loss(mini: Batch, config: RlConfig) -> Batch:
-    """Returns the responses from which the actor can learn: those with an advantage, or all where it has other loss
+    """Returns the sequences from which the actor can learn: those with an advantage, or all where it has other loss
     terms.
     """
     a, shared = config.algorithm, config.critic is not None and config.critic.shared_trunk
@@ -50,7 +50,7 @@ def with_loss(mini: Batch, config: RlConfig) -> Batch:
 
 
 def with_signal(mini: Batch) -> Batch:
-    """Returns the responses whose advantage is not zero everywhere. Weights were computed before, so the gradient is
+    """Returns the sequences whose advantage is not zero everywhere. Weights were computed before, so the gradient is
     the same.
     """
     size_T = mini["advantage_T"].abs() * mini["loss_mask_T"]

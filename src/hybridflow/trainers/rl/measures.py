@@ -1,6 +1,6 @@
 """The metrics of a step: its batch, its penalty, and its rollouts.
 
-Shapes: B responses, T tokens of all responses and their prompts, M of them with loss.
+Shapes: B sequences, T tokens of all sequences and their prompts, M of them with loss, N trajectories.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from hybridflow.algorithms.kl import mean_per_answer
 from hybridflow.batch import Batch
 from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.protocols.groups import Group
+from hybridflow.tracking.rollouts import sequence_columns
+from hybridflow.trainers.rl.batches import trajectories
 from hybridflow.trainers.rl.diversity import diversity
 from hybridflow.trainers.rl.filters import component_names
 from hybridflow.trainers.rl.run import RlRun
@@ -32,7 +34,8 @@ def kl_metrics(batch: Batch, a: AlgorithmSection, reward_coef: float) -> dict[st
     if a.kl_loss_coef:
         metrics["actor/kl_coef"] = a.kl_loss_coef
     if "kl_T" in batch:
-        kl = mean_per_answer(batch["kl_T"], batch["loss_mask_T"], batch.sequence_of(), len(batch))
+        index_B, first_N = trajectories(batch)
+        kl = mean_per_answer(batch["kl_T"], batch["loss_mask_T"], index_B[batch.sequence_of()], len(first_N))
         metrics |= {PENALTY: kl, "actor/reward_kl_penalty_coeff": reward_coef}
     return metrics
 
@@ -61,7 +64,9 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     for name in component_names(groups):
         measured[f"reward/{name}"] = torch.tensor([t.components[name] for t in scored if name in t.components])
     if "reward_T" in batch:  # with penalties, of the responses that are trained on
-        measured["critic/rewards"] = torch.zeros(len(batch)).index_add_(0, batch.sequence_of(), batch["reward_T"])
+        index_B, first_N = trajectories(batch)
+        own_T = index_B[batch.sequence_of()]
+        measured["critic/rewards"] = torch.zeros(len(first_N)).index_add_(0, own_T, batch["reward_T"])
     if "value_T" in batch:
         value_M, return_M = batch["value_T"][mask_T], batch["return_T"][mask_T]
         measured |= {"critic/values": value_M, "critic/returns": return_M}
@@ -81,31 +86,32 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
 
 
 def rollout_records(run: RlRun, step: int, groups: list[Group], batch: Batch) -> list[dict[str, Any]]:
-    """Lists the responses of a step as rows of ``rollouts/``, in the order of their groups."""
-    names = zip(batch["group_B"].tolist(), batch["sample_B"].tolist())
+    """Lists the sequences of a step as rows of ``rollouts/``, in the order of their groups."""
+    names = zip(*(batch[f"{column}_B"].tolist() for column in ("group", "sample", "sequence")))
     means = (
         float(a[m].mean()) if m.any() else 0.0 for a, m in zip(batch.rows("advantage_T"), batch.rows("loss_mask_T"))
     )
-    advantage = dict(zip(names, means))  # responses that are not trained on have none
+    advantage = dict(zip(names, means))  # sequences that are not trained on have none
     records = []
     for g in groups:
         prompt = run.data[g.row]
         for t in g.trajectories:
-            records.append(
-                {
-                    "step": step,
-                    "draw": g.draw,
-                    "sample": t.sample,
-                    "data_source": prompt.data_source,
-                    "prompt": prompt.text,
-                    "response": t.response,
-                    "reward": None if t.failure is not None else t.reward,
-                    "advantage": advantage.get((g.draw, t.sample)),
-                    "finish_reason": t.finish_reason,
-                    "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
-                    "token_ids": t.token_ids,
-                    "tokens": run.texts_of(t.token_ids),
-                    "logps": t.logps,
-                }
-            )
+            for s, columns in zip(t.sequences, sequence_columns(t)):
+                own = s.prompt_ids == list(prompt.token_ids)
+                records.append(
+                    {
+                        "step": step,
+                        "draw": g.draw,
+                        "sample": t.sample,
+                        "data_source": prompt.data_source,
+                        "prompt": prompt.text if own else "".join(run.texts_of(s.prompt_ids)),
+                        "response": t.response,
+                        "reward": None if t.failure is not None else t.reward,
+                        "advantage": advantage.get((g.draw, t.sample, columns["sequence"])),
+                        "finish_reason": t.finish_reason,
+                        "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
+                        "tokens": run.texts_of(s.token_ids),
+                    }
+                    | columns
+                )
     return records

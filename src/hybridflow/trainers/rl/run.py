@@ -146,7 +146,8 @@ class RlRun(Session):
             r |= {"step": step, "tokens": self.texts_of(r["token_ids"])}
         write_rollouts(self.folder.path / f"evaluations/step-{step:06d}.parquet", done.records, EVALUATION)
         if step == 0:
-            self.advise_where_none_ended("evaluation before training", [r["finish_reason"] for r in done.records])
+            ends = [r["finish_reason"] for r in done.records if not r["sequence"]]  # of each response once
+            self.advise_where_none_ended("evaluation before training", ends)
         return done.metrics()
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
