@@ -87,9 +87,7 @@ def needs_from(parameters: Iterable[str], values: Iterable[str]) -> Needs:
         values=tuple(values),
     )
     if "logp_M" in parameters:  # a policy loss, which has its ratio anyway
-        return replace(
-            found, needs_rollout_logp="rollout_logp_T" in names, by_sequence="sequence_M" in parameters
-        )
+        return replace(found, needs_rollout_logp="rollout_logp_T" in names, by_sequence="sequence_M" in parameters)
     return replace(found, outputs=tuple(output for column, output in OUTPUTS.items() if column in names))
 
 
