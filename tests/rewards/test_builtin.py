@@ -68,7 +68,7 @@ def graded(name: str, response: str) -> dict[str, float]:
 
 
 def test_the_configuration_knows_the_names() -> None:
-    assert tuple(REWARDS) == NAMES == (*CASES, "code")
+    assert tuple(REWARDS) == NAMES == (*CASES, "code", "environment")
     assert set(CHECKS) < set(REWARDS)
     values = {"run": {"folder": "x"}, "model": {"path": "m"}, "data": {"eval": "t.jsonl"}}
     for name in NAMES:

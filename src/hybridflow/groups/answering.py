@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from hybridflow.groups.failures import FAIL, FailurePolicy
 from hybridflow.protocols.episodes import Rollouts
@@ -22,6 +23,7 @@ class Answering:
         grader: scores the trajectories of finished groups, while others are generated.
         decode: token ids to text.
         policy: what happens where the reward fails.
+        on_failed: what happens to a trajectory that failed before it had a reward: see ``agent.on_failure``.
         should_stop: asked all the time; True ends with `Stopped`.
     """
 
@@ -30,4 +32,5 @@ class Answering:
     grader: Grader
     decode: Callable[[list[int]], str]
     policy: FailurePolicy = FAIL
+    on_failed: Literal["mask", "fail", "drop_group"] = "fail"
     should_stop: Callable[[], bool] = never

@@ -1,11 +1,16 @@
-"""The treatment of responses that the reward failed on: ``reward.on_failure``."""
+"""The treatment of responses that the reward failed on (``reward.on_failure``), and of trajectories that failed before
+they had one (``agent.on_failure``).
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridflow.errors import UserError
+from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.protocols.rewards import Failure
 
 
@@ -41,3 +46,53 @@ OTHERWISE = "; or let reward.on_failure (drop_group, mask, value) decide the rew
 
 
 FAIL: FailurePolicy = FailurePolicy()  # the first failure ends the run
+
+
+def failed_trajectory(t: Trajectory, where: str) -> UserError:
+    """Returns the error that ends a run at a trajectory that failed.
+
+    Args:
+        t: the trajectory.
+        where: which row of which data.
+    """
+    return UserError(
+        f"{where}: a trajectory failed: {t.failure}",
+        why="the environment, or what it needs, is at fault, not the model",
+        fix="mend it; agent.on_failure=mask trains on the others",
+    )
+
+
+def require_most(groups: Sequence[Group]) -> None:
+    """Refuses a step in which most trajectories failed: it would learn from what is left, or from nothing.
+
+    Raises:
+        UserError: names the most frequent cause.
+    """
+    failed = Counter(reason for g in groups for reason in g.failed)
+    others = sum(t.finish_reason != "failed" for g in groups for t in g.trajectories)
+    if failed.total() > others:
+        reason, count = failed.most_common(1)[0]
+        raise UserError(
+            f"{failed.total()} trajectories of a step failed, {count} of them with: {reason}",
+            why="that is most of the step, so the environment, or what it needs, is broken",
+            fix="mend it, and resume; hybridflow check plays an episode",
+        )
+
+
+def require_one_beginning(trajectories: Iterable[Trajectory], where: str) -> None:
+    """Refuses a group whose trajectories begin with different prompts.
+
+    Args:
+        trajectories: of one draw.
+        where: which row of which data.
+
+    Raises:
+        UserError: the environment does not begin as its seed says.
+    """
+    prompts = {tuple(t.sequences[0].prompt_ids) for t in trajectories if t.sequences}
+    if len(prompts) > 1:
+        raise UserError(
+            f"{where}: the environment began {len(prompts)} different episodes for the samples of one prompt",
+            why="they are compared with each other, so all begin alike: reset(row, seed) gets the same seed for each",
+            fix="make every random choice of reset from its seed",
+        )

@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from hybridflow.errors import UserError
 from hybridflow.faults import fault_point
 from hybridflow.groups.answering import Answering
 from hybridflow.groups.driving import Driver
+from hybridflow.groups.failures import failed_trajectory, require_most, require_one_beginning
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.episodes import Question, Start
 from hybridflow.protocols.generation import Result, Sampling
@@ -146,7 +147,9 @@ class GroupSource:
                     self.journal.append(step, done[draw])
                 journaled += 1
                 fault_point("group", step, journaled)
-        return [done[draw] for draw, _ in draws]
+        groups = [done[draw] for draw, _ in draws]
+        require_most(groups)
+        return groups
 
     def _start(self, question: Question, draw: int, sample: int) -> Start:
         if sample != GREEDY:
@@ -156,21 +159,28 @@ class GroupSource:
 
     def _submit(self, draw: int, row: int, question: Question, trajectories: dict[int, Trajectory]) -> _Scoring:
         """Submits a finished group to the grader."""
-        require_finite(
-            (t.logps for t in trajectories.values()), f"row {row} of the training data", "rollout.temperature"
-        )
+        where = f"row {row} of the training data"
+        require_finite((t.logps for t in trajectories.values()), where, "rollout.temperature")
+        require_one_beginning(trajectories.values(), where)
         began = time.perf_counter()
         greedy = trajectories.pop(GREEDY, None)
         group = _Scoring([trajectories[i] for i in range(len(trajectories))])
 
         def ask(asked: list[Trajectory], *, baseline: bool) -> None:
             self._asked[self._submitted] = draw, baseline
-            q, texts, ids = question, [t.response for t in asked], [t.token_ids for t in asked]
-            self.grader.submit(self._submitted, Answers(texts, q.ground_truth, q.messages, q.row, q.written, ids))
+            self.grader.submit(self._submitted, answers_of(question, asked, self.decode))
             self._submitted += 1
             group.lacking += 1
 
-        ask(group.trajectories, baseline=False)
+        failed = [t for t in (*group.trajectories, greedy) if t is not None and t.failure is not None]
+        if failed and self.answering.on_failed == "fail":
+            raise failed_trajectory(failed[0], where)
+        group.failed = [str(t.failure) for t in failed]
+        if failed and (self.answering.on_failed == "drop_group" or failed[-1] is greedy):
+            group.trajectories = []
+            return group
+        if group.scored:
+            ask(group.scored, baseline=False)
         if greedy is not None:
             # Scored apart: a reward that reads the whole group must not see the response that it is compared with.
             ask([greedy], baseline=True)
@@ -180,7 +190,7 @@ class GroupSource:
     def _scored(self, scoring: dict[int, _Scoring], *, wait: bool) -> list[int]:
         """Returns the draws whose scores are complete; waits for one if there is nothing else to do."""
         began = time.perf_counter()
-        whole = []
+        whole = [draw for draw, group in scoring.items() if not group.lacking]  # nothing of them is to be scored
         for key, scores in self.grader.wait() if wait and scoring else self.grader.ready():
             draw, baseline = self._asked.pop(key)
             group = scoring[draw]
@@ -199,7 +209,8 @@ class GroupSource:
         every = [*found.scores, *([] if found.baseline is None else [found.baseline])]
         failed = [score.failure for score in every if score.failure is not None]
         kinds = dict(Counter(f.kind for f in failed))
-        group = Group(draw, row, found.prompt_ids, [], failures=kinds, digest=_digest(question))
+        prompt_ids = list(question.token_ids) or found.prompt_ids
+        group = Group(draw, row, prompt_ids, [], failures=kinds, failed=found.failed, digest=_digest(question))
         policy = self.policy
         if failed and policy.on_failure == "fail":
             raise policy.refuse(failed[0], f"row {row} of the training data")
@@ -213,30 +224,62 @@ class GroupSource:
         if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
             return group  # without its baseline a response has nothing to be compared with
         names = {name for score in found.scores for name in score.components}
-        for t, score in zip(found.trajectories, found.scores):
+        for t, score in zip(found.scored, found.scores):
             valued = score.failure is not None and policy.on_failure == "value"
             t.reward = total(score) if score.failure is None else policy.value
             t.components = dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components)
             t.failure = str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None
             self._set_step_rewards(t, score)
-            group.trajectories.append(t)
+        group.trajectories = found.trajectories
         return group
 
     def _set_step_rewards(self, t: Trajectory, score: Score) -> None:
         """Puts the rewards of a response's parts on tokens: each on the first one with which the text is as long as
         the part ends.
         """
+        ends = [(sequence, turn) for sequence in t.sequences for turn in sequence.turns]
+        for number, reward in score.turns:
+            sequence, turn = ends[number]
+            sequence.step_rewards.append((turn.end - 1, reward))
         for characters, reward in score.steps:
-            (sequence,) = t.sequences
-            token_ids = sequence.token_ids
+            for sequence, turn in ends:  # turns stand one after the other in the response, with a newline between
+                token_ids = sequence.token_ids[turn.start : turn.end]
+                length = len(self.decode(token_ids))
+                if characters <= length or (sequence, turn) == ends[-1]:
+                    break
+                characters = max(characters - length - 1, 1)
             low, high = 1, len(token_ids)  # the length of the text grows with the tokens: a binary search
             while low < high:
                 middle = (low + high) // 2
-                if len(self.decode(token_ids[:middle])) >= min(characters, len(t.response)):
+                if len(self.decode(token_ids[:middle])) >= min(characters, length):
                     high = middle
                 else:
                     low = middle + 1
-            sequence.step_rewards.append((low - 1, reward))
+            sequence.step_rewards.append((turn.start + low - 1, reward))
+
+
+def answers_of(question: Question, trajectories: Sequence[Trajectory], decode: Callable[[list[int]], str]) -> Answers:
+    """Returns what a grader scores: the responses of trajectories, and their turns where the model acted."""
+    q, texts, ids = question, [t.response for t in trajectories], [t.token_ids for t in trajectories]
+    answers = Answers(texts, q.ground_truth, q.messages, q.row, q.written, ids)
+    if not any(t.messages for t in trajectories):
+        return answers
+    return replace(
+        answers,
+        finals=[t.final for t in trajectories],
+        conversations=[t.messages for t in trajectories],
+        turns=[_turns(t, decode) for t in trajectories],
+    )
+
+
+def _turns(t: Trajectory, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    """Returns the turns of a trajectory as rewards see them: text, the environment's reward, number of calls."""
+    ends = [(s.token_ids[turn.start : turn.end], turn.reward) for s in t.sequences for turn in s.turns]
+    written = [m for m in t.messages if m["role"] == "assistant"][-len(ends) :]
+    return [
+        {"text": decode(token_ids), "reward": reward, "calls": len(message.get("tool_calls") or ())}
+        for (token_ids, reward), message in zip(ends, written)
+    ]
 
 
 def _digest(question: Question) -> str:
@@ -276,9 +319,15 @@ class _Scoring:
     """A finished group that is being scored, as far as it has scores."""
 
     trajectories: list[Trajectory]
+    failed: list[str] = field(default_factory=list)  # why trajectories have no reward to wait for
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
     lacking: int = 0  # submissions without a result
+
+    @property
+    def scored(self) -> list[Trajectory]:
+        """Those that did not fail before they had a reward."""
+        return [t for t in self.trajectories if t.finish_reason != "failed"]
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -125,6 +125,7 @@ class Group:
         baseline: the reward of a greedy response to the prompt; None where none was asked for.
         failures: how many of its responses (a greedy one too) the reward failed on, by what happened: see
             `Failure.kind`.
+        failed: why trajectories failed before they had a reward, one entry each.
         digest: a digest of the row, where an environment makes the prompt of it; "" elsewhere.
     """
 
@@ -134,6 +135,7 @@ class Group:
     trajectories: list[Trajectory]
     baseline: float | None = None
     failures: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
     digest: str = ""
 
 

@@ -20,6 +20,9 @@ class Answers:
         row: the whole row of the data.
         written: the prompt as the row has it, a string or messages; None: `prompt`.
         token_ids: of each response; None where there are texts alone.
+        finals: the text of the last turn of each, where the model acted; None: responses are single turns.
+        conversations: the messages of each, with results of tools; None likewise.
+        turns: the turns of each, as ``{"text": ..., "reward": the environment's, "calls": number}``; None likewise.
     """
 
     responses: list[str]
@@ -28,6 +31,9 @@ class Answers:
     row: dict[str, Any]
     written: Any = None
     token_ids: Sequence[Sequence[int]] | None = None
+    finals: list[str] | None = None
+    conversations: list[list[dict[str, Any]]] | None = None
+    turns: list[list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Score:
         value: the reward of the whole response. Where it failed it is 0 and means nothing.
         components: further numbers, by name.
         steps: rewards of parts of the response: (how many characters of it the part ends after, reward).
+        turns: rewards of turns: (number of the turn, reward).
         failure: why there is no reward; None where there is one.
         applies: False where the reward does not judge this response (it returned None): the value is then 0, and in a
             sum of several rewards this one is left out.
@@ -65,6 +72,7 @@ class Score:
     value: float
     components: dict[str, float] = field(default_factory=dict)
     steps: tuple[tuple[int, float], ...] = ()
+    turns: tuple[tuple[int, float], ...] = ()
     failure: Failure | None = None
     applies: bool = True
 
@@ -116,7 +124,7 @@ class Grader(Protocol):
 
 def total(score: Score) -> float:
     """Returns the reward of a response, with its parts."""
-    return score.value + sum(reward for _, reward in score.steps)
+    return score.value + sum(reward for _, reward in (*score.steps, *score.turns))
 
 
 def score_all(grader: Grader, asked: Iterable[Answers], should_stop: Callable[[], bool] = never) -> list[list[Score]]:

@@ -39,6 +39,7 @@ REWARDS = (
     "format",
     "tool_format",
     "code",
+    "environment",
 )
 GIVEN = "given:"  # begins the name that a run records for a reward which a program gave as an object
 SPECIAL = ("by_source", "model", "judge")  # routed by data_source; the sections reward.model and reward.judge

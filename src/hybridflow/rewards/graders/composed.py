@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hybridflow.config.bounds import LARGEST_REWARD
-from hybridflow.protocols.rewards import Answers, Failure, Score
+from hybridflow.protocols.rewards import Answers, Failure, Score, total
 from hybridflow.protocols.waiting import never, returning_when
 
 
@@ -162,7 +162,7 @@ def combined(parts: Sequence[Part], scores: Sequence[Sequence[Score]]) -> list[S
 
 
 def _bounded(score: Score) -> Score:
-    numbers = {"is": score.value, "and its steps add up to": score.value + sum(reward for _, reward in score.steps)}
+    numbers = {"is": score.value, "and its steps add up to": total(score)}
     numbers |= {f"has as {name!r}": value for name, value in score.components.items()}
     said = next((f"{verb} {value:g}" for verb, value in numbers.items() if not abs(value) <= LARGEST_REWARD), None)
     if score.failure is not None or said is None:
@@ -189,12 +189,13 @@ def _sum(parts: Sequence[Part], scores: Sequence[Score], values: Sequence[float]
     failed = next((score for score in scores if score.failure is not None), None)
     if failed is not None:
         return failed
-    components, steps, total = {}, [], 0.0
+    components, steps, turns, value_of_all = {}, [], [], 0.0
     for part, score, value in zip(parts, scores, values):
         if not score.applies:
             continue
-        components[str(part.name)] = score.value
+        components[str(part.name)] = score.value + sum(reward for _, reward in score.turns)
         components |= {f"{part.name}/{name}": value for name, value in score.components.items()}
         steps += [(characters, part.weight * reward) for characters, reward in score.steps]
-        total += part.weight * value
-    return Score(total, components, tuple(sorted(steps)))
+        turns += [(number, part.weight * reward) for number, reward in score.turns]
+        value_of_all += part.weight * value
+    return Score(value_of_all, components, tuple(sorted(steps)), tuple(sorted(turns)))

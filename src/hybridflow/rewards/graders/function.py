@@ -41,6 +41,9 @@ ROW = ("ground_truth", "prompt", "row", "data_source", "extra_info")
 ROWS = ("data_sources", "ground_truths", "extra_infos")  # for a whole group only
 ANSWER = ("response", "solution_str")
 ANSWERS = ("responses", "solution_strs")
+ACTED = ("final", "turns", "messages")  # where the model acted: of a response
+ALL_ACTED = ("finals", "turns", "messages")  # for a whole group
+PARTS = ("steps", "turns")  # of what a reward returns
 COMPLETIONS = ("completions", "prompts", "completion_ids")  # TRL's, beside the columns
 NO_COLUMNS = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from a reward
 # What TRL's trainer passes besides; there is nothing here that could be passed for it.
@@ -137,10 +140,10 @@ class RewardFunction:
                 why="the names of its arguments say what it is given",
                 fix=f"call it in a function of yours: {_FORMS}",
             ) from error
-        unlike = "prompts" in parameters and {*ANSWER, *ANSWERS}.isdisjoint(parameters)  # any other form
+        unlike = "prompts" in parameters and {*ANSWER, *ANSWERS, *ACTED}.isdisjoint(parameters)  # any other form
         self.of_trl = unlike or not {"completions", "completion_ids"}.isdisjoint(parameters)
         self.wants_truth = not {"ground_truth", "ground_truths"}.isdisjoint(parameters)
-        self.whole_group = self.of_trl or not set(ANSWERS).isdisjoint(parameters)
+        self.whole_group = self.of_trl or not {*ANSWERS, "finals"}.isdisjoint(parameters)
         # Of an object it is the class's method that is called.
         self.is_async = any(map(inspect.iscoroutinefunction, (inner, type(inner).__call__)))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -148,7 +151,7 @@ class RewardFunction:
         if self.of_trl:
             self._check_columns(parameters)
             return
-        answer = ANSWERS if self.whole_group else ANSWER
+        answer = (*ANSWERS, *ALL_ACTED) if self.whole_group else (*ANSWER, *ACTED)
         known = (*answer, *ROW, *(ROWS if self.whole_group else ()))
         self.arguments = [n for n in known if n in parameters]
         self._check_signature(parameters, answer, known)
@@ -244,7 +247,29 @@ class RewardFunction:
             context |= {"ground_truths": [truth] * size, "data_sources": [source] * size}
             context["extra_infos"] = [dict(row.get("extra_info") or {}) for _ in range(size)]
         context["extra_info"] = dict(row.get("extra_info") or {})
+        if answers.turns is not None or not {*ACTED, *ALL_ACTED}.isdisjoint(self.arguments):
+            self._add_turns(context, answers, index)
         return {name: context[name] for name in self.arguments} | self.kwargs
+
+    def _add_turns(self, context: dict[str, Any], answers: Answers, index: int | None) -> None:
+        """Adds the turns of the responses; one that is no trajectory of a model that acts is a single turn."""
+        texts = answers.responses
+        finals = answers.finals or texts
+        every = answers.turns or [[{"text": text, "reward": None, "calls": 0}] for text in texts]
+        conversations = answers.conversations or [
+            [*answers.prompt, {"role": "assistant", "content": text}] for text in texts
+        ]
+        if index is not None:
+            context |= {"final": finals[index], "turns": every[index], "messages": conversations[index]}
+        else:
+            context |= {"finals": finals, "turns": every, "messages": conversations}
+        if answers.turns is None:
+            return
+        if index is not None:
+            context["extra_info"]["num_turns"] = len(every[index])
+            return
+        for info, turns in zip(context["extra_infos"], every):
+            info["num_turns"] = len(turns)
 
     def _given_columns(self, answers: Answers) -> dict[str, Any]:
         """Returns what TRL's trainer gives to a reward, as far as a run here has it."""
@@ -344,13 +369,14 @@ def read_score(name: str, value: Any, answers: Answers, index: int) -> Score:
             return Score(_number(value))
         if "score" not in value:
             raise _Nonsense(f"returned a dict without 'score' in it: {_text(dict(value), repr)}")
-        components = {str(k): _number(v, f" as {k!r}") for k, v in value.items() if k != "steps" and _is_number(v)}
+        components = {str(k): _number(v, f" as {k!r}") for k, v in value.items() if k not in PARTS and _is_number(v)}
         score = components.pop("score", None)
         if score is None:
             raise _Nonsense(_no_number(value["score"], " as 'score'"))
         steps = _steps(value.get("steps"), len(answers.responses[index]))
-        _number(score + sum(reward for _, reward in steps), " as 'score' and 'steps' together")
-        return Score(score, components, steps)
+        turns = _turns(value.get("turns"), 1 if answers.turns is None else len(answers.turns[index]))
+        _number(score + sum(reward for _, reward in (*steps, *turns)), " as 'score' and its parts together")
+        return Score(score, components, steps, turns)
     except _Nonsense as said:
         return failures(name, "nonsense", str(said), answers, index)[0]
 
@@ -400,6 +426,20 @@ def _steps(steps: Any, characters: int) -> tuple[tuple[int, float], ...]:
         if isinstance(end, bool) or not isinstance(end, numbers.Integral) or not 1 <= int(end) <= characters:
             raise _Nonsense(f"returned a step that ends after {_text(end, repr)} of {characters} characters")
         found.append((int(end), _number(reward, " in a step")))
+    return tuple(found)
+
+
+def _turns(turns: Any, count: int) -> tuple[tuple[int, float], ...]:
+    found = []
+    for turn in () if turns is None else turns:
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise _Nonsense(
+                f"returned a turn {_text(turn, repr)}: rewards of turns are pairs (number of the turn, reward)"
+            )
+        number, reward = turn
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+            raise _Nonsense(f"returned a reward of turn {_text(number, repr)} of {count} turns")
+        found.append((number, _number(reward, " in a turn")))
     return tuple(found)
 
 

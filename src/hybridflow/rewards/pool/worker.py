@@ -39,7 +39,8 @@ from hybridflow.rewards.graders.function import RewardFunction, check_builtins, 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: this signal when the parent dies
 _LENGTH = struct.Struct(">I")
 PlainFailure = tuple[str, str, str]
-Plain = tuple[float, dict[str, float], tuple[tuple[int, float], ...], PlainFailure | None]  # a Score, faster to pickle
+Parts = tuple[tuple[int, float], ...]
+Plain = tuple[float, dict[str, float], Parts, Parts, PlainFailure | None, bool]  # a Score, faster to pickle
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
@@ -249,10 +250,13 @@ def too_long(timeout: float) -> str:
 
 
 def _plain(scores: list[Score]) -> list[Plain]:
-    return [(s.value, s.components, s.steps, None if s.failure is None else astuple(s.failure)) for s in scores]
+    return [
+        (s.value, s.components, s.steps, s.turns, None if s.failure is None else astuple(s.failure), s.applies)
+        for s in scores
+    ]
 
 
 def score_of(plain: Plain) -> Score:
     """Returns the score that a worker has sent."""
-    value, components, steps, failure = plain
-    return Score(value, components, steps, None if failure is None else Failure(*failure))
+    value, components, steps, turns, failure, applies = plain
+    return Score(value, components, steps, turns, None if failure is None else Failure(*failure), applies)

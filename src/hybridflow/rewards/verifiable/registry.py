@@ -24,6 +24,7 @@ REWARDS: dict[str, str] = {
     "format": "hybridflow.rewards.verifiable.tags:score",
     "tool_format": "hybridflow.rewards.verifiable.tool_format:score",
     "code": "hybridflow.rewards.verifiable.code:score",
+    "environment": "hybridflow.rewards.verifiable.environment:score",
 }
 
 

@@ -266,7 +266,15 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
     rollouts = make_rollouts(config, tokenizer, rollout, stops, prompts, tell=trackers.advise)
     places.on_close(rollouts.close)
     source = GroupSource(
-        Answering(rollout, rollouts, grader, decode, failure_policy(config.reward), opened.stop.requested),
+        Answering(
+            rollout,
+            rollouts,
+            grader,
+            decode,
+            failure_policy(config.reward),
+            "fail" if config.agent is None else config.agent.on_failure,
+            opened.stop.requested,
+        ),
         prompts.__getitem__,
         sampling=training_sampling(config.rollout, stops),
         samples=config.train.samples_per_prompt,
