@@ -11,7 +11,7 @@ from hybridflow.agents.calls import CallStore
 from hybridflow.agents.episode import Language
 from hybridflow.agents.play import Play, loop_of, play
 from hybridflow.agents.runner import Agents
-from hybridflow.agents.tools import ToolSet, tool_of
+from hybridflow.agents.tools import Toolbox, ToolSet, toolbox
 from hybridflow.agents.world import Calls, WorldMaker
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.template import Style
@@ -19,7 +19,7 @@ from hybridflow.chat.tool_calls import FORMATS
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError, nearest
-from hybridflow.protocols.environments import Environment, Tool
+from hybridflow.protocols.environments import Environment
 
 
 def make_agents(
@@ -73,21 +73,16 @@ def make_agents(
     )
 
 
-def load_tools(references: Sequence[str]) -> list[Tool]:
+def load_tools(references: Sequence[str]) -> Toolbox:
     """Loads the tools of a configuration.
 
     Raises:
         UserError: a file or function is not there, cannot be described, or two tools have one name.
     """
-    tools = [tool_of(load_function(reference)) for reference in references]
-    names = [tool.name for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two tools are called {name}", fix="rename one of the functions: calls go by their names")
-    return tools
+    return toolbox([(reference, load_function(reference)) for reference in references])
 
 
-def world_maker(section: AgentSection, tools: Sequence[Tool]) -> WorldMaker:
+def world_maker(section: AgentSection, tools: Toolbox) -> WorldMaker:
     """Returns the function that makes the environment of a trajectory."""
     if section.environment is None:
         return lambda calls: ToolSet(tools, calls)

@@ -25,8 +25,11 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     def run() -> None:
         try:
             result = function(*args)
+        except (StopIteration, SystemExit, KeyboardInterrupt) as error:  # a future takes no such exception
+            said = f"it raised {type(error).__name__} {error}".rstrip()
+            outcome: tuple[Callable[[Any], None], Any] = future.set_exception, RuntimeError(said)
         except BaseException as error:
-            outcome: tuple[Callable[[Any], None], Any] = future.set_exception, error
+            outcome = future.set_exception, error
         else:
             outcome = future.set_result, result
         if not loop.is_closed():

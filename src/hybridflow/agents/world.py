@@ -20,6 +20,10 @@ from hybridflow.protocols.environments import Action, Environment, Messages, Obs
 WorldMaker: TypeAlias = Callable[["Calls"], Environment]
 
 
+class CallTimeout(TimeoutError):
+    """A call took longer than it may."""
+
+
 class Calls:
     """The calls of one trajectory: runs them within their time, and keeps what they answered.
 
@@ -49,7 +53,7 @@ class Calls:
             self.store.add(self.place(number), answer)
 
     async def run(self, function: Callable[..., Any], *args: Any, seconds: float | None) -> Any:
-        """Runs a function, plain or async.
+        """Runs a function, plain or async, or a plain one that returns an awaitable.
 
         Args:
             function: what to run.
@@ -57,12 +61,19 @@ class Calls:
             seconds: that it may take; None: no limit.
 
         Raises:
-            TimeoutError: it took longer; a plain function then runs on in its thread, and nobody waits for it.
+            CallTimeout: it took longer; a plain function then runs on in its thread, and nobody waits for it.
         """
         began = time.perf_counter()
         try:
-            call = function(*args) if inspect.iscoroutinefunction(function) else in_thread(function, *args)
-            return await asyncio.wait_for(call, seconds)
+            async with asyncio.timeout(seconds) as limit:
+                is_async = inspect.iscoroutinefunction(function)
+                value = await (function(*args) if is_async else in_thread(function, *args))
+                return await value if inspect.isawaitable(value) else value
+        except TimeoutError as error:
+            if not limit.expired():  # the function's own
+                raise
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise CallTimeout(f"{name} took longer than {seconds:g} seconds (agent.call_timeout)") from error
         finally:
             self.counts["seconds/tool_calls"] += time.perf_counter() - began
 

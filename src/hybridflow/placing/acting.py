@@ -38,7 +38,7 @@ def prompts_of(
     agent, d = config.agent, config.data
     if sources is None:
         return None if tasks is None else environment_tasks(tasks, d, tokenizer)
-    schemas = [tool.schema for tool in load_tools(agent.tools)] if agent is not None else []
+    schemas = load_tools(agent.tools).schemas if agent is not None else []
     made_later = agent is not None and agent.environment is not None
     return load_prompts(sources, d, tokenizer, seed=config.run.seed, tools=schemas, made_later=made_later)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, overload
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Messages: TypeAlias = list[dict[str, Any]]
 
 
@@ -127,3 +128,48 @@ class Tool:
     schema: Mapping[str, Any]
     run: Callable[[Mapping[str, Any]], ToolResult | Awaitable[ToolResult]]
     stateful: bool = False
+
+
+TOOL_MARK = "__hybridflow_tool__"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolMark:
+    """What `tool` says of a function.
+
+    Args:
+        stateful: see `tool`; None where it does not say.
+    """
+
+    stateful: bool | None = None
+
+
+@overload
+def tool(function: FunctionT, /) -> FunctionT: ...
+
+
+@overload
+def tool(*, stateful: bool | None = None) -> Callable[[FunctionT], FunctionT]: ...
+
+
+def tool(function: Any = None, /, *, stateful: bool | None = None) -> Any:
+    """Marks a method as a tool of its class, or says of a function that its answers depend on earlier calls.
+
+    Args:
+        function: what ``@tool`` stands above; None where it is written with arguments.
+        stateful: whether an answer depends on earlier calls of the same trajectory. Answers of stateless tools are
+            kept: when a run resumes, a call that was answered is not made again. Unset: methods are stateful, functions
+            are not.
+    """
+
+    def mark(marked: FunctionT) -> FunctionT:
+        setattr(marked, TOOL_MARK, ToolMark(stateful))
+        return marked
+
+    return mark if function is None else mark(function)
+
+
+def mark_of(function: Callable[..., Any]) -> ToolMark | None:
+    """Returns what `tool` said of a function; None where it is not marked."""
+    found: ToolMark | None = getattr(function, TOOL_MARK, None)
+    return found
