@@ -106,12 +106,15 @@ def start(name: str, kind: str, folder: Path) -> Setup:
     return Setup(STARTS[name](model, folder), model, name)
 
 
-def _inline(model: PreTrainedModel, folder: Path) -> RolloutEngine:
-    from hybridflow.rollout.inline.engine import InlineEngine
+def _inline(keep_turns: bool) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
+    def begin(model: PreTrainedModel, folder: Path) -> RolloutEngine:
+        from hybridflow.rollout.inline.engine import InlineEngine
 
-    replica = deepcopy(model)
-    replica.set_attn_implementation(ATTENTION)
-    return InlineEngine(replica, decode=decode)
+        replica = deepcopy(model)
+        replica.set_attn_implementation(ATTENTION)
+        return InlineEngine(replica, decode=decode, keep_turns=keep_turns)
+
+    return begin
 
 
 def _vllm(tensor_parallel: int = 1, **more: Any) -> Callable[[PreTrainedModel, Path], RolloutEngine]:
@@ -145,7 +148,8 @@ def _sglang_server(model: PreTrainedModel, folder: Path) -> RolloutEngine:
 
 
 STARTS: dict[str, Callable[[PreTrainedModel, Path], RolloutEngine]] = {
-    "inline": _inline,
+    "inline": _inline(keep_turns=False),
+    "inline_turns": _inline(keep_turns=True),
     "vllm": _vllm(),
     "vllm_workers": _vllm(mode="workers", tensor_parallel=2),
     "vllm_server": _vllm_server,

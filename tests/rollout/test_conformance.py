@@ -39,7 +39,9 @@ from conformance import (
 )
 
 CASES = [
-    *(("inline", kind) for kind in ("qwen2_tied", "qwen3", "qwen3_moe")),
+    ("inline", "qwen2_tied"),
+    ("inline_turns", "qwen3"),
+    ("inline", "qwen3_moe"),
     *(("vllm", kind) for kind in ("qwen2_tied", "qwen3", "qwen3_moe")),
     ("vllm_workers", "qwen3_moe"),
     ("vllm_server", "qwen2_tied"),
@@ -176,7 +178,7 @@ def test_an_aborted_request_gives_its_part_and_can_go_on(setup: Setup) -> None:
     assert gap(setup.model, [more], [rest]) < TOLERANCE
     assert generate(setup.engine, [more])[0].token_ids == rest.token_ids
     fresh = Request(long.prompt_ids + more.generated_ids, Sampling(8, 0.7), long.noise)
-    if setup.name != "inline":  # whose noise is a function of the place in the trajectory
+    if not setup.name.startswith("inline"):  # whose noise is a function of the place in the trajectory
         assert generate(setup.engine, [fresh])[0].token_ids != rest.token_ids, "it repeats its trajectory's seed"
 
 
@@ -282,7 +284,7 @@ def test_prompts_may_fill_the_context(setup: Setup) -> None:
 def test_it_says_what_it_is_and_what_its_memory_holds(setup: Setup) -> None:
     engine = setup.engine
     assert (engine.replicas, engine.max_model_len, engine.same_memory) == (1, CONTEXT, False)
-    assert (engine.cache_block > 0) == (setup.name != "inline"), (
+    assert (engine.cache_block > 0) == (not setup.name.startswith("inline")), (
         "who caches prompts must say so: an old cache is looked for"
     )
     assert engine.poll() == []

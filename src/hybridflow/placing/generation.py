@@ -33,6 +33,7 @@ def inline_engine(
     *,
     stop: Sequence[str] = (),
     same_memory: bool = False,
+    keep_turns: bool = False,
 ) -> InlineEngine:
     """Makes the inline engine on this model, with the section's settings.
 
@@ -42,6 +43,7 @@ def inline_engine(
         section: None takes its defaults.
         stop: texts that may end responses, besides those of the section.
         same_memory: see `InlineEngine`.
+        keep_turns: see `InlineEngine`.
     """
     r = section or InlineSection()
     return InlineEngine(
@@ -51,6 +53,7 @@ def inline_engine(
         dtype=None if r.dtype == "auto" else getattr(torch, r.dtype),
         compile=r.compile,
         same_memory=same_memory,
+        keep_turns=keep_turns,
     )
 
 

@@ -124,6 +124,11 @@ class GroupRollout:
         self._settle()
         return together(self.group.read_back(list(names)), "replicas")
 
+    def forget(self) -> None:
+        """See `RolloutEngine.forget`."""
+        self._settle()
+        self.group.forget()
+
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
         assert not self._in_flight, "sleep with requests in flight"

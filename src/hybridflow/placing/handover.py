@@ -1,7 +1,7 @@
 """Turns on devices that generation and training share: one has the memory, the other rests.
 
     generation, evaluation   models rest (what ``engine.offload`` names goes to host memory), then the engine wakes
-    training, saving         the engine sleeps; a model comes back with its first call
+    training, saving         the engine forgets earlier turns and sleeps; a model comes back with its first call
     publication              the engine wakes; models stay, for they send
 
 Nothing may be in flight when the engine falls asleep. Where nothing is shared (``rollout.sleep``), nothing is done.
@@ -30,6 +30,7 @@ class HandOver:
 
     def to_generation(self) -> None:
         """Prepares for generation."""
+        self.rollout.forget()  # what is kept of an evaluation is of no use
         if self.sleeps:
             for model in self.models:
                 model.rest()
@@ -43,6 +44,7 @@ class HandOver:
 
     def to_training(self) -> None:
         """Prepares for models that score, learn, or are saved."""
+        self.rollout.forget()
         if self.sleeps and self.awake:
             self.rollout.sleep()
             self.awake = False

@@ -137,7 +137,7 @@ class Places:
             return GroupRollout(group)
         if r.engine == "inline":
             assert isinstance(actor, LocalEngine)
-            return inline_engine(actor.model, tokenizer, r, same_memory=True)
+            return inline_engine(actor.model, tokenizer, r, same_memory=True, keep_turns=role.turns)
         return own_engine(role, r, self.placement, start, run_folder=folder, note=self.events)
 
     def rollout_sleeps(self) -> bool:

@@ -33,6 +33,7 @@ class Role:
         longest: tokens of the longest sequence that it can meet, where that is known beforehand.
         seed: of fresh weights.
         publish: how adapters are sent to an engine that has weights of its own.
+        turns: whether its responses have several turns.
     """
 
     name: Literal["actor", "critic", "reference", "reward"]
@@ -46,6 +47,7 @@ class Role:
     longest: int | None
     seed: int
     publish: Literal["adapters", "merged"] = "adapters"
+    turns: bool = False
 
 
 def actor_role(config: RlConfig, steps: int) -> Role:
@@ -62,6 +64,7 @@ def actor_role(config: RlConfig, steps: int) -> Role:
         longest=config.longest,
         seed=config.run.seed,
         publish=config.rollout.lora,
+        turns=config.agent is not None,
     )
 
 

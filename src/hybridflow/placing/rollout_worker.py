@@ -39,11 +39,13 @@ class RolloutWorker:
         if section.engine != "inline":
             self.engine = own_engine(role, section, PlacementSection(), start)
         elif actor is not None and role.engine.strategy == "local":
-            self.engine = inline_engine(actor.engine.model, role_tokenizer(role), section, same_memory=True)
+            self.engine = inline_engine(
+                actor.engine.model, role_tokenizer(role), section, same_memory=True, keep_turns=role.turns
+            )
         else:
             model, tokenizer = load_role(replica_of(role))
             model.to(context.device).requires_grad_(False)
-            self.engine = inline_engine(model, tokenizer, section)
+            self.engine = inline_engine(model, tokenizer, section, keep_turns=role.turns)
         self.paused = False
         self.handles: dict[int, int] = {}  # the engine's handles to the controller's
         self.inbox = Inbox(timeout=context.timeout, device=context.device)
@@ -110,6 +112,11 @@ class RolloutWorker:
         """See `RolloutEngine.resume`."""
         self.paused = False
         self.engine.resume()
+
+    @remote(ONE_TO_ALL)
+    def forget(self) -> None:
+        """See `RolloutEngine.forget`."""
+        self.engine.forget()
 
     @remote(ONE_TO_ALL)
     def sleep(self) -> None:

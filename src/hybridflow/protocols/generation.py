@@ -242,6 +242,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Drops what was computed for earlier turns, where it is kept for turns to come and training needs the memory.
+
+        Results never depend on it, up to rounding. Engines with a prefix cache in memory of their own do nothing.
+        """
+        ...
+
     def sleep(self) -> None:
         """Frees memory (caches, weights where the engine owns a copy) until `wake`; nothing may be in flight."""
         ...

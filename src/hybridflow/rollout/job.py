@@ -83,14 +83,14 @@ class Job:
             return "stop"
         return "length" if len(self.tokens) >= self.room else None
 
-    def result(self, reason: str) -> Result:
-        """Returns the result so far; versions under which no token was sampled have no span."""
+    def result(self, reason: str, replica: int = 0) -> Result:
+        """Returns the result so far, of this replica; versions under which no token was sampled have no span."""
         starts = [start for _, start in self.versions] + [len(self.tokens)]
         spans = [Span(v, a, b) for (v, a), b in zip(self.versions, starts[1:]) if a < b]
         support = None
         if self.supports and any(map(len, self.supports)):
             support = Support([len(ids) for ids in self.supports], torch.cat(self.supports).tolist())
-        return Result(self.handle, self.tokens, self.logps, reason, spans, support)  # type: ignore[arg-type]
+        return Result(self.handle, self.tokens, self.logps, reason, spans, support, replica)  # type: ignore[arg-type]
 
 
 def check_request(request: Request, *, decodes: bool, max_model_len: int | None = None) -> None:

@@ -36,6 +36,7 @@ class Cache:
         self.keys: list[Tensor] = []  # of each layer, [R, K, W, D]
         self.values: list[Tensor] = []  # [R, K, W, E]
         self._stacks: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[tuple[int, int]] = []  # of each layer, its stack and its place in that
         sizes = [(k.shape[1], k.shape[2], v.shape[2]) for k, v in kept]
         make: dict[str, Any] = {"dtype": dtype, "device": kept[0][0].device}
         # Zeros: what is masked out still enters attention as 0 x value, and must not be a stray NaN.
@@ -46,11 +47,12 @@ class Cache:
             )
             for heads, d, e in dict.fromkeys(sizes)
         }
-        layers = {size: zip(*stack) for size, stack in stacks.items()}
-        for size in sizes:
-            keys, values = next(layers[size])
-            self.keys.append(keys)
-            self.values.append(values)
+        for layer, size in enumerate(sizes):
+            place = sizes[:layer].count(size)
+            keys, values = stacks[size]
+            self.keys.append(keys[place])
+            self.values.append(values[place])
+            self.layers.append((list(stacks).index(size), place))
         self._stacks = list(stacks.values())
         if old is not None and keep:
             for (keys, values), (old_keys, old_values) in zip(self._stacks, old._stacks, strict=True):
@@ -76,6 +78,10 @@ class Cache:
         for layer, (k_TKD, v_TKE) in enumerate(kept):
             self.keys[layer][rows, :, :longest] = k_TKD.to(self.dtype)[index_CL].transpose(1, 2)[which]
             self.values[layer][rows, :, :longest] = v_TKE.to(self.dtype)[index_CL].transpose(1, 2)[which]
+
+    def copy(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns a copy of a row's first tokens: for the layers of each size ``[layers, K, length, D]`` and values."""
+        return [(k[:, row, :, :length].clone(), v[:, row, :, :length].clone()) for k, v in self._stacks]
 
     def move(self, sources: list[int], targets: list[int], used: int) -> None:
         """Moves rows `sources` to the places `targets`; only their first `used` tokens matter."""

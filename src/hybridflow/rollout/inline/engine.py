@@ -2,7 +2,8 @@
 
 Sequences enter and leave the running batch one by one: a finished one leaves at once (the last row of the cache takes
 its place), a waiting one enters as soon as the token budget allows. Requests with the same prompt share its prefill.
-Noise is stateless, so a sequence's tokens do not depend on what it was batched with, up to rounding.
+Noise is stateless, so a sequence's tokens do not depend on what it was batched with, up to rounding. Runs with several
+turns keep the keys and values of a turn for the next one (`kept.py`).
 
 Families that `decoder.py` covers run through it, all others (and models with adapters) through their own modules.
 Models that do not take packed sequences have no cache: every token costs a pass over the whole sequence.
@@ -32,6 +33,7 @@ from hybridflow.protocols.waiting import never
 from hybridflow.protocols.weights import Receipt, WeightStream
 from hybridflow.rollout.inline.cache import Cache, CacheLayout, Kept
 from hybridflow.rollout.inline.decoder import Decoder, Steps, is_covered
+from hybridflow.rollout.inline.kept import ContinuedLayout, KeptTurn, KeptTurns
 from hybridflow.rollout.job import Decode, Job, check_request
 from hybridflow.rollout.sampling import Rows, check_sampling
 from hybridflow.rollout.stopping import StopText
@@ -69,8 +71,14 @@ class InlineEngine:
         compile: whether the layers of a covered model go through `torch.compile`.
         quick: whether covered models run without their modules; False is for comparisons.
         same_memory: whether the model is the one of a trainer in this process.
+        keep_turns: whether the keys and values of a turn are kept for the next turn of its sequence (a request with the
+            same noise and the next `position`), as far as they fit beside those of running rows; `forget` and new
+            weights drop them.
         count_near_ties: count in `near_ties` the tokens whose two best noisy scores are within 1e-4: the only ones
             that another batching may change.
+
+    Attributes:
+        tokens_read: tokens of prompts, and of turns before, that went through the model.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class InlineEngine:
         compile: bool = False,
         quick: bool = True,
         same_memory: bool = False,
+        keep_turns: bool = False,
         count_near_ties: bool = False,
     ) -> None:
         self.model, self.decode, self.same_memory = model, decode, same_memory
@@ -94,7 +103,9 @@ class InlineEngine:
         self.quick = quick and self.packs and is_covered(model)
         self.version = 0
         self.paused = False
+        self.tokens_read = 0
         self._interrupted = threading.Event()
+        self._kept = KeptTurns() if keep_turns and self.packs else None
         self._steps = Steps.compiled() if compile and self.quick else Steps()
         self._next_handle = 0
         self._waiting: deque[Job] = deque()
@@ -184,6 +195,7 @@ class InlineEngine:
         self._waiting.extendleft(reversed(self._rows.jobs))
         self._rows.keep([])
         self._free()
+        self.forget()
         self.version = version
         return [Receipt(version, received, num_bytes)]
 
@@ -200,9 +212,15 @@ class InlineEngine:
         own = self.model.state_dict()
         return {name: fingerprint(own[name]) for name in names if name in own}
 
+    def forget(self) -> None:
+        """See `RolloutEngine.forget`."""
+        if self._kept is not None:
+            self._kept.shrink(0)
+
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; with nothing in flight there is no cache, and no copy of weights."""
         assert not (self._rows.jobs or self._waiting), "sleep with requests in flight"
+        self.forget()
 
     def wake(self) -> None:
         """See `RolloutEngine.wake`; the cache is made when the first request runs."""
@@ -210,6 +228,7 @@ class InlineEngine:
     def close(self) -> None:
         """See `RolloutEngine.close`."""
         self._free()
+        self.forget()
 
     # --- the running batch ---
 
@@ -218,6 +237,7 @@ class InlineEngine:
         width, running = self._cache.width if self._cache else 0, len(self._rows.jobs)
         admitted: list[Job] = []
         prefill: dict[tuple[int, ...], int] = {}  # distinct contexts, in order of first appearance
+        turns: list[KeptTurn | None] = []  # what is kept of each
         which: list[int] = []
         tokens = 0
         while self._waiting:
@@ -232,26 +252,38 @@ class InlineEngine:
                 if prefill and tokens + len(context) > PREFILL_TOKENS:
                     break
                 prefill[context] = len(prefill)
-                tokens += len(context)
+                turns.append(None if self._kept is None else self._kept.take(job))
+                tokens += len(context) - len(turns[-1].ids if turns[-1] else ())
             width = wider
             which.append(prefill[context])
             job.versions.append((self.version, len(job.tokens)))
             admitted.append(self._waiting.popleft())
         if not admitted:
             return
-        logits_RV = self._prefill(list(prefill), torch.tensor(which), width)
+        logits_RV = self._prefill(list(prefill), turns, torch.tensor(which), width)
         self._rows.enter(admitted)
         self._draw(logits_RV, running)
 
-    def _prefill(self, contexts: list[tuple[int, ...]], which: Tensor, width: int) -> Tensor:
-        """Runs distinct contexts once, copies keys and values to each row; returns each row's logits ``[R, V]``."""
+    def _prefill(
+        self, contexts: list[tuple[int, ...]], turns: list[KeptTurn | None], which: Tensor, width: int
+    ) -> Tensor:
+        """Runs distinct contexts once, all but what is kept of them, copies keys and values to each row; returns each
+        row's logits ``[R, V]``.
+        """
         device, running = self.model.device, len(self._rows.jobs)
         if not self.packs:
             return self._whole(contexts)[which.to(device)]
         kept: list[tuple[Tensor, Tensor]] = []
-        layout = PackedLayout(torch.tensor([len(c) for c in contexts]), device, keep=kept)
+        lengths = torch.tensor([len(c) for c in contexts])
+        layout: PackedLayout | ContinuedLayout
+        if any(turns):
+            layout = ContinuedLayout(lengths, turns, device, kept)
+            contexts = [c[len(turn.ids) :] if turn else c for c, turn in zip(contexts, turns)]
+        else:
+            layout = PackedLayout(lengths, device, keep=kept)
         ids_T = torch.tensor([t for c in contexts for t in c], device=device)
-        ends = (layout.offsets[1:] - 1).to(device)
+        ends = torch.tensor([len(c) for c in contexts], device=device).cumsum(0) - 1
+        self.tokens_read += len(ids_T)
         logits = self._forward(ids_T, layout.position_ids[0], layout, ends)
         cache = self._reserve(running + len(which), width, kept)
         cache.store(kept, layout.offsets, which, running)
@@ -296,6 +328,10 @@ class InlineEngine:
         """Samples the next token of the rows from `first` on, and lets those leave that are done."""
         ended = self._rows.draw(logits_RV, first)
         self._ready += [self._rows.jobs[row].result(reason) for row, reason in ended]
+        if self._kept is not None and self._cache is not None:
+            for row, _ in ended:
+                self._kept.put(self._rows.jobs[row], self._cache, row)
+            self._kept.shrink(self.max_cache_tokens - self._cache.rows * self._cache.width)
         self._leave([row for row, _ in ended])
 
     def _leave(self, rows: list[int]) -> None:
@@ -320,6 +356,8 @@ class InlineEngine:
         old, running = self._cache, len(self._rows.jobs)
         if old is None or rows > old.rows or width > old.width:
             rows = max(rows, min(rows + len(self._waiting), self.max_cache_tokens // width))
+            if self._kept is not None:
+                self._kept.shrink(self.max_cache_tokens - rows * width)
             dtype = self.dtype if self.model.device.type == "cuda" else self.model.dtype
             self._cache = old = Cache(rows, width, kept, dtype, old, running)
         return old

@@ -238,6 +238,9 @@ class AsyncEngine(Hooks):
             self._channel = Channel(self.receivers(), self._route)
         return self._channel.publish(stream, lambda address: self.receive_weights(address, version))
 
+    def forget(self) -> None:
+        """See `RolloutEngine.forget`: the prefix cache has memory of its own."""
+
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
         assert not self._in_flight, "sleep with requests in flight"
@@ -367,9 +370,7 @@ class AsyncEngine(Hooks):
     def _ended(self, replica: Replica, flight: Flight, reason: str) -> None:
         replica.flights.discard(flight)
         with self._changed:
-            result = flight.job.result(reason)
-            result.replica = self._live.index(replica) if replica in self._live else 0
-            self._ready.append(result)
+            self._ready.append(flight.job.result(reason, self._live.index(replica) if replica in self._live else 0))
             self._changed.notify_all()
 
     def _extend(self, job: Job, piece: Piece, version: int) -> str:

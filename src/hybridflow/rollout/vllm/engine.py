@@ -307,6 +307,9 @@ class VllmEngine:
         """
         return together((told["held"] for told in self._ask("read_back", list(names))), "workers of vLLM")
 
+    def forget(self) -> None:
+        """See `RolloutEngine.forget`: the prefix cache has memory of its own."""
+
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`. On CPUs vLLM accepts this and frees nothing."""
         assert not self._jobs, "sleep with requests in flight"
