@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ from hybridflow.data.sft import load_sft
 from hybridflow.engines.local import LocalEngine
 from hybridflow.models.attention import ATTENTION
 from hybridflow.models.load import load_model
+from hybridflow.protocols.generation import Span
+from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn
 from hybridflow.protocols.training import Loss
 
 CARRY = Path(__file__).resolve().parents[1] / "recipes/carry/task.py"
@@ -184,6 +187,49 @@ def group_batch(prompts: Sequence[int] = (6, 9, 1), answers: int = 4, seed: int 
             rows["loss_mask_T"].append(torch.cat([torch.zeros(length, dtype=torch.bool), scored]))
             rows["group_B"].append(100 - group)
     return Batch.from_rows({**rows, "trajectory_B": list(range(len(prompts) * answers))})
+
+
+def trajectory_groups(groups: int = 2, samples: int = 4, seed: int = 0) -> list[Group]:
+    """Groups of trajectories of 1 to 4 sequences, of 1 to 3 turns each, with observed tokens between the turns.
+
+    A later sequence begins with the prompt and what the model sampled first, as where history was rewritten; or in one
+    of two states of the group, equally long, as where each step is a sequence. The first turn from a state has it as
+    its anchor and a reward, which lies on its last token.
+    """
+    rng = random.Random(seed)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(count)]
+
+    made = []
+    for draw in range(groups):
+        prompt, states = ids(5), [ids(9), ids(9)]
+        made.append(Group(draw + 30, draw, prompt, []))
+        for sample in range(samples):
+            sequences: list[TokenSequence] = []
+            for number in range(1 + (sample + draw) % 4):
+                state = rng.randrange(2)
+                turns: list[Turn] = []
+                tokens: list[int] = []
+                for _ in range(rng.randint(1, 3)):
+                    start = len(tokens)
+                    tokens = tokens + ids(rng.randint(1, 4))
+                    turns.append(Turn(start, len(tokens), "stop"))
+                    tokens = tokens + ids(rng.randrange(3))  # observed
+                rewritten = number == 1 and sample % 2
+                shown = prompt + sequences[0].token_ids[:2] if rewritten else states[state] if number else prompt
+                s = TokenSequence(shown, tokens, [0.0] * len(tokens), [], turns, fork="step" if number else "")
+                for turn in turns:
+                    turn.anchor = 7 if rewritten or not number else state
+                    s.spans.append(Span(0, turn.start, turn.end))
+                    for t in range(turn.start, turn.end):
+                        s.logps[t] = -rng.uniform(0.5, 3)
+                if number and not rewritten:
+                    turns[0].reward = rng.uniform(-1, 1)
+                    s.step_rewards = [(turns[0].end - 1, turns[0].reward)]
+                sequences.append(s)
+            made[-1].trajectories.append(Trajectory(sample, sequences, "done", f"{sample}", rng.uniform(-1, 1)))
+    return made
 
 
 def weights_of(batch: Batch, mode: str) -> Tensor:
