@@ -26,17 +26,20 @@ def evaluation(
     *,
     template: str = "{}",
     settings: dict[str, Any] | None = None,
+    sequences: int = 1,
     **changed: Any,
 ) -> str:
-    """The folder of an evaluation: a prompt for each list of rewards."""
+    """The folder of an evaluation: a prompt for each list of rewards, so many sequences in each response."""
     rows = [
         {
             "step": 0, "draw": draw, "sample": sample, "data_source": "sums", "prompt": template.format(f"{draw}+1="),
             "question": f"{draw}+1=", "response": "", "vote": "", "reward": reward, "advantage": None,
             "finish_reason": "stop", "ground_truth": str(draw + 1), "token_ids": [1], "tokens": ["a"], "logps": [0.0],
+            "sequence": sequence,
         } | changed
         for draw, answers in enumerate(rewards)
         for sample, reward in enumerate(answers)
+        for sequence in range(sequences)
     ]  # fmt: skip
     write_rollouts(folder / "answers.parquet", rows, EVALUATION)
     (folder / "evaluation.json").write_text(json.dumps({"settings": settings} if settings else {}))
@@ -100,6 +103,8 @@ def test_right_and_wrong_are_held_together_by_the_exact_sign_test(tmp_path: Path
     said = "\n".join(comparison_lines(result))
     assert "B - A = +0.2800" in said and "p = 0.0654 (McNemar's exact test)" in said
     assert "B is better on 9 prompts, A on 2, equal on 14" in said and "warning" not in said
+    agent = evaluation(tmp_path / "agent", [[float(x)] for x in b], sequences=3)  # each counts once
+    assert compare(str(tmp_path / "a"), agent)["sources"] == result["sources"]
 
 
 def test_several_answers_are_held_together_by_flipping_signs(tmp_path: Path) -> None:

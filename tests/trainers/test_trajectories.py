@@ -193,6 +193,7 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
     groups = trajectory_groups()
     failed, every = groups[0].trajectories[3], [t for g in groups for t in g.trajectories]
     failed.failure = "the environment raised"
+    groups[1].trajectories.append(Trajectory(4, [], "context", "", 0.0))  # there was no room for a turn
     with open_run(config) as run:
         batch, _ = estimate(run, groups)
         assert set(batch["trajectory_B"].tolist()) == set(range(7))
@@ -213,7 +214,7 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
         write_rollouts(path, rollout_records(run, 1, groups, batch))
     rows = read_rollouts(path)
     assert [(row["draw"], row["sample"], row["sequence"]) for row in rows] == [
-        (g.draw, t.sample, i) for g in groups for t in g.trajectories for i in range(len(t.sequences))
+        (g.draw, t.sample, i) for g in groups for t in g.trajectories for i in range(len(t.sequences) or 1)
     ]
     sequences = [(t, s) for t in every for s in t.sequences]
     for row, (t, s) in zip(rows, sequences):
@@ -223,4 +224,4 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
         ]
         assert (row["advantage"] is None) == (row["reward"] is None) == (t is failed)
     (step,) = rollouts(path.parent, 1, {})["steps"]
-    assert step["answers"] == 8 and step["reward"] == pytest.approx(sum(t.reward for t in scored) / 7)
+    assert step["answers"] == 9 and step["reward"] == pytest.approx(sum(t.reward for t in scored) / 8)

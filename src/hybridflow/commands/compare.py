@@ -21,8 +21,12 @@ from hybridflow.noise import NoiseKey
 from hybridflow.runs.finished import said
 from hybridflow.tracking.rollouts import read_rollouts
 
-DECIDING = ("data.", "eval.", "reward.", "rollout.", "model.")  # settings that decide about responses and rewards, but
-NOT_DECIDING = ("model.path", "model.packing", "reward.pool.", "rollout.max_cache_tokens", "rollout.compile")
+# Settings that decide about responses and rewards, but for those of the second list.
+DECIDING = ("data.", "eval.", "reward.", "rollout.", "model.", "agent.")
+NOT_DECIDING = (
+    *("model.path", "model.packing", "reward.pool.", "rollout.max_cache_tokens", "rollout.compile"),
+    *("agent.processes", "agent.parallel_calls"),
+)
 Question = tuple[str, str, str, int]  # data source, last message of the user, ground truth, which of equal ones
 
 

@@ -273,11 +273,12 @@ def _records(prompt: Prompt, t: Trajectory, tokenizer: PreTrainedTokenizerBase) 
         "finish_reason": t.finish_reason,
         "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
     }
-    texts = [
-        prompt.text if s.prompt_ids == list(prompt.token_ids) else str(tokenizer.decode(s.prompt_ids))
-        for s in t.sequences
-    ]
-    return [same | {"prompt": text} | columns for text, columns in zip(texts, sequence_columns(t))]
+    found = []
+    for columns in sequence_columns(t):
+        shown = columns["prompt_ids"]
+        text = prompt.text if shown == list(prompt.token_ids) else str(tokenizer.decode(shown))
+        found.append(same | {"prompt": text} | columns)
+    return found
 
 
 def _lengths(prompts: Sequence[Prompt], trajectories: Sequence[Sequence[Trajectory]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybridflow.protocols.groups import Trajectory
+from hybridflow.protocols.groups import TokenSequence, Trajectory
 
 TURN = pa.struct(
     [
@@ -81,16 +81,21 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
 
 def sequence_columns(t: Trajectory) -> list[dict[str, Any]]:
-    """Returns for each sequence of a trajectory the columns that are its own, but for ``prompt`` and ``tokens``."""
+    """Returns for each sequence of a trajectory the columns that are its own, but for ``prompt`` and ``tokens``.
+
+    One that ended before its first turn has a row too, without tokens. ``prompt_ids``, which is not written, is what
+    the sequence began with.
+    """
     return [
         {
+            "prompt_ids": s.prompt_ids,
             "token_ids": s.token_ids,
             "logps": s.logps,
             "sequence": number,
             "turns": [{f.name: getattr(turn, f.name) for f in fields(turn)} for turn in s.turns],
             "fork": s.fork,
         }
-        for number, s in enumerate(t.sequences)
+        for number, s in enumerate(t.sequences or [TokenSequence([], [], [], [], [])])
     ]
 
 

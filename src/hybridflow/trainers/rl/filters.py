@@ -70,16 +70,20 @@ def failure_counts(groups: Sequence[Group], on_failure: str) -> dict[str, float]
 
 
 def trainable(groups: Sequence[Group], config: RlConfig) -> tuple[list[Group], dict[str, float]]:
-    """Returns the groups without the responses that carry no loss: those that the reward failed on, and, where
-    ``filter.overlong`` asks for it, those that were cut at the limit.
+    """Returns the groups without the responses that carry no loss: those that the reward failed on, those that ended
+    before their first turn, and, where ``filter.overlong`` asks for it, those that were cut at the limit.
 
     A group that is left with a single response has nothing to be compared with: where the advantage needs groups, it is
     dropped, and counted.
     """
     overlong = config.filter.overlong
-    if not overlong and all(t.failure is None for g in groups for t in g.trajectories):
+
+    def given(t: Trajectory) -> bool:
+        return t.failure is None and bool(t.sequences)
+
+    if not overlong and all(given(t) for g in groups for t in g.trajectories):
         return list(groups), {}
-    scored = [replace(g, trajectories=[t for t in g.trajectories if t.failure is None]) for g in groups]
+    scored = [replace(g, trajectories=[t for t in g.trajectories if given(t)]) for g in groups]
 
     def lost(t: Trajectory) -> bool:
         return overlong and t.finish_reason == "length"

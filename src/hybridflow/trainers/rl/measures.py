@@ -96,21 +96,21 @@ def rollout_records(run: RlRun, step: int, groups: list[Group], batch: Batch) ->
     for g in groups:
         prompt = run.data[g.row]
         for t in g.trajectories:
-            for s, columns in zip(t.sequences, sequence_columns(t)):
-                own = s.prompt_ids == list(prompt.token_ids)
+            for columns in sequence_columns(t):
+                shown = columns["prompt_ids"]
                 records.append(
                     {
                         "step": step,
                         "draw": g.draw,
                         "sample": t.sample,
                         "data_source": prompt.data_source,
-                        "prompt": prompt.text if own else "".join(run.texts_of(s.prompt_ids)),
+                        "prompt": "".join(run.texts_of(shown)) if shown != list(prompt.token_ids) else prompt.text,
                         "response": t.response,
                         "reward": None if t.failure is not None else t.reward,
                         "advantage": advantage.get((g.draw, t.sample, columns["sequence"])),
                         "finish_reason": t.finish_reason,
                         "ground_truth": "" if prompt.ground_truth is None else str(prompt.ground_truth),
-                        "tokens": run.texts_of(s.token_ids),
+                        "tokens": run.texts_of(columns["token_ids"]),
                     }
                     | columns
                 )
