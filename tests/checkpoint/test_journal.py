@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridflow.checkpoint.journal import Journal
+from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Result, Span, Support
 from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn, one_turn
 
@@ -32,7 +35,7 @@ sequences = st.builds(
 trajectories = st.builds(
     Trajectory,
     sample=st.integers(0, 100),
-    sequences=st.lists(sequences, min_size=1, max_size=2),
+    sequences=st.lists(sequences, max_size=2),
     finish_reason=st.sampled_from(["stop", "length"]),
     response=texts,
     reward=numbers,
@@ -46,6 +49,7 @@ groups = st.builds(
     row=st.integers(0, 2**40),
     prompt_ids=tokens,
     trajectories=st.lists(trajectories, max_size=3),
+    digest=texts,
 )
 
 
@@ -75,6 +79,14 @@ def test_everything_reads_back_bit_for_bit(written: list[Group]) -> None:
     for g in written:
         assert read[g.draw] == g
         assert bits(read[g.draw]) == bits(g)  # -0.0 too
+
+
+def test_a_journal_of_responses_without_turns_is_refused_by_name(tmp_path: Path) -> None:
+    made, path = journal(tmp_path)
+    line = b'{"draw": 0, "row": 7, "prompt_ids": [1], "trajectories": []}'
+    path.write_bytes(f"{zlib.crc32(line):08x} ".encode() + line + b"\n")
+    with pytest.raises(UserError, match=r"(?s)step-000004.jsonl was written by an earlier version.*delete the file"):
+        made.mend(4)
 
 
 def test_steps_do_not_mix(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Span, Support
 from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn
 
@@ -37,13 +38,24 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self, step: int) -> dict[int, Group]:
-        """Reads the groups of a step, by draw; empty if there are none."""
+        """Reads the groups of a step, by draw; empty if there are none.
+
+        Raises:
+            UserError: they were written by a version that had no trajectories.
+        """
         path, groups = self._file(step), {}
         if path.is_file():
             for line in path.read_bytes().splitlines():
                 checksum, _, text = line.partition(b" ")
                 if checksum == f"{zlib.crc32(text):08x}".encode():
-                    group = _group(json.loads(text))
+                    value = json.loads(text)
+                    if "prompts" not in value:
+                        raise UserError(
+                            f"{path} was written by an earlier version of hybridflow",
+                            why="it holds responses, where this version keeps trajectories",
+                            fix="delete the file: its step is generated again; or end the run with that version",
+                        )
+                    group = _group(value)
                     groups[group.draw] = group
         return groups
 
