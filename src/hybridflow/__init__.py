@@ -29,6 +29,11 @@ _HOMES = {
     "Loss": "hybridflow.protocols.training",
     "Request": "hybridflow.protocols.generation",
     "Sampling": "hybridflow.protocols.generation",
+    "Action": "hybridflow.protocols.environments",
+    "Environment": "hybridflow.protocols.environments",
+    "Observation": "hybridflow.protocols.environments",
+    "ToolResult": "hybridflow.protocols.environments",
+    "tool": "hybridflow.protocols.environments",
     "RlConfig": "hybridflow.config.kinds.rl",
 }
 __all__ = ["UserError", "__version__", *_HOMES]

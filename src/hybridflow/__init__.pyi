@@ -3,6 +3,11 @@ from hybridflow.config.kinds.rl import RlConfig as RlConfig
 from hybridflow.config.load import load_config as load_config
 from hybridflow.errors import UserError as UserError
 from hybridflow.face.train import train as train
+from hybridflow.protocols.environments import Action as Action
+from hybridflow.protocols.environments import Environment as Environment
+from hybridflow.protocols.environments import Observation as Observation
+from hybridflow.protocols.environments import ToolResult as ToolResult
+from hybridflow.protocols.environments import tool as tool
 from hybridflow.protocols.generation import Request as Request
 from hybridflow.protocols.generation import Sampling as Sampling
 from hybridflow.protocols.groups import Group as Group

@@ -8,18 +8,18 @@ from typing import Any, Literal
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.agents.calls import CallStore
+from hybridflow.agents.environments import environment_maker
 from hybridflow.agents.episode import Language
 from hybridflow.agents.play import Play, loop_of, play
 from hybridflow.agents.runner import Agents
 from hybridflow.agents.tools import Toolbox, ToolSet, toolbox
-from hybridflow.agents.world import Calls, WorldMaker
+from hybridflow.agents.world import WorldMaker
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.template import Style
 from hybridflow.chat.tool_calls import FORMATS
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError, nearest
-from hybridflow.protocols.environments import Environment
 
 
 def make_agents(
@@ -83,24 +83,15 @@ def load_tools(references: Sequence[str]) -> Toolbox:
 
 
 def world_maker(section: AgentSection, tools: Toolbox) -> WorldMaker:
-    """Returns the function that makes the environment of a trajectory."""
+    """Returns the function that makes the environment of a trajectory.
+
+    Raises:
+        UserError: the environment cannot be loaded or used.
+    """
     if section.environment is None:
         return lambda calls: ToolSet(tools, calls)
-    name, make = section.environment, load_function(section.environment)
-
-    def environment(calls: Calls) -> Environment:
-        made = make(**section.environment_kwargs)
-        missing = [method for method in ("reset", "step", "close") if not callable(getattr(made, method, None))]
-        if missing:
-            raise UserError(
-                f"the environment {name} has no {' and no '.join(missing)}",
-                why="an environment has the methods reset(row, seed), step(action) and close()",
-                fix="define what is missing",
-            )
-        found: Environment = made
-        return found
-
-    return environment
+    make = environment_maker(section.environment, load_function(section.environment), section.environment_kwargs)
+    return lambda calls: make()
 
 
 def loops(section: AgentSection) -> Callable[[dict[str, Any]], Play]:

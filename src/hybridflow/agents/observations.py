@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import operator
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from hybridflow.chat.bridge import Bridge
-from hybridflow.errors import UserError
+from hybridflow.errors import UserError, nearest
 from hybridflow.protocols.environments import Messages, Observation
 
 MARK = "\n[... {count} tokens left out ...]\n"
@@ -18,14 +22,22 @@ def observation_of(value: Any, where: str) -> Observation:
     """Makes an observation of what an environment returned: a text is a message of the user.
 
     Args:
-        value: a text, messages, or an `Observation`.
+        value: a text, a message, messages, an `Observation`, or a dict with the fields of one.
         where: which method of which environment, for messages.
 
     Raises:
         UserError: it is none of these, or its reward is no number.
     """
+    if isinstance(value, Mapping) and "role" not in value:
+        given = dict(value)
+        known = [each.name for each in fields(Observation)]
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise UserError(
+                f"{where} returned a dict with {unknown!r}, which no observation has", fix=nearest(str(unknown), known)
+            )
+        value = Observation(**{"messages": []} | given)
     found = value if isinstance(value, Observation) else Observation(_messages(value, where))
-    found.messages = _messages(found.messages, where)
     reward = found.reward
     if reward is not None and (isinstance(reward, str) or not _is_number(reward)):
         raise UserError(
@@ -33,19 +45,42 @@ def observation_of(value: Any, where: str) -> Observation:
             why="a reward is a finite number, or None where there is none",
             fix="return Observation(..., reward=number)",
         )
-    found.reward = None if reward is None else float(reward)
-    return found
+    wrong = {name: v for name, v in found.info.items() if isinstance(v, str) or not _is_number(v)}
+    if wrong:
+        name, number = next(iter(wrong.items()))
+        raise UserError(
+            f"{where} returned info whose {name!r} is {number!r}",
+            why="info holds numbers, which the run's metrics show",
+            fix="leave it out; what the model should see belongs to the messages",
+        )
+    return Observation(
+        _messages(found.messages, where),
+        None if reward is None else float(reward),
+        bool(found.done),
+        _state(found.anchor, where),
+        {name: float(v) for name, v in found.info.items()},
+    )
 
 
 def _messages(value: Any, where: str) -> Messages:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
-        return list(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list) and all(map(_is_message, value)):
+        return [dict(message) for message in value]
     raise UserError(
         f"{where} returned {type(value).__name__} {str(value)[:80]!r}",
         why="an observation is a text, a list of chat messages, or an Observation",
         fix="return Observation(messages=[{'role': 'user', 'content': ...}], reward=..., done=...)",
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str | list | None)
     )
 
 
@@ -54,6 +89,24 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _state(anchor: Any, where: str) -> str | int | None:
+    """Returns a state as a text or a number; other values, such as a tuple of positions, become a text."""
+    if anchor is None or isinstance(anchor, str):
+        return anchor
+    try:
+        return operator.index(anchor)
+    except TypeError:
+        pass
+    try:
+        return json.dumps(anchor, sort_keys=True)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{where} returned the anchor {str(anchor)[:80]!r}, a {type(anchor).__name__}",
+            why="equal states must have equal anchors, and an object has another one each time",
+            fix="give a text, a number, or a list or dict of them that describes the state",
+        ) from None
 
 
 def state_number(anchor: str | int) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from hybridflow.config.sections.agent import AgentSection
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.environments import Action, Environment, Messages, Observation
 
-WorldMaker: TypeAlias = Callable[["Calls"], Environment]
+WorldMaker: TypeAlias = Callable[["Calls"], Environment | Awaitable[Environment]]
 
 
 class CallTimeout(TimeoutError):
@@ -111,7 +111,8 @@ class JournaledWorld:
 
     async def _answer(self, method: Callable[..., Any], *args: Any) -> Observation:
         """Calls the environment, and returns the answer that was kept, where there is one: the model has seen it."""
-        where = f"{type(self.environment).__name__}.{method.__name__}"
+        turn = f" after turn {self.calls.turn}" if self.calls.turn else ""
+        where = f"{type(self.environment).__name__}.{method.__name__}{turn}"
         found = observation_of(await self.calls.run(method, *args, seconds=self.seconds), where)
         kept = self.calls.kept(-1)
         if kept is not None:

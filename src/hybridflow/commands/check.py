@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.special_tokens import reader
+from hybridflow.commands.check_agent import check_environment, describe_tools, turn_tokens
 from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
 from hybridflow.commands.trial import lacking_components, try_reward
 from hybridflow.commands.verl_defaults import differences_from_verl, is_verl_row
@@ -24,14 +25,14 @@ from hybridflow.config.kinds.sft import SftConfig
 from hybridflow.config.locate import is_function_reference, load_function
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES, POLICY_LOSSES
-from hybridflow.data.prompts import PromptSet, load_prompts
+from hybridflow.data.prompts import PromptSet
 from hybridflow.data.sft import load_sft
-from hybridflow.data.sources import Sources
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError, nearest
 from hybridflow.evaluation.evaluate import sampling_for, vote_in
 from hybridflow.models.load import longest_trainable, stop_ids
 from hybridflow.models.lora import load_trainable
+from hybridflow.placing.acting import prompts_of
 from hybridflow.placing.build import load_role
 from hybridflow.placing.companions import check_companions
 from hybridflow.placing.generation import describe_engine, training_sampling
@@ -83,19 +84,16 @@ def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator
     yield from _check_own_functions(config)
     yield from _describe_sequences(config)
     yield from check_companions(config, tokenizer)
-    assert config.data.train is not None
+    yield from describe_tools(config)
     lacking = partial(lacking_components, config)
-    prompts, seen = yield from _check_prompts(
-        config, config.data.train, model, tokenizer, "training", lacking, reward=reward
-    )
+    prompts, seen = yield from _check_prompts(config, model, tokenizer, "training", lacking, reward=reward)
+    yield from check_environment(config, model, tokenizer, prompts)
     yield from _advise_on_tokens(config, model, tokenizer, prompts)
     if is_verl_row(prompts.data.rows[0]):
         yield from (f"  {line}" for line in differences_from_verl(config))
     prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
-    if config.data.eval is not None:
-        yield from _check_prompts(
-            config, config.data.eval, model, tokenizer, "evaluation", lacking, seen, reward=reward
-        )
+    if config.has_evaluation:
+        yield from _check_prompts(config, model, tokenizer, "evaluation", lacking, seen, reward=reward)
         measured = yield from _check_evaluation(config, model, tokenizer)
         best = config.checkpoint.best
         if best is not None and best not in measured:
@@ -108,8 +106,9 @@ def check_eval(config: EvalConfig) -> Iterator[str]:
     """Checks an evaluation: its model, its rows and its reward."""
     model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
-    assert config.data.eval is not None
-    prompts, _ = yield from _check_prompts(config, config.data.eval, model, tokenizer, "evaluation")
+    yield from describe_tools(config)
+    prompts, _ = yield from _check_prompts(config, model, tokenizer, "evaluation")
+    yield from check_environment(config, model, tokenizer, prompts)
     yield from _advise_on_tokens(config, model, tokenizer, prompts)
     yield from _check_evaluation(config, model, tokenizer)
 
@@ -151,8 +150,7 @@ def _check_evaluation(
     e = config.eval
     sampling = sampling_for(e, training_sampling(config.rollout, stop_ids(model, tokenizer)))
     check_sampling(sampling, model.get_input_embeddings().weight.shape[0])
-    assert config.data.eval is not None
-    prompts = load_prompts(config.data.eval, config.data, tokenizer, seed=config.run.seed)
+    prompts = _rows_for(config, tokenizer, "evaluation")
     rows = prompts.data.rows[: e.max_rows]
     how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
     plural = "s" * (e.samples_per_prompt > 1)
@@ -171,12 +169,13 @@ def arithmetic(config: RlConfig, rows: int) -> str:
     t, r = config.train, config.rollout
     answers, updates = t.answers_per_step, t.updates_per_step
     steps = total_steps(t.steps, t.epochs, rows=rows, rows_per_step=t.prompts_per_step)
+    turns = "" if config.agent is None else f" in at most {config.agent.max_turns} turns"
     return (
         f"a step draws {t.prompts_per_step} prompts and generates {t.samples_per_prompt} responses to each: {answers} "
-        f"responses of at most {r.max_response_tokens} tokens; it makes {updates} optimizer step{'s' * (updates > 1)} "
-        f"on {t.answers_per_update} responses each, in micro-batches of at most {t.tokens_per_microbatch} tokens (the "
-        f"longest possible sequence has {config.longest}). {steps} steps: {steps * t.prompts_per_step} prompts, "
-        f"{steps * answers} responses, {steps * updates} optimizer steps."
+        f"responses of at most {r.max_response_tokens} tokens{turns}; it makes {updates} optimizer "
+        f"step{'s' * (updates > 1)} on {t.answers_per_update} responses each, in micro-batches of at most "
+        f"{t.tokens_per_microbatch} tokens (the longest possible sequence has {config.longest}). {steps} steps: "
+        f"{steps * t.prompts_per_step} prompts, {steps * answers} responses, {steps * updates} optimizer steps."
         + " Every prompt also has a greedy response." * needs_of(config.algorithm.advantage, ADVANTAGES).needs_greedy
         + f" The filter draws up to {config.filter.max_rounds} times where groups do not pass." * config.filter.active
     )
@@ -184,7 +183,6 @@ def arithmetic(config: RlConfig, rows: int) -> str:
 
 def _check_prompts(
     config: RlConfig | EvalConfig,
-    sources: Sources,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     purpose: str,
@@ -193,31 +191,55 @@ def _check_prompts(
     reward: GivenReward | None = None,
 ) -> Generator[str, None, tuple[PromptSet, set[int]]]:
     """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
-    prompts = load_prompts(sources, config.data, tokenizer, seed=config.run.seed)
-    measured = list(prompts.measure(MAX_ROWS))
-    longest = max(range(len(measured)), key=lambda i: measured[i][1])
-    prompts[longest]  # refused if it is over the limit and data.over_long is refuse
-    r, asked = config.rollout, measured[: config.eval.max_rows if purpose == "evaluation" else None]
-    if r.engine == "inline":
-        most = min(max(tokens for _, tokens in asked), config.data.max_prompt_tokens)
-        require_room(model, most, r.max_response_tokens, r.max_cache_tokens)
-    unseen = f" (the first {MAX_ROWS} were read)" if len(prompts) > MAX_ROWS else ""
-    yield f"{purpose} data {prompts.source}: {len(prompts)} rows{unseen}, longest prompt {measured[longest][1]} tokens"
-    for note in prompts.notes():
-        yield f"  {note}"
-    for advice in prompts.data.advice():
-        yield f"  advice: {advice}"
-    texts = [hash(text) for text, _ in measured]
+    prompts = _rows_for(config, tokenizer, purpose)
+    if prompts.made_later:
+        yield f"{purpose} data {prompts.source}: {len(prompts)} rows, of which the environment makes prompts"
+        texts = []
+    else:
+        measured = list(prompts.measure(MAX_ROWS))
+        yield from _check_lengths(config, model, prompts, measured, purpose)
+        texts = [hash(text) for text, _ in measured]
     shared = sum(text in trained for text in texts)
     if shared:
         yield (
             f"  advice: {shared} of {len(texts)} evaluation prompts are training prompts too; what is learned by heart "
             "will look like progress"
         )
-    yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
+    if not prompts.made_later:
+        yield f"  first prompt, token by token: {show_tokens(tokenizer, prompts[0].token_ids)}"
     ends, keep = stop_ids(model, tokenizer), config.reward.keep_special_tokens
     yield from try_reward(config, prompts, reader(tokenizer, ends, keep=keep), MAX_ROWS, lacking, reward)
     return prompts, set(texts)
+
+
+def _rows_for(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, purpose: str) -> PromptSet:
+    agent, d = config.agent, config.data
+    own = (None, None) if agent is None else (agent.tasks, agent.eval_tasks)
+    sources, tasks = (d.train, own[0]) if purpose == "training" else (d.eval, own[1])
+    prompts = prompts_of(config, tokenizer, sources, tasks)
+    assert prompts is not None, "the configuration was checked"
+    return prompts
+
+
+def _check_lengths(
+    config: RlConfig | EvalConfig,
+    model: PreTrainedModel,
+    prompts: PromptSet,
+    measured: list[tuple[str, int]],
+    purpose: str,
+) -> Iterator[str]:
+    longest = max(range(len(measured)), key=lambda i: measured[i][1])
+    prompts[longest]  # refused if it is over the limit and data.over_long is refuse
+    r, asked = config.rollout, measured[: config.eval.max_rows if purpose == "evaluation" else None]
+    if r.engine == "inline":
+        most = min(max(tokens for _, tokens in asked), config.data.max_prompt_tokens)
+        require_room(model, most, turn_tokens(config), r.max_cache_tokens)
+    unseen = f" (the first {MAX_ROWS} were read)" if len(prompts) > MAX_ROWS else ""
+    yield f"{purpose} data {prompts.source}: {len(prompts)} rows{unseen}, longest prompt {measured[longest][1]} tokens"
+    for note in prompts.notes():
+        yield f"  {note}"
+    for advice in prompts.data.advice():
+        yield f"  advice: {advice}"
 
 
 def _advise_on_tokens(
