@@ -292,6 +292,7 @@ def test_what_is_in_flight_is_not_lost_to_the_canary() -> None:
     handles = [
         engine.submit(Request((5, 6, 7), Sampling(length), NoiseKey(0, "train", length))) for length in (3, 5, 100)
     ]
+    engine.interrupt()  # by a trajectory that has ended meanwhile: its `wait` may be the canary's
     publisher.publish(1)
     done = {r.handle: r for r in kept}
     while len(done) < 3:
