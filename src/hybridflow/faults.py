@@ -2,7 +2,8 @@
 
 ``HYBRIDFLOW_FAULT=kill@step3:update`` ends the process with SIGKILL at the point "update" of step 3, as a crash of the
 machine would. Points of a reinforcement-learning step, in order: gen, group (after every group that is journaled;
-``group:5`` is the fifth), update, publish, eval, record, save (a checkpoint is half written), saved, finish (all is
+``group:5`` is the fifth), call (after an answer of a tool or an environment, before it is on disk), answered (when
+answers are), update, publish, eval, record, save (a checkpoint is half written), saved, finish (all is
 saved but the exported model). Supervised steps have update, save, saved and finish.
 
 ``HYBRIDFLOW_FAULT=ACTION:GROUP[.RANK]@stepN:METHOD[:COUNT]`` makes a worker of a group fail when the controller calls a

@@ -15,13 +15,13 @@ import pydantic
 import pytest
 from transformers.utils.chat_template_utils import get_json_schema
 
-from hybridflow.agents.calls import CallPlace
 from hybridflow.agents.schemas import described
 from hybridflow.agents.tools import ToolSet, toolbox
 from hybridflow.agents.world import Calls
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey
+from hybridflow.protocols.calls import CallPlace
 from hybridflow.protocols.environments import Action, Observation, ToolCall, ToolResult, tool
 
 

@@ -25,7 +25,7 @@ sequences = st.builds(
     logps=st.lists(numbers, max_size=4),
     spans=st.lists(st.builds(Span, small, small, small), max_size=3),
     turns=st.lists(
-        st.builds(Turn, small, small, texts, reward=st.none() | numbers, anchor=st.none() | st.integers(0, 2**63 - 1)),
+        st.builds(Turn, small, small, texts, st.none() | numbers, st.none() | st.integers(0, 2**63 - 1), small),
         max_size=2,
     ),
     support=st.none() | st.builds(Support, tokens, tokens),
@@ -54,7 +54,7 @@ groups = st.builds(
 
 
 def group(draw: int, reward: float = 0.1) -> Group:
-    sequence = one_turn([1, 2], Result(0, [5, 6], [-0.5, -1e-300], "stop", [Span(1, 0, 2)]))
+    sequence = one_turn([1, 2], Result(0, [5, 6], [-0.5, -1e-300], "stop", [Span(1, 0, 2)]), 2)
     return Group(draw, 7, [1, 2], [Trajectory(0, [sequence], "stop", "a\u2028\r\n\ud800", reward)])
 
 

@@ -212,7 +212,7 @@ def groups_of(model: PreTrainedModel, way: dict[str, Any]) -> list[Group]:
     ]  # fmt: skip
     results = generate(InlineEngine(model), asked)
     answers = [
-        Trajectory(i % 4, [one_turn(list(asked[i].prompt_ids), r)], r.finish_reason, "", 0.0)
+        Trajectory(i % 4, [one_turn(list(asked[i].prompt_ids), r, 24)], r.finish_reason, "", 0.0)
         for i, r in enumerate(results)
     ]
     return [Group(i, i, list(asked[4 * i].prompt_ids), answers[4 * i : 4 * i + 4]) for i in range(4)]

@@ -32,7 +32,7 @@ def groups_of(*rewards: Sequence[float], **more: Sequence[Any]) -> list[Group]:
         for i, reward in enumerate(values):
             columns = {name: column[count] for name, column in more.items()}
             length = 1 + count % 3
-            sequence = one_turn([1], Result(0, [1] * length, [0.0] * length, "stop", []))
+            sequence = one_turn([1], Result(0, [1] * length, [0.0] * length, "stop", []), 9)
             sequence.step_rewards = columns.pop("step_rewards", [])
             answers.append(Trajectory(i, [sequence], "stop", "a", reward, **columns))
             count += 1

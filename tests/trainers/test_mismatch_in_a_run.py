@@ -185,7 +185,7 @@ def seen(run: RlRun, prompt: tuple[int, ...], temperature: float) -> dict[int, f
 
 
 def answer(prompt: list[int], sample: int, word: int, logp: float) -> Trajectory:
-    sequence = one_turn(prompt, Result(0, [word], [logp], "length", [Span(0, 0, 1)]))
+    sequence = one_turn(prompt, Result(0, [word], [logp], "length", [Span(0, 0, 1)]), 1)
     return Trajectory(sample, [sequence], "length", "", reward(word))
 
 

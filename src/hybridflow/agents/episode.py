@@ -152,7 +152,7 @@ class Episode:
                 position=growing.sampled,
             )
         )
-        action = self._take(growing, result)
+        action = self._take(growing, result, asked)
         if result.finish_reason == "length" and asked == min(left, room) and asked != self.section.max_turn_tokens:
             raise EpisodeOver("length" if asked == left else "context")
         return action
@@ -239,7 +239,7 @@ class Episode:
         budget = self.section.longest(self.start.sampling.max_tokens) - behind
         return min(budget, self.language.longest - len(growing.sequence.prompt_ids) - behind)
 
-    def _take(self, growing: _Growing, result: Result) -> Action:
+    def _take(self, growing: _Growing, result: Result, limit: int) -> Action:
         """Takes a sampled turn into the sequence and the conversation."""
         sequence, start = growing.sequence, len(growing.sequence.token_ids)
         sequence.token_ids += result.token_ids
@@ -249,7 +249,7 @@ class Episode:
         growing.sizes += support.sizes
         growing.ids += support.ids
         anchor = None if self._anchor is None else state_number(self._anchor)
-        sequence.turns.append(Turn(start, len(sequence.token_ids), result.finish_reason, anchor=anchor))
+        sequence.turns.append(Turn(start, len(sequence.token_ids), result.finish_reason, anchor=anchor, limit=limit))
         growing.sampled += len(result.token_ids)
         self._replica = result.replica
         self._last_id = result.token_ids[-1] if result.token_ids else None

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.agents.calls import CallStore
 from hybridflow.agents.environments import environment_maker
 from hybridflow.agents.episode import Language
 from hybridflow.agents.play import Play, loop_of, play
@@ -20,6 +19,7 @@ from hybridflow.chat.tool_calls import FORMATS
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError, nearest
+from hybridflow.protocols.calls import CallStore
 
 
 def make_agents(

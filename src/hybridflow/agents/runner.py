@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybridflow.agents.calls import CallStore
 from hybridflow.agents.episode import Episode, EpisodeOver, Language
 from hybridflow.agents.play import Play
 from hybridflow.agents.world import Calls, JournaledWorld, WorldMaker
 from hybridflow.config.sections.agent import AgentSection
+from hybridflow.protocols.calls import CallStore
 from hybridflow.protocols.episodes import Start
 from hybridflow.protocols.generation import Request, Result
 from hybridflow.protocols.groups import Trajectory
@@ -99,6 +99,11 @@ class Agents:
         if self.order == "rounds":
             return not self._busy
         return bool(self._asked or self._ended)
+
+    def settled(self) -> bool:
+        """See `Rollouts.settled`."""
+        with self._change:
+            return not self._busy
 
     def take(self, number: int, result: Result) -> None:
         """See `Rollouts.take`."""

@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
-from hybridflow.agents.calls import CallPlace, CallStore
 from hybridflow.agents.observations import observation_of
 from hybridflow.agents.threads import in_thread
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.noise import NoiseKey
+from hybridflow.protocols.calls import CallPlace, CallStore
 from hybridflow.protocols.environments import Action, Environment, Messages, Observation
 
 WorldMaker: TypeAlias = Callable[["Calls"], Environment | Awaitable[Environment]]

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hybridflow.checkpoint.calls import CallJournal
 from hybridflow.errors import UserError
 from hybridflow.protocols.generation import Span, Support
 from hybridflow.protocols.groups import Group, TokenSequence, Trajectory, Turn
@@ -24,11 +25,15 @@ class Journal:
 
     Args:
         folder: the run's ``journal/``; made if absent.
+
+    Attributes:
+        calls: the answers of tools and environments.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.calls = CallJournal(folder)
 
     def append(self, step: int, group: Group) -> None:
         """Adds a group; when this returns, the group survives the process."""
@@ -60,7 +65,10 @@ class Journal:
         return groups
 
     def mend(self, step: int) -> None:
-        """Rewrites a step's file without a line that was cut short, so that the next append starts a new line."""
+        """Rewrites a step's files without a line that was cut short, so that the next append starts a new line; calls
+        are those of this step from now on.
+        """
+        self.calls.open(step)
         path, whole = self._file(step), b"".join(_line(group) for group in self.read(step).values())
         if not path.is_file() or path.read_bytes() == whole:
             return
@@ -73,12 +81,14 @@ class Journal:
 
     def forget_up_to(self, step: int) -> None:
         """Deletes the files of all steps up to this one, which no resume can need any more."""
+        self.calls.forget_up_to(step)
         for path in self.folder.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) <= step:
                 path.unlink()
 
     def clear(self) -> None:
         """Deletes everything."""
+        self.calls.clear()
         for path in self.folder.glob("step-*.jsonl"):
             path.unlink()
 
@@ -88,8 +98,8 @@ class Journal:
 
 def _line(group: Group) -> bytes:
     prompts = {tuple(group.prompt_ids): 0}
-    for t in group.trajectories:
-        for sequence in t.sequences:
+    for sequences in (*(t.sequences for t in group.trajectories), group.greedy):
+        for sequence in sequences:
             prompts.setdefault(tuple(sequence.prompt_ids), len(prompts))
 
     def plain(record: Any) -> dict[str, Any]:
@@ -121,5 +131,5 @@ def _group(value: dict[str, Any]) -> Group:
         return Trajectory(**found | {"sequences": [sequence(s) for s in found["sequences"]]})
 
     group: dict[str, Any] = value["group"]
-    trajectories = [trajectory(t) for t in group["trajectories"]]
-    return Group(**group | {"prompt_ids": prompts[group["prompt_ids"]], "trajectories": trajectories})
+    trajectories, greedy = [trajectory(t) for t in group["trajectories"]], [sequence(s) for s in group["greedy"]]
+    return Group(**group | {"prompt_ids": prompts[group["prompt_ids"]], "trajectories": trajectories, "greedy": greedy})

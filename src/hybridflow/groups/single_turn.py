@@ -38,10 +38,14 @@ class SingleTurn:
         asked, self._asked = self._asked, []
         return asked
 
+    def settled(self) -> bool:
+        """See `Rollouts.settled`."""
+        return True
+
     def take(self, number: int, result: Result) -> None:
         """See `Rollouts.take`."""
         start = self._started.pop(number)
-        sequence = one_turn(list(start.question.token_ids), result)
+        sequence = one_turn(list(start.question.token_ids), result, start.sampling.max_tokens)
         text = self.decode(result.token_ids)
         self._ended.append((number, Trajectory(start.key.sample, [sequence], result.finish_reason, text, 0.0)))
 

@@ -16,10 +16,11 @@ from hybridflow.faults import fault_point
 from hybridflow.groups.answering import Answering
 from hybridflow.groups.driving import Driver
 from hybridflow.groups.failures import failed_trajectory, require_most, require_one_beginning
+from hybridflow.groups.playback import Playback, Recorded
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.episodes import Question, Start
 from hybridflow.protocols.generation import Result, Sampling
-from hybridflow.protocols.groups import Group, Trajectory
+from hybridflow.protocols.groups import Group, TokenSequence, Trajectory
 from hybridflow.protocols.rewards import Answers, Score, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 
@@ -75,7 +76,8 @@ class GroupSource:
     ) -> None:
         self.answering, self.question = answering, question
         self.engine, self.grader, self.decode = answering.engine, answering.grader, answering.decode
-        self.driver = Driver(answering.engine, answering.rollouts)
+        self.playback = Playback(answering.rollouts)
+        self.driver = Driver(answering.engine, self.playback)
         self.policy, self.should_stop = answering.policy, answering.should_stop
         self.sampling, self.seed = sampling, seed
         self.samples = [*range(samples), *([GREEDY] if greedy else [])]
@@ -122,6 +124,7 @@ class GroupSource:
         missing = [d for d in draws if d[0] not in done]
         again = list(draws) if missing and self.whole_step else missing
         questions = {draw: self.question(row) for draw, row in again}
+        self.playback.recorded = {} if not missing else recorded_of(done.values())
         rows = dict(again)
         owner: dict[int, tuple[int, int]] = {}
         for draw, _ in again:
@@ -172,6 +175,7 @@ class GroupSource:
             self._submitted += 1
             group.lacking += 1
 
+        group.greedy = greedy.sequences if greedy is not None and greedy.messages else []
         failed = [t for t in (*group.trajectories, greedy) if t is not None and t.failure is not None]
         if failed and self.answering.on_failed == "fail":
             raise failed_trajectory(failed[0], where)
@@ -230,7 +234,7 @@ class GroupSource:
             t.components = dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components)
             t.failure = str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None
             self._set_step_rewards(t, score)
-        group.trajectories = found.trajectories
+        group.trajectories, group.greedy = found.trajectories, found.greedy
         return group
 
     def _set_step_rewards(self, t: Trajectory, score: Score) -> None:
@@ -256,6 +260,12 @@ class GroupSource:
                 else:
                     low = middle + 1
             sequence.step_rewards.append((turn.start + low - 1, reward))
+
+
+def recorded_of(groups: Iterable[Group]) -> Recorded:
+    """Returns the sequences of journaled trajectories in which the model acted, for `Playback`."""
+    found = {("train", g.draw, t.sample): t.sequences for g in groups for t in g.trajectories if t.messages}
+    return found | {("greedy", g.draw, 0): g.greedy for g in groups if g.greedy}
 
 
 def answers_of(question: Question, trajectories: Sequence[Trajectory], decode: Callable[[list[int]], str]) -> Answers:
@@ -319,6 +329,7 @@ class _Scoring:
     """A finished group that is being scored, as far as it has scores."""
 
     trajectories: list[Trajectory]
+    greedy: list[TokenSequence] = field(default_factory=list)  # of the response that is compared with, if it acted
     failed: list[str] = field(default_factory=list)  # why trajectories have no reward to wait for
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.agents.calls import CallStore
 from hybridflow.agents.make import load_tools, make_agents
 from hybridflow.chat.special_tokens import answer_decoder
 from hybridflow.config.kinds.eval import EvalConfig
@@ -14,6 +13,7 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.data import SourceSection
 from hybridflow.data.prompts import PromptSet, environment_tasks, load_prompts
 from hybridflow.groups.single_turn import SingleTurn
+from hybridflow.protocols.calls import CallStore
 from hybridflow.protocols.episodes import Rollouts
 from hybridflow.protocols.generation import RolloutEngine
 

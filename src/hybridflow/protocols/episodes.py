@@ -62,14 +62,14 @@ class Start:
 
 
 class Rollouts(Protocol):
-    """Makes trajectories.
+    """Makes trajectories."""
 
-    Attributes:
-        order: "rounds": requests are submitted when the engine is idle and every trajectory asks or has ended, so that
-            no bit depends on how long anything took. "free": as they come.
-    """
-
-    order: Literal["rounds", "free"]
+    @property
+    def order(self) -> Literal["rounds", "free"]:
+        """When requests are submitted. "rounds": when the engine is idle and every trajectory asks or has ended, so
+        that no bit depends on how long anything took. "free": as they come.
+        """
+        ...
 
     def begin(self, start: Start) -> int:
         """Begins a trajectory; returns its number, by which it is known until it has ended."""
@@ -82,6 +82,10 @@ class Rollouts(Protocol):
             block: wait a moment (`waiting.SECONDS_BETWEEN_LOOKS`) for one, or for the end of a trajectory. With
                 "rounds" nothing is returned before each trajectory asks or has ended.
         """
+        ...
+
+    def settled(self) -> bool:
+        """Returns whether each trajectory asks, waits for the engine, or has ended."""
         ...
 
     def take(self, number: int, result: Result) -> None:

@@ -23,6 +23,7 @@ class Turn:
         finish_reason: why the turn ended: see `Result.finish_reason`.
         reward: the environment's reward for the turn; None: it gives none.
         anchor: the state in which the turn began, as a number that is equal for equal states; None: unknown.
+        limit: most tokens that the request allowed.
     """
 
     start: int
@@ -30,6 +31,7 @@ class Turn:
     finish_reason: str
     reward: float | None = None
     anchor: int | None = None
+    limit: int = 0
 
 
 @dataclass(slots=True)
@@ -123,6 +125,7 @@ class Group:
         prompt_ids: token ids of the prompt, which the first sequence of each trajectory begins with.
         trajectories: the trajectories, in order of `sample`.
         baseline: the reward of a greedy response to the prompt; None where none was asked for.
+        greedy: the sequences of that response, where the model acted.
         failures: how many of its responses (a greedy one too) the reward failed on, by what happened: see
             `Failure.kind`.
         failed: why trajectories failed before they had a reward, one entry each.
@@ -134,12 +137,19 @@ class Group:
     prompt_ids: list[int]
     trajectories: list[Trajectory]
     baseline: float | None = None
+    greedy: list[TokenSequence] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     digest: str = ""
 
 
-def one_turn(prompt_ids: list[int], result: Result) -> TokenSequence:
-    """Returns the sequence of a response without an environment: all tokens behind the prompt are one turn."""
-    turn = Turn(0, len(result.token_ids), result.finish_reason)
+def one_turn(prompt_ids: list[int], result: Result, limit: int) -> TokenSequence:
+    """Returns the sequence of a response without an environment: all tokens behind the prompt are one turn.
+
+    Args:
+        prompt_ids: the prompt.
+        result: the response.
+        limit: most tokens that its request allowed.
+    """
+    turn = Turn(0, len(result.token_ids), result.finish_reason, limit=limit)
     return TokenSequence(prompt_ids, result.token_ids, result.logps, result.spans, [turn], result.support)

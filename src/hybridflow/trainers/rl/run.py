@@ -263,7 +263,7 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
     stops = engine.stop_ids(tokenizer)
     journal = Journal(opened.folder.path / "journal")
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
-    rollouts = make_rollouts(config, tokenizer, rollout, stops, prompts, tell=trackers.advise)
+    rollouts = make_rollouts(config, tokenizer, rollout, stops, prompts, calls=journal.calls, tell=trackers.advise)
     places.on_close(rollouts.close)
     source = GroupSource(
         Answering(
