@@ -10,6 +10,7 @@ AGAIN = {
     "tests/chat/test_bridge.py": "tools, and calls of tools, are rendered alike",
     "tests/chat/test_chat.py": "chat templates are rendered, and cut into turns, alike",
     "tests/chat/test_special.py": "tokenizers say their special tokens",
+    "tests/chat/test_tools.py": "templates list tools, and show calls and results",
     "tests/data/test_messages.py": "templates are given messages with tools, and refuse what they refuse",
     "tests/data/test_row_forms.py": "rows of every form become the same tokens",
     "tests/engines/test_fsdp.py": "models of Hugging Face's are cut over processes by their layers",

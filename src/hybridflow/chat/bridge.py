@@ -12,14 +12,14 @@ reason to fork: its own tokens stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.chat.messages import Messages
-from hybridflow.chat.shapes import Shape, argument, marked_calls, recent, shape_of, stand_ins, thought, word
+from hybridflow.chat.shapes import Shape, argument, behind_of, marked_calls, recent, shape_of, stand_ins, thought, word
 from hybridflow.chat.template import CHAT, Style, apply_template
 from hybridflow.errors import UserError
 
@@ -107,7 +107,7 @@ class Bridge:
         if calls:
             turn = turn | {"tool_calls": marked_calls(calls, found.number)}
         shown = self._text([*found.before, turn, *news], opened=True)
-        behind = _behind(shown, turn, found.number)[found.own :]
+        behind = behind_of(shown, turn, found.number)[found.own :]
         closed = "" if last_id is None else self.text([last_id])
         ids = self.tokens(behind)
         if closed and behind.startswith(closed):
@@ -134,14 +134,14 @@ class Bridge:
         before, turn = messages[:here], messages[here]
         opened = self._text(before, opened=True)
         whole = self._text(messages, opened=True)
-        behind = _behind(whole, turn, here)
+        behind = behind_of(whole, turn, here)
         if not behind:
             raise UserError(
                 "the chat template shows neither the text nor the calls of a turn",
                 why=f"of a turn of the assistant {_described(shape)} nothing is in the conversation that follows",
                 fix="use a chat template that renders calls of tools, or agent.history=steps",
             )
-        alone = _behind(self._text(messages[: here + 1]), turn, here)
+        alone = behind_of(self._text(messages[: here + 1]), turn, here)
         mark = self._closing_mark()
         own = alone.partition(mark)[0]  # what the model itself writes behind the last word
         start = len(own) if behind.startswith(own) else max(behind.find(mark), 0)
@@ -154,7 +154,7 @@ class Bridge:
         """Returns as few messages before a turn as the template needs to write the same behind it."""
         first = next((i for i, message in enumerate(messages[:here]) if message["role"] == "user"), here - 1) + 1
         short = self._text([*messages[:first], *messages[here:]], opened=True)
-        return messages[: first if _behind(short, messages[here], here) == behind else here]
+        return messages[: first if behind_of(short, messages[here], here) == behind else here]
 
     def _fork(self, messages: Messages, here: int, opened: str, whole: str) -> str:
         """Returns a key of `FORKS`, or ""."""
@@ -179,7 +179,7 @@ class Bridge:
         """Returns the text of the token that ends a turn."""
         if self._mark is None:
             messages = stand_ins([("user", True, "", 0, ""), ("assistant", True, "", 0, "")])
-            closing = _behind(self._text(messages), messages[1], 1)
+            closing = behind_of(self._text(messages), messages[1], 1)
             first = self.tokens(closing)[:1]
             self._mark = self.text(first).strip("\n") if closing else ""
             if not self._mark:
@@ -201,15 +201,6 @@ class Bridge:
 
     def _text(self, messages: Messages, *, opened: bool = False) -> str:
         return apply_template(self.tokenizer, messages, self.style, add_generation_prompt=opened)
-
-
-def _behind(text: str, turn: Mapping[str, Any], number: int) -> str:
-    """Returns what stands behind the last of a stand-in's words that the text has; "" where it has none."""
-    calls = len(turn.get("tool_calls") or ())
-    for last in (argument(number, calls - 1), word(number), thought(number)):
-        if last in text:
-            return text.partition(last)[2]
-    return ""
 
 
 def _described(shape: Shape) -> str:

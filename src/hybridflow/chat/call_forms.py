@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from hybridflow.chat.messages import Messages
+from hybridflow.chat.messages import Messages, arguments_of
 
 CallForm = Literal["object", "text", "text without content"]
 FORMS: tuple[CallForm, ...] = ("object", "text", "text without content")
@@ -44,17 +44,6 @@ def find_form(render: Callable[[Messages, CallForm], str]) -> CallForm | None:
         if _NAME in text and _ARGUMENT in text:
             return form
     return None
-
-
-def arguments_of(function: Mapping[str, Any]) -> Any:
-    """Returns the arguments of a call as an object, where they are one or JSON text of one; else as they are."""
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return {} if arguments is None else arguments
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
 
 
 def _message(message: Mapping[str, Any], form: CallForm) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def kind_of(value: object) -> str:
 def _checked(message: dict[str, Any], markers: Sequence[str], empty_answers: bool = False) -> dict[str, Any]:
     """Returns a message in the one form, if its text can stand in a prompt."""
     content, role = check_text(message["content"], markers), message["role"]
+    for call in message.get("tool_calls") or () if role == "assistant" else ():
+        check_text(json.dumps(call["function"], ensure_ascii=False).replace("\\u0000", "\0"), markers)
     silent = (
         empty_answers or message.get("tool_calls") or message.get("reasoning_content") or message.get("train") is False
     )
@@ -187,7 +189,50 @@ def _message(message: object, template: str) -> dict[str, Any]:
         rest["train"] = bool(rest["train"])
     if roles[0] == "assistant" and rest.get("weight") in (0, 1):
         rest |= {"train": False} if not rest.pop("weight") else {}
+    if roles[0] == "assistant" and rest.get("tool_calls"):
+        rest["tool_calls"] = _calls(rest["tool_calls"])
     return {"role": roles[0], "content": texts[0] if texts else ""} | rest
+
+
+def _calls(value: object) -> list[dict[str, Any]]:
+    """Returns calls of tools in OpenAI's form, their arguments as an object; keys without a value are left out."""
+    calls = []
+    for call in value if isinstance(value, list | tuple) else [value]:
+        given = call if isinstance(call, Mapping) else {}
+        function = given.get("function") or given
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str) and function["name"]
+        arguments = arguments_of(function) if named else None
+        if not isinstance(arguments, Mapping):
+            raise RefusedValue(
+                "has a call of a tool without a name" if not named else "has a call whose arguments are no object",
+                detail=f"{call!r:.80}",
+                why="the model would learn to write a call that no tool can answer",
+                fix='write {"type": "function", "function": {"name": ..., "arguments": {...}}}, the arguments as an '
+                "object or as JSON text of one",
+            )
+        text = isinstance(function.get("arguments"), str)  # what is null there is meant; a table fills nulls in
+        ids = {key: given[key] for key in ("id",) if given.get(key) is not None}
+        arguments = dict(arguments) if text else without_nulls(arguments)
+        calls.append({**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def arguments_of(function: Mapping[str, Any]) -> Any:
+    """Returns the arguments of a call: of JSON text what it holds, or the text where it is none."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns a value without the keys that have no value, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nulls(inside) for key, inside in value.items() if inside is not None}
+    return [without_nulls(inside) for inside in value] if isinstance(value, list | tuple) else value
 
 
 def _role(role: object, template: str) -> str:

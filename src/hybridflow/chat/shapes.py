@@ -91,6 +91,20 @@ def marked_calls(calls: Sequence[Mapping[str, Any]], number: int) -> list[dict[s
     return marked
 
 
+def renamed(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the schema of a tool under another name."""
+    return {**tool, "function": {**tool.get("function", {}), "name": name}}
+
+
+def behind_of(text: str, turn: Mapping[str, Any], number: int) -> str:
+    """Returns what stands behind the last of a stand-in's words that the text has; "" where it has none."""
+    calls = len(turn.get("tool_calls") or ())
+    for last in (argument(number, calls - 1), word(number), thought(number)):
+        if last in text:
+            return text.partition(last)[2]
+    return ""
+
+
 def _stand_in(shape: Shape, i: int) -> dict[str, Any]:
     role, text, thinks, calls, tag = shape
     content = word(i) if text else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from hybridflow.chat.call_forms import CallForm, find_form, in_form
 from hybridflow.chat.messages import Messages
+from hybridflow.chat.shapes import argument, behind_of, marked_calls, renamed, word
 from hybridflow.errors import UserError
 
 LossOn = Literal["all_assistant", "last_assistant"]
@@ -106,14 +107,22 @@ def lost_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, style: Sty
     answered = probe[-1]["role"] == "assistant"
     if answered and "reasoning_content" in probe[-1]:
         probe[-1]["reasoning_content"] = "thoughtend"
+    for i, message in enumerate(probe):
+        if message.get("tool_calls"):
+            message["tool_calls"] = marked_calls(message["tool_calls"], i)
+    tools = tuple(renamed(tool, f"tool{i}end") for i, tool in enumerate(style.tools))
     try:
-        text = apply_template(tokenizer, probe, style, add_generation_prompt=not answered)
-    except (UserError, TypeError):
+        text = apply_template(tokenizer, probe, replace(style, tools=tools), add_generation_prompt=not answered)
+    except UserError:
         return None
-    for message in probe:
+    if any(f"tool{i}end" not in text for i, _ in enumerate(tools)):
+        return "a list of tools"
+    for i, message in enumerate(probe):
         if message["content"] not in text:
             return f"a turn of {message['role']!r}"
-        if any(message.get(key) and key not in str(tokenizer.chat_template) for key in ("tool_calls", "function_call")):
+        if any(argument(i, number) not in text for number, _ in enumerate(message.get("tool_calls") or ())):
+            return "tool calls"
+        if message.get("function_call") and "function_call" not in str(tokenizer.chat_template):
             return "tool calls"
     return "a thought (reasoning_content)" if probe[-1].get("reasoning_content", "") not in text else None
 
@@ -208,24 +217,32 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, st
 def render_conversations(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
-    style: Style = CHAT,
+    style: Style | Sequence[Style] = CHAT,
     *,
     loss_on: LossOn = "all_assistant",
 ) -> list[tuple[list[int], list[bool]]]:
     """Returns token ids of whole conversations, and a mask of the tokens to learn: those that the assistant wrote.
 
     The boundaries come from rendering each conversation message by message: the text before an assistant's turn, with
-    the template's opening of that turn, must be a prefix of the text after it. No text is searched. The assistant's
-    closing token counts as written by it; a template's own text after that token does not. With `loss_on`
-    "last_assistant" only the last turn counts; a message with ``train: false`` never does.
+    the template's opening of that turn, must be a prefix of the whole; what follows the turn is found by rendering the
+    conversation with another word in its place. No text is searched. Calls of tools are the assistant's; its closing
+    token counts as written by it, a template's own text after that token does not. With `loss_on` "last_assistant" only
+    the last turn counts; a message with ``train: false`` never does.
+
+    Args:
+        tokenizer: its template.
+        conversations: each a list of messages.
+        style: how they become text; or one for each, where each has tools of its own.
+        loss_on: which turns are learned.
 
     Raises:
         UserError: the template rewrites earlier turns, so that no prefix of the conversation stays as it was, or a
             token straddles the start of a response.
     """
     texts, spans = [], []
-    for messages in conversations:
-        text, written = _assistant_spans(tokenizer, as_messages(messages, style), style, loss_on)
+    styles = [style] * len(conversations) if isinstance(style, Style) else style
+    for messages, own in zip(conversations, styles, strict=True):
+        text, written = _assistant_spans(tokenizer, as_messages(messages, own), own, loss_on)
         texts.append(text)
         spans.append(written)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -313,14 +330,38 @@ def _assistant_spans(
         if messages[i].get("train") is False:
             continue
         before = apply_template(tokenizer, messages[:i], style, add_generation_prompt=True)
-        last = i + 1 == len(messages)
-        after = full if last else apply_template(tokenizer, messages[: i + 1], style)
-        if not (full.startswith(before) and full.startswith(after)):
+        end = len(full) if i + 1 == len(messages) else _end_of_turn(tokenizer, messages, i, style, full, len(before))
+        if end is None or not full.startswith(before):
             raise UserError(
                 f"the chat template rewrites turns before message {i}",
                 why="the conversation up to a response must be rendered the same with and without that response",
                 fix="use a template that only appends (for thinking models: one that keeps earlier turns as they "
                 "were), or set data.loss_on=last_assistant",
             )
-        spans.append((len(before), len(after)))
+        spans.append((len(before), end))
     return full, spans
+
+
+def _end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, i: int, style: Style, full: str, start: int
+) -> int | None:
+    """Returns where a turn that begins at `start` ends in the whole conversation; None if the template rewrote it
+    because of what follows.
+    """
+    after = apply_template(tokenizer, messages[: i + 1], style)
+    if full.startswith(after):
+        return len(after)
+    turn = messages[i] | {"content": word(_APART) if messages[i]["content"].strip() else ""}
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = marked_calls(turn["tool_calls"], _APART)
+    marked = [*messages[:i], turn, *messages[i + 1 :]]
+    alone = behind_of(apply_template(tokenizer, marked[: i + 1], style), turn, _APART)
+    behind = behind_of(apply_template(tokenizer, marked, style), turn, _APART)
+    shown = [messages[i]["content"], messages[i].get("reasoning_content") or ""]
+    if not alone or not behind.startswith(alone) or not full.endswith(behind):
+        return None
+    end = len(full) - len(behind) + len(alone)
+    return end if all("".join(text.split()) in "".join(full[start:end].split()) for text in shown) else None
+
+
+_APART = 10**6  # a number of no other stand-in

@@ -6,7 +6,6 @@ The text of a turn is decoded with special tokens, because several formats write
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,37 +44,60 @@ class Hermes:
     A call whose tag is never closed counts, as vLLM's parser of the same name has it: a stop token may stand for it.
     """
 
-    _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+    BEGIN, END = "<tool_call>", "</tool_call>"
 
     def parse(self, text: str) -> tuple[str, list[WrittenCall]]:
         """See `CallFormat.parse`. Text behind the first call belongs to no message, and is left out."""
-        found = list(self._CALL.finditer(text))
-        content = text[: found[0].start()] if found else text
-        return content.rstrip() if found else content, [_of_json(match[1].strip()) for match in found]
+        content, begin, rest = text.partition(self.BEGIN)
+        calls = []
+        while begin:
+            call, rest = self._next(rest)
+            calls.append(call)
+            _, begin, rest = rest.partition(self.BEGIN)
+        return content.rstrip() if calls else content, calls
 
     def render(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """See `CallFormat.render`."""
         bodies = (
             json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False) for name, arguments in calls
         )
-        return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
+        return "\n".join(f"{self.BEGIN}\n{body}\n{self.END}" for body in bodies)
+
+    def _next(self, text: str) -> tuple[WrittenCall, str]:
+        """Returns the call behind an opening tag, and the text behind the call. The closing tag may stand in a text of
+        the arguments.
+        """
+        try:
+            value, end = json.JSONDecoder().raw_decode(text.lstrip())
+            rest = text.lstrip()[end:].lstrip()
+            if not rest or rest.startswith((self.BEGIN, self.END)):
+                return _of_value(value), rest
+        except (ValueError, RecursionError):
+            pass
+        body, _, rest = text.partition(self.END)
+        return _of_json(body.strip()), rest
 
 
 def _of_json(text: str) -> WrittenCall:
     try:
-        value = json.loads(text)
+        return _of_value(json.loads(text))
     except (ValueError, RecursionError) as error:
-        return WrittenCall("", error=f"the call is no valid JSON: {error}")
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return WrittenCall("", error=f"the call is no valid JSON: {error or type(error).__name__}")
+
+
+def _of_value(value: object) -> WrittenCall:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return WrittenCall("", error='the call has no "name": write {"name": ..., "arguments": {...}}')
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):  # JSON in JSON, as some models learned it
+    arguments = value.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():  # JSON in JSON, as some models learned it
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return WrittenCall(value["name"], error=f"the arguments are no valid JSON: {error}")
+    if arguments is None or arguments == "":  # a tool without arguments
+        arguments = {}
     if not isinstance(arguments, dict):
-        return WrittenCall(value["name"], error='the "arguments" of a call are an object, {"name": value, ...}')
+        return WrittenCall(value["name"], error='the "arguments" of a call are an object: {"name": value, ...}')
     return WrittenCall(value["name"], arguments)
 
 

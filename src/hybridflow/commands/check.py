@@ -17,6 +17,7 @@ from hybridflow.chat.special_tokens import reader
 from hybridflow.commands.check_agent import check_environment, describe_tools, turn_tokens
 from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
 from hybridflow.commands.trial import lacking_components, try_reward
+from hybridflow.commands.turns import describe_turns
 from hybridflow.commands.verl_defaults import differences_from_verl, is_verl_row
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.registry import kind_for
@@ -83,6 +84,7 @@ def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator
         yield describe_engine(config.rollout)
     yield from _check_own_functions(config)
     yield from _describe_sequences(config)
+    yield from describe_turns(config, tokenizer)
     yield from check_companions(config, tokenizer)
     yield from describe_tools(config)
     lacking = partial(lacking_components, config)
@@ -106,6 +108,7 @@ def check_eval(config: EvalConfig) -> Iterator[str]:
     """Checks an evaluation: its model, its rows and its reward."""
     model, tokenizer = load_trainable(config.model, seed=config.run.seed, outline=True)
     yield from _describe_model(config.model.path, model, tokenizer)
+    yield from describe_turns(config, tokenizer)
     yield from describe_tools(config)
     prompts, _ = yield from _check_prompts(config, model, tokenizer, "evaluation")
     yield from check_environment(config, model, tokenizer, prompts)

@@ -38,16 +38,22 @@ class ConversationReader:
         """
         return read_messages(value, template=self._template, markers=self.markers, empty_answers=empty_answers)
 
-    def whole(self, messages: Messages) -> Messages:
+    def whole(self, messages: Messages, style: Style | None = None) -> Messages:
         """Returns a conversation, after a check that the template shows every turn.
+
+        Args:
+            messages: the conversation.
+            style: how it becomes text, where its row has tools.
 
         Raises:
             RefusedValue: it would leave one out.
         """
         known = as_messages(messages, self.style)
+        style = style or self.style
         shape = tuple((m["role"], "content" * bool(m["content"].strip()), *sorted(m.keys() & SHOWN)) for m in known)
+        shape = (*shape, ("tools",) * bool(style.tools))
         if shape not in self._lost:
-            self._lost[shape] = lost_turn(self.tokenizer, known, self.style)
+            self._lost[shape] = lost_turn(self.tokenizer, known, style)
         lost = self._lost[shape]
         if lost is not None:
             own = " (data.system_prompt)" if len(known) > len(messages) and lost.endswith("'system'") else ""

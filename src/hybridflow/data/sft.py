@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens of all sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.chat.messages import Messages, RefusedValue, answer_in
+from hybridflow.chat.schemas import read_tools
 from hybridflow.chat.template import (
     LossOn,
     Style,
@@ -108,7 +110,7 @@ class SftSet:
             if self.config.format == "text":
                 lengths += [len(ids) for ids, _ in self._render(part)]
             else:
-                texts = [conversation_text(self.tokenizer, self._conversation(i), self.style) for i in part]
+                texts = [conversation_text(self.tokenizer, self._conversation(i), self._style(i)) for i in part]
                 lengths += map(len, tokenize(self.tokenizer, texts, self.style))
         return lengths
 
@@ -150,8 +152,16 @@ class SftSet:
     def _render(self, indices: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
         if self.config.format == "text":
             return render_texts(self.tokenizer, [self._texts(i) for i in indices])
-        conversations = [self._conversation(i) for i in indices]
-        return render_conversations(self.tokenizer, conversations, self.style, loss_on=self.config.loss_on)
+        conversations, styles = [self._conversation(i) for i in indices], [self._style(i) for i in indices]
+        return render_conversations(self.tokenizer, conversations, styles, loss_on=self.config.loss_on)
+
+    def _style(self, index: int) -> Style:
+        """Returns how a row becomes text: with the tools that it has."""
+        row, key = self.data.rows[index], self.config.tools_key
+        if key is None or not has_column(row, key):
+            return self.style
+        with reading(self.data, index, key):
+            return replace(self.style, tools=read_tools(column(row, key, source="", index=index)))
 
     def _value(self, index: int, key: str, setting: str) -> Any:
         source, number = self.data.place(index)
@@ -183,7 +193,7 @@ class SftSet:
                     read = self.reader.read([{"role": "assistant", "content": value}] if answer else value)
                     messages = joined(messages, read)
                     self._require_asked(messages)
-                    _require_learned(self.reader.whole(messages), c.loss_on)
+                    _require_learned(self.reader.whole(messages, self._style(index)), c.loss_on)
         return messages
 
     def _require_asked(self, messages: Messages) -> None:

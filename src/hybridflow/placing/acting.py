@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.agents.make import load_tools, make_agents
+from hybridflow.chat.fit import require_fit
 from hybridflow.chat.special_tokens import answer_decoder
+from hybridflow.chat.template import Style
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.sections.data import SourceSection
@@ -36,9 +38,12 @@ def prompts_of(
         UserError: rows or tools cannot be used.
     """
     agent, d = config.agent, config.data
+    schemas = load_tools(agent.tools).schemas if agent is not None else []
+    if agent is not None:
+        style = Style(d.format, d.system_prompt, d.thinking, tuple(schemas))
+        require_fit(tokenizer, style, agent.format)
     if sources is None:
         return None if tasks is None else environment_tasks(tasks, d, tokenizer)
-    schemas = load_tools(agent.tools).schemas if agent is not None else []
     made_later = agent is not None and agent.environment is not None
     return load_prompts(sources, d, tokenizer, seed=config.run.seed, tools=schemas, made_later=made_later)
 

@@ -123,6 +123,11 @@ class SftDataSection(Section):
     response_key: str | None = Field(
         None, description="Column with the response to the prompt; a dot goes inside a nested value."
     )
+    tools_key: str | None = Field(
+        "tools",
+        description="Column with the tools of a conversation, which the chat template lists: schemas in OpenAI's form, "
+        "or JSON text of them. Rows without it have none; null: no column is read.",
+    )
     text_key: str = Field("text", description="Column with the text, for format text without prompt_key.")
     format: Literal["chat", "text"] = Field(
         "chat",
