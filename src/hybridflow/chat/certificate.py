@@ -22,7 +22,7 @@ _THOUGHT = "<think>\nfirst, then second\n</think>\n\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class TurnFinding:
     """What a chat template does after one kind of turn.
 
     Args:
@@ -60,7 +60,7 @@ class _Trial:
 
 def certificate(
     tokenizer: PreTrainedTokenizerBase, style: Style, format: CallFormat, *, history: History = "template"
-) -> list[Finding]:
+) -> list[TurnFinding]:
     """Tries each kind of turn; those with calls only where there are tools.
 
     Args:
@@ -110,7 +110,7 @@ def _trials(format: CallFormat, tool: str) -> dict[str, _Trial]:
     }
 
 
-def _find(bridge: Bridge, kind: str, trial: _Trial) -> Finding:
+def _find(bridge: Bridge, kind: str, trial: _Trial) -> TurnFinding:
     end = bridge.tokenizer.eos_token_id
     sampled = bridge.tokens(trial.written) + ([int(end)] if trial.closed and end is not None else [])
     try:
@@ -118,10 +118,10 @@ def _find(bridge: Bridge, kind: str, trial: _Trial) -> Finding:
         fresh = bridge.prompt([*trial.messages, *trial.news])
         shown = bridge.prompt(trial.messages[:-1])
     except UserError as error:
-        return Finding(kind, "refused", str(error.__cause__ or error.what))
+        return TurnFinding(kind, "refused", str(error.__cause__ or error.what))
     if found.fork:
-        return Finding(kind, "forks", found.fork)
+        return TurnFinding(kind, "forks", found.fork)
     around = fresh[: len(shown)] == shown and fresh[len(fresh) - len(found.token_ids) :] == found.token_ids
     if bridge.history == "template" and not around:
-        return Finding(kind, "appends", "and the template would write other tokens")
-    return Finding(kind, "appends")
+        return TurnFinding(kind, "appends", "and the template would write other tokens")
+    return TurnFinding(kind, "appends")

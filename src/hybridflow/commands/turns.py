@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.agents.make import load_tools
 from hybridflow.chat.bridge import History
-from hybridflow.chat.certificate import Finding, certificate
+from hybridflow.chat.certificate import TurnFinding, certificate
 from hybridflow.chat.fit import require_fit
 from hybridflow.chat.template import Style
 from hybridflow.chat.tool_calls import FORMATS
@@ -41,5 +41,5 @@ def describe_turns(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizer
         )
 
 
-def _is_cycle(finding: Finding) -> bool:
+def _is_cycle(finding: TurnFinding) -> bool:
     return finding.kind in ("a call, then its result", "a second call")
