@@ -140,9 +140,12 @@ def _describe_sequences(config: RlConfig) -> Iterator[str]:
     found += ["importance weights (algorithm.correction.weights)"] * (a.correction.weights == "sequence")
     found += [f"{level} (algorithm.correction.reject)" for level in a.correction.reject if level.startswith("seq_")]
     if found:
+        begins = {
+            "template": "where the chat template rewrites an earlier turn, a trajectory begins a new one",
+            "steps": "each turn is a sequence of its own",
+        }[config.agent.history]
         yield (
-            f"{', '.join(found)}: a ratio for each sequence; a trajectory has several where agent.history is "
-            f"{config.agent.history} and begins a new one"
+            f"{', '.join(found)}: computed for each sequence, and with agent.history={config.agent.history} {begins}"
         )
 
 
