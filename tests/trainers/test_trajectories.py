@@ -13,9 +13,11 @@ from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.reweighting import pf_ppo_rows
 from hybridflow.batch import Batch
+from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
+from hybridflow.errors import UserError
 from hybridflow.models.forward import beginnings, trunk
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Span
@@ -24,13 +26,13 @@ from hybridflow.protocols.training import Loss
 from hybridflow.tracking.rollouts import read_rollouts, write_rollouts
 from hybridflow.trainers.rl.batches import batch_of, minibatches
 from hybridflow.trainers.rl.corrections import reweighted
-from hybridflow.trainers.rl.loop import estimate, update
+from hybridflow.trainers.rl.loop import estimate, train, update
 from hybridflow.trainers.rl.measures import batch_metrics, rollout_records
 from hybridflow.trainers.rl.run import open_run
 from hybridflow.trainers.rl.shaping import Moments, shaped_rewards, token_rewards
 from hybridflow.viewer.samples import rollouts
 
-from runs import configuration
+from runs import configuration, metrics
 from simulated_ranks import SimulatedRanks
 from tiny import packed_model, trajectory_groups, with_policy_columns
 
@@ -163,6 +165,18 @@ def test_time_runs_from_one_sequence_to_the_next() -> None:
     assert found == pytest.approx(steps)
 
 
+def test_a_turn_from_an_unknown_state_is_compared_with_no_other() -> None:
+    groups = two_trajectories()
+    for t in groups[0].trajectories:
+        for turn, anchor in zip(t.turns, [None, None, 6]):
+            turn.anchor = anchor
+    batch = batch_of(groups)
+    batch["reward_T"] = token_rewards(batch)
+    found_T = advantage_columns("gigpo", batch, {"normalize_by_std": False, "step_weight": 1.0})["advantage_T"]
+    # Both began alike, and earned 1 and 0 from there; the other two turns are alone in their states.
+    assert found_T[batch["loss_mask_T"]].tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, -1.0]
+
+
 def test_trajectories_are_drawn_and_dealt_whole(tmp_path: Path) -> None:
     batch = batch_of(trajectory_groups())
     minis = minibatches(batch, 3)
@@ -225,3 +239,76 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
         assert (row["advantage"] is None) == (row["reward"] is None) == (t is failed)
     (step,) = rollouts(path.parent, 1, {})["steps"]
     assert step["answers"] == 9 and step["reward"] == pytest.approx(sum(t.reward for t in scored) / 8)
+
+
+WORLD = """
+import random
+from hybridflow import Observation
+
+class Count:
+    def __init__(self, failing=9):
+        self.failing = failing
+
+    def reset(self, row, seed):
+        self.index, self.number, self.turns = row["index"], random.Random(seed).randrange(10), 0
+        return f"{self.number}+1="
+
+    def step(self, action):
+        self.turns += 1
+        if self.index >= self.failing:
+            raise OSError("the server is away")
+        reward = sum(map(ord, action.text)) % 8 / 8
+        return Observation(f"{self.number}+{self.turns}=", reward=reward, done=self.turns == 3, anchor=int(8 * reward))
+
+    def close(self):
+        pass
+"""
+
+
+def acting(folder: Path, **more: Any) -> RlConfig:
+    (folder / "world.py").write_text(WORLD)
+    agent = {"environment": f"{folder}/world.py:Count", "tasks": 6, "eval_tasks": 4, "max_turn_tokens": 4}
+    sections: dict[str, Any] = {
+        "agent": agent | {"history": "steps", "window": 1, "max_observation_tokens": 16} | more,
+        "reward": {"function": "environment"},
+        "rollout": {"max_response_tokens": 12},
+        "data": {"train": None, "eval": None, "max_prompt_tokens": 32},
+        "algorithm": {"advantage": "gigpo"},
+        "train": {"steps": 1, "samples_per_prompt": 3, "sequences_per_update": 3},
+        "eval": {"every": 1, "max_rows": 4},
+    }
+    return load_config(configuration(folder, **sections))
+
+
+def test_a_run_with_a_sequence_for_each_step_trains_evaluates_and_reports_trajectories(tmp_path: Path) -> None:
+    path = train(acting(tmp_path))
+    (line,) = [m for m in metrics(path) if m["step"] == 1]
+    trained, held_out = (read_rollouts(path / f"{f}/step-000001.parquet") for f in ("rollouts", "evaluations"))
+    earned: dict[str, list[float]] = {}
+    for name, rows in [("trained", trained), ("held out", held_out)]:
+        whole: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for row in rows:
+            whole.setdefault((row["draw"], row["sample"]), []).append(row)
+        assert len(whole) == (6 if name == "trained" else 4)
+        for sequences in whole.values():
+            assert [row["sequence"] for row in sequences] == [0, 1, 2]
+            assert [row["fork"] for row in sequences] == ["", "step", "step"]
+            rewards = [turn["reward"] for row in sequences for turn in row["turns"]]
+            assert {row["reward"] for row in sequences} == {sum(rewards)}
+            earned.setdefault(name, []).append(sum(rewards))
+            assert len({row["prompt"] for row in sequences}) == 3 and "=" in sequences[1]["prompt"]
+    assert line["critic/score/mean"] == pytest.approx(sum(earned["trained"]) / 6) and line["actor/grad_norm"] > 0
+    assert line["val-core/environment/reward/mean@1"] == pytest.approx(sum(earned["held out"]) / 4)
+    assert max(earned["held out"]) > 0 and line["val-aux/environment/failed_trajectories"] == 0
+
+
+def test_an_evaluation_counts_trajectories_that_failed_and_ends_where_most_did(tmp_path: Path) -> None:
+    failing = {"environment_kwargs": {"failing": 3}}
+    path = train(acting(tmp_path, **failing))
+    last = metrics(path)[-1]
+    rewards = {row["draw"]: row["reward"] for row in read_rollouts(path / "evaluations/step-000001.parquet")}
+    assert last["val-aux/environment/failed_trajectories"] == 1 and rewards[3] == 0
+    assert last["val-core/environment/reward/mean@1"] == pytest.approx(sum(rewards.values()) / 4)
+    (tmp_path / "most").mkdir()
+    with pytest.raises(UserError, match=r"3 trajectories of the evaluation failed, 3 of them with: .*away"):
+        train(acting(tmp_path / "most", environment_kwargs={"failing": 1}))

@@ -68,6 +68,7 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
                 grader,
                 decode,
                 failure_policy(config.reward),
+                "fail" if config.agent is None else config.agent.on_failure,
             ),
             prompts,
             config.eval,

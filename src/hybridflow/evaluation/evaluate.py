@@ -16,17 +16,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.config.locate import load_function
 from hybridflow.config.sections.eval import EvalSection
-from hybridflow.data.prompts import Prompt, PromptSet, answers_to
+from hybridflow.data.prompts import Prompt, PromptSet
 from hybridflow.errors import UserError, raised
 from hybridflow.evaluation.statistics import maj_at_k, mean_interval, pass_at_k
 from hybridflow.groups.answering import Answering
 from hybridflow.groups.driving import Driver
-from hybridflow.groups.failures import FailurePolicy
-from hybridflow.groups.source import require_finite
+from hybridflow.groups.failures import FailurePolicy, failed_trajectory, require_most
+from hybridflow.groups.source import answers_of, require_finite
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.episodes import Start
 from hybridflow.protocols.generation import Sampling
-from hybridflow.protocols.groups import Trajectory
+from hybridflow.protocols.groups import Group, Trajectory
 from hybridflow.protocols.rewards import Score, score_all, total
 from hybridflow.protocols.waiting import Stopped, returning_when
 from hybridflow.tracking.rollouts import sequence_columns
@@ -119,7 +119,8 @@ def evaluate(
 
     Args:
         answering: generates and scores; its engine holds the weights to evaluate. Unless its policy ends the evaluation
-            where the reward fails, such a response gets the failure policy's value, and is counted.
+            where the reward fails, such a response gets the failure policy's value, and is counted. So does a
+            trajectory that failed before it had a reward, unless `Answering.on_failed` is "fail".
         prompts: the evaluation set.
         section: how many rows and responses, and what is measured.
         sampling: what `sampling_for` gave.
@@ -129,7 +130,8 @@ def evaluate(
     Raises:
         Stopped: `Answering.should_stop` returned True. The responses are dropped: an evaluation is complete, or there
             is none.
-        UserError: the reward or ``eval.answer`` failed on a response, or the model's numbers are not finite.
+        UserError: the reward or ``eval.answer`` failed on a response, a trajectory or most of them failed, or the
+            model's numbers are not finite.
     """
     engine, grader, should_stop = answering.engine, answering.grader, answering.should_stop
     if section.answer is not None:
@@ -145,31 +147,32 @@ def evaluate(
     rewards: dict[str, list[list[float]]] = defaultdict(list)
     votes: dict[str, list[list[str]]] = defaultdict(list)
     records = []
-    failures: dict[str, float] = {}
+    counts: dict[str, float] = defaultdict(float)
     with returning_when(should_stop, engine, grader):
         answers = _answers(Driver(engine, answering.rollouts), starts, note, should_stop)
     by_row = [answers[i * n : (i + 1) * n] for i in range(count)]
-    for i, found in enumerate(by_row):
-        require_finite((t.logps for t in found), f"row {i} of the evaluation data", "eval.temperature")
-    asked_of = (
-        answers_to(p, [t.response for t in found], [t.token_ids for t in found]) for p, found in zip(asked, by_row)
-    )
+    scored = _require_sound(by_row, answering.on_failed)
+    asked_of = (answers_of(p, found, answering.decode) for p, found in zip(asked, scored) if found)
     with returning_when(should_stop, engine, grader):
-        scores_of = score_all(grader, asked_of, should_stop)
+        scores_of = iter(score_all(grader, asked_of, should_stop))
     for i, prompt in enumerate(asked):
-        texts = [t.response for t in by_row[i]]
-        values = [_value(score, answering.policy, f"row {i} of the evaluation data") for score in scores_of[i]]
-        for score in scores_of[i]:
-            name = f"val-aux/{prompt.data_source}/reward_failures"
-            failures[name] = failures.get(name, 0.0) + (score.failure is not None)
-        voted = [vote_in(text, section.answer) for text in texts]
+        scores = next(scores_of) if scored[i] else []
+        found = [_value(score, answering.policy, f"row {i} of the evaluation data") for score in scores]
+        of_scored = iter(found)
+        values = [next(of_scored) if t.failure is None else answering.policy.value for t in by_row[i]]
+        name = f"val-aux/{prompt.data_source}"
+        counts[f"{name}/reward_failures"] += sum(score.failure is not None for score in scores)
+        if answering.on_failed != "fail":  # of an agent
+            counts[f"{name}/failed_trajectories"] += n - len(scores)
+        said_in = [t.final if t.messages else t.response for t in by_row[i]]
+        voted = [vote_in(text, section.answer) for text in said_in]
         rewards[prompt.data_source].append(values)
         votes[prompt.data_source].append(voted)
         for sample, (t, value, said) in enumerate(zip(by_row[i], values, voted)):
             same = {"draw": i, "sample": sample, "reward": value, "vote": said}
             records += [record | same for record in _records(prompt, t, prompts.tokenizer)]
     measures = [m for source in rewards for m in measure(source, rewards[source], votes[source], section, seed)]
-    return Evaluation(measures, _lengths(asked, by_row) | failures, records, count)
+    return Evaluation(measures, _lengths(asked, by_row) | dict(counts), records, count)
 
 
 def measure(
@@ -252,6 +255,19 @@ def _answers(
             note(f"evaluation: {len(done)} of {len(numbers)} responses, about {left:.0f} s left")
             told = now
     return [done[number] for number in numbers]
+
+
+def _require_sound(by_row: Sequence[list[Trajectory]], on_failed: str) -> list[list[Trajectory]]:
+    """Returns the trajectories of each row that did not fail, and have a reward to get."""
+    for i, found in enumerate(by_row):
+        where = f"row {i} of the evaluation data"
+        require_finite((t.logps for t in found), where, "eval.temperature")
+        for t in found:
+            if t.failure is not None and on_failed == "fail":
+                raise failed_trajectory(t, where)
+    failed = [[t.failure for t in found if t.failure is not None] for found in by_row]
+    require_most([Group(i, i, [], by_row[i], failed=failed[i]) for i in range(len(by_row))], "the evaluation")
+    return [[t for t in found if t.failure is None] for found in by_row]
 
 
 def _value(score: Score, policy: FailurePolicy, where: str) -> float:

@@ -62,8 +62,13 @@ def failed_trajectory(t: Trajectory, where: str) -> UserError:
     )
 
 
-def require_most(groups: Sequence[Group]) -> None:
-    """Refuses a step in which most trajectories failed: it would learn from what is left, or from nothing.
+def require_most(groups: Sequence[Group], of: str = "a step") -> None:
+    """Refuses a step or an evaluation in which most trajectories failed: it would learn from what is left, or measure
+    that.
+
+    Args:
+        groups: all of it.
+        of: what they are of, for the message.
 
     Raises:
         UserError: names the most frequent cause.
@@ -73,8 +78,8 @@ def require_most(groups: Sequence[Group]) -> None:
     if failed.total() > others:
         reason, count = failed.most_common(1)[0]
         raise UserError(
-            f"{failed.total()} trajectories of a step failed, {count} of them with: {reason}",
-            why="that is most of the step, so the environment, or what it needs, is broken",
+            f"{failed.total()} trajectories of {of} failed, {count} of them with: {reason}",
+            why="those are most of them, so the environment, or what it needs, is broken",
             fix="mend it, and resume; hybridflow check plays an episode",
         )
 

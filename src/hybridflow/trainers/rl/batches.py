@@ -103,8 +103,12 @@ def _by_token(s: TokenSequence) -> list[float]:
 def _states(trajectories: list[Trajectory]) -> tuple[list[list[int]], list[list[int]]]:
     """Returns for each token of each sequence the number of its turn, and the state in which that began; 0 where the
     model did not sample it.
+
+    Where a state is unknown, the turn gets one that no other has; a first turn gets 0, since all trajectories of a
+    group begin alike.
     """
     steps, anchors = [], []
+    unknown = 0
     for t in trajectories:
         number = 0
         for s in t.sequences:
@@ -112,7 +116,9 @@ def _states(trajectories: list[Trajectory]) -> tuple[list[list[int]], list[list[
             anchors.append([0] * len(s.token_ids))
             for turn in s.turns:
                 count = turn.end - turn.start
+                unknown -= turn.anchor is None
+                anchor = turn.anchor if turn.anchor is not None else unknown if number else 0
                 steps[-1][turn.start : turn.end] = [number] * count
-                anchors[-1][turn.start : turn.end] = [turn.anchor or 0] * count
+                anchors[-1][turn.start : turn.end] = [anchor] * count
                 number += 1
     return steps, anchors
