@@ -48,6 +48,7 @@ ONCE = {
     "tests/engines/test_sharded_files.py": "shards are ours; plain folders are of tests/models/test_families.py",
     "tests/models/test_log_probs.py": "arithmetic on hidden states; tests/models/test_packed_forward.py makes them",
     "tests/rollout/test_inline.py": GENERATION,
+    "tests/rollout/test_hermes.py": VLLM,
     "tests/rollout/test_judge_on_vllm.py": VLLM,
     "tests/rollout/test_replica.py": GENERATION,
     "tests/rollout/test_sampling.py": GENERATION,

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridflow.chat.certificate import certificate
 from hybridflow.chat.fit import require_fit
-from hybridflow.chat.template import Style, render_conversations, render_prompt
-from hybridflow.chat.tool_calls import FORMATS, Hermes, WrittenCall
+from hybridflow.chat.template import Style, apply_template, render_conversations, render_prompt
+from hybridflow.chat.tool_calls import FORMATS, Hermes, WrittenCall, message_of, read_turn
 from hybridflow.config.sections.data import SftDataSection
 from hybridflow.data.sft import SftSet, load_sft
 from hybridflow.errors import UserError
@@ -174,6 +174,28 @@ def test_a_call_that_cannot_be_read_says_why(body: str, name: str, error: str) -
     _, [broken, good] = Hermes().parse(f"<tool_call>{body}</tool_call>" + hermes("1"))
     assert broken.name == name and error in broken.error
     assert good == WrittenCall("calculator", {"text": "1"})
+
+
+def test_what_stands_in_a_thought_is_no_call() -> None:
+    drafted = THOUGHT.replace("well", hermes("9"))
+    call = [WrittenCall("calculator", {"text": "1"})]
+    assert read_turn(drafted + hermes("1"), Hermes()) == (drafted, call)
+    assert read_turn(drafted.removeprefix("<think>") + "so\n" + hermes("1"), Hermes()) == (
+        drafted.removeprefix("<think>") + "so",
+        call,
+    )
+    cut = "<think>\n" + hermes("9")
+    assert read_turn(cut, Hermes()) == (cut, [])
+
+
+def test_a_turn_becomes_a_message_that_the_template_writes_as_the_model_did() -> None:
+    """Also a turn whose call cannot be read: it stays text."""
+    tokenizer = byte_tokenizer(PLAIN)
+    broken = 'so\n<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call>'
+    for text in ("It is 3.", hermes("1+2"), "so\n" + hermes("1", "2"), THOUGHT + hermes("1"), broken):
+        message = message_of(text, Hermes(), ["abcdefghi", "abcdefghj"][: text.count("<tool_call>")])
+        rendered = apply_template(tokenizer, [user("a"), message], Style())
+        assert rendered.endswith(f"<|im_start|>assistant\n{text}<|im_end|>\n")
 
 
 # --- what does not fit ---

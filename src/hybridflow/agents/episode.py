@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from hybridflow.agents.observations import cut, state_number
 from hybridflow.chat.bridge import Bridge
-from hybridflow.chat.tool_calls import CallFormat
+from hybridflow.chat.tool_calls import CallFormat, message_of, read_turn
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.noise import NoiseKey, fork_stream
 from hybridflow.protocols.environments import Action, Messages, Observation, ToolCall
@@ -262,16 +262,12 @@ class Episode:
         written = self.language.decode_all(result.token_ids)
         for end in self.language.ends:
             written = written.removesuffix(end)
-        content, found = self.language.format.parse(written)
+        _, found = read_turn(written, self.language.format)
         calls = tuple(
             ToolCall(call_id(self.start.key, self.turns, i), call.name, call.arguments, call.error)
             for i, call in enumerate(found)
         )
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if calls:
-            message["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls
-            ]
+        message = message_of(written, self.language.format, [call.id for call in calls])
         return Action(self.language.decode(result.token_ids), calls, message, result.finish_reason)
 
     def _sampled(self) -> int:

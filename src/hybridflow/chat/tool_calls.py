@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hybridflow.chat.shapes import THOUGHT_BEGINS, THOUGHT_ENDS
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenCall:
@@ -99,6 +101,41 @@ def _of_value(value: object) -> WrittenCall:
     if not isinstance(arguments, dict):
         return WrittenCall(value["name"], error='the "arguments" of a call are an object: {"name": value, ...}')
     return WrittenCall(value["name"], arguments)
+
+
+def read_turn(text: str, format: CallFormat) -> tuple[str, list[WrittenCall]]:
+    """Returns the text of a turn without its calls, and the calls. What stands in a thought is no call, and a thought
+    that was cut has none behind it.
+
+    Args:
+        text: of the turn, with special tokens.
+        format: how calls are written.
+    """
+    thought, closing, said = text.rpartition(THOUGHT_ENDS)
+    if THOUGHT_BEGINS in said:  # a thought that was cut
+        return text, []
+    content, calls = format.parse(said)
+    return thought + closing + (
+        content if content.strip() or not calls else said[: len(said) - len(said.lstrip())]
+    ), calls
+
+
+def message_of(text: str, format: CallFormat, ids: Sequence[str]) -> dict[str, Any]:
+    """Returns a turn as a message of the assistant, in OpenAI's form.
+
+    Where a call cannot be read, the message has the text as it was written: a template could not show the call.
+
+    Args:
+        text: of the turn, with special tokens but for the one that ends it.
+        format: how calls are written.
+        ids: of the calls.
+    """
+    content, calls = read_turn(text, format)
+    if not calls or any(call.error for call in calls):
+        return {"role": "assistant", "content": text}
+    functions = ({"name": call.name, "arguments": call.arguments} for call in calls)
+    made = [{"id": id, "type": "function", "function": f} for id, f in zip(ids, functions, strict=True)]
+    return {"role": "assistant", "content": content, "tool_calls": made}
 
 
 FORMATS: dict[str, CallFormat] = {"hermes": Hermes()}
