@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
+from hybridflow.agents.processes import RemoteObject
 from hybridflow.errors import UserError
-from hybridflow.protocols.environments import Environment
+from hybridflow.protocols.environments import Action, Environment
 
 _CALLED = {"reset": "reset(row, seed)", "step": "step(action)", "close": "close()"}
 _EXAMPLE: dict[str, tuple[Any, ...]] = {"reset": ({}, 0), "step": (None,), "close": ()}
@@ -79,3 +80,26 @@ def _require_methods(name: str, owner: Any, takes_itself: Callable[[Any], bool])
                 why=f"it is called as {_CALLED[method]}",
                 fix=f"define it as `def {_CALLED[method].replace('(', '(self, ').replace(', )', ')')}`, plain or async",
             ) from None
+
+
+class RemoteEnvironment:
+    """An environment in a process: see `Environment`.
+
+    Args:
+        held: the object there.
+    """
+
+    def __init__(self, held: RemoteObject) -> None:
+        self.held = held
+
+    async def reset(self, row: dict[str, Any], seed: int) -> Any:
+        """See `Environment.reset`."""
+        return await self.held.call("reset", row, seed)
+
+    async def step(self, action: Action) -> Any:
+        """See `Environment.step`."""
+        return await self.held.call("step", action)
+
+    async def close(self) -> None:
+        """See `Environment.close`."""
+        await self.held.close()

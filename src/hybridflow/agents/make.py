@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hybridflow.agents.environments import environment_maker
+from hybridflow.agents.environments import RemoteEnvironment, environment_maker
 from hybridflow.agents.episode import Language
 from hybridflow.agents.play import Play, loop_of, play
+from hybridflow.agents.processes import HostPool
 from hybridflow.agents.runner import Agents
-from hybridflow.agents.tools import Toolbox, ToolSet, toolbox
+from hybridflow.agents.tools import Toolbox, ToolSet, in_processes, toolbox
 from hybridflow.agents.world import WorldMaker
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.template import Style
@@ -61,15 +62,17 @@ def make_agents(
     def decode_all(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=False))
 
+    pool = HostPool(section.processes, section.call_timeout) if section.processes else None
     language = Language(bridge, FORMATS[section.format], decode, decode_all, ends, longest)
     return Agents(
         section,
         language,
-        world_maker(section, tools),
+        world_maker(section, tools, pool),
         loops(section),
         order=order,
         calls=calls,
         tell=tell,
+        pool=pool,
     )
 
 
@@ -82,15 +85,24 @@ def load_tools(references: Sequence[str]) -> Toolbox:
     return toolbox([(reference, load_function(reference)) for reference in references])
 
 
-def world_maker(section: AgentSection, tools: Toolbox) -> WorldMaker:
+def world_maker(section: AgentSection, tools: Toolbox, pool: HostPool | None = None) -> WorldMaker:
     """Returns the function that makes the environment of a trajectory.
+
+    Args:
+        section: the ``agent`` section.
+        tools: its tools.
+        pool: the processes that they run in; None: this one.
 
     Raises:
         UserError: the environment cannot be loaded or used.
     """
     if section.environment is None:
-        return lambda calls: ToolSet(tools, calls)
+        box = tools if pool is None else in_processes(tools, section.tools, pool)
+        return lambda calls: ToolSet(box, calls)
     make = environment_maker(section.environment, load_function(section.environment), section.environment_kwargs)
+    if pool is not None:
+        reference, kwargs = section.environment, section.environment_kwargs
+        return lambda calls: RemoteEnvironment(pool.object(reference, kwargs))
     return lambda calls: make()
 
 

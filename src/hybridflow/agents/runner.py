@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from hybridflow.agents.episode import Episode, EpisodeOver, Language
 from hybridflow.agents.play import Play
+from hybridflow.agents.processes import HostPool
 from hybridflow.agents.world import Calls, JournaledWorld, WorldMaker
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.protocols.calls import CallStore
@@ -41,6 +42,7 @@ class Agents:
         order: see `Rollouts.order`.
         calls: keeps answers of tools; None keeps none.
         tell: takes the traceback of the first failure of each kind.
+        pool: the processes that tools and environments run in; None: this one.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Agents:
         order: Literal["rounds", "free"],
         calls: CallStore | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        pool: HostPool | None = None,
     ) -> None:
         self.section, self.language, self.make_world, self.play_of = section, language, make_world, play_of
         self.order: Literal["rounds", "free"] = order
-        self.calls, self.tell = calls, tell
+        self.calls, self.tell, self.pool = calls, tell, pool
         self._count = 0
         self._change = threading.Condition()
         self._running: dict[int, _Running] = {}
@@ -143,6 +146,8 @@ class Agents:
         self.cancel()
         if self._loop is not None:
             loop, self._loop = self._loop, None
+            if self.pool is not None:
+                loop.call_soon_threadsafe(self.pool.close)
             loop.call_soon_threadsafe(loop.stop)
 
     # --- in the event loop's thread ---

@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from hybridflow.agents.processes import CallRaised, HostPool, ProcessDied, RemoteObject
 from hybridflow.agents.schemas import Described, WrongArguments, described
 from hybridflow.agents.world import Calls, CallTimeout
+from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError, nearest
 from hybridflow.protocols.environments import (
     Action,
@@ -46,12 +48,20 @@ class ToolClass:
 
     def make(self, row: dict[str, Any], seed: int) -> Any:
         """Makes the object of a trajectory."""
+        return self.kind(**self.given(row, seed))
+
+    def given(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Returns what an object is made with."""
         offered = {"row": row, "seed": seed}
-        return self.kind(**{name: offered[name] for name in self.wants})
+        return {name: offered[name] for name in self.wants}
 
     def tools(self, made: Any) -> list[Tool]:
         """Returns the tools of an object."""
-        return [_tool(getattr(made, name), found, stateful=True) for name, found in self.methods.items()]
+        return [_tool(getattr(made, name), found, self.stateful(name)) for name, found in self.methods.items()]
+
+    def stateful(self, name: str) -> bool:
+        """Returns whether a method depends on earlier calls: yes, unless its mark says otherwise."""
+        return _stateful(getattr(self.kind, name), default=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,74 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     while isinstance(inner, functools.partial):
         inner = inner.func
     name = str(getattr(inner, "__name__", type(inner).__name__))
-    return _tool(function, described(function, name), stateful=False)
+    return _tool(function, described(function, name), _stateful(function, default=False))
+
+
+def remote_tool(function: Callable[..., Any], reference: str, pool: HostPool) -> Tool:
+    """Makes a tool of a function that runs in a process.
+
+    Args:
+        function: as it is here: its schema is read, and its arguments are checked.
+        reference: ``file.py:function``.
+        pool: of the processes.
+    """
+
+    async def run(**arguments: Any) -> Any:
+        return await pool.function(reference, arguments)
+
+    local = tool_of(function)
+    return _tool(run, described(function, local.name), local.stateful)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteToolClass(ToolClass):
+    """A class of tools whose objects are in processes.
+
+    Args:
+        reference: ``file.py:Class``.
+        pool: of the processes.
+    """
+
+    reference: str = ""
+    pool: HostPool | None = None
+
+    def make(self, row: dict[str, Any], seed: int) -> RemoteObject:
+        """See `ToolClass.make`."""
+        assert self.pool is not None
+        return self.pool.object(self.reference, self.given(row, seed))
+
+    def tools(self, made: RemoteObject) -> list[Tool]:
+        """See `ToolClass.tools`."""
+
+        def method(name: str) -> Callable[..., Any]:
+            async def run(**arguments: Any) -> Any:
+                return await made.call(name, **arguments)
+
+            return run
+
+        return [_tool(method(name), found, self.stateful(name)) for name, found in self.methods.items()]
+
+
+def in_processes(box: Toolbox, references: Sequence[str], pool: HostPool) -> Toolbox:
+    """Returns the same tools, run in processes.
+
+    Args:
+        box: the tools as they are here.
+        references: of each part.
+        pool: of the processes.
+    """
+    parts: list[Tool | ToolClass] = []
+    for part, reference in zip(box.parts, references):
+        if isinstance(part, ToolClass):
+            parts.append(RemoteToolClass(part.kind, part.methods, part.wants, reference, pool))
+        else:
+            parts.append(remote_tool(load_function(reference), reference, pool))
+    return Toolbox(tuple(parts))
+
+
+def _stateful(function: Any, *, default: bool) -> bool:
+    mark = mark_of(function)
+    return default if mark is None or mark.stateful is None else mark.stateful
 
 
 def tool_class(kind: type) -> ToolClass:
@@ -147,11 +224,7 @@ def tool_class(kind: type) -> ToolClass:
     return ToolClass(kind, methods, tuple(p.name for p in named if p.name in _OFFERED))
 
 
-def _tool(function: Callable[..., Any], found: Described, *, stateful: bool) -> Tool:
-    mark = mark_of(function)
-    if mark is not None and mark.stateful is not None:
-        stateful = mark.stateful
-
+def _tool(function: Callable[..., Any], found: Described, stateful: bool) -> Tool:
     def run(given: Mapping[str, Any]) -> Any:
         try:
             arguments = found.cast(given)
@@ -214,7 +287,7 @@ class ToolSet:
         return Observation(list(self.calls.prompt))
 
     async def _object(self, part: ToolClass, row: dict[str, Any], seed: int) -> list[Tool]:
-        made = await self.calls.run(part.make, row, seed, seconds=self.calls.section.call_timeout)
+        made = await self.calls.run(part.make, row, seed, seconds=self.calls.seconds)
         self._made.append(made)
         return part.tools(made)
 
@@ -248,7 +321,7 @@ class ToolSet:
     async def close(self) -> None:
         """See `Environment.close`: closes the objects that have a method `close`."""
         for closing in _closing(self._made):
-            await self.calls.run(closing, seconds=self.calls.section.call_timeout)
+            await self.calls.run(closing, seconds=self.calls.seconds)
 
     async def _answer(self, number: int, call: ToolCall) -> ToolResult:
         """Answers a call; one that was answered before the run was resumed gets that answer."""
@@ -273,11 +346,13 @@ class ToolSet:
         if found is None:
             hint = nearest(call.name, self.tools)
             return ToolResult(f"Error: there is no tool {call.name!r}; {hint}", error="unknown")
-        seconds = self.calls.section.call_timeout
         try:
-            value = await self.calls.run(found.run, call.arguments, seconds=seconds)
+            value = await self.calls.run(found.run, call.arguments, seconds=self.calls.seconds)
         except CallTimeout:
+            seconds = self.calls.section.call_timeout
             return ToolResult(f"Error: {call.name} took longer than {seconds:g} seconds", error="timeout")
+        except ProcessDied:
+            raise
         except Exception as error:
             return _raised(error)
         return result_of(value, call.name)
@@ -286,6 +361,8 @@ class ToolSet:
 def _raised(error: Exception) -> ToolResult:
     """Returns the answer to a call whose tool raised: the model sees the error, and people its traceback."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, CallRaised):
+        said = str(error)
     return ToolResult(f"Error: {said}", error="raised", detail="".join(traceback.format_exception(error)))
 
 

@@ -36,6 +36,8 @@ class Calls:
 
     def __init__(self, section: AgentSection, key: NoiseKey, prompt: Messages, store: CallStore | None) -> None:
         self.section, self.key, self.prompt, self.store = section, key, prompt, store
+        # In processes a call has its time from when it begins there, and waits for its turn before.
+        self.seconds = None if section.processes else section.call_timeout
         self.turn = 0
         self.counts: defaultdict[str, float] = defaultdict(float)
 
@@ -89,7 +91,7 @@ class JournaledWorld:
     def __init__(self, make: WorldMaker, calls: Calls) -> None:
         self.make, self.calls = make, calls
         # A set of tools limits each of its calls by itself.
-        self.seconds = None if calls.section.tools else calls.section.call_timeout
+        self.seconds = None if calls.section.tools else calls.seconds
         self.environment: Environment | None = None
 
     @property
@@ -99,7 +101,7 @@ class JournaledWorld:
 
     async def reset(self, row: dict[str, Any], seed: int) -> Observation:
         """See `Environment.reset`."""
-        self.environment = await self.calls.run(self.make, self.calls, seconds=self.calls.section.call_timeout)
+        self.environment = await self.calls.run(self.make, self.calls, seconds=self.calls.seconds)
         assert self.environment is not None
         return await self._answer(self.environment.reset, row, seed)
 
@@ -124,4 +126,4 @@ class JournaledWorld:
         """See `Environment.close`."""
         if self.environment is not None:
             environment, self.environment = self.environment, None
-            await self.calls.run(environment.close, seconds=self.calls.section.call_timeout)
+            await self.calls.run(environment.close, seconds=self.calls.seconds)
