@@ -17,7 +17,9 @@ from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.optim import OptimSection
 from hybridflow.engines.local import LocalEngine
+from hybridflow.engines.passes import microbatches
 from hybridflow.errors import UserError
+from hybridflow.models.attention import shared_beginnings
 from hybridflow.models.forward import beginnings, trunk
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.generation import Span
@@ -114,6 +116,9 @@ def test_the_update_is_the_same_on_any_number_of_ranks_in_any_order_and_micro_ba
     assert len(set(kinds.values())) < len(kinds), "and others that are as long, and differ"
     whole = gradients_of(engine_of(0, 10_000), batch.select([name for name in batch if name != "group_B"]))
     orders = [torch.arange(len(batch)), torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))]
+    for rows in microbatches(batch, 30):
+        part = batch.take(rows)
+        assert len(shared_beginnings(part.offsets["T"], *beginnings(part)).token_U) <= 30
     for ranks, cut, order in [(0, 10_000, 1), (0, 30, 0), (1, 70, 1), (2, 10_000, 0), (2, 40, 1), (4, 60, 1)]:
         for found, expected in zip(gradients_of(engine_of(ranks, cut), batch.take(orders[order])), whole):
             torch.testing.assert_close(found, expected, atol=1e-10, rtol=0, msg=f"{ranks} ranks, {cut} tokens")

@@ -72,7 +72,7 @@ class Trajectory:
 
     Args:
         sample: which of the samples of its prompt this is.
-        sequences: its sequences, at least one.
+        sequences: its sequences; none where it ended before its first turn, and then it trains nothing.
         finish_reason: why it ended: see `Result.finish_reason`; with an environment, see `docs/agents.md`.
         response: all that the model wrote, as text without special tokens.
         reward: the reward of the whole trajectory.
