@@ -187,6 +187,9 @@ def _add_commands_on_models(commands: Commands) -> None:
     generate.add_argument("--stop", action="append", default=[], help="text that ends a response; may be repeated")
     generate.add_argument("--samples", type=int, default=1, help="responses to each prompt (default 1)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    generate.add_argument(
+        "--tools", action="append", default=[], type=path, help="tool to call, file.py:function; may be repeated"
+    )
     generate.add_argument("--no-packing", action="store_true", help="for a family that cannot run packed; slower")
     generate.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
     _add_json(generate)
@@ -432,9 +435,10 @@ def _generate(given: argparse.Namespace) -> int:
     for answer in ask(
         given.model, given.prompts, max_tokens=given.max_tokens, sampling=sampling,
         samples=given.samples, seed=given.seed,
-        packing=not given.no_packing, trust_remote_code=given.trust_remote_code,
+        packing=not given.no_packing, trust_remote_code=given.trust_remote_code, tools=given.tools,
     ):  # fmt: skip
-        text = f"{answer.prompt}{answer.line()}" if several else answer.line()
+        between = "\n" if given.tools else ""
+        text = f"{answer.prompt}{between}{answer.line()}" if several else answer.line()
         print(json.dumps(asdict(answer)) if given.json else text)
     return 0
 

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hybridflow.chat.messages import RefusedValue
-from hybridflow.chat.template import render_prompt
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hybridflow.agents.make import load_tools, make_agents
+from hybridflow.agents.tools import Toolbox
+from hybridflow.chat.fit import require_fit
+from hybridflow.chat.messages import Messages, RefusedValue
+from hybridflow.chat.special_tokens import answer_decoder
+from hybridflow.chat.template import Style, render_prompt
+from hybridflow.config.locate import is_function_reference
+from hybridflow.config.sections.agent import AgentSection
 from hybridflow.config.sections.model import ModelSection
+from hybridflow.data.prompts import Prompt
 from hybridflow.data.reader import ConversationReader
 from hybridflow.devices import pick_device
 from hybridflow.errors import UserError
+from hybridflow.groups.driving import Driver
 from hybridflow.groups.source import require_finite
 from hybridflow.models.load import context_of, stop_ids
 from hybridflow.models.lora import load_trainable
 from hybridflow.noise import NoiseKey
 from hybridflow.placing.generation import inline_engine
+from hybridflow.protocols.episodes import Start
 from hybridflow.protocols.generation import Request, Result, RolloutEngine, Sampling
+from hybridflow.protocols.groups import Trajectory
+from hybridflow.rollout.inline.engine import InlineEngine
 
+FORMAT = "hermes"  # of calls
 DEFAULT_TOKENS = 256  # longest response of `hybridflow generate` in tokens, unless --max-tokens is given
 
 
@@ -45,6 +60,35 @@ class Answer:
         return self.response + ("" if self.finish_reason == "stop" else f"  [cut at {self.tokens} tokens]")
 
 
+@dataclass(frozen=True, slots=True)
+class Acted(Answer):
+    """A response with calls of tools; its text is that of the last turn.
+
+    Args:
+        messages: the turns of the model and the results of calls, in OpenAI's form.
+    """
+
+    messages: Messages
+
+    def line(self) -> str:
+        """Returns calls, results and texts, one below the other, with a mark where a budget ended the response."""
+        lines = []
+        for message in self.messages:
+            if message["role"] == "tool":
+                lines.append(f"  -> {message['content']}")
+                continue
+            lines += [text for text in [str(message["content"]).strip()] if text]
+            for call in message.get("tool_calls", ()):
+                function = call["function"]
+                given = (
+                    f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in function["arguments"].items()
+                )
+                lines.append(f"{function['name']}({', '.join(given)})")
+        if self.finish_reason not in ("stop", "done"):
+            lines.append(f"[ended after {self.tokens} tokens: {self.finish_reason}]")
+        return "\n".join(lines)
+
+
 def ask(
     model_path: str,
     prompts: Sequence[str],
@@ -55,6 +99,7 @@ def ask(
     seed: int,
     packing: bool = True,
     trust_remote_code: bool = False,
+    tools: Sequence[str] = (),
 ) -> Iterator[Answer]:
     """Yields responses to prompts, in the order of the prompts.
 
@@ -67,10 +112,12 @@ def ask(
         seed: of the noise.
         packing: see ``model.packing``.
         trust_remote_code: see ``model.trust_remote_code``.
+        tools: that the model may call, each file.py:function. A response then ends with a turn that calls none, and
+            `max_tokens` counts what the model writes in all its turns.
 
     Raises:
-        UserError: the model cannot be loaded, a prompt cannot be rendered or is longer than its context, or the model's
-            numbers are not finite.
+        UserError: the model cannot be loaded, a tool cannot be used, a prompt cannot be rendered or is longer than its
+            context, or the model's numbers are not finite.
     """
     for name, value, low in [
         ("--max-tokens", 1 if max_tokens is None else max_tokens, 1),
@@ -89,12 +136,15 @@ def ask(
             fix="score a model that continues plain text with `hybridflow eval` and data.format=text, or set "
             "chat_template in its tokenizer_config.json",
         )
+    style = Style(tools=tuple(_tools(tools).schemas))
+    require_fit(tokenizer, style, FORMAT)
     model.to(pick_device())
     stops, context = stop_ids(model, tokenizer), context_of(model) or math.inf
-    reader, requests = ConversationReader(tokenizer), []
+    reader, starts = ConversationReader(tokenizer, style), []
     for i, prompt in enumerate(prompts):
         try:
-            ids = tuple(render_prompt(tokenizer, reader.prompt(prompt))[1])
+            messages = reader.prompt(prompt)
+            text, ids = render_prompt(tokenizer, messages, style)
         except RefusedValue as refused:
             raise UserError(f"prompt {i + 1} {refused}", why=refused.why, fix=refused.fix) from None
         limit = int(min(DEFAULT_TOKENS, context - len(ids))) if max_tokens is None else max_tokens
@@ -105,11 +155,56 @@ def ask(
                 fix="ask something shorter, or lower --max-tokens",
             )
         asked = replace(sampling, max_tokens=limit, stop_token_ids=stops)
-        requests += [Request(ids, asked, NoiseKey(seed, "generate", i, sample)) for sample in range(samples)]
-    for i, result in enumerate(_in_order(inline_engine(model, tokenizer, stop=sampling.stop), requests)):
+        question = Prompt(tuple(ids), text, messages, None, {}, prompt)
+        starts += [Start(NoiseKey(seed, "generate", i, sample), question, asked) for sample in range(samples)]
+    engine = inline_engine(model, tokenizer, stop=sampling.stop)
+    if tools:
+        yield from _act(engine, tokenizer, style, tools, stops, starts)
+        return
+    requests = [Request(start.question.token_ids, start.sampling, start.key) for start in starts]
+    for i, result in enumerate(_in_order(engine, requests)):
         require_finite([result.logps], f"prompt {i // samples + 1}", "--temperature")
         text = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
         yield Answer(prompts[i // samples], i % samples, text, result.finish_reason, len(result.token_ids))
+
+
+def _tools(references: Sequence[str]) -> Toolbox:
+    for reference in references:
+        if not is_function_reference(reference):
+            raise UserError(f"--tools {reference} is no tool", fix="give file.py:function, or file.py:Class")
+    return load_tools(references)
+
+
+def _act(
+    engine: InlineEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    style: Style,
+    tools: Sequence[str],
+    stops: Sequence[int],
+    starts: Sequence[Start],
+) -> Iterator[Acted]:
+    """Yields responses with calls of tools, in the order of `starts`, each as soon as those before it have ended."""
+    decode = answer_decoder(tokenizer, stops, keep=False)
+    agents = make_agents(
+        AgentSection(tools=list(tools)), tokenizer, style,
+        decode=decode, stops=stops, longest=engine.max_model_len, order="rounds",
+    )  # fmt: skip
+    driver, done = Driver(engine, agents), dict[int, Trajectory]()
+    try:
+        for number, start in [(driver.begin(start), start) for start in starts]:
+            while number not in done:
+                done.update(driver.advance())
+            found, draw = done.pop(number), start.key.draw + 1
+            if found.failure is not None:
+                raise UserError(f"the response to prompt {draw} failed: {found.failure}")
+            require_finite([found.logps], f"prompt {draw}", "--temperature")
+            behind = found.messages[len(start.question.messages) :]
+            yield Acted(
+                str(start.question.written), start.key.sample, found.final, found.finish_reason, found.length, behind
+            )
+    finally:
+        driver.stop()
+        agents.close()
 
 
 def _in_order(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Result]:
