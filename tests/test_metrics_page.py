@@ -1,8 +1,8 @@
 """docs/metrics.md and the metrics that runs write are the same list, in both directions.
 
-Names come from three runs (PPO with a critic and adapters, fine-tuning, a reward model), from the functions that name
-the metrics of corrections, policy losses and ranks, and from the source, for those that only some machines or failures
-write. `<...>` in a name stands for any text.
+Names come from four runs (PPO with a critic and adapters, fine-tuning, a reward model, an agent), from the functions
+that name the metrics of corrections, policy losses and ranks, and from the source, for those that only some machines or
+failures write. `<...>` in a name stands for any text.
 
 Shapes: M tokens.
 """
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import hybridflow
+from agents.test_environments import sums
 from hybridflow.algorithms.correction import correct
 from hybridflow.algorithms.losses import policy
 from hybridflow.algorithms.policy_loss.registry import POLICY_LOSSES
@@ -54,7 +55,7 @@ PPO = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
     """Every name in metrics.jsonl of the runs."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("ppo", "sft", "reward_model")]
+    folders = [tmp_path_factory.mktemp(name) for name in ("ppo", "sft", "reward_model", "agent")]
     config = load_config(configuration(folders[0], **PPO))
     (folders[0] / "reward.py").write_text(COMPONENTS)
     train(config)
@@ -62,6 +63,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
         load_config(configuration(folders[1], "sft", train={"steps": 1, "sequences_per_update": 4}), kind=SftConfig)
     )
     train_reward_model(config_of(folders[2], train={"steps": 1, "pairs_per_update": 60}))
+    train(load_config(sums(folders[3], tasks=2)))
     return frozenset(name for folder in folders for line in metrics(folder / "run") for name in line if name != "step")
 
 

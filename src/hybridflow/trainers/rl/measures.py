@@ -14,6 +14,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.sections.algorithm import AlgorithmSection
 from hybridflow.protocols.groups import Group
 from hybridflow.tracking.rollouts import sequence_columns
+from hybridflow.trainers.rl.acting import acting_metrics
 from hybridflow.trainers.rl.batches import trajectories
 from hybridflow.trainers.rl.diversity import diversity
 from hybridflow.trainers.rl.filters import component_names
@@ -53,6 +54,7 @@ def batch_metrics(run: RlRun, groups: list[Group], batch: Batch) -> dict[str, fl
     rewards = [t.reward for t in scored]
     truth = {row: run.data[row].ground_truth for row in set(rows)}
     answered = [t.token_ids for t in scored], [t.response for t in scored]
+    metrics |= acting_metrics(groups)
     metrics |= diversity(*answered, rows, rewards, [truth[row] for row in rows])
     measured = {
         "critic/score": torch.tensor([t.reward for t in scored]),

@@ -36,6 +36,7 @@ from hybridflow.publishing.publisher import Publisher, publisher_of
 from hybridflow.rewards.graders.given import GivenReward, with_given
 from hybridflow.runs.best import best_of, better
 from hybridflow.runs.session import Opened, Session, opening, total_steps
+from hybridflow.tracking.agent_watch import AgentWatch
 from hybridflow.tracking.jsonl import read_metrics
 from hybridflow.tracking.mismatch_watch import MismatchWatch
 from hybridflow.tracking.reward_watch import RewardWatch
@@ -349,7 +350,12 @@ def _held_out(
 
 def _watches(config: RlConfig) -> list[Watch]:
     terms = {name: term.weight for name, term in (config.reward.terms or {}).items() if term.weight}
-    return [MismatchWatch(corrected=config.algorithm.correction.active), RewardWatch(terms), SignalWatch()]
+    return [
+        MismatchWatch(corrected=config.algorithm.correction.active),
+        RewardWatch(terms),
+        SignalWatch(),
+        AgentWatch(),
+    ]
 
 
 def _forget(journal: Journal, opened: Opened) -> None:
