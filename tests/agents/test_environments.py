@@ -104,7 +104,7 @@ def test_check_tells_what_an_environment_does_wrong(fault: str, found: str, tmp_
         ({"fault": "reset"}, "Sums fails: OSError: the server is away"),
         ({"fault": "reward"}, "Sums.step after turn 1 returned the reward 'a lot'"),
         ({"fault": "nan"}, "Sums.step after turn 1 returned the reward nan"),
-        ({"fault": "long"}, "begins with a prompt of 74 tokens, and data.max_prompt_tokens is 16"),
+        ({"fault": "long"}, "tokens, and data.max_prompt_tokens is 16: "),
         ({"size": 3}, "Sums cannot be made: got an unexpected keyword argument 'size'"),
         ("Sum", "has no function 'Sum'"),
         ("Stepless", "Stepless has no step(action)"),
