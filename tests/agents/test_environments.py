@@ -19,7 +19,7 @@ Output = pytest.CaptureFixture[str]
 
 # Sums that the environment makes by itself: reset says the first one, and each right result brings the next.
 WORLD = """
-import asyncio, random, threading, time
+import asyncio, os, random, threading, time
 from hybridflow import Observation
 
 class Sums:
@@ -40,6 +40,8 @@ class Sums:
 
     def step(self, action):
         self.done += 1
+        if self.fault == "dies":
+            os._exit(7)
         if self.fault == "leak":
             threading.Thread(target=time.sleep, args=(2,), name="left", daemon=True).start()
         reward = {"reward": "a lot", "nan": float("nan")}.get(self.fault, float(str(self.a + self.b) in action.text))
@@ -85,12 +87,17 @@ def test_an_environment_with_tasks_of_its_own_is_tried_and_trained_on(tmp_path: 
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
 
 
+def test_an_environment_in_a_process_is_tried_there(tmp_path: Path, capsys: Output) -> None:
+    said = mistake(capsys, "check", sums(tmp_path, processes=1, environment_kwargs={"fault": "dies"}))
+    assert "Sums fails: ProcessDied: the process of step ended with exit code 7" in said
+
+
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
         ("step", "after turn 1 they differ, although the model did the same: messages"),
         ("leak", "an episode leaves 3 threads (left, left, left) behind; close() has to free what it holds"),
-        ("same", "its first 4 tasks are all the same; reset(row, seed) reads neither row nor seed"),
+        ("same", "its first 4 tasks all begin alike; their difference has to come from row or seed"),
     ],
 )
 def test_check_tells_what_an_environment_does_wrong(fault: str, found: str, tmp_path: Path, capsys: Output) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
@@ -21,17 +22,20 @@ def environment_maker(name: str, source: Any, kwargs: Mapping[str, Any]) -> Make
 
     Args:
         name: of the environment, for messages.
-        source: a class, or a plain or async function that returns an object.
+        source: a class, or a plain or async function that returns an object; or an object, which is copied.
         kwargs: what it is called with.
 
     Raises:
         UserError: it cannot be called so, or it is a class without one of the methods.
     """
-    if not callable(source):
-        raise UserError(
-            f"the environment {name} is a {type(source).__name__}, and one object cannot be that of every trajectory",
-            fix="give the class, or a function that returns a new object",
-        )
+    if not callable(source):  # an object that a program gave
+        _require_methods(name, source, lambda method: False)
+        if kwargs:
+            raise UserError(
+                f"the environment {name} is an object, and agent.environment_kwargs has {', '.join(kwargs)}",
+                fix="give the class, or set them in the object",
+            )
+        return lambda: _checked(name, copy.deepcopy(source))
     try:
         inspect.signature(source).bind(**kwargs)
     except TypeError as error:

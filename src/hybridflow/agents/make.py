@@ -9,6 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.agents.environments import RemoteEnvironment, environment_maker
 from hybridflow.agents.episode import Language
+from hybridflow.agents.given import NOTHING, Given, find, shown
 from hybridflow.agents.play import Play, loop_of, play
 from hybridflow.agents.processes import HostPool
 from hybridflow.agents.runner import Agents
@@ -17,7 +18,6 @@ from hybridflow.agents.world import WorldMaker
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.template import Style
 from hybridflow.chat.tool_calls import FORMATS
-from hybridflow.config.locate import load_function
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError, nearest
 from hybridflow.protocols.calls import CallStore
@@ -32,6 +32,7 @@ def make_agents(
     stops: Sequence[int],
     longest: int,
     order: Literal["rounds", "free"],
+    given: Given = NOTHING,
     calls: CallStore | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Agents:
@@ -45,13 +46,14 @@ def make_agents(
         stops: the tokens that close a turn.
         longest: most tokens of a sequence, its prompt included.
         order: see `Rollouts.order`.
+        given: objects that a program gave, see `name_objects`.
         calls: keeps answers of tools.
         tell: takes the traceback of the first failure of each kind.
 
     Raises:
         UserError: a tool, an environment or a loop cannot be loaded or used.
     """
-    tools = load_tools(section.tools)
+    tools = load_tools(section.tools, given)
     bridge = Bridge(
         tokenizer,
         style,
@@ -67,8 +69,8 @@ def make_agents(
     return Agents(
         section,
         language,
-        world_maker(section, tools, pool),
-        loops(section),
+        world_maker(section, tools, pool, given),
+        loops(section, given),
         order=order,
         calls=calls,
         tell=tell,
@@ -76,22 +78,25 @@ def make_agents(
     )
 
 
-def load_tools(references: Sequence[str]) -> Toolbox:
+def load_tools(references: Sequence[str], given: Given = NOTHING) -> Toolbox:
     """Loads the tools of a configuration.
 
     Raises:
         UserError: a file or function is not there, cannot be described, or two tools have one name.
     """
-    return toolbox([(reference, load_function(reference)) for reference in references])
+    return toolbox([(shown(reference), find(reference, given)) for reference in references])
 
 
-def world_maker(section: AgentSection, tools: Toolbox, pool: HostPool | None = None) -> WorldMaker:
+def world_maker(
+    section: AgentSection, tools: Toolbox, pool: HostPool | None = None, given: Given = NOTHING
+) -> WorldMaker:
     """Returns the function that makes the environment of a trajectory.
 
     Args:
         section: the ``agent`` section.
         tools: its tools.
         pool: the processes that they run in; None: this one.
+        given: objects that a program gave, see `name_objects`.
 
     Raises:
         UserError: the environment cannot be loaded or used.
@@ -99,17 +104,18 @@ def world_maker(section: AgentSection, tools: Toolbox, pool: HostPool | None = N
     if section.environment is None:
         box = tools if pool is None else in_processes(tools, section.tools, pool)
         return lambda calls: ToolSet(box, calls)
-    make = environment_maker(section.environment, load_function(section.environment), section.environment_kwargs)
+    found = find(section.environment, given)
+    make = environment_maker(shown(section.environment), found, section.environment_kwargs)
     if pool is not None:
         reference, kwargs = section.environment, section.environment_kwargs
         return lambda calls: RemoteEnvironment(pool.object(reference, kwargs))
     return lambda calls: make()
 
 
-def loops(section: AgentSection) -> Callable[[dict[str, Any]], Play]:
+def loops(section: AgentSection, given: Given = NOTHING) -> Callable[[dict[str, Any]], Play]:
     """Returns the function that chooses the loop of a row."""
-    usual = play if section.play is None else loop_of(load_function(section.play), section.play)
-    named = {name: loop_of(load_function(ref), ref) for name, ref in section.plays.items()}
+    usual = play if section.play is None else loop_of(find(section.play, given), shown(section.play))
+    named = {name: loop_of(find(ref, given), shown(ref)) for name, ref in section.plays.items()}
 
     def of_row(row: dict[str, Any]) -> Play:
         name = row.get("agent_name")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridflow.agents.processes import HostPool
 from hybridflow.agents.world import Calls, JournaledWorld, WorldMaker
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.errors import UserError, raised
@@ -41,14 +42,29 @@ class Played:
     step_seconds: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _TriedWorld:
+    """Two episodes with one seed, what the second one left behind, and how those of other rows begin."""
+
+    first: Played
+    again: Played
+    left: list[str]
+    others: list[Observation]
+
+
 def try_environment(
-    name: str, make: WorldMaker, section: AgentSection, rows: Sequence[dict[str, Any]], seeds: Sequence[int]
+    name: str,
+    make: WorldMaker,
+    section: AgentSection,
+    rows: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    *,
+    pool: HostPool | None = None,
 ) -> Generator[str, None, list[Observation]]:
     """Plays two episodes with one row and one seed, and the same words; yields what was found, line by line.
 
-    It returns how the episodes of all rows begin.
-
-    Words of what the environment says are written back to it, chosen by their place, so that both episodes do the same.
+    It returns how the episodes of all rows begin. Words of what the environment says are written back to it, chosen by
+    their place, so that both episodes do the same.
 
     Args:
         name: of the environment.
@@ -56,14 +72,22 @@ def try_environment(
         section: limits.
         rows: the first rows.
         seeds: that the episodes of these rows have.
+        pool: the processes that it runs in; they are ended.
 
     Raises:
         UserError: it raises, answers with something else than an observation, or begins in different states.
     """
-    first = _play(name, make, section, rows[0], seeds[0])
-    before = _Held.now()
-    again = _play(name, make, section, rows[0], seeds[0], like=first)
-    left = before.left()
+    try:
+        trial = asyncio.run(_trial(make, section, rows, seeds, pool))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the environment {name} fails: {raised(error)}",
+            why="its episodes would fail in training too",
+            fix="mend it; hybridflow check plays two episodes of it",
+        ) from error
+    first, again = trial.first, trial.again
     start, other = first.observations[0], again.observations[0]
     if start != other:
         raise UserError(
@@ -71,33 +95,51 @@ def try_environment(
             why="the trajectories of a group are compared with each other, so they have to begin in one state",
             fix="draw all that is random in it from the seed of reset, as random.Random(seed) does",
         )
-    turns = len(first.actions)
     seconds = max(first.step_seconds + again.step_seconds, default=0.0)
     ended = "done" if first.observations[-1].done else "not done"
     cost = f"reset takes {_ms(again.reset_seconds)}, a step at most {_ms(seconds)}"
-    differing = next((i for i, pair in enumerate(zip(first.observations, again.observations)) if pair[0] != pair[1]), 0)
+    pairs = zip(first.observations, again.observations)
+    differing = next((i for i, (one, two) in enumerate(pairs) if one != two), 0)
     same = "differ" if differing else "are the same"
-    yield f"environment {name}: two episodes with one seed {same} ({turns} turns, {ended}); {cost}"
+    yield f"environment {name}: two episodes with one seed {same} ({len(first.actions)} turns, {ended}); {cost}"
     if differing:
         found = _difference(first.observations[differing], again.observations[differing])
         yield (
             f"  advice: after turn {differing} they differ, although the model did the same: {found}. Such a run does "
             "not repeat bit for bit, and a trajectory that is resumed continues from another state"
         )
-    if left:
-        yield f"  advice: an episode leaves {', '.join(left)} behind; close() has to free what it holds"
-    begun = [
-        start,
-        *(_play(name, make, section, row, s, turns=0).observations[0] for row, s in zip(rows[1:], seeds[1:])),
-    ]
+    if trial.left:
+        yield f"  advice: an episode leaves {', '.join(trial.left)} behind; close() has to free what it holds"
+    begun = [start, *trial.others]
     if len(begun) > 1 and all(one == start for one in begun):
-        yield f"  advice: its first {len(begun)} tasks are all the same; reset(row, seed) reads neither row nor seed"
+        yield (
+            f"  advice: its first {len(begun)} tasks all begin alike; their difference has to come from row or seed "
+            "of reset"
+        )
     yield f"  it begins with {_text(start)[:200]!r}"
     return begun
 
 
-def _play(
-    name: str,
+async def _trial(
+    make: WorldMaker,
+    section: AgentSection,
+    rows: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    pool: HostPool | None,
+) -> _TriedWorld:
+    try:
+        first = await _play(make, section, rows[0], seeds[0])
+        before = _Held.now()
+        again = await _play(make, section, rows[0], seeds[0], like=first)
+        left = before.left()
+        others = [await _play(make, section, row, seed, turns=0) for row, seed in zip(rows[1:], seeds[1:])]
+    finally:
+        if pool is not None:
+            pool.close()
+    return _TriedWorld(first, again, left, [played.observations[0] for played in others])
+
+
+async def _play(
     make: WorldMaker,
     section: AgentSection,
     row: dict[str, Any],
@@ -107,39 +149,26 @@ def _play(
     turns: int = MOST_TURNS,
 ) -> Played:
     """Plays one episode; with as many turns and the same words as another."""
-
-    async def episode() -> Played:
-        played = Played()
-        world = JournaledWorld(make, Calls(section, NoiseKey(0, "check", 0), [], None))
-        try:
-            began = time.perf_counter()
-            played.observations.append(await world.reset(dict(row), seed))
-            played.reset_seconds = time.perf_counter() - began
-            most = min(turns, section.max_turns) if like is None else len(like.actions)
-            while len(played.actions) < most and not played.observations[-1].done:
-                if like is None and time.perf_counter() - began > MOST_SECONDS:
-                    break
-                number = len(played.actions)
-                text = _word(played.observations, number) if like is None else like.actions[number]
-                played.actions.append(text)
-                stepped = time.perf_counter()
-                action = Action(text, (), {"role": "assistant", "content": text}, "stop")
-                played.observations.append(await world.step(action))
-                played.step_seconds.append(time.perf_counter() - stepped)
-        finally:
-            await world.close()
-        return played
-
+    played = Played()
+    world = JournaledWorld(make, Calls(section, NoiseKey(0, "check", 0), [], None))
     try:
-        return asyncio.run(episode())
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the environment {name} fails: {raised(error)}",
-            why="its episodes would fail in training too",
-            fix="mend it; hybridflow check plays two episodes of it",
-        ) from error
+        began = time.perf_counter()
+        played.observations.append(await world.reset(dict(row), seed))
+        played.reset_seconds = time.perf_counter() - began
+        most = min(turns, section.max_turns) if like is None else len(like.actions)
+        while len(played.actions) < most and not played.observations[-1].done:
+            if like is None and time.perf_counter() - began > MOST_SECONDS:
+                break
+            number = len(played.actions)
+            text = _word(played.observations, number) if like is None else like.actions[number]
+            played.actions.append(text)
+            stepped = time.perf_counter()
+            action = Action(text, (), {"role": "assistant", "content": text}, "stop")
+            played.observations.append(await world.step(action))
+            played.step_seconds.append(time.perf_counter() - stepped)
+    finally:
+        await world.close()
+    return played
 
 
 def _word(seen: Sequence[Observation], turn: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.chat.special_tokens import reader
 from hybridflow.commands.check_agent import check_environment, describe_tools, turn_tokens
 from hybridflow.commands.special_advice import advice_on_ends, advice_on_tokens
@@ -69,12 +70,13 @@ def check(config: Any, **objects: Any) -> Iterator[str]:
     yield from kind_for(config).checked(config, **objects)
 
 
-def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator[str]:
+def check_rl(config: RlConfig, *, reward: GivenReward | None = None, given: Given = NOTHING) -> Iterator[str]:
     """Checks a reinforcement-learning run: its models, its rows, its reward, its evaluation and its sizes.
 
     Args:
         config: the configuration.
         reward: a reward that a program gives as an object, see `open_run`.
+        given: other objects that it gives, see `open_run`.
     """
     config = with_given(config, reward)
     model, tokenizer = load_role(actor_role(config, 1), outline=True)
@@ -85,18 +87,18 @@ def check_rl(config: RlConfig, *, reward: GivenReward | None = None) -> Iterator
     yield from _check_own_functions(config)
     yield from _describe_sequences(config)
     yield from check_companions(config, tokenizer)
-    yield from describe_tools(config)
-    yield from describe_turns(config, tokenizer)
+    yield from describe_tools(config, given)
+    yield from describe_turns(config, tokenizer, given)
     lacking = partial(lacking_components, config)
-    prompts, seen = yield from _check_prompts(config, model, tokenizer, "training", lacking, reward=reward)
-    yield from check_environment(config, model, tokenizer, prompts)
+    prompts, seen = yield from _check_prompts(config, model, tokenizer, "training", lacking, reward=reward, given=given)
+    yield from check_environment(config, model, tokenizer, prompts, given)
     yield from _advise_on_tokens(config, model, tokenizer, prompts)
     if is_verl_row(prompts.data.rows[0]):
         yield from (f"  {line}" for line in differences_from_verl(config))
     prompts.sampler(seed=config.run.seed).take(1)  # tries data.order
     if config.has_evaluation:
-        yield from _check_prompts(config, model, tokenizer, "evaluation", lacking, seen, reward=reward)
-        measured = yield from _check_evaluation(config, model, tokenizer)
+        yield from _check_prompts(config, model, tokenizer, "evaluation", lacking, seen, reward=reward, given=given)
+        measured = yield from _check_evaluation(config, model, tokenizer, given)
         best = config.checkpoint.best
         if best is not None and best not in measured:
             raise UserError(f"checkpoint.best {best!r} is not among what is measured", fix=nearest(best, measured))
@@ -150,13 +152,16 @@ def _describe_sequences(config: RlConfig) -> Iterator[str]:
 
 
 def _check_evaluation(
-    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: RlConfig | EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Given = NOTHING,
 ) -> Generator[str, None, list[str]]:
     """Returns the names of what is measured."""
     e = config.eval
     sampling = sampling_for(e, training_sampling(config.rollout, stop_ids(model, tokenizer)))
     check_sampling(sampling, model.get_input_embeddings().weight.shape[0])
-    prompts = _rows_for(config, tokenizer, "evaluation")
+    prompts = _rows_for(config, tokenizer, "evaluation", given)
     rows = prompts.data.rows[: e.max_rows]
     how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
     plural = "s" * (e.samples_per_prompt > 1)
@@ -195,9 +200,10 @@ def _check_prompts(
     lacking: Callable[[set[str]], UserError | None] = lambda components: None,
     trained: Set[int] = frozenset(),
     reward: GivenReward | None = None,
+    given: Given = NOTHING,
 ) -> Generator[str, None, tuple[PromptSet, set[int]]]:
     """Returns the prompts, and hashes of their texts; `trained` are those of the training rows."""
-    prompts = _rows_for(config, tokenizer, purpose)
+    prompts = _rows_for(config, tokenizer, purpose, given)
     if prompts.made_later:
         yield f"{purpose} data {prompts.source}: {len(prompts)} rows, of which the environment makes prompts"
         texts = []
@@ -218,11 +224,13 @@ def _check_prompts(
     return prompts, set(texts)
 
 
-def _rows_for(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, purpose: str) -> PromptSet:
+def _rows_for(
+    config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, purpose: str, given: Given
+) -> PromptSet:
     agent, d = config.agent, config.data
     own = (None, None) if agent is None else (agent.tasks, agent.eval_tasks)
     sources, tasks = (d.train, own[0]) if purpose == "training" else (d.eval, own[1])
-    prompts = prompts_of(config, tokenizer, sources, tasks)
+    prompts = prompts_of(config, tokenizer, sources, tasks, given)
     assert prompts is not None, "the configuration was checked"
     return prompts
 

@@ -9,7 +9,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hybridflow.agents.episode import environment_seed
+from hybridflow.agents.given import NOTHING, Given, shown
 from hybridflow.agents.make import load_tools, loops, world_maker
+from hybridflow.agents.processes import HostPool
 from hybridflow.agents.trial import try_environment
 from hybridflow.chat.template import render_prompt
 from hybridflow.config.kinds.eval import EvalConfig
@@ -24,7 +26,7 @@ from hybridflow.rollout.inline.engine import require_room
 TASKS = 4  # whose beginnings are compared
 
 
-def describe_tools(config: RlConfig | EvalConfig) -> Iterator[str]:
+def describe_tools(config: RlConfig | EvalConfig, given: Given = NOTHING) -> Iterator[str]:
     """Loads tools and loops, and yields what the model is shown of each tool.
 
     Raises:
@@ -33,13 +35,13 @@ def describe_tools(config: RlConfig | EvalConfig) -> Iterator[str]:
     agent = config.agent
     if agent is None:
         return
-    box = load_tools(agent.tools)
+    box = load_tools(agent.tools, given)
     for schema in box.schemas:
         yield f"tool {json.dumps(schema['function'], ensure_ascii=False)}"
-    loops(agent)
-    for name, reference in [("agent.play", agent.play), *((f"agent.plays.{k}", v) for k, v in agent.plays.items())]:
+    loops(agent, given)
+    for key, reference in [("agent.play", agent.play), *((f"agent.plays.{k}", v) for k, v in agent.plays.items())]:
         if reference is not None:
-            yield f"loop {name} {reference}: found"
+            yield f"loop {key} {shown(reference)}: found"
 
 
 def turn_tokens(config: RlConfig | EvalConfig) -> int:
@@ -49,7 +51,11 @@ def turn_tokens(config: RlConfig | EvalConfig) -> int:
 
 
 def check_environment(
-    config: RlConfig | EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
+    config: RlConfig | EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    given: Given = NOTHING,
 ) -> Iterator[str]:
     """Plays the environment of a run without the model, and checks the prompts that it makes.
 
@@ -59,24 +65,27 @@ def check_environment(
     agent = config.agent
     if agent is None or agent.environment is None:
         return
+    name = shown(agent.environment)
     world = "environment" if isinstance(config, RlConfig) else "environment/eval"
     count = min(TASKS, len(prompts))
     questions = [prompts[i] for i in range(count)]
     sampling = Sampling(max_tokens=config.rollout.max_response_tokens)
     starts = [Start(NoiseKey(config.run.seed, "train", i, 0), q, sampling, world) for i, q in enumerate(questions)]
+    pool = HostPool(1, agent.call_timeout) if agent.processes else None
     begun = yield from try_environment(
-        agent.environment,
-        world_maker(agent, load_tools(agent.tools)),
+        name,
+        world_maker(agent, load_tools(agent.tools, given), pool, given),
         agent,
         [question.row for question in questions],
         [environment_seed(start) for start in starts],
+        pool=pool,
     )
     limit = config.data.max_prompt_tokens
     for observation in begun:
         text, ids = render_prompt(tokenizer, observation.messages, prompts.style)
         if len(ids) > limit:
             raise UserError(
-                f"the environment {agent.environment} begins with a prompt of {len(ids)} tokens, and "
+                f"the environment {name} begins with a prompt of {len(ids)} tokens, and "
                 f"data.max_prompt_tokens is {limit}: {text[:80]!r}",
                 fix="raise the limit, or shorten what reset returns",
             )

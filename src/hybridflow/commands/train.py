@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.checkpoint.store import read_best, saved_steps
 from hybridflow.commands.check import check
 from hybridflow.config.kinds.registry import TrainingConfig, kind_for
@@ -38,20 +39,29 @@ def start(config: TrainingConfig, *, again: str) -> int:
     return 0 if run_checked(config, again=again).done else 130
 
 
-def run_checked(config: TrainingConfig, *, again: str, reward: GivenReward | None = None, **objects: Any) -> Ended:
+def run_checked(
+    config: TrainingConfig,
+    *,
+    again: str,
+    reward: GivenReward | None = None,
+    given: Given = NOTHING,
+    **objects: Any,
+) -> Ended:
     """Checks a configuration, runs it, and prints where to look and what resumes it.
 
     Args:
         config: what to run.
         again: what resumes this run, to be shown when it stops early.
         reward: a reward that a program gives as an object.
+        given: other objects that it gives, by the names that the configuration has for them.
         objects: what else it gives for training, see `Kind.trained`.
     """
     over = finished(config)
     if over is not None:
         return _nothing_to_do(over)
     serve_torchrun(config.placement)
-    scored = {} if reward is None else {"reward": reward}
+    scored: dict[str, Any] = {} if reward is None else {"reward": reward}
+    scored |= {"given": given} if given else {}
     for line in check(config, **scored):
         print(line)
     folder, interrupted = Path(config.run.folder), None

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
+from hybridflow.config.fingerprints import GIVEN
 from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.pieces.needs import needs_of
 from hybridflow.config.pieces.tables import ADVANTAGES
-from hybridflow.config.sections.rewards import GIVEN, EndpointJudgeSection
+from hybridflow.config.sections.rewards import EndpointJudgeSection
 from hybridflow.data.prompts import Prompt, PromptSet, answers_to
 from hybridflow.errors import UserError, nearest
 from hybridflow.grading.make import JUDGE, MODEL, check_rows, data_sources, first_of_each, make_grader, require_score

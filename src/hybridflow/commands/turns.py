@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.agents.make import load_tools
 from hybridflow.chat.bridge import History
 from hybridflow.chat.certificate import TurnFinding, certificate
@@ -16,7 +17,9 @@ from hybridflow.config.kinds.eval import EvalConfig
 from hybridflow.config.kinds.rl import RlConfig
 
 
-def describe_turns(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def describe_turns(
+    config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, given: Given = NOTHING
+) -> Iterator[str]:
     """Yields lines about the turns of agents; none for runs without a section agent.
 
     Raises:
@@ -25,7 +28,7 @@ def describe_turns(config: RlConfig | EvalConfig, tokenizer: PreTrainedTokenizer
     agent, d = config.agent, config.data
     if agent is None:
         return
-    style = Style(d.format, d.system_prompt, d.thinking, tuple(load_tools(agent.tools).schemas))
+    style = Style(d.format, d.system_prompt, d.thinking, tuple(load_tools(agent.tools, given).schemas))
     require_fit(tokenizer, style, agent.format)
     if agent.history == "steps":
         yield "turns: each is a sequence of its own (agent.history=steps)"

@@ -16,7 +16,9 @@ from hybridflow.config.paths import home
 from hybridflow.config.sections.train import LengthSection
 from hybridflow.errors import UserError, near, nearest
 
-ARGUMENTS = ("model", "data", "reward", "eval_data", "tokenizer", "config", "folder", "callbacks")
+ARGUMENTS = (
+    *("model", "data", "reward", "eval_data", "tokenizer", "tools", "environment", "config", "folder", "callbacks"),
+)
 _STANDS_FOR = {"model": "path", "data": "train", "reward": "function"}  # the key that such an argument gives alone
 FEW = 3  # sections with a key of one name, of which a message still lists all
 DEFAULTS: dict[str, Any] = {"epochs": 1, "prompts_per_step": 8, "samples_per_prompt": 8}  # of the section train
@@ -35,6 +37,8 @@ _CALLED = {
     "peft_config": 'model={"path": model, "lora": {"rank": 16, "alpha": 32}}',
     "ref_model": 'model={"path": model, "reference": path}',
     "callback": "callbacks=[function]",
+    "environment_factory": "environment=class_or_function",
+    "rollout_func": 'agent={"play": function}',
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.agents.given import Given
 from hybridflow.checkpoint.run_folder import locked, make_folder
 from hybridflow.commands.train import run_checked
 from hybridflow.config.kinds.rl import RlConfig
@@ -20,6 +21,7 @@ from hybridflow.config.paths import home
 from hybridflow.config.sections.data import PromptDataSection
 from hybridflow.controller.backends.forking import refuse_imported_program
 from hybridflow.errors import UserError
+from hybridflow.face.agent import with_agent
 from hybridflow.face.arguments import base_values, merged, refuse_unknown, sets_length, with_defaults, without_length
 from hybridflow.face.model import checked_pair, save_model
 from hybridflow.face.reward import needs_no_truth, split_reward
@@ -60,6 +62,8 @@ def train(
     *,
     eval_data: Any = None,
     tokenizer: Any = None,
+    tools: Sequence[Any] | None = None,
+    environment: Any = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | RlConfig | None = None,
     folder: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -78,6 +82,11 @@ def train(
             ``reward`` as a dict, whose ``function`` may be any of these.
         eval_data: the evaluation rows, in the forms of `data`.
         tokenizer: of a model that is given as an object.
+        tools: functions that the model may call, classes with such methods, or names of either (``file.py:function``);
+            what ``agent.tools`` takes.
+        environment: what the model acts in: a class, a function that returns an object, an object, which is copied for
+            each trajectory, or what ``agent.environment`` takes. Its rewards are those of the run, unless `reward` is
+            given.
         config: what the call begins with: the path of a YAML file, sections as a dict, or an `RlConfig`.
         folder: of the run; unset: that of `config`, else runs/train.
         callbacks: functions that are called after each step with any of step, metrics, run, groups and batch.
@@ -98,6 +107,7 @@ def train(
             values[name] = {key: value for key, value in values[name].items() if key not in instead}
         values = merged(values, {name: section})
     values = merged(values, {"run": {"folder": _folder(values, folder)}})
+    values, given = with_agent(values, tools, environment)
     scorer = None
     if isinstance(values.get("reward"), Mapping):
         values["reward"], scorer = split_reward(values["reward"])
@@ -106,11 +116,12 @@ def train(
         objects.values["data"] = {"ground_truth_key": None} | objects.values["data"]
     settings = with_given(validate(RlConfig, objects.values, source="the call of hybridflow.train", base=base), scorer)
     with objects.kept():
-        return _run(settings, scorer, callbacks)
+        return _run(settings, scorer, given, callbacks)
 
 
-def _run(config: RlConfig, reward: GivenReward | None, callbacks: Sequence[Callback]) -> Trained:
-    ended = run_checked(config, again="make the same call of hybridflow.train", reward=reward, callbacks=callbacks)
+def _run(config: RlConfig, reward: GivenReward | None, given: Given, callbacks: Sequence[Callback]) -> Trained:
+    again = "make the same call of hybridflow.train"
+    ended = run_checked(config, again=again, reward=reward, given=given, callbacks=callbacks)
     if ended.interrupted is not None:
         raise ended.interrupted
     path = Path(config.run.folder)
@@ -167,7 +178,8 @@ def _taken(values: dict[str, Any], tokenizer: Any) -> _Objects:
             why="the tokenizer in the model's folder is used",
             fix="leave tokenizer out, or give the model as an object too",
         )
-    values = with_defaults(values, rows=len(rows["data"][0]) if "data" in rows else None)
+    tasks = _inner(values, "agent", "tasks")
+    values = with_defaults(values, rows=len(rows["data"][0]) if "data" in rows else tasks)
     return _Objects(values, folder, rows, pair)
 
 

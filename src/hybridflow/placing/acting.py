@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.agents.make import load_tools, make_agents
 from hybridflow.chat.fit import require_fit
 from hybridflow.chat.special_tokens import answer_decoder
@@ -25,6 +26,7 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[SourceSection] | None,
     tasks: int | None,
+    given: Given = NOTHING,
 ) -> PromptSet | None:
     """Loads rows to train or to evaluate on; None where there are none.
 
@@ -33,12 +35,13 @@ def prompts_of(
         tokenizer: renders prompts.
         sources: of the rows.
         tasks: without sources, the number of tasks that the environment makes by itself.
+        given: objects that a program gave, see `name_objects`.
 
     Raises:
         UserError: rows or tools cannot be used.
     """
     agent, d = config.agent, config.data
-    schemas = load_tools(agent.tools).schemas if agent is not None else []
+    schemas = load_tools(agent.tools, given).schemas if agent is not None else []
     if agent is not None:
         style = Style(d.format, d.system_prompt, d.thinking, tuple(schemas))
         require_fit(tokenizer, style, agent.format)
@@ -55,6 +58,7 @@ def make_rollouts(
     stops: Sequence[int],
     prompts: PromptSet,
     *,
+    given: Given = NOTHING,
     calls: CallStore | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Rollouts:
@@ -66,6 +70,7 @@ def make_rollouts(
         engine: that generates.
         stops: the tokens that end a turn.
         prompts: rows of the run; their style is that of all conversations.
+        given: objects that a program gave, see `name_objects`.
         calls: keeps answers of tools.
         tell: takes the traceback of a failed trajectory.
 
@@ -83,6 +88,7 @@ def make_rollouts(
         stops=stops,
         longest=engine.max_model_len,
         order="rounds" if config.rollout.engine == "inline" else "free",
+        given=given,
         calls=calls,
         tell=tell,
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from hybridflow.config.fingerprints import GIVEN
 from hybridflow.config.locate import is_function_reference
 from hybridflow.config.paths import ReadPath
 from hybridflow.config.sections.base import Section
@@ -99,7 +100,7 @@ class AgentSection(Section):
     @classmethod
     def _check_tools(cls, tools: list[str]) -> list[str]:
         for tool in tools:
-            if not is_function_reference(tool):
+            if not is_function_reference(tool) and not tool.startswith(GIVEN):
                 raise ValueError(f"{tool!r} is no tool: give file.py:function")
         if len(set(tools)) < len(tools):
             raise ValueError("a tool is named twice")

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from hybridflow.config.bounds import LARGEST_REWARD
+from hybridflow.config.fingerprints import GIVEN
 from hybridflow.config.paths import FunctionName, ReadPath, WrittenPath
 from hybridflow.config.sections.base import Section
 from hybridflow.config.sections.choices import OneOf
@@ -41,7 +42,6 @@ REWARDS = (
     "code",
     "environment",
 )
-GIVEN = "given:"  # begins the name that a run records for a reward which a program gave as an object
 SPECIAL = ("by_source", "model", "judge")  # routed by data_source; the sections reward.model and reward.judge
 
 

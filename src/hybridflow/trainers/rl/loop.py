@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.algorithms.mismatch import token_ages
 from hybridflow.batch import Batch
@@ -44,12 +45,19 @@ from hybridflow.trainers.rl.run import RlRun, open_run
 from hybridflow.trainers.rl.shaping import shaped_rewards, token_rewards
 
 
-def train(config: RlConfig, *, reward: GivenReward | None = None, callbacks: Sequence[Callback] = ()) -> Path:
+def train(
+    config: RlConfig,
+    *,
+    reward: GivenReward | None = None,
+    given: Given = NOTHING,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Runs a configuration to its end, or to where it is asked to stop; the same call then resumes it.
 
     Args:
         config: the configuration.
         reward: see `open_run`.
+        given: see `open_run`.
         callbacks: called after each step, see `callbacks`.
 
     Returns:
@@ -59,7 +67,7 @@ def train(config: RlConfig, *, reward: GivenReward | None = None, callbacks: Seq
         Interrupted: Ctrl-C or SIGTERM stopped the run; its checkpoint is saved.
     """
     require_callbacks(callbacks)
-    with open_run(config, reward=reward) as run:
+    with open_run(config, reward=reward, given=given) as run:
         if run.step == 0 and config.eval.before_training:
             record(run, 0, [], None, {})
         for step in run.steps():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hybridflow.agents.given import NOTHING, Given
 from hybridflow.algorithms.kl import KlController
 from hybridflow.chat.special_tokens import answer_decoder
 from hybridflow.checkpoint.journal import Journal
@@ -225,20 +226,21 @@ class RlRun(Session):
             write_best(self.folder.checkpoints, best)
 
 
-def open_run(config: RlConfig, *, reward: GivenReward | None = None) -> RlRun:
+def open_run(config: RlConfig, *, reward: GivenReward | None = None, given: Given = NOTHING) -> RlRun:
     """Opens the run that a configuration describes; resumes it where its folder holds one.
 
     Args:
         config: the configuration.
         reward: a function to use instead of ``reward.function``, with the same arguments. The run records its name
             and a fingerprint of it.
+        given: objects that the section ``agent`` names, see `agents.given.name_objects`.
 
     Raises:
         UserError: something in the configuration, the data or the folder is wrong.
     """
     config = with_given(config, reward)
     with opening(config) as opened:
-        run = _assemble(config, opened, reward)
+        run = _assemble(config, opened, reward, given)
         if any(key.partition(".")[0] not in ("run", "track", "checkpoint", "eval") for key in run.folder.changed):
             run.journal.clear()  # its responses are from weights that the changed settings will not lead to
         run.restore()
@@ -246,12 +248,12 @@ def open_run(config: RlConfig, *, reward: GivenReward | None = None) -> RlRun:
         return run
 
 
-def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> RlRun:
+def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None, given: Given) -> RlRun:
     """Loads and starts all parts of a run, the trained model first."""
     places, a = opened.places, config.algorithm
     tokenizer = load_role(actor_role(config, 1), outline=True)[1]
     require_companions(config, tokenizer)
-    prompts, evaluated = _prompts(config, tokenizer, reward)
+    prompts, evaluated = _prompts(config, tokenizer, reward, given)
     steps = total_steps(
         config.train.steps, config.train.epochs, rows=len(prompts), rows_per_step=config.train.prompts_per_step
     )
@@ -264,7 +266,9 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
     stops = engine.stop_ids(tokenizer)
     journal = Journal(opened.folder.path / "journal")
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
-    rollouts = make_rollouts(config, tokenizer, rollout, stops, prompts, calls=journal.calls, tell=trackers.advise)
+    rollouts = make_rollouts(
+        config, tokenizer, rollout, stops, prompts, given=given, calls=journal.calls, tell=trackers.advise
+    )
     places.on_close(rollouts.close)
     source = GroupSource(
         Answering(
@@ -322,12 +326,12 @@ def _assemble(config: RlConfig, opened: Opened, reward: GivenReward | None) -> R
 
 
 def _prompts(
-    config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: GivenReward | None
+    config: RlConfig, tokenizer: PreTrainedTokenizerBase, reward: GivenReward | None, given: Given
 ) -> tuple[PromptSet, PromptSet | None]:
     """Loads the rows to train on, and those to evaluate on; the reward can score all of them."""
     a = config.agent
-    prompts = prompts_of(config, tokenizer, config.data.train, None if a is None else a.tasks)
-    evaluated = prompts_of(config, tokenizer, config.data.eval, None if a is None else a.eval_tasks)
+    prompts = prompts_of(config, tokenizer, config.data.train, None if a is None else a.tasks, given)
+    evaluated = prompts_of(config, tokenizer, config.data.eval, None if a is None else a.eval_tasks, given)
     assert prompts is not None, "the configuration was checked"
     check_rows(config, prompts, evaluated, function=reward)
     return prompts, evaluated
