@@ -214,6 +214,10 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
     failed.failure = "the environment raised"
     groups[1].trajectories.append(Trajectory(4, [], "context", "", 0.0))  # there was no room for a turn
     with open_run(config) as run:
+        assert isinstance(run.engine, LocalEngine)
+        with torch.no_grad():  # away from the reference
+            for parameter in run.engine.trained.values():
+                parameter.mul_(1.1)
         batch, _ = estimate(run, groups)
         assert set(batch["trajectory_B"].tolist()) == set(range(7))
         whole_N = torch.zeros(7).index_add(0, batch["trajectory_B"][batch.sequence_of()], batch["reward_T"])
@@ -223,9 +227,10 @@ def test_a_step_counts_trajectories_and_writes_a_row_for_each_sequence(tmp_path:
         found = update(run, batch)
         mean = sum(float(kl) / t.length for kl, t in zip(kl_N, scored)) / 7
         assert found["actor/reward_kl_penalty"] == pytest.approx(mean, rel=1e-4)
+        assert abs(mean) > 1e-4
         error = min(max(mean / 0.01 - 1, -0.2), 0.2)
         assert run.kl.coef == pytest.approx(0.5 * (1 + error * 7 / 40))
-        assert isinstance(run.engine, LocalEngine) and run.engine.steps_done == 2  # of 4 and 3 trajectories
+        assert run.engine.steps_done == 2  # of 4 and 3 trajectories
         measured = batch_metrics(run, groups, batch)
         assert measured["response_length/max"] == max(t.length for t in every)
         assert measured["critic/rewards/max"] == pytest.approx(float(whole_N.max()))
