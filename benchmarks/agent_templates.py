@@ -55,13 +55,13 @@ def said(text: str) -> dict[str, Any]:
 
 
 def deepseek(arguments: dict[str, Any]) -> str:
-    """A call as DeepSeek V3 writes it."""
+    """Returns a call as DeepSeek V3 writes it."""
     body = f"<|tool_call_begin|>function<|tool_sep|>calculate\n```json\n{json.dumps(arguments)}\n```<|tool_call_end|>"
     return f"<|tool_calls_begin|>{body}<|tool_calls_end|>".replace("|", "\uff5c").replace("_", "\u2581")
 
 
 def call_turn(i: int, turn: int, thought: str, render: Callable[[dict[str, Any]], str]) -> Talk:
-    """A turn that calls the tool, and its result."""
+    """Returns a turn that calls the tool, and its result."""
     a, b = 12 + i, 7 + turn
     arguments, name = {"expression": f"{a}*{b}"}, f"call{i % 100:02d}{turn:03d}"
     call = {"id": name, "type": "function", "function": {"name": "calculate", "arguments": arguments}}
@@ -71,7 +71,7 @@ def call_turn(i: int, turn: int, thought: str, render: Callable[[dict[str, Any]]
 
 
 def talks(kind: str, render: Callable[[dict[str, Any]], str]) -> list[Talk]:
-    """Conversations of a kind: "plain", "calls", "thoughts and calls", "thoughts, calls, users"."""
+    """Makes conversations of a kind: "plain", "calls", "thoughts and calls", "thoughts, calls, users"."""
     made = []
     for i in range(CONVERSATIONS):
         talk: Talk = []
@@ -88,7 +88,7 @@ def talks(kind: str, render: Callable[[dict[str, Any]], str]) -> list[Talk]:
 
 
 def sampled(tokenizer: PreTrainedTokenizerBase, text: str, turn: int, own: bool) -> list[int]:
-    """Tokens of a turn as a model samples them; `own`: in its own way on every second turn."""
+    """Returns tokens of a turn as a model samples them; `own`: in its own way on every second turn."""
     end = [int(tokenizer.eos_token_id)]
     if not own or turn % 2:
         return list(tokenizer(text, add_special_tokens=False).input_ids) + end
@@ -126,7 +126,7 @@ def play(bridge: Bridge, talk: Talk, own: bool) -> dict[str, Any]:
 
 
 def measure(bridge: Bridge, kind: str, render: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """Rows and tokens per rollout, in both ways of writing."""
+    """Counts rows and tokens per rollout, in both ways of writing."""
     found = {}
     for writing in ("as the template", "in its own way"):
         played = [play(bridge, talk, writing == "in its own way") for talk in talks(kind, render)]
@@ -141,7 +141,7 @@ def measure(bridge: Bridge, kind: str, render: Callable[[dict[str, Any]], str]) 
 
 
 def milliseconds(bridge: Bridge, kind: str, render: Callable[[dict[str, Any]], str]) -> dict[str, float]:
-    """CPU milliseconds of `Bridge.after` behind 2 and 20 turns, the best of five."""
+    """Measures CPU milliseconds of `Bridge.after` behind 2 and 20 turns, the best of five."""
     costs = {}
     for turns in (2, 20):
         talk = talks(kind, render)[0][:1] * turns

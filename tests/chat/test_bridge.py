@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,34 @@ def test_contexts_are_those_of_a_fresh_rendering(template: str, name: str) -> No
     assert not any(forks)
 
 
+def random_talk(seed: int, calls: Callable[..., str] = hermes) -> Talk:
+    """A conversation of one to seven turns, with and without thoughts, texts, calls, and messages of the user.
+
+    Args:
+        seed: of all choices.
+        calls: how calls are written. DeepSeek's template shows no text beside them, and ends a turn twice behind three.
+    """
+    rng, alone = random.Random(seed), calls is deepseek
+    messages, texts = [{"role": "system", "content": "be brief"}] * (rng.random() < 0.3) + [user("a")], []
+    for number in range(rng.randint(1, 7)):
+        thought = THOUGHT if rng.random() < 0.4 and not alone else ""
+        count = rng.choice([0, 0, 1, 1, 2, 2 if alone else 3])
+        text = thought + (("" if alone else rng.choice(["", "so"])) if count else "b")
+        expressions = [f"{number}+{i}" for i in range(count)]
+        messages.append(turn(text, *expressions, number=number))
+        texts.append(text + "\n" * text.endswith("so") + (calls(*expressions) if count else ""))
+        messages += [answer(str(i), number, i) for i in range(count)]
+        if not count or rng.random() < 0.2:
+            messages.append(user(rng.choice(["c", "<tool_response>\n5\n</tool_response>"])))
+    return messages, texts
+
+
+def test_any_conversation_is_that_of_a_fresh_rendering() -> None:
+    tokenizer = byte_tokenizer(PLAIN)
+    for seed in range(40):
+        assert not any(walk(tokenizer, random_talk(seed), Style(tools=(CALCULATOR,))))
+
+
 def test_a_template_with_two_closings_forks() -> None:
     assert walk(byte_tokenizer(TWO_ENDS), TALKS["plain"]) == ["closing rewritten", "closing rewritten"]
 
@@ -216,3 +245,14 @@ def test_contexts_of_real_templates_are_those_of_a_fresh_rendering(model: str, n
     write = (lambda text: text + closed) if (model, name) == ("deepseek_v3", "tool") else str
     forks = walk(tokenizer, (messages, texts), Style(tools=(CALCULATOR,) if tools else ()), write)
     assert forks == FORKS.get((model, name), [""] * len(forks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3", "deepseek_v3"])
+def test_any_conversation_on_real_templates_is_that_of_a_fresh_rendering(model: str) -> None:
+    tokenizer, tools, forks = real_tokenizer(model), (CALCULATOR,) if model == "qwen3" else (), set()
+    for seed in range(60):
+        talk = random_talk(seed, hermes if model == "qwen3" else deepseek)
+        forks.update(walk(tokenizer, talk, Style(tools=tools), str if model == "qwen3" else lambda text: text + " "))
+    rewritten = {"thoughts dropped"} if model == "qwen3" else {"beginning rewritten", "opening rewritten"}
+    assert forks == {"", *rewritten}
