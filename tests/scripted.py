@@ -117,7 +117,7 @@ def played(
     told: list[str] | None = None,
     **section: Any,
 ) -> Played:
-    """Plays a script against the tools or the environment of an ``agent`` section; `budget` tokens are sampled at most."""
+    """Plays a script against the tools or the environment of an ``agent`` section; `budget` counts sampled tokens."""
     tokenizer = byte_tokenizer(template)
     engine = ScriptedEngine(tokenizer, say)
     agents = make_agents(

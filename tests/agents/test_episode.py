@@ -167,7 +167,7 @@ def test_a_step_is_a_sequence_with_its_window_and_the_reward_is_on_its_turn(file
     [
         ({"max_turns": 2}, {}, "max_turns", 2),
         ({}, {"budget": 14}, "length", 2),  # "again" and its end are 6 tokens
-        ({"max_tokens": 60, "max_observation_tokens": 8}, {}, "context", 3),
+        ({"max_tokens": 60, "max_observation_tokens": 8}, {}, "context", 2),
         ({"max_turn_tokens": 3, "max_turns": 3}, {}, "max_turns", 3),
     ],
 )
