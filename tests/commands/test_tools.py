@@ -1,4 +1,4 @@
-"""A model learns a conversation with a tool from supervised rows, and `hybridflow generate --tools` plays it."""
+"""A model learns calls of a tool from supervised rows; generate plays them; check tells what turns do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from talks import PLAIN
+from talks import PLAIN, TWO_ENDS, WITHOUT_TOOLS
 
 from runs import mistake, succeed
 
@@ -80,3 +80,41 @@ def test_a_model_learns_calls_from_rows_and_generate_plays_them(tmp_path: Path, 
     cut = succeed(capsys, "generate", tmp_path / "run", "double 4", "--tools", tool, "--max-tokens", "5")
     assert cut.endswith("[ended after 5 tokens: length]\n")
     assert "is no tool" in mistake(capsys, "generate", tmp_path / "run", "double 4", "--tools", "add")
+
+
+def acting(tmp_path: Path, template: str) -> Path:
+    """A configuration of a model that may call the tool."""
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "model.py").write_text(MODEL.format(tests=str(Path(__file__).parents[1]), template=template))
+    (tmp_path / "tool.py").write_text(
+        TOOL + "\ndef score(response, ground_truth):\n    return ground_truth in response\n"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "double 2", "ground_truth": "4"}) + "\n")
+    config = {
+        "run": {"folder": str(tmp_path / "run"), "threads": 1},
+        "model": {"path": f"{tmp_path}/model.py:model"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_prompt_tokens": 700},
+        "reward": {"function": f"{tmp_path}/tool.py:score"},
+        "rollout": {"max_response_tokens": 8},
+        "agent": {"tools": [f"{tmp_path}/tool.py:add"], "max_turns": 2, "max_observation_tokens": 32},
+        "train": {"steps": 1, "prompts_per_step": 1, "samples_per_prompt": 2},
+        "eval": {"every": 0},
+    }
+    (tmp_path / "rl.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "rl.yaml"
+
+
+def test_check_prints_what_appends_and_what_forks(tmp_path: Path, capsys: Output) -> None:
+    said = succeed(capsys, "check", acting(tmp_path, PLAIN))
+    assert "(agent.history=template)\n  text, then the user: appends\n" in said
+    assert "  a call, then its result: appends\n" in said and "agent.history=append" not in said
+    said = succeed(capsys, "check", acting(tmp_path / "two", TWO_ENDS))
+    assert "  a call, then its result: forks (closing rewritten: it ends an earlier turn in another way" in said
+    assert "advice: a new sequence begins after each call" in said
+
+
+def test_a_template_without_tools_is_refused_before_training(tmp_path: Path, capsys: Output) -> None:
+    config = acting(tmp_path, WITHOUT_TOOLS)
+    for command in ("check", "train"):
+        assert "the chat template does not list tools" in mistake(capsys, command, config)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
