@@ -13,6 +13,7 @@ from hybridflow.algorithms.advantage.registry import advantage_columns
 from hybridflow.algorithms.aggregation import token_weights
 from hybridflow.algorithms.reweighting import pf_ppo_rows
 from hybridflow.batch import Batch
+from hybridflow.commands.check import check
 from hybridflow.config.kinds.rl import RlConfig
 from hybridflow.config.load import load_config
 from hybridflow.config.sections.optim import OptimSection
@@ -283,7 +284,7 @@ def acting(folder: Path, **more: Any) -> RlConfig:
         "reward": {"function": "environment"},
         "rollout": {"max_response_tokens": 12},
         "data": {"train": None, "eval": None, "max_prompt_tokens": 32},
-        "algorithm": {"advantage": "gigpo"},
+        "algorithm": {"advantage": "gigpo", "policy_loss": "gspo", "correction": {"weights": "sequence"}},
         "train": {"steps": 1, "samples_per_prompt": 3, "sequences_per_update": 3},
         "eval": {"every": 1, "max_rows": 4},
     }
@@ -291,6 +292,8 @@ def acting(folder: Path, **more: Any) -> RlConfig:
 
 
 def test_a_run_with_a_sequence_for_each_step_trains_evaluates_and_reports_trajectories(tmp_path: Path) -> None:
+    told = "policy loss gspo, importance weights (algorithm.correction.weights): computed for each sequence, and with "
+    assert told + "agent.history=steps each turn is a sequence of its own" in list(check(acting(tmp_path)))
     path = train(acting(tmp_path))
     (line,) = [m for m in metrics(path) if m["step"] == 1]
     trained, held_out = (read_rollouts(path / f"{f}/step-000001.parquet") for f in ("rollouts", "evaluations"))
