@@ -33,7 +33,7 @@ DOCS_READY := $(DOCS_VENV)/.ready
 LIGHT_READY := $(LIGHT_VENV)/.ready
 SINGLE_THREAD := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help install demo environments tokenizers docs docs-serve wheel test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
+.PHONY: help install demo demo-agent environments tokenizers docs docs-serve wheel test test-all test-slow test-engines test-vllm test-sglang test-oldest test-gpu check format lint types layers install-vllm-cpu install-sglang-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -42,6 +42,9 @@ install: $(READY)  ## make the virtual environment and install the project into 
 
 demo: $(READY)  ## a tiny language model learns to carry by reinforcement, on the CPU, in about 3 minutes
 	$(SINGLE_THREAD) $(BIN)/python recipes/carry/demo.py
+
+demo-agent: $(READY)  ## a tiny language model learns to call a calculator by reinforcement, on the CPU, in about a minute
+	$(SINGLE_THREAD) $(BIN)/python recipes/calculator/demo.py
 
 test: $(DEV_READY)  ## the fast tests (about 5 minutes)
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 -m "not slow and not vllm and not sglang and not gpu"

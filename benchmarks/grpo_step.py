@@ -102,6 +102,8 @@ class Meter:
         self.lengths: list[list[int]] = []
         self.rewards: list[list[float]] = []  # of a step, groups one after the other
         self.prompt_tokens: list[float] = []
+        self.turns: list[list[int]] = []  # of each response; empty where all have one
+        self.reward_cpu = 0.0  # of the current step
 
     def results(self, warmup: int) -> dict[str, Any]:
         """Computes means over the steps after the warm-up."""
@@ -111,6 +113,7 @@ class Meter:
         tokens = statistics.fmean(sum(x) for x in lengths)
         groups = [r[i : i + SAMPLES] for r in rewards for i in range(0, len(r), SAMPLES)]
         everything = sorted(n for x in lengths for n in x)
+        turns = [n for x in self.turns[warmup:] for n in x]
         return {
             "cpu_s_per_step": cpu,
             "wall_s_per_step": mean["wall"],
@@ -127,6 +130,7 @@ class Meter:
                 "max": everything[-1],
                 **{f"p{q}": everything[len(everything) * q // 100] for q in (10, 50, 90, 99)},
             },
+            "turns_per_response": statistics.fmean(turns) if turns else 1.0,
             "reward_mean": statistics.fmean(x for r in rewards for x in r),
             "equal_reward_groups": statistics.fmean(float(min(g) == max(g)) for g in groups),
             "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -165,22 +169,17 @@ def measure(
     warmup: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Runs the moves of `trainers.rl.loop.train` with a clock between them."""
+    """Measures a few training steps."""
     from hybridflow.config.kinds.rl import RlConfig
     from hybridflow.config.load import validate
     from hybridflow.config.locate import load_function
-    from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, update
-    from hybridflow.trainers.rl.loop import record as record_step
-    from hybridflow.trainers.rl.run import open_run
 
     meter, function = Meter(), load_function(workload.reward)
-    reward_cpu = 0.0
 
     def score(response: str, ground_truth: str) -> float:
-        nonlocal reward_cpu
         began = time.process_time()
         value = float(function(response, ground_truth))
-        reward_cpu += time.process_time() - began
+        meter.reward_cpu += time.process_time() - began
         return value
 
     with tempfile.TemporaryDirectory() as folder:
@@ -203,28 +202,44 @@ def measure(
                 "track": {"console": False, "rollouts_every": 0},
             },
         )
-        with open_run(config, reward=score) as run:
-            cpu, wall = time.process_time(), time.perf_counter()
-            for step in run.steps():
-                reward_cpu = 0.0
-                marks = [cpu]
-                groups, _ = next_groups(run, step)
-                marks.append(time.process_time())
-                batch, _ = estimate(run, groups)
-                metrics = update(run, batch)
-                marks.append(time.process_time())
-                publish_weights(run, step)
-                marks.append(time.process_time())
-                record_step(run, step, groups, batch, metrics)
-                marks.append(time.process_time())
-                generation, updating, publishing, recording = (b - a for a, b in itertools.pairwise(marks))
-                spent = [generation - reward_cpu, reward_cpu, updating, publishing, recording]
-                meter.steps.append(dict(zip(PHASES, spent)) | {"wall": time.perf_counter() - wall})
-                meter.lengths.append([len(t.token_ids) for g in groups for t in g.trajectories])
-                meter.rewards.append([t.reward for g in groups for t in g.trajectories])
-                meter.prompt_tokens.append(statistics.fmean(len(g.prompt_ids) for g in groups))
-                cpu, wall = time.process_time(), time.perf_counter()
+        time_steps(config, score, meter)
     return meter.results(warmup)
+
+
+def time_steps(config: Any, score: Callable[..., float], meter: Meter) -> None:
+    """Runs the moves of `trainers.rl.loop.train` with a clock between them.
+
+    Args:
+        config: of the run.
+        score: the reward, which adds its seconds to ``meter.reward_cpu``.
+        meter: takes what is measured.
+    """
+    from hybridflow.trainers.rl.loop import estimate, next_groups, publish_weights, update
+    from hybridflow.trainers.rl.loop import record as record_step
+    from hybridflow.trainers.rl.run import open_run
+
+    with open_run(config, reward=score) as run:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for step in run.steps():
+            meter.reward_cpu = 0.0
+            marks = [cpu]
+            groups, _ = next_groups(run, step)
+            marks.append(time.process_time())
+            batch, _ = estimate(run, groups)
+            metrics = update(run, batch)
+            marks.append(time.process_time())
+            publish_weights(run, step)
+            marks.append(time.process_time())
+            record_step(run, step, groups, batch, metrics)
+            marks.append(time.process_time())
+            generation, updating, publishing, recording = (b - a for a, b in itertools.pairwise(marks))
+            spent = [generation - meter.reward_cpu, meter.reward_cpu, updating, publishing, recording]
+            meter.steps.append(dict(zip(PHASES, spent)) | {"wall": time.perf_counter() - wall})
+            meter.lengths.append([len(t.token_ids) for g in groups for t in g.trajectories])
+            meter.rewards.append([t.reward for g in groups for t in g.trajectories])
+            meter.prompt_tokens.append(statistics.fmean(len(g.prompt_ids) for g in groups))
+            meter.turns.append([sum(len(s.turns) for s in t.sequences) for g in groups for t in g.trajectories])
+            cpu, wall = time.process_time(), time.perf_counter()
 
 
 def make_model(workload: Workload, folder: Path) -> Path:

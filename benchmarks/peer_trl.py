@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # the task draws its problems with this library
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes/carry"))
+from trl_clock import Clock
+
 import grpo_step
 import task
 from grpo_step import BETAS, PROMPTS_PER_STEP, SAMPLES, WORKLOADS, Meter, describe, summary
@@ -32,24 +34,6 @@ from measuring import record
 
 PROMPTS = {"carry": task.problems, "long-tail": grpo_step.digit_prompts}
 REWARDS = {"carry": task.score, "long-tail": grpo_step.digit_share}
-
-
-class Clock(TrainerCallback):
-    """A step lasts from the end of the one before it to its own end."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-        self.phase = {"generation": 0.0, "reward": 0.0}
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        cpu, wall = time.process_time(), time.perf_counter()
-        rest = cpu - self.cpu - sum(self.phase.values())
-        self.meter.steps.append({**self.phase, "update": rest, "publish": 0.0, "other": 0.0, "wall": wall - self.wall})
-        self.phase = dict.fromkeys(self.phase, 0.0)
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
 
 
 def measure(name: str, model: Path, *, seed: int, warmup: int, steps: int) -> dict[str, Any]:

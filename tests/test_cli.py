@@ -371,7 +371,8 @@ def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     root = Path(CARRY).parents[1]
-    assert [r["name"] for r in json.loads(succeed(capsys, "recipes", "--json"))] == ["carry", "gsm8k", "rlhf"]
+    names = [r["name"] for r in json.loads(succeed(capsys, "recipes", "--json"))]
+    assert names == ["calculator", "carry", "grid", "gsm8k", "rlhf"]
     assert "hybridflow train recipes/carry/grpo.yaml" in succeed(capsys, "recipes", "carry")
     copied = sorted((tmp_path / "recipes/carry").iterdir())
     assert [f.name for f in copied] == sorted(f.name for f in (root / "carry").iterdir() if f.is_file())
@@ -386,4 +387,4 @@ def test_recipes_are_listed_and_copied_and_a_copy_overwrites_nothing(
     assert "hybridflow reward-model 'my own/reward-model.yaml'" in succeed(capsys, "recipes", "rlhf", "my own")
     with pytest.raises(SystemExit):
         main(["recipes", "addition"])
-    assert "choose from 'carry', 'gsm8k', 'rlhf'" in capsys.readouterr().err
+    assert "choose from 'calculator', 'carry', 'grid', 'gsm8k', 'rlhf'" in capsys.readouterr().err
