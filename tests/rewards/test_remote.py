@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,23 @@ def make(server: Server) -> Iterator[Make]:
     for grader in graders:
         grader.close()
         grader.close()
+
+
+def test_a_server_gets_the_turns_of_a_model_that_acted(make: Make, server: Server) -> None:
+    turns = [[{"text": "hm", "reward": 0.5, "calls": 1}, {"text": "4", "reward": None, "calls": 0}]]
+    told = [[*PROMPT, {"role": "assistant", "content": "hm"}, {"role": "tool", "content": "4"}]]
+    server.score = lambda body: {
+        "scores": [{"score": float(body["finals"] == ["4"] and body["messages"] == told), "turns": [[1, 2.0]]}]
+    }
+    grader = make()
+    grader.submit(0, replace(answers("hm\n4"), finals=["4"], conversations=told, turns=turns))
+    assert drain(grader) == {0: [Score(1.0, turns=((1, 2.0),))]}
+    grader.submit(1, answers("4"))  # a single turn: the request is what it was
+    drain(grader)
+    assert [{"finals", "messages", "turns"} & body.keys() for body in server.bodies] == [
+        {"finals", "messages", "turns"},
+        set(),
+    ]
 
 
 def test_a_group_is_one_request_and_its_scores_come_back(server: Server, make: Make) -> None:

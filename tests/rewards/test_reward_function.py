@@ -157,6 +157,67 @@ def test_a_reward_of_trls_form_is_told_which_column_it_lacks() -> None:
     assert "does not take it" in refused(lambda completions: [1.0], bonus=1).what
 
 
+def acted(*turns: str, prompt: str = "1+1=") -> Answers:
+    """A trajectory of a model that calls a tool in every turn but the last."""
+    told = [{"role": "user", "content": prompt}]
+    for number, text in enumerate(turns):
+        call = {"id": f"call{number}", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+        last = number == len(turns) - 1
+        told.append({"role": "assistant", "content": text} | ({} if last else {"tool_calls": [call]}))
+        if not last:
+            told.append({"role": "tool", "tool_call_id": f"call{number}", "content": "it is 2"})
+    found = [
+        {"text": text, "reward": 0.5 if i else None, "calls": int(i < len(turns) - 1)} for i, text in enumerate(turns)
+    ]
+    return replace(answers("\n".join(turns)), finals=[turns[-1]], conversations=[told], turns=[found], written="1+1=")
+
+
+def test_a_reward_of_a_model_that_acted_gets_its_turns() -> None:
+    """What the model wrote is apart from what tools wrote; TRL's completions have both, as messages."""
+    seen: dict[str, Any] = {}
+
+    def mine(response: str, final: str, messages: Any, turns: Any, extra_info: Any) -> Any:
+        seen.update(locals())
+        messages.clear()  # stays with the function
+        return {"score": 1.0, "turns": [(0, 0.25), (1, turns[1]["reward"])]}
+
+    def trl(prompts: Any, completions: Any) -> list[float]:
+        seen.update(locals())
+        return [float(message["role"] == "tool" and message["content"] == "it is 2") for (_, message, _) in completions]
+
+    given = acted("I add", "so 2")
+    (score,) = RewardFunction(mine, "mine").scores(given)
+    assert (score.value, score.turns, total(score)) == (1.0, ((0, 0.25), (1, 0.5)), 1.75)
+    assert (seen["response"], seen["final"]) == ("I add\nso 2", "so 2")
+    assert seen["extra_info"] == {"index": 7, "num_turns": 2}
+    assert [turn["calls"] for turn in seen["turns"]] == [1, 0]
+    assert RewardFunction(trl, "trl").scores(given) == [Score(1.0)]
+    assert seen["prompts"] == [[{"role": "user", "content": "1+1="}]]
+    assert [message["role"] for message in seen["completions"][0]] == ["assistant", "tool", "assistant"]
+    assert seen["completions"][0][0]["tool_calls"][0]["function"]["name"] == "add"
+    # A trajectory that ended before its first turn has no completion.
+    nothing = replace(given, responses=[""], finals=[""], conversations=[given.prompt], turns=[[]])
+    RewardFunction(lambda prompts, completions: [0.0], "trl").scores(nothing)
+    assert RewardFunction(lambda completions: [float(len(completions[0]))], "trl").scores(nothing) == [Score(0.0)]
+
+
+def test_built_in_rewards_judge_the_last_turn_and_the_environments_its_turns() -> None:
+    """An answer before a call is none: the model has written another turn since."""
+    for turns, expected in {("#### 2", "#### 3"): 0.0, ("#### 3", "#### 2"): 1.0, ("#### 2", "done"): 0.0}.items():
+        assert [s.value for s in load_reward("gsm8k").scores(acted(*turns))] == [expected]
+    own = load_reward("environment").scores(acted("I add", "so 2"))
+    assert own == [Score(0.0, turns=((1, 0.5),))]
+    parts = [Part("right", None, weight=2.0), Part("world", None, weight=0.5)]  # type: ignore[arg-type]
+    (both,) = combined(parts, [load_reward("gsm8k").scores(acted("add", "#### 2")), own])
+    assert (both.value, both.turns, both.components) == (2.0, ((1, 0.25),), {"right": 1.0, "world": 0.5})
+
+
+@pytest.mark.parametrize("turns", [[(2, 1.0)], [(-1, 1.0)], [(0.0, 1.0)], [(0, "a")], [1.0]])
+def test_rewards_of_turns_name_turns_that_there_are(turns: Any) -> None:
+    (score,) = RewardFunction(lambda response: {"score": 0.0, "turns": turns}, "mine").scores(acted("I add", "so 2"))
+    assert score.kind == "nonsense" and "turn" in str(score.failure)
+
+
 def test_what_a_function_does_to_extra_info_does_not_stay() -> None:
     def spoil(solution_str: str, extra_info: dict[str, Any]) -> float:
         extra_info["seen"] = extra_info.get("seen", 0) + 1

@@ -18,11 +18,21 @@ argument ``completions``, ``completion_ids`` or ``prompts`` gets lists with one 
     any column of the rows      by its name; all of them where it takes ``**kwargs``
 
 and may return None for a response that it does not judge. All of these may be ``async def``.
+
+Where the model acted, ``response`` is all that it wrote, without results of tools, and there is also
+
+    final                       the text of its last turn
+    messages                    the whole conversation, results of tools included
+    turns                       {"text": ..., "reward": the environment's or None, "calls": number}, one of each turn
+
+for all responses at once ``finals``, ``messages``, ``turns``, lists of these; ``extra_info`` has ``num_turns``, and
+``completions`` are lists of messages from the first turn on, with results of tools.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -108,6 +118,7 @@ class RewardFunction:
         function: the user's function.
         name: how to call it in messages.
         kwargs: further arguments that it is given.
+        last_turn: whether ``response`` is the text of the last turn, where the model acted.
 
     Attributes:
         whole_group: whether one call scores all responses to a prompt.
@@ -118,8 +129,15 @@ class RewardFunction:
         UserError: the function wants arguments that do not exist, or does not take those of `kwargs`.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, kwargs: Mapping[str, Any] | None = None) -> None:
-        self.function, self.name, self.kwargs = function, name, dict(kwargs or {})
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        last_turn: bool = False,
+    ) -> None:
+        self.function, self.name, self.kwargs, self.last_turn = function, name, dict(kwargs or {}), last_turn
         inner, bound = function, set[str]()  # what a partial was given stays as it is
         while isinstance(inner, functools.partial):
             bound |= inner.keywords.keys()
@@ -261,8 +279,12 @@ class RewardFunction:
         ]
         if index is not None:
             context |= {"final": finals[index], "turns": every[index], "messages": conversations[index]}
+            if self.last_turn:
+                context |= dict.fromkeys(ANSWER, finals[index])
         else:
             context |= {"finals": finals, "turns": every, "messages": conversations}
+        # What a function does to them stays with it.
+        context |= {name: copy.deepcopy(context[name]) for name in ("turns", "messages") if name in self.arguments}
         if answers.turns is None:
             return
         if index is not None:
@@ -280,10 +302,14 @@ class RewardFunction:
         if lacking is not None:
             raise _NoColumn(f"wants {lacking!r}, which is no column of the row: {nearest(lacking, known)}")
         texts: list[Any] = list(answers.responses)
-        if not isinstance(prompt, str):  # conversational, as TRL calls it
+        prompts = [prompt] * size
+        if answers.conversations is not None and answers.turns is not None:
+            both = [_parted(*each) for each in zip(answers.conversations, map(len, answers.turns))]
+            prompts, texts = [first for first, _ in both], [rest for _, rest in both]
+        elif not isinstance(prompt, str):  # conversational, as TRL calls it
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         given = {name: [value] * size for name, value in columns.items()}
-        given |= {"prompts": [prompt] * size, "completions": texts}
+        given |= {"prompts": prompts, "completions": texts}
         if answers.token_ids is not None:
             given["completion_ids"] = [list(ids) for ids in answers.token_ids]
         elif "completion_ids" in self._wanted:
@@ -299,6 +325,13 @@ class RewardFunction:
         if isinstance(error, _NoColumn):
             return failures(self.name, "columns", str(error), answers, index)
         return failures(self.name, "raised", f"raised {raised(error, _text(error, str))}", answers, index)
+
+
+def _parted(messages: list[dict[str, Any]], turns: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Parts a conversation into the prompt and what came from the model's first turn on, as TRL has them."""
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-turns:] if turns else []
+    begin = places[0] if places else len(messages)
+    return copy.deepcopy(messages[:begin]), copy.deepcopy(messages[begin:])
 
 
 def _has_signature(function: Callable[..., Any]) -> bool:
@@ -457,8 +490,10 @@ def load_reward(reference: str, kwargs: Mapping[str, Any] | None = None) -> Rewa
     Raises:
         UserError: no such function, or one with arguments that do not exist.
     """
-    builtin = reference in rewards.REWARDS
-    return RewardFunction(rewards.builtin(reference) if builtin else load_function(reference), reference, kwargs)
+    if reference not in rewards.REWARDS:
+        return RewardFunction(load_function(reference), reference, kwargs)
+    last_turn = reference not in rewards.OF_ALL_TURNS
+    return RewardFunction(rewards.builtin(reference), reference, kwargs, last_turn=last_turn)
 
 
 def load_all(functions: Mapping[str, FunctionSpec | Callable[..., Any]]) -> dict[str, RewardFunction]:

@@ -5,7 +5,8 @@ One request for all responses to a prompt, with `reward.kwargs` beside them:
     POST {"responses": ["...", ...], "ground_truth": ..., "prompt": [{"role": ..., "content": ...}], "row": {...}}
     200  {"scores": [1.0, {"score": 0.5, "format": 1.0}, ...]}
 
-A score is a number, or an object as a function would return it (`function.read_score`). After a status 4xx the request
+Where the model acted, the request also has "finals", "messages" and "turns", one of each response, as a function gets
+them (`function`). A score is a number, or an object as a function would return it (`function.read_score`). After a status 4xx the request
 is not sent again; after 429 and 5xx it is (`limits`).
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hybridflow.config.sections.rewards import RewardPoolSection
 
 REACHABLE = 10.0  # seconds that a server may take to answer anything, before a run
-OURS = ("responses", "ground_truth", "prompt", "row")
+OURS = ("responses", "ground_truth", "prompt", "row", "finals", "messages", "turns")
 
 
 class RemoteGrader:
@@ -65,6 +66,8 @@ class RemoteGrader:
             "responses": answers.responses, "ground_truth": answers.ground_truth,
             "prompt": answers.prompt, "row": answers.row, **self._kwargs,
         }  # fmt: skip
+        if answers.turns is not None:
+            body |= {"finals": answers.finals, "messages": answers.conversations, "turns": answers.turns}
         try:
             future = self._client.post(self.url, body)
         except (TypeError, ValueError) as error:

@@ -27,6 +27,9 @@ REWARDS: dict[str, str] = {
     "environment": "hybridflow.rewards.verifiable.environment:score",
 }
 
+# Where the model acted, these judge all that it wrote; the others judge its last turn, which has the answer.
+OF_ALL_TURNS = ("tool_format",)
+
 
 def builtin(name: str) -> Callable[..., Any]:
     """Returns the built-in reward of that name; the name must be in `REWARDS`."""
