@@ -1,5 +1,6 @@
 """Rollouts on disk: what is written is read."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from hybridflow.tracking.rollouts import SCHEMA, read_rollouts, write_rollouts
+from hybridflow.protocols.groups import TokenSequence, Trajectory, Turn
+from hybridflow.tracking.rollouts import ONE_TURN, SCHEMA, read_rollouts, sequence_columns, write_rollouts
 
 
 def answer(**changes: Any) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def test_round_trip(tmp_path: Path):
     turn = {"start": 1, "end": 3, "finish_reason": "length", "reward": None, "anchor": 2**62 + 1}
     rows = [answer(sequence=i, turns=turns, fork=fork) for i, turns, fork in [(0, [], ""), (1, [turn], "step")]]
     rows += [row | {"sequence": 0, "turns": [], "fork": ""} for row in (empty, answer(sample=4, advantage=None))]
+    rows = [ONE_TURN | {"messages": "[{}]"} | row for row in rows]
     write_rollouts(path, rows)
     assert read_rollouts(path) == rows
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -47,9 +50,18 @@ def test_the_file_has_the_documented_columns_for_other_tools(tmp_path: Path):
     assert read_rollouts(path) == []
     write_rollouts(path, [answer()])
     read = read_rollouts(path)
-    assert read == [answer(sequence=0, turns=None, fork="")]
+    assert read == [answer(sequence=0, turns=None, fork="", messages=None)]
     pq.write_table(pq.read_table(path, columns=list(answer())), path)  # as files were before there were sequences
     assert read_rollouts(path) == read
+
+
+def test_a_conversation_is_in_the_first_row_of_its_trajectory():
+    told = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "\u4e00"}]
+    both = [TokenSequence([1], [2], [-0.5], [], [Turn(0, 1, "stop")], fork=fork) for fork in ("", "step")]
+    acted, single = Trajectory(0, both, "done", "a", 1.0, messages=told), Trajectory(0, both[:1], "stop", "a", 1.0)
+    first, second = (row["messages"] for row in sequence_columns(acted))
+    assert json.loads(first) == told and second is None and "\u4e00" in first
+    assert [row["messages"] for row in sequence_columns(single)] == [None]
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):

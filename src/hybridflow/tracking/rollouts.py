@@ -3,11 +3,13 @@
 A response is one row; a trajectory of several sequences has a row for each. They share ``draw``, ``sample``,
 ``response``, ``reward`` and ``finish_reason``, and ``sequence`` numbers them. ``token_ids``, ``tokens`` and ``logps``
 are of the tokens behind the sequence's prompt: those that the model sampled, in ``turns``, and those that it was shown
-in between, whose log-probability is 0.
+in between, whose log-probability is 0. Where the model acted, ``messages`` of a trajectory's first row is the whole
+conversation as JSON, with calls and results of tools.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -46,9 +48,10 @@ SCHEMA = pa.schema(
         ("sequence", pa.int64()),
         ("turns", pa.list_(TURN)),
         ("fork", pa.string()),
+        ("messages", pa.string()),
     ]
 )
-ONE_TURN = {"sequence": 0, "turns": None, "fork": ""}  # of a row that leaves them out
+ONE_TURN = {"sequence": 0, "turns": None, "fork": "", "messages": None}  # of a row that leaves them out
 # An evaluation also keeps what pairs it with another model's, whatever their chat templates, and its votes for maj@k.
 EVALUATION = SCHEMA.append(pa.field("question", pa.string())).append(pa.field("vote", pa.string()))
 
@@ -94,6 +97,7 @@ def sequence_columns(t: Trajectory) -> list[dict[str, Any]]:
             "sequence": number,
             "turns": [{f.name: getattr(turn, f.name) for f in fields(turn)} for turn in s.turns],
             "fork": s.fork,
+            "messages": json.dumps(t.messages, ensure_ascii=False, default=str) if t.messages and not number else None,
         }
         for number, s in enumerate(t.sequences or [TokenSequence([], [], [], [], [])])
     ]

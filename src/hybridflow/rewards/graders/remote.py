@@ -6,8 +6,8 @@ One request for all responses to a prompt, with `reward.kwargs` beside them:
     200  {"scores": [1.0, {"score": 0.5, "format": 1.0}, ...]}
 
 Where the model acted, the request also has "finals", "messages" and "turns", one of each response, as a function gets
-them (`function`). A score is a number, or an object as a function would return it (`function.read_score`). After a status 4xx the request
-is not sent again; after 429 and 5xx it is (`limits`).
+them (`function`). A score is a number, or an object as a function would return it (`function.read_score`). After a
+status 4xx the request is not sent again; after 429 and 5xx it is (`limits`).
 """
 
 from __future__ import annotations
