@@ -23,12 +23,15 @@ import asyncio, os, random, threading, time
 from hybridflow import Observation
 
 class Sums:
+    made = 0
+
     def __init__(self, count=3, fault=""):
-        self.count, self.fault = count, fault
+        self.count, self.fault, self.number = count, fault, Sums.made
+        Sums.made += 1
 
     async def reset(self, row, seed):
-        await asyncio.sleep(0)
-        if self.fault == "reset":
+        await asyncio.sleep(9 if self.fault == "some" and self.number == 9 else 0)
+        if self.fault == "reset" or (self.fault == "some" and self.number == 8):
             raise OSError("the server is away")
         self.random = random.Random(None if self.fault == "seed" else 3 if self.fault == "same" else seed)
         self.done = 0
@@ -49,10 +52,11 @@ class Sums:
         return {"messages": said, "reward": reward, "done": self.done == self.count, "anchor": (self.a, self.b)}
 
     def close(self):
-        pass
+        if self.fault == "some" and self.number == 10:
+            raise OSError("it is closed")
 
-async def later(count=3):
-    return Sums(count)
+async def later(count=3, fault=""):
+    return Sums(count, fault)
 
 class Stepless:
     def reset(self, row, seed): return "1+1="
@@ -78,13 +82,25 @@ def sums(folder: Path, **agent: Any) -> str:
     )
 
 
-def test_an_environment_with_tasks_of_its_own_is_tried_and_trained_on(tmp_path: Path, capsys: Output) -> None:
-    config = sums(tmp_path, environment=f"{tmp_path}/world.py:later", environment_kwargs={"count": 2}, eval_tasks=2)
-    said = succeed(capsys, "train", config, "train.steps=1")
+def test_an_environment_with_tasks_of_its_own_trains_and_what_fails_costs_its_own_trajectory(
+    tmp_path: Path, capsys: Output
+) -> None:
+    """Check makes five environments, the evaluation two. Of the eight of the step one raises, one is too slow, and one
+    cannot be closed.
+    """
+    given = {"count": 2, "fault": "some"}
+    later = f"{tmp_path}/world.py:later"
+    config = sums(tmp_path, environment=later, environment_kwargs=given, eval_tasks=2, call_timeout=1)
+    sizes = ["train.steps=1", "train.samples_per_prompt=4", "train.sequences_per_update=8"]
+    said = succeed(capsys, "train", config, *sizes)
     assert "training data the environment's tasks: 6 rows, of which the environment makes prompts" in said
     assert "world.py:later: two episodes with one seed are the same (2 turns, done); reset takes" in said
     assert "advice: its first" not in said and "behind; close() has to" not in said
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    start, step = metrics(tmp_path / "run")
+    assert start["step"] == 0 and step["agent/failed"] == 2
+    events = (tmp_path / "run/events.jsonl").read_text()
+    assert "OSError: the server is away" in events and "Sums.reset took longer than 1 seconds" in events
+    assert "an environment could not be closed" in events and "OSError: it is closed" in events
 
 
 def test_an_environment_in_a_process_is_tried_there(tmp_path: Path, capsys: Output) -> None:

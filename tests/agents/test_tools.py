@@ -103,7 +103,7 @@ def times_out() -> str:
 
 def hangs() -> str:
     """Hangs."""
-    time.sleep(2)
+    time.sleep(9)
     return "late"
 
 
@@ -161,12 +161,16 @@ class Kept:
         pass
 
 
+TOLD: list[tuple[str, str]] = []  # what people were told of failures
+
+
 def answered(
     sources: list[Any], *calls: tuple[str, dict[str, Any]], store: Kept | None = None, **section: Any
 ) -> tuple[Observation, Calls]:
     """What a set of tools answers to the calls of one turn."""
-    agent = AgentSection.model_validate({"tools": ["tools.py:f"], "call_timeout": 0.2, **section})
-    made = Calls(agent, NoiseKey(0, "train", 1, 2), [{"role": "user", "content": "?"}], store)
+    agent = AgentSection.model_validate({"tools": ["tools.py:f"], "call_timeout": 0.8, **section})
+    prompt = [{"role": "user", "content": "?"}]
+    made = Calls(agent, NoiseKey(0, "train", 1, 2), prompt, store, lambda kind, text: TOLD.append((kind, text)))
     written = tuple(ToolCall(f"call{i}", name, given, given.pop("error", "")) for i, (name, given) in enumerate(calls))
 
     async def play() -> Observation:
@@ -248,12 +252,16 @@ def test_an_error_of_a_call_is_an_answer_that_says_what_to_do() -> None:
         "Error: OSError: no disk",
         "Error: TimeoutError: the server was slow",
         "Error: RuntimeError: it raised SystemExit 3",
-        "Error: hangs took longer than 0.2 seconds",
+        "Error: hangs took longer than 0.8 seconds",
     ]
     kinds = {"arguments": 1, "unknown": 1, "format": 1, "raised": 3, "timeout": 1}
     assert {k.removeprefix("errors/"): v for k, v in calls.counts.items() if k.startswith("errors/")} == kinds
     kept = store.find(calls.place(3))  # the model sees no traceback, and people do
     assert kept is not None and "in fails" in kept["detail"] and "Traceback" not in str(found.messages)
+    said = dict(TOLD)["tool fails"]
+    assert (
+        said.startswith("the tool fails raised; the model was shown 'Error: OSError: no disk'") and "in fails" in said
+    )
     with pytest.raises(UserError, match=r"the tool paid returned the reward nan"):
         answered([paid], ("paid", {"good": False}))
 

@@ -67,7 +67,12 @@ def _checked(name: str, made: Any) -> Environment:
 def _require_methods(name: str, owner: Any, takes_itself: Callable[[Any], bool]) -> None:
     """Raises a UserError where a class, or an object, lacks a method or has one with other arguments."""
     methods = {method: getattr(owner, method, None) for method in _CALLED}
-    missing = [_CALLED[method] for method, found in methods.items() if not callable(found)]
+    empty = {getattr(Environment, method) for method in ("reset", "step")}  # of the protocol, which one may inherit
+    missing = [
+        _CALLED[method]
+        for method, found in methods.items()
+        if not callable(found) or getattr(found, "__func__", found) in empty
+    ]
     if missing:
         raise UserError(
             f"the environment {name} has no {' and no '.join(missing)}",

@@ -153,30 +153,33 @@ class Agents:
     # --- in the event loop's thread ---
 
     async def _run(self, number: int, start: Start) -> None:
-        calls = Calls(self.section, start.key, list(start.question.messages), self.calls)
+        calls = Calls(self.section, start.key, list(start.question.messages), self.calls, self._tell_once)
         world = JournaledWorld(self.make_world, calls)
 
         async def generate(request: Request) -> Result:
             return await self._generate(number, request, episode)
 
         episode = Episode(start, self.section, self.language, world, generate)
+        limit = asyncio.timeout(self.section.timeout)
         try:
             loop = self.play_of(start.question.row)
-            await asyncio.wait_for(loop(episode, dict(start.question.row)), self.section.timeout)
+            async with limit:
+                await loop(episode, dict(start.question.row))
             episode.ending = "done"
         except EpisodeOver as end:
             episode.ending = end.reason
         except asyncio.CancelledError:
-            await world.close()
+            await self._close(world)
             return
-        except TimeoutError:
-            episode.ending = "timeout"
         except Exception as error:
-            episode.ending, episode.failure = "failed", f"{type(error).__name__}: {error}"
-            self._tell_once(error)
+            if isinstance(error, TimeoutError) and limit.expired():  # else a call took too long
+                episode.ending = "timeout"
+            else:
+                episode.ending, episode.failure = "failed", f"{type(error).__name__}: {error}"
+                self._tell_once(type(error).__name__, "a trajectory failed:\n" + _trace(error))
         for name, value in world.counts.items():
             episode.counts[name] += value
-        await world.close()
+        await self._close(world)
         with self._change:
             if self._running.pop(number, None) is not None:
                 self._ended.append((number, episode.trajectory()))
@@ -199,11 +202,16 @@ class Agents:
         episode.counts["seconds/generate_sequences"] += time.perf_counter() - began
         return result
 
-    def _tell_once(self, error: Exception) -> None:
-        kind = type(error).__name__
+    async def _close(self, world: JournaledWorld) -> None:
+        try:
+            await world.close()
+        except Exception as error:  # the trajectory is made; what close could not free costs only its place
+            self._tell_once(f"close/{type(error).__name__}", "an environment could not be closed:\n" + _trace(error))
+
+    def _tell_once(self, kind: str, text: str) -> None:
         if kind not in self._told:
             self._told.add(kind)
-            self.tell("a trajectory failed:\n" + "".join(traceback.format_exception(error)).rstrip())
+            self.tell(text)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
@@ -215,3 +223,7 @@ class Agents:
     def _serve(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         loop.run_forever()
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()

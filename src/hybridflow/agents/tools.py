@@ -335,6 +335,9 @@ class ToolSet:
             result = ToolResult(**kept)
         else:
             self.calls.keep(number, asdict(result))
+            if result.detail:
+                shown = f"the tool {call.name} raised; the model was shown {result.text[:200]!r}"
+                self.calls.tell(f"tool {call.name}", f"{shown}:\n{result.detail.rstrip()}")
         if result.error:
             self.calls.counts[f"errors/{result.error}"] += 1
         return result

@@ -32,10 +32,18 @@ class Calls:
         key: of the trajectory.
         prompt: the messages of its row; empty where an environment makes them.
         store: keeps answers; None keeps none.
+        tell: takes the kind of a failure that people should know of, and its traceback.
     """
 
-    def __init__(self, section: AgentSection, key: NoiseKey, prompt: Messages, store: CallStore | None) -> None:
-        self.section, self.key, self.prompt, self.store = section, key, prompt, store
+    def __init__(
+        self,
+        section: AgentSection,
+        key: NoiseKey,
+        prompt: Messages,
+        store: CallStore | None,
+        tell: Callable[[str, str], None] = lambda kind, text: None,
+    ) -> None:
+        self.section, self.key, self.prompt, self.store, self.tell = section, key, prompt, store, tell
         # In processes a call has its time from when it begins there, and waits for its turn before.
         self.seconds = None if section.processes else section.call_timeout
         self.turn = 0
