@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from hybridflow.agents.observations import observation_of, state_number
+from hybridflow.agents.tools import toolbox
+from hybridflow.config.locate import load_function
 from hybridflow.errors import UserError
 from hybridflow.protocols.environments import Observation
 
 from runs import configuration, metrics, mistake, succeed
 
+PAGE = Path(__file__).parents[2] / "docs/agents.md"
 Output = pytest.CaptureFixture[str]
 
 # Sums that the environment makes by itself: reset says the first one, and each right result brings the next.
@@ -101,6 +105,21 @@ def test_an_environment_with_tasks_of_its_own_trains_and_what_fails_costs_its_ow
     events = (tmp_path / "run/events.jsonl").read_text()
     assert "OSError: the server is away" in events and "Sums.reset took longer than 1 seconds" in events
     assert "an environment could not be closed" in events and "OSError: it is closed" in events
+
+
+def test_the_environment_and_the_tools_of_the_page_are_such(tmp_path: Path, capsys: Output) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    counter = next(block for block in blocks if "class Counter" in block)
+    (tmp_path / "count.py").write_text(counter)
+    said = succeed(capsys, "check", sums(tmp_path, environment=f"{tmp_path}/count.py:Counter"))
+    assert "count.py:Counter: two episodes with one seed are the same (4 turns, done)" in said and "behind" not in said
+    (tmp_path / "tools.py").write_text("".join(block for block in blocks if block is not counter))
+    found = toolbox([(name, load_function(f"{tmp_path}/tools.py:{name}")) for name in ("add", "Notes")])
+    assert [schema["function"]["name"] for schema in found.schemas] == ["add", "write"]
+    (tmp_path / "other.py").write_text(counter.replace("def step", "def move"))
+    assert "Counter has no step(action)" in mistake(
+        capsys, "check", sums(tmp_path, environment=f"{tmp_path}/other.py:Counter")
+    )
 
 
 def test_an_environment_in_a_process_is_tried_there(tmp_path: Path, capsys: Output) -> None:
