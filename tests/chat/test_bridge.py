@@ -180,6 +180,12 @@ def test_a_turn_that_was_cut_gets_its_closing() -> None:
     assert bridge.text(closed.token_ids) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_an_answer_with_half_of_a_surrogate_pair_is_shown() -> None:
+    tokenizer = byte_tokenizer(PLAIN)
+    found = Bridge(tokenizer).after([user("a"), turn("b")], tokenizer.eos_token_id, [user("\ud83d!")])
+    assert tokenizer.decode(found.token_ids).startswith("\n<|im_start|>user\n\ufffd!")
+
+
 def test_a_turn_behind_a_long_conversation_costs_as_much_as_behind_a_short_one() -> None:
     """What is rendered for it does not grow: counted in characters that are rendered, not in seconds."""
     tokenizer, rendered = byte_tokenizer(PLAIN), []

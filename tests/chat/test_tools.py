@@ -167,6 +167,7 @@ def test_calls_are_read_from_text(text: str, content: str, calls: list[WrittenCa
         ('{"arguments": {}}', "", 'has no "name"'),
         ("[" * 100_000, "", "no valid JSON"),
         ("", "", "no valid JSON"),
+        ('{"name": "f", "arguments": {"a": NaN}}', "", "NaN is no number of JSON"),
     ],
 )
 def test_a_call_that_cannot_be_read_says_why(body: str, name: str, error: str) -> None:

@@ -34,6 +34,7 @@ FORKS = {  # kinds of forks, each with what the chat template does
     "turn rewritten": "it writes the turn in another way than the model",
     "closing rewritten": "it ends an earlier turn in another way than the last one",
 }
+_MOST_KNOWN = 10_000  # shapes of conversations that are kept
 _Key = tuple[tuple[Shape, ...], Shape, tuple[Shape, ...]]
 
 
@@ -126,6 +127,8 @@ class Bridge:
         shapes = [shape_of(message) for message in messages]
         key = (recent(shapes[:-1]), shapes[-1], tuple(map(shape_of, news)))
         if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             self._known[key] = self._try(*key)
         return self._known[key]
 
@@ -191,7 +194,11 @@ class Bridge:
         return self._mark
 
     def tokens(self, text: str) -> list[int]:
-        """Returns the tokens of a text, without those that a tokenizer puts around texts."""
+        """Returns the tokens of a text, without those that a tokenizer puts around texts. Half of a surrogate pair
+        has no tokens: it becomes the replacement character.
+        """
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 

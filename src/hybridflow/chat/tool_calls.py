@@ -70,7 +70,7 @@ class Hermes:
         the arguments.
         """
         try:
-            value, end = json.JSONDecoder().raw_decode(text.lstrip())
+            value, end = _DECODER.raw_decode(text.lstrip())
             rest = text.lstrip()[end:].lstrip()
             if not rest or rest.startswith((self.BEGIN, self.END)):
                 return _of_value(value), rest
@@ -80,9 +80,16 @@ class Hermes:
         return _of_json(body.strip()), rest
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
 def _of_json(text: str) -> WrittenCall:
     try:
-        return _of_value(json.loads(text))
+        return _of_value(_DECODER.decode(text))
     except (ValueError, RecursionError) as error:
         return WrittenCall("", error=f"the call is no valid JSON: {error or type(error).__name__}")
 
@@ -93,7 +100,7 @@ def _of_value(value: object) -> WrittenCall:
     arguments = value.get("arguments")
     if isinstance(arguments, str) and arguments.strip():  # JSON in JSON, as some models learned it
         try:
-            arguments = json.loads(arguments)
+            arguments = _DECODER.decode(arguments)
         except (ValueError, RecursionError) as error:
             return WrittenCall(value["name"], error=f"the arguments are no valid JSON: {error}")
     if arguments is None or arguments == "":  # a tool without arguments
