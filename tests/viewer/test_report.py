@@ -85,7 +85,7 @@ def make_run(folder: Path, *, steps: int = 10, total: int = 10) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     file = MetricsFile(folder / "metrics.jsonl")
     for step in range(steps + 1):
-        metrics = {"timing_s/step": 2.0, "timing_s/gen": 1.5}
+        metrics = {"timing_s/step": 2.0, "timing_s/gen": 1.5, "timing_s/agent_loop/tool_calls/max": 9.0}
         if step % 5 == 0:
             metrics["val-core/carry/reward/mean@1"] = 0.25 + 0.0625 * step
             write_rollouts(
@@ -158,7 +158,49 @@ def test_rollouts_of_first_middle_and_last_step_say_why(tmp_path: Path):
     assert varied["answers"][0]["why"] == "reward 1.00, group mean 0.25, std 0.50 \u2192 advantage +1.50"
     assert varied["answers"][1]["why"] == "reward 0.00, group mean 0.25, std 0.50 \u2192 advantage -0.50"
     assert equal["answers"][0]["why"] == "all 4 responses of the group have reward 1.00 \u2192 advantage 0"
-    assert varied["answers"][3]["tokens"] == ["answer", " 3"] and varied["answers"][3]["logps"] == [-0.25, -2.5]
+    (sequence,) = varied["answers"][3]["sequences"]
+    assert sequence["tokens"] == ["answer", " 3"] and sequence["logps"] == [-0.25, -2.5] and sequence["turns"] is None
+    assert varied["answers"][3]["ending"] == "" and varied["answers"][3]["length"] == 2
+
+
+def test_a_trajectory_shows_turns_calls_observations_and_why_it_forked(tmp_path: Path):
+    run = make_run(tmp_path / "run", steps=1)
+    call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    told = [
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "hm", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "a1"},
+        {"role": "assistant", "content": "=2"},
+    ]
+    turns = [
+        {"start": 0, "end": 1, "finish_reason": "stop", "reward": 0.5, "anchor": None},
+        {"start": 2, "end": 3, "finish_reason": "stop", "reward": None, "anchor": None},
+    ]
+    acted = {"finish_reason": "done", "messages": json.dumps(told)}
+    both = [
+        row | acted | {"sample": sample, "tokens": ["hm", "<2>", "=2"], "logps": [-0.5, 0.0, -0.25], "turns": turns}
+        for sample, row in enumerate(answers(1, [1.0, 0.0]))
+    ]
+    fork = {"sequence": 1, "fork": "thoughts dropped", "prompt": "anew", "messages": None, "turns": turns[:1]}
+    write_rollouts(run / "rollouts/step-000001.parquet", [*both, both[1] | fork])
+    write_rollouts(run / "evaluations/step-000000.parquet", [row | acted for row in answers(0, [1.0], evaluation=True)])
+    data = Page(write_report(run)).data
+    (step,) = data["rollouts"]["steps"]
+    (group,) = step["shown"]
+    assert (step["answers"], group["size"]) == (2, 2)
+    first, second = group["answers"]
+    assert (first["length"], first["ending"]) == (2, "2 turns, 1 call, ended: done")
+    assert first["sequences"][0]["turns"] == [[0, 1, 0.5], [2, 3, None]]  # token 1 is an observation
+    assert first["why"].startswith("reward 1.00, group mean 0.50")
+    assert [(s["fork"], s["prompt"]) for s in second["sequences"]] == [("", ""), ("thoughts dropped", "anew")]
+    assert (second["length"], second["ending"]) == (3, "3 turns, 1 call, ended: done")
+    (answer,) = data["evaluations"]["pairs"][0]["answers"]
+    assert answer["ending"] == "done"
+    assert [(m["role"], m["text"], m["calls"]) for m in answer["messages"]] == [
+        ("assistant", "hm", ['add({"a": 1})']),
+        ("tool", "2", []),
+        ("assistant", "=2", []),
+    ]
 
 
 def test_why_never_claims_a_rule_that_does_not_give_the_recorded_number():
@@ -192,7 +234,7 @@ def test_text_of_the_model_stays_text(tmp_path: Path, text: str):
     page = Page(write_report(run))
     assert page.tags == harmless.tags and page.attributes == harmless.attributes
     answer = page.data["rollouts"]["steps"][0]["shown"][0]
-    assert answer["prompt"] == text and answer["answers"][0]["tokens"] == [text, text]
+    assert answer["prompt"] == text and answer["answers"][0]["sequences"][0]["tokens"] == [text, text]
     assert page.data["evaluations"]["pairs"][0]["answers"][0]["response"] == text
     assert page.data["events"][0]["text"] == text
 
@@ -284,7 +326,7 @@ def test_a_large_run_has_a_modest_report_that_says_what_it_leaves_out(tmp_path: 
     assert step["groups"] == 20 and len(step["shown"]) == 4
     group = step["shown"][0]
     assert group["size"] == 16 and len(group["answers"]) == 8
-    assert group["answers"][0]["length"] == 2_000 and len(group["answers"][0]["tokens"]) == 400
+    assert group["answers"][0]["length"] == 2_000 and len(group["answers"][0]["sequences"][0]["tokens"]) == 400
     assert "characters left out" in data["evaluations"]["pairs"][0]["answers"][1]["response"]
 
 

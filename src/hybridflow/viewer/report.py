@@ -36,6 +36,9 @@ SMALL_CHARTS = (
     ("Gradient norm", ("actor/grad_norm",), "", "zero"),
     ("Response length", ("response_length/mean",), "tokens", "zero"),
     ("Responses cut at the limit", ("response_length/clip_ratio",), "", "share"),
+    ("Turns per trajectory", ("num_turns/mean",), "", "zero"),
+    ("Calls of tools per trajectory", ("tool_call_counts/mean",), "", "zero"),
+    ("Trajectories that ended by themselves", ("agent/endings/done",), "", "share"),
     ("Groups of equal reward", ("training/equal_reward_groups",), "", "share"),
     ("Clipped tokens", ("actor/pg_clipfrac",), "", "share"),
     ("Probability gap, sampler to trainer", ("training/rollout_probs_diff_mean",), "", "zero"),
@@ -226,7 +229,9 @@ def _phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
     totals: dict[str, float] = {}
     for values in steps:
         for name, value in values.items():
-            if name.startswith("timing_s/") and name != "timing_s/step" and math.isfinite(value):
+            # Names with a further part, such as timing_s/agent_loop/..., are of trajectories and not of the step.
+            phase = name.startswith("timing_s/") and name.count("/") == 1 and name != "timing_s/step"
+            if phase and math.isfinite(value):
                 totals[name] = totals.get(name, 0.0) + value
     whole = sum(m["timing_s/step"] for m in steps) or 1.0
     named = [n for n in sorted(totals, key=lambda n: -totals[n])[:PHASES] if totals[n] > 0.01 * whole]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,6 +19,7 @@ GROUPS_WITH_SIGNAL = 4
 GROUPS_WITHOUT_SIGNAL = 2
 ANSWERS_PER_GROUP = 8
 TOKENS_PER_ANSWER = 400
+MESSAGES_PER_ANSWER = 40
 CHARACTERS = 2_000
 
 NO_REWARD = "no reward"
@@ -145,7 +147,35 @@ def _kind(old: float | None, new: float | None, *, binary: bool, same: bool) -> 
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"response": shorten(row["response"]), "reward": row["reward"], "cut": row["finish_reason"] == "length"}
+    return {
+        "response": shorten(row["response"]),
+        "reward": row["reward"],
+        "cut": row["finish_reason"] == "length",
+        "ending": row["finish_reason"] if row["messages"] else "",
+        "messages": _acted(row["messages"]),
+    }
+
+
+def _acted(text: str | None) -> list[dict[str, Any]]:
+    """Returns a conversation from the model's first turn on; nothing where the model did not act."""
+    messages: list[dict[str, Any]] = json.loads(text) if text else []
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    shown = messages[first : first + MESSAGES_PER_ANSWER]
+    found = [{"role": m["role"], "text": shorten(_said(m)), "calls": _calls(m)} for m in shown]
+    left = len(messages) - first - len(shown)
+    return [*found, {"role": "", "text": f"[{left} more messages left out]", "calls": []}] if left else found
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """Returns the text of a message; content in parts as JSON."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def _calls(message: Mapping[str, Any]) -> list[str]:
+    """Returns the calls of a message, each as ``name(arguments)``."""
+    calls = [call.get("function") or {} for call in message.get("tool_calls") or []]
+    return [shorten(f"{c.get('name')}({json.dumps(c.get('arguments'), ensure_ascii=False)})") for c in calls]
 
 
 def _step(step: int, rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,18 +233,54 @@ def _group(rows: list[dict[str, Any]], algorithm: Mapping[str, Any]) -> dict[str
         "reward": f"{mean(rewards):.2f}" if rewards else "none",
         "size": len(_firsts(rows)),
         "answers": [
-            {
-                "reward": row["reward"],
-                "advantage": row["advantage"],
-                "why": explain(row["reward"], rewards, row["advantage"], algorithm),
-                "cut": row["finish_reason"] == "length",
-                "length": len(row["tokens"]),
-                "tokens": row["tokens"][:TOKENS_PER_ANSWER],
-                "logps": [
-                    round(x, 3) if x is not None and math.isfinite(x) else None
-                    for x in row["logps"][:TOKENS_PER_ANSWER]
-                ],
-            }
-            for row in rows[:ANSWERS_PER_GROUP]
+            _trajectory(list(of_one), rewards, algorithm)
+            for _, of_one in islice(groupby(rows, key=lambda row: row["sample"]), ANSWERS_PER_GROUP)
         ],
+    }
+
+
+def _trajectory(rows: list[dict[str, Any]], rewards: Sequence[float], algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes a response by the rows of its sequences."""
+    first = rows[0]
+    acted = first["messages"] is not None
+    advantages = [row["advantage"] for row in rows if row["advantage"] is not None]
+    advantage = advantages[0] if advantages else None
+    turns = [turn for row in rows for turn in row["turns"] or []]
+    calls = sum(len(_calls(message)) for message in json.loads(first["messages"] or "[]"))
+    left, sequences = TOKENS_PER_ANSWER, []
+    for row in rows:
+        sequences.append(_sequence(row, left, shows_prompt=bool(row["sequence"])))
+        left = max(0, left - len(row["tokens"]))
+    return {
+        "reward": first["reward"],
+        "advantage": advantage,
+        "why": explain(first["reward"], rewards, advantage, algorithm),
+        "cut": first["finish_reason"] == "length",
+        "length": sum(turn["end"] - turn["start"] for turn in turns) if turns else sum(len(r["tokens"]) for r in rows),
+        "ending": f"{_number(len(turns), 'turn')}, {_number(calls, 'call')}, ended: {first['finish_reason']}"
+        if acted
+        else "",
+        "sequences": sequences,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _sequence(row: Mapping[str, Any], most: int, *, shows_prompt: bool) -> dict[str, Any]:
+    """Returns the tokens of a sequence; ``turns`` are those that the model sampled, None all of them."""
+    logps = (round(x, 3) if x is not None and math.isfinite(x) else None for x in row["logps"][:most])
+    turns = row["turns"]
+    return {
+        "fork": row["fork"],
+        "prompt": shorten(row["prompt"]) if shows_prompt else "",
+        "length": len(row["tokens"]),
+        "tokens": row["tokens"][:most],
+        "logps": list(logps),
+        "turns": None if turns is None else [[turn["start"], turn["end"], _finite(turn["reward"])] for turn in turns],
     }
