@@ -109,16 +109,21 @@ def test_an_environment_with_tasks_of_its_own_trains_and_what_fails_costs_its_ow
 
 def test_the_environment_and_the_tools_of_the_page_are_such(tmp_path: Path, capsys: Output) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    counter = next(block for block in blocks if "class Counter" in block)
-    (tmp_path / "count.py").write_text(counter)
-    said = succeed(capsys, "check", sums(tmp_path, environment=f"{tmp_path}/count.py:Counter"))
-    assert "count.py:Counter: two episodes with one seed are the same (4 turns, done)" in said and "behind" not in said
-    (tmp_path / "tools.py").write_text("".join(block for block in blocks if block is not counter))
-    found = toolbox([(name, load_function(f"{tmp_path}/tools.py:{name}")) for name in ("add", "Notes")])
-    assert [schema["function"]["name"] for schema in found.schemas] == ["add", "write"]
-    (tmp_path / "other.py").write_text(counter.replace("def step", "def move"))
-    assert "Counter has no step(action)" in mistake(
-        capsys, "check", sums(tmp_path, environment=f"{tmp_path}/other.py:Counter")
+    guess = next(block for block in blocks if "class Guess" in block)
+    (tmp_path / "guess.py").write_text(guess)
+    config = sums(tmp_path, environment=f"{tmp_path}/guess.py:Guess", max_turns=8)
+    said = succeed(capsys, "check", config, "data.max_prompt_tokens=80")
+    assert "guess.py:Guess: two episodes with one seed are the same (8 turns, not done); reset takes" in said
+    assert "behind" not in said and "  it begins with 'Guess my number, from 1 to 99." in said
+    (tmp_path / "tools.py").write_text(
+        "".join(block for block in blocks if "(self, line" in block or "calculate" in block)
+    )
+    found = toolbox([(name, load_function(f"{tmp_path}/tools.py:{name}")) for name in ("calculate", "Notes")])
+    assert [schema["function"]["name"] for schema in found.schemas] == ["calculate", "write"]
+    inherits = guess.replace("class Guess:", "class Guess(Environment):").replace("def step", "def move")
+    (tmp_path / "other.py").write_text(inherits.replace("import Obs", "import Environment, Obs"))
+    assert "Guess has no step(action)" in mistake(
+        capsys, "check", sums(tmp_path, environment=f"{tmp_path}/other.py:Guess")
     )
 
 

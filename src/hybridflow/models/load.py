@@ -306,7 +306,7 @@ def require_context(
     tokens: int,
     what: str = "the longest possible sequence",
     *,
-    why: str = "data.max_prompt_tokens + rollout.max_response_tokens",
+    why: str = "data.max_prompt_tokens + rollout.max_response_tokens, or + agent.max_tokens where the model acts",
     fix: str = "lower one of them, or take a model with a longer context",
 ) -> None:
     """Raises a UserError if sequences of this many tokens do not fit the model's context.
