@@ -153,7 +153,7 @@ class Agents:
     # --- in the event loop's thread ---
 
     async def _run(self, number: int, start: Start) -> None:
-        calls = Calls(self.section, start.key, list(start.question.messages), self.calls, self._tell_once)
+        calls = Calls(self.section, start.key, list(start.question.messages), self.calls, self._tell_once, start.world)
         world = JournaledWorld(self.make_world, calls)
 
         async def generate(request: Request) -> Result:
@@ -171,7 +171,7 @@ class Agents:
         except asyncio.CancelledError:
             await self._close(world)
             return
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # either of the last two would end the event loop
             if isinstance(error, TimeoutError) and limit.expired():  # else a call took too long
                 episode.ending = "timeout"
             else:
@@ -225,5 +225,5 @@ class Agents:
         loop.run_forever()
 
 
-def _trace(error: Exception) -> str:
+def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()

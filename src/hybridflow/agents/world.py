@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
+import json
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -33,6 +35,7 @@ class Calls:
         prompt: the messages of its row; empty where an environment makes them.
         store: keeps answers; None keeps none.
         tell: takes the kind of a failure that people should know of, and its traceback.
+        world: the stream of the environment's seed.
     """
 
     def __init__(
@@ -42,16 +45,24 @@ class Calls:
         prompt: Messages,
         store: CallStore | None,
         tell: Callable[[str, str], None] = lambda kind, text: None,
+        world: str = "environment",
     ) -> None:
         self.section, self.key, self.prompt, self.store, self.tell = section, key, prompt, store, tell
+        self._stream = f"{world}/{key.stream}"
+        self._asked = ""
         # In processes a call has its time from when it begins there, and waits for its turn before.
         self.seconds = None if section.processes else section.call_timeout
         self.turn = 0
         self.counts: defaultdict[str, float] = defaultdict(float)
 
+    def told(self, *what: Any) -> None:
+        """Takes what the environment is told next; answers to anything else are none to this."""
+        text = json.dumps([self._asked, *what], default=str, skipkeys=True)
+        self._asked = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
     def place(self, number: int) -> CallPlace:
         """Returns the place of a call of the current turn."""
-        return CallPlace(self.key.stream, self.key.draw, self.key.sample, self.turn, number)
+        return CallPlace(self._stream, self.key.draw, self.key.sample, self.turn, number, self._asked)
 
     def kept(self, number: int) -> dict[str, Any] | None:
         """Returns the answer that was kept for a call of the current turn."""
@@ -79,6 +90,8 @@ class Calls:
                 is_async = inspect.iscoroutinefunction(function)
                 value = await (function(*args) if is_async else in_thread(function, *args))
                 return await value if inspect.isawaitable(value) else value
+        except (SystemExit, KeyboardInterrupt) as error:  # of async code: either would end the event loop
+            raise RuntimeError(f"it raised {type(error).__name__} {error}".rstrip()) from error
         except TimeoutError as error:
             if not limit.expired():  # the function's own
                 raise
@@ -111,12 +124,14 @@ class JournaledWorld:
         """See `Environment.reset`."""
         self.environment = await self.calls.run(self.make, self.calls, seconds=self.calls.seconds)
         assert self.environment is not None
+        self.calls.told(row, seed)
         return await self._answer(self.environment.reset, row, seed)
 
     async def step(self, action: Action) -> Observation:
         """See `Environment.step`."""
         assert self.environment is not None, "a loop calls reset first"
         self.calls.turn += 1
+        self.calls.told(action.text, [(call.name, call.arguments) for call in action.calls])
         return await self._answer(self.environment.step, action)
 
     async def _answer(self, method: Callable[..., Any], *args: Any) -> Observation:

@@ -56,10 +56,12 @@ class Playback:
 
     def asks(self, *, block: bool) -> list[tuple[int, Request]]:
         """See `Rollouts.asks`."""
-        asked = [(self._outer[inner], request) for inner, request in self.live.asks(block=block and bool(self._outer))]
-        if not self.settled():
-            return []
-        asked += self._asked
+        live = self.live.asks(block=block and bool(self._outer) and not (self.order == "free" and self._asked))
+        if self.order == "rounds":
+            if not self.settled():
+                return []
+            live += self.live.asks(block=False)  # it may have settled since: the round has all of them
+        asked = [*((self._outer[inner], request) for inner, request in live), *self._asked]
         self._asked = []
         return sorted(asked, key=lambda ask: ask[0])
 

@@ -11,11 +11,13 @@ class CallPlace:
     """Where in a run a call was made.
 
     Args:
-        stream: of the trajectory's noise.
+        stream: of the trajectory's noise, and of its environment's seed.
         draw: of its prompt.
         sample: of its samples.
         turn: which turn it followed; 0 for `reset`.
         number: which call of that turn; -1 for the environment's own answer.
+        asked: a digest of all that the environment was told up to this turn. Where the model did something else at the
+            same place, no answer is there.
     """
 
     stream: str
@@ -23,6 +25,7 @@ class CallPlace:
     sample: int
     turn: int
     number: int
+    asked: str = ""
 
 
 class CallStore(Protocol):

@@ -133,6 +133,7 @@ class RlRun(Session):
         """
         assert self.held_out is not None
         self.turn.to_generation()
+        self.journal.calls.open(step)
         try:
             with self.clock.phase("testing"):
                 done = self.held_out()
