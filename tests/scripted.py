@@ -13,6 +13,7 @@ from hybridflow.agents.make import make_agents
 from hybridflow.chat.template import Style
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.groups.driving import Driver
+from hybridflow.groups.playback import Playback
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.calls import CallStore
 from hybridflow.protocols.episodes import Start
@@ -113,6 +114,7 @@ def played(
     row: dict[str, Any] | None = None,
     budget: int = 500,
     order: str = "rounds",
+    playback: bool = False,
     calls: CallStore | None = None,
     told: list[str] | None = None,
     **section: Any,
@@ -131,7 +133,7 @@ def played(
         calls=calls,
         tell=(told if told is not None else []).append,
     )
-    driver = Driver(engine, agents)  # type: ignore[arg-type]
+    driver = Driver(engine, Playback(agents) if playback else agents)  # type: ignore[arg-type]
     sampling = Sampling(budget, stop_token_ids=(int(tokenizer.eos_token_id),))  # type: ignore[arg-type]
     asked = Asked(prompt, row or {})
     numbers = [driver.begin(Start(NoiseKey(5, "train", 7, i), asked, sampling)) for i in range(samples)]

@@ -148,7 +148,7 @@ def answered(journal: Path, without: set[int]) -> Counter[str]:
         pytest.param("TOOLS", {"KILL": "look 9"}, id="in a call"),
         pytest.param("TOOLS", {"HYBRIDFLOW_FAULT": "kill@step1:call:30"}, id="between a call and its answer on disk"),
         pytest.param("TOOLS", {"HYBRIDFLOW_FAULT": "kill@step1:answered:3"}, id="behind an answer on disk"),
-        pytest.param("TOOLS", {"KILL": "score 12"}, id="in scoring"),
+        pytest.param("TOOLS", {"KILL": "score 5"}, id="in scoring"),
         pytest.param("TOOLS", {"HYBRIDFLOW_FAULT": "kill@step1:save"}, id="in saving"),
         pytest.param("STEPS", {"KILL": "step 20"}, id="in step of an environment"),
         pytest.param("GREEDY", {"HYBRIDFLOW_FAULT": "kill@step1:group:4"}, id="in a further round, against greedy"),
@@ -160,6 +160,7 @@ def test_a_run_that_acts_ends_bit_identical_after_a_kill_and_makes_no_answered_c
     reference, folder = whole(kind), tmp_path / "work"
     assert run(folder, globals()[kind], "first.txt", **fault) == -signal.SIGKILL
     groups = list(Journal(folder / "run/journal").read(1).values())
+    assert not list((folder / "run/journal").glob("*2.jsonl")), "the fault is to befall the first step"
     kept = answered(folder / "run/journal", {g.draw for g in groups})
     assert run(folder, globals()[kind], "second.txt") == 0
     assert_same_end(folder, reference)

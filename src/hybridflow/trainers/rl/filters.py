@@ -15,6 +15,7 @@ from hybridflow.errors import UserError
 from hybridflow.protocols.groups import Group, Trajectory
 
 NOT_SCORED = "reward failed"
+FAILED = "trajectory failed"
 
 
 def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[str]) -> list[Group]:
@@ -26,7 +27,7 @@ def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[st
             values = [t.reward for t in scored]
         else:  # of the responses that have it
             values = [t.components[section.metric] for t in scored if section.metric in t.components]
-        reason: str | None = f"no {section.metric}" if scored else NOT_SCORED
+        reason: str | None = f"no {section.metric}" if scored else FAILED if group.failed else NOT_SCORED
         if values:
             reason = drop_reason(
                 values, equal_rewards=section.equal_rewards, min_mean=section.min_mean, max_mean=section.max_mean
@@ -38,9 +39,22 @@ def passing(groups: Sequence[Group], section: FilterSection, dropped: Counter[st
     return kept
 
 
-def nothing_passed(section: FilterSection, dropped: Counter[str]) -> UserError:
-    """Returns the error for a step in which no group passes the filter."""
+def nothing_passed(section: FilterSection, dropped: Counter[str], groups: Sequence[Group]) -> UserError:
+    """Returns the error for a step in which no group passes the filter.
+
+    Args:
+        section: the ``filter`` section.
+        dropped: what `passing` counted.
+        groups: all that were generated.
+    """
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    if set(dropped) == {FAILED}:
+        cause = next(reason for group in groups for reason in group.failed)
+        return UserError(
+            f"a trajectory failed in all {dropped.total()} groups of a step: {cause}",
+            why="agent.on_failure=drop_group leaves nothing to learn from",
+            fix="mend the environment; or agent.on_failure=mask trains on the others",
+        )
     if set(dropped) == {NOT_SCORED}:
         return UserError(
             f"the reward failed on the responses of all {dropped.total()} groups of a step",

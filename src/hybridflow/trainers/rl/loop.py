@@ -100,7 +100,7 @@ def next_groups(run: RlRun, step: int) -> tuple[list[Group], dict[str, float]]:
     run.clock.seconds["reward"] = reward_seconds
     run.clock.seconds["gen"] -= reward_seconds
     if not groups:
-        raise nothing_passed(f, dropped)
+        raise nothing_passed(f, dropped, drawn)
     counts = failure_counts(drawn, run.config.reward.on_failure)
     if f.active:
         counts |= {f"training/filtered_groups/{reason}": float(n) for reason, n in dropped.items()}
