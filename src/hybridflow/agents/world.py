@@ -55,8 +55,8 @@ class Calls:
         self.turn = 0
         self.counts: defaultdict[str, float] = defaultdict(float)
 
-    def told(self, *what: Any) -> None:
-        """Takes what the environment is told next; answers to anything else are none to this."""
+    def given(self, *what: Any) -> None:
+        """Takes what the environment is given next; only answers to exactly this are found."""
         text = json.dumps([self._asked, *what], default=str, skipkeys=True)
         self._asked = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
@@ -124,14 +124,14 @@ class JournaledWorld:
         """See `Environment.reset`."""
         self.environment = await self.calls.run(self.make, self.calls, seconds=self.calls.seconds)
         assert self.environment is not None
-        self.calls.told(row, seed)
+        self.calls.given(row, seed)
         return await self._answer(self.environment.reset, row, seed)
 
     async def step(self, action: Action) -> Observation:
         """See `Environment.step`."""
         assert self.environment is not None, "a loop calls reset first"
         self.calls.turn += 1
-        self.calls.told(action.text, [(call.name, call.arguments) for call in action.calls])
+        self.calls.given(action.text, [(call.name, call.arguments) for call in action.calls])
         return await self._answer(self.environment.step, action)
 
     async def _answer(self, method: Callable[..., Any], *args: Any) -> Observation:

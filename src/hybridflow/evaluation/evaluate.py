@@ -266,7 +266,8 @@ def _require_sound(by_row: Sequence[list[Trajectory]], on_failed: str) -> list[l
             if t.failure is not None and on_failed == "fail":
                 raise failed_trajectory(t, where)
     failed = [[t.failure for t in found if t.failure is not None] for found in by_row]
-    require_most([Group(i, i, [], by_row[i], failed=failed[i]) for i in range(len(by_row))], "the evaluation")
+    groups = [Group(i, i, [], [], failed=reasons) for i, reasons in enumerate(failed)]
+    require_most(groups, sum(map(len, by_row)), "the evaluation")
     return [[t for t in found if t.failure is None] for found in by_row]
 
 

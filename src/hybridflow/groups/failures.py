@@ -62,20 +62,20 @@ def failed_trajectory(t: Trajectory, where: str) -> UserError:
     )
 
 
-def require_most(groups: Sequence[Group], of: str = "a step") -> None:
+def require_most(groups: Sequence[Group], count: int, of: str = "a step") -> None:
     """Refuses a step or an evaluation in which most trajectories failed: it would learn from what is left, or measure
     that.
 
     Args:
         groups: all of it.
+        count: how many trajectories it has, those of groups that were dropped too.
         of: what they are of, for the message.
 
     Raises:
         UserError: names the most frequent cause.
     """
     failed = Counter(reason for g in groups for reason in g.failed)
-    others = sum(t.finish_reason != "failed" for g in groups for t in g.trajectories)
-    if failed.total() > others:
+    if 2 * failed.total() > count:
         reason, count = failed.most_common(1)[0]
         raise UserError(
             f"{failed.total()} trajectories of {of} failed, {count} of them with: {reason}",

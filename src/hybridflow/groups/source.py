@@ -151,7 +151,7 @@ class GroupSource:
                 journaled += 1
                 fault_point("group", step, journaled)
         groups = [done[draw] for draw, _ in draws]
-        require_most(groups)
+        require_most(groups, len(groups) * len(self.samples))
         return groups
 
     def _start(self, question: Question, draw: int, sample: int) -> Start:

@@ -16,7 +16,7 @@ class CallPlace:
         sample: of its samples.
         turn: which turn it followed; 0 for `reset`.
         number: which call of that turn; -1 for the environment's own answer.
-        asked: a digest of all that the environment was told up to this turn. Where the model did something else at the
+        asked: a digest of all that the environment was given up to this turn. Where the model did something else at the
             same place, no answer is there.
     """
 
