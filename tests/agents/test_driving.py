@@ -7,27 +7,36 @@ from pathlib import Path
 from scripted import played, things
 
 TOOLS = '''
+import threading
+third = threading.Event()
 
-def wait(seconds: float) -> str:
-    """Waits.
+def fast(number: int) -> str:
+    """Answers at once.
 
     Args:
-        seconds: how long
+        number: of the call
     """
-    time.sleep(seconds)
+    if number == 2:
+        third.set()
     return "done"
+
+def slow(number: int) -> str:
+    """Answers once the other tool was called a third time.
+
+    Args:
+        number: of the call
+    """
+    return "done" if third.wait(20) else "nobody called"
 '''
-
-
-def call(seconds: float) -> str:
-    return f'<tool_call>\n{{"name": "wait", "arguments": {{"seconds": {seconds}}}}}\n</tool_call>'
 
 
 def test_a_request_is_not_held_back_or_lost_by_a_tool_of_another_trajectory(tmp_path: Path) -> None:
     def say(sample: int, number: int) -> str:
-        return "end" if number == 3 else call(0.3 if sample else 0.01)
+        called = f'{{"name": "{"slow" if sample else "fast"}", "arguments": {{"number": {number}}}}}'
+        return "end" if number == 3 else f"<tool_call>\n{called}\n</tool_call>"
 
-    found = played(say, samples=2, order="free", playback=True, tools=[f"{things(tmp_path, TOOLS)}:wait"])
-    assert [len(t.sequences[0].turns) for t in found.trajectories] == [4, 4]
-    order = [request.noise.sample for request in found.engine.requests]
-    assert order[2:5] == [0, 0, 0] and order[5:] == [1, 1, 1]  # the first ends while the other's first call runs
+    file = things(tmp_path, TOOLS)
+    found = played(say, samples=2, order="free", playback=True, tools=[f"{file}:fast", f"{file}:slow"])
+    assert [len(t.turns) for t in found.trajectories] == [4, 4]
+    assert not any("nobody called" in str(t.messages) for t in found.trajectories)
+    assert [request.noise.sample for request in found.engine.requests][2:4] == [0, 0]
