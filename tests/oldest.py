@@ -49,6 +49,7 @@ ONCE = {
     "tests/models/test_log_probs.py": "arithmetic on hidden states; tests/models/test_packed_forward.py makes them",
     "tests/rollout/test_inline.py": GENERATION,
     "tests/rollout/test_hermes.py": VLLM,
+    "tests/rollout/test_kept_turns.py": GENERATION,
     "tests/rollout/test_judge_on_vllm.py": VLLM,
     "tests/rollout/test_replica.py": GENERATION,
     "tests/rollout/test_sampling.py": GENERATION,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from hybridflow.agents.observations import cut, state_number
+from hybridflow.agents.observations import cut, state_number, without_markers
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.tool_calls import CallFormat, message_of, read_turn
 from hybridflow.config.sections.agent import AgentSection
@@ -54,6 +54,7 @@ class Language:
         decode_all: the same with special tokens, for parsing.
         ends: the texts of the tokens that close a turn.
         longest: most tokens of a whole sequence, its prompt included.
+        markers: texts of special tokens, which no observation may hold.
     """
 
     bridge: Bridge
@@ -62,6 +63,7 @@ class Language:
     decode_all: Callable[[list[int]], str]
     ends: tuple[str, ...]
     longest: int
+    markers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -176,10 +178,12 @@ class Episode:
 
     def _observe(self, observation: Observation) -> None:
         for message in observation.messages:
-            content, lost = cut(message.get("content"), self.section.max_observation_tokens, self.language.bridge)
-            if lost and self._grown:  # a prompt is never cut
-                message = message | {"content": content}
-                self.counts["cut_observations"] += 1
+            content, found = without_markers(message.get("content"), self.language.markers)
+            if self._grown:  # a prompt is never cut
+                content, lost = cut(content, self.section.max_observation_tokens, self.language.bridge)
+                self.counts["cut_observations"] += bool(lost)
+            self.counts["observed_markers"] += found
+            message = message | {"content": content}
             self.messages.append(message)
             self._news.append(message)
         if not self._grown:

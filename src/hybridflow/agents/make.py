@@ -16,6 +16,7 @@ from hybridflow.agents.runner import Agents
 from hybridflow.agents.tools import Toolbox, ToolSet, in_processes, toolbox
 from hybridflow.agents.world import WorldMaker
 from hybridflow.chat.bridge import Bridge
+from hybridflow.chat.special_tokens import special_tokens
 from hybridflow.chat.template import Style
 from hybridflow.chat.tool_calls import FORMATS
 from hybridflow.config.sections.agent import AgentSection
@@ -65,7 +66,9 @@ def make_agents(
         return str(tokenizer.decode(token_ids, skip_special_tokens=False))
 
     pool = HostPool(section.processes, section.call_timeout) if section.processes else None
-    language = Language(bridge, FORMATS[section.format], decode, decode_all, ends, longest)
+    language = Language(
+        bridge, FORMATS[section.format], decode, decode_all, ends, longest, tuple(special_tokens(tokenizer))
+    )
     return Agents(
         section,
         language,

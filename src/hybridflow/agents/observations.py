@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -113,6 +113,25 @@ def state_number(anchor: str | int) -> int:
     """Returns a number below 2^63 for a state, equal for equal states."""
     digest = hashlib.blake2b(repr(anchor).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def without_markers(content: Any, markers: Sequence[str]) -> tuple[Any, int]:
+    """Breaks the texts of special tokens in an observation by a space; returns it, and how many there were.
+
+    Otherwise a web page with ``<|im_end|>`` in it would end the result of a tool, and continue as the user.
+
+    Args:
+        content: of a message; one that is no text is left as it is.
+        markers: texts of special tokens.
+    """
+    if not isinstance(content, str):
+        return content, 0
+    found = 0
+    for marker in markers:
+        if marker and marker in content:
+            found += content.count(marker)
+            content = content.replace(marker, f"{marker[0]} {marker[1:]}")
+    return content, found
 
 
 def cut(content: Any, limit: int, bridge: Bridge) -> tuple[Any, int]:

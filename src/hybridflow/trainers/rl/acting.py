@@ -28,6 +28,7 @@ def acting_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "agent/sequences": sum(len(t.sequences) for t in acted) / count,
         "agent/observation_tokens": sum(t.counts.get("observation_tokens", 0.0) for t in acted) / count,
         "agent/cut_observations": sum(t.counts.get("cut_observations", 0.0) for t in acted),
+        "agent/observed_markers": sum(t.counts.get("observed_markers", 0.0) for t in acted),
     }
     metrics |= {f"agent/endings/{reason}": n / count for reason, n in ended.items()}
     metrics |= {f"agent/calls/{name}": float(n) for name, n in _added(acted, "calls/").items()}
