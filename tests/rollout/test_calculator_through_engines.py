@@ -4,7 +4,6 @@ and every sampled token has the probability that the trainer gives it.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
