@@ -175,6 +175,7 @@ def test_the_command_finds_the_form_of_answers_and_ends_with_1_on_a_fault(
     ("arguments", "said"),
     [
         (["by_source"], "'by_source' is not one function"),
+        (["environment"], "the reward environment judges no response: it adds up what the environment gave"),
         (["gsm9k"], "'gsm9k' is neither file.py:function"),
         (["mine.py:score"], "give rows with ground truths: --data"),
         (["gsm8k", "--data", "rows.jsonl", "--right", "####"], "without a place for the ground truth"),

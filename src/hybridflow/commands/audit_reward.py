@@ -90,6 +90,11 @@ def audit_reward(reward: str, rows: AuditRows | None, options: AuditOptions) -> 
             f"{reward!r} is neither file.py:function, nor the address of a server, nor a built-in reward",
             fix=nearest(reward, REWARDS),
         )
+    if reward == "environment":
+        raise UserError(
+            "the reward environment judges no response: it adds up what the environment gave",
+            fix="audit the other terms of the reward; hybridflow check plays the environment",
+        )
     unknown = next((name for name in options.allowed if name not in (*MUTATIONS, OTHERS)), None)
     if unknown is not None:
         raise UserError(f"the audit makes no {unknown!r}", fix=nearest(unknown, (*MUTATIONS, OTHERS)))
