@@ -15,11 +15,14 @@ from hybridflow.agents.play import Play
 from hybridflow.agents.processes import HostPool
 from hybridflow.agents.world import Calls, JournaledWorld, WorldMaker
 from hybridflow.config.sections.agent import AgentSection
+from hybridflow.errors import UserError
 from hybridflow.protocols.calls import CallStore
 from hybridflow.protocols.episodes import Start
 from hybridflow.protocols.generation import Request, Result
 from hybridflow.protocols.groups import Trajectory
 from hybridflow.protocols.waiting import SECONDS_BETWEEN_LOOKS
+
+CLOSING = 5.0  # seconds that environments may take to close when a run ends
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class _Running:
     start: Start
     task: asyncio.Task[None] | None = None
     answer: asyncio.Future[Result] | None = None
+    over: bool = False  # nothing of it samples any more
 
 
 class Agents:
@@ -93,7 +97,7 @@ class Agents:
                 self._change.wait_for(self._settled, SECONDS_BETWEEN_LOOKS)
             if self.order == "rounds" and self._busy:
                 return []
-            asked, self._asked = sorted(self._asked, key=lambda ask: ask[0]), []
+            asked, self._asked = sorted(self._asked, key=_number), []
         if self.calls is not None:
             self.calls.sync()
         return asked
@@ -116,12 +120,14 @@ class Agents:
             answer = self._running[number].answer
             self._busy.add(number)
         assert answer is not None, "it asked for nothing"
-        self._event_loop().call_soon_threadsafe(answer.set_result, result)
+        self._event_loop().call_soon_threadsafe(_give, answer, result)
 
     def ended(self) -> list[tuple[int, Trajectory]]:
-        """See `Rollouts.ended`."""
+        """See `Rollouts.ended`. With "rounds" what its caller sees, and when, depends on no time either."""
         with self._change:
-            ended, self._ended = self._ended, []
+            if self.order == "rounds" and self._busy:
+                return []
+            ended, self._ended = sorted(self._ended, key=_number), []
         return ended
 
     def on_ready(self, wake: Callable[[], None]) -> None:
@@ -138,17 +144,22 @@ class Agents:
             self._ended.clear()
         if self._loop is not None:
             for one in running.values():
-                if one.task is not None:
-                    self._loop.call_soon_threadsafe(one.task.cancel)
+                self._loop.call_soon_threadsafe(_drop, one)
 
     def close(self) -> None:
-        """See `Rollouts.close`."""
+        """See `Rollouts.close`. Environments that are open get a moment to close."""
         self.cancel()
         if self._loop is not None:
             loop, self._loop = self._loop, None
-            if self.pool is not None:
-                loop.call_soon_threadsafe(self.pool.close)
+            asyncio.run_coroutine_threadsafe(self._finish(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
+
+    async def _finish(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            await asyncio.wait(left, timeout=CLOSING)
+        if self.pool is not None:
+            self.pool.close()
 
     # --- in the event loop's thread ---
 
@@ -160,26 +171,11 @@ class Agents:
             return await self._generate(number, request, episode)
 
         episode = Episode(start, self.section, self.language, world, generate)
-        limit = asyncio.timeout(self.section.timeout)
-        try:
-            loop = self.play_of(start.question.row)
-            async with limit:
-                await loop(episode, dict(start.question.row))
-            episode.ending = "done"
-        except EpisodeOver as end:
-            episode.ending = end.reason
-        except asyncio.CancelledError:
-            await self._close(world)
-            return
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # either of the last two would end the event loop
-            if isinstance(error, TimeoutError) and limit.expired():  # else a call took too long
-                episode.ending = "timeout"
-            else:
-                episode.ending, episode.failure = "failed", f"{type(error).__name__}: {error}"
-                self._tell_once(type(error).__name__, "a trajectory failed:\n" + _trace(error))
+        await self._play(number, episode)
+        self._forget_ask(number)
+        await self._close(world)
         for name, value in world.counts.items():
             episode.counts[name] += value
-        await self._close(world)
         with self._change:
             if self._running.pop(number, None) is not None:
                 self._ended.append((number, episode.trajectory()))
@@ -187,18 +183,59 @@ class Agents:
             self._change.notify_all()
         self._wake()
 
+    async def _play(self, number: int, episode: Episode) -> None:
+        """Plays an episode to its end, whatever ends it."""
+        row = episode.start.question.row
+        try:
+            async with asyncio.timeout(self.section.timeout) as limit:
+                await self.play_of(row)(episode, dict(row))
+            episode.ending = episode.ending or "done"
+        except EpisodeOver as end:
+            episode.ending = end.reason
+        except (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                episode.ending = "timeout"
+                return
+            episode.ending = "failed"
+            episode.failure = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            with self._change:
+                cancelled = number not in self._running
+            if not cancelled:
+                self._tell_once(type(error).__name__, "a trajectory failed:\n" + _trace(error))
+
+    def _forget_ask(self, number: int) -> None:
+        """Ends what still waits for a turn of a trajectory that is over, such as a loop in a thread."""
+        with self._change:
+            running = self._running.get(number)
+            if running is None:
+                return
+            running.over = True
+            if running.answer is None:
+                return
+            self._asked = [ask for ask in self._asked if ask[0] != number]
+            self._busy.add(number)
+        running.answer.cancel()
+
     async def _generate(self, number: int, request: Request, episode: Episode) -> Result:
         began = time.perf_counter()
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         with self._change:
-            if number not in self._running:
+            running = self._running.get(number)
+            if running is None or running.over:
                 raise asyncio.CancelledError
-            self._running[number].answer = answer
+            if running.answer is not None:
+                raise UserError(
+                    "the loop samples a turn while another one of its episode is sampled",
+                    why="each turn of an episode continues the one before",
+                    fix="await episode.sample() before the next one",
+                )
+            running.answer = answer
             self._asked.append((number, request))
             self._busy.discard(number)
             self._change.notify_all()
         self._wake()
         result = await answer
+        running.answer = None
         episode.counts["seconds/generate_sequences"] += time.perf_counter() - began
         return result
 
@@ -227,3 +264,20 @@ class Agents:
 
 def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _number(numbered: tuple[int, Any]) -> int:
+    return numbered[0]
+
+
+def _give(answer: asyncio.Future[Result], result: Result) -> None:
+    if not answer.done():  # else nobody waits for it any more
+        answer.set_result(result)
+
+
+def _drop(running: _Running) -> None:
+    """Ends what waits for a trajectory's next turn, and its task."""
+    if running.task is not None:
+        running.task.cancel()
+    if running.answer is not None:
+        running.answer.cancel()
