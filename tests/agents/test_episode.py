@@ -79,6 +79,53 @@ def plain(episode, row):
         observation = episode.step(episode.sample(max_tokens=6))
     episode.end("enough")
 
+class Hangs(Counts):
+    """Hangs where the row says."""
+    def __init__(self, where):
+        self.where = where
+    def step(self, action):
+        if self.where == "step":
+            time.sleep(600)
+        return super().step(action)
+    def close(self):
+        if self.where == "close":
+            time.sleep(600)
+        if self.where == "raise":
+            raise RuntimeError("not now")
+
+async def ends(code: int) -> str:
+    """Ends Python.
+
+    Args:
+        code: of the end
+    """
+    raise SystemExit(code)
+
+async def sure(episode, row):
+    await episode.reset(row)
+    while True:
+        try:
+            await episode.sample()
+        except Exception:  # the end of the episode too
+            return
+
+async def two_at_once(episode, row):
+    await episode.reset(row)
+    await asyncio.gather(episode.sample(), episode.sample())
+
+async def slow_network(episode, row):
+    await episode.reset(row)
+    raise TimeoutError("no answer")
+
+class Plays:
+    async def __call__(self, episode, row):
+        await twice(episode, row)
+
+plays = Plays()
+
+def hidden(episode, row):
+    return twice(episode, row)
+
 async def raises(episode, row):
     await episode.reset(row)
     await episode.sample()
@@ -255,6 +302,46 @@ def test_loops_of_users(file: str) -> None:
     assert t.failure is not None and "agent_name 'thrice'; did you mean 'twice'" in t.failure
     with pytest.raises(UserError, match=r"called as play\(episode, row\)"):
         played(script("a"), play=f"{file}:wrong", **world)
+
+
+@pytest.mark.parametrize(
+    ("play", "ending", "turns", "failure"),
+    [
+        ("sure", "max_turns", 8, None),
+        ("plays", "done", 2, None),
+        ("hidden", "failed", 0, "returned a coroutine"),
+        ("two_at_once", "failed", 0, "while another one"),
+        ("slow_network", "failed", 0, "TimeoutError: no answer"),  # not the time of the trajectory
+    ],
+)
+def test_loops_of_users_end_for_the_reason_that_they_had(
+    play: str, ending: str, turns: int, failure: str | None, file: str
+) -> None:
+    (t,) = played(lambda *place: "again", play=f"{file}:{play}", environment=f"{file}:Counts").trajectories
+    assert (t.finish_reason, len(t.turns)) == (ending, turns)
+    assert failure in t.failure if failure is not None and t.failure is not None else failure == t.failure
+
+
+@pytest.mark.parametrize(
+    ("where", "ending", "said"),
+    [
+        ("step", "failed", "a trajectory failed"),
+        ("close", "done", "an environment could not be closed"),
+        ("raise", "done", "an environment could not be closed"),
+    ],
+)
+def test_an_environment_that_hangs_or_cannot_be_closed(where: str, ending: str, said: str, file: str) -> None:
+    told: list[str] = []
+    world = {"environment": f"{file}:Hangs", "environment_kwargs": {"where": where}, "call_timeout": 0.2}
+    (t,) = played(script("stop"), told=told, **world).trajectories
+    assert (t.finish_reason, len(t.turns)) == (ending, 1)
+    assert (t.failure or "").startswith("CallTimeout: Hangs.step took longer" if where == "step" else "")
+    assert len(told) == 1 and told[0].startswith(said)
+
+
+def test_a_tool_that_ends_python_ends_its_call(file: str) -> None:
+    (t,) = played(script(call("ends", '{"code": 3}'), "ok"), tools=[f"{file}:ends"]).trajectories
+    assert t.finish_reason == "done" and "it raised SystemExit 3" in t.messages[2]["content"]
 
 
 def test_an_environment_that_breaks_fails_its_trajectory_alone(file: str) -> None:

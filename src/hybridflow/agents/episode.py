@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hybridflow.agents.observations import cut, state_number, without_markers
 from hybridflow.chat.bridge import Bridge
@@ -135,14 +135,14 @@ class Episode:
         self.messages += messages
         self._news += messages
         if self.turns == self.section.max_turns:
-            raise EpisodeOver("max_turns")
+            self.end("max_turns")
         left = self.start.sampling.max_tokens - self._sampled()
         if left <= 0:
-            raise EpisodeOver("length")
+            self.end("length")
         growing = self._continue()
         room = self._room(growing)
         if room <= 0:
-            raise EpisodeOver("context")
+            self.end("context")
         asked = min(filter(None, (left, room, self.section.max_turn_tokens, max_tokens)))
         sequence = growing.sequence
         result = await self._generate(
@@ -156,7 +156,7 @@ class Episode:
         )
         action = self._take(growing, result, asked)
         if result.finish_reason == "length" and asked == min(left, room) and asked != self.section.max_turn_tokens:
-            raise EpisodeOver("length" if asked == left else "context")
+            self.end("length" if asked == left else "context")
         return action
 
     async def step(self, action: Action) -> Observation:
@@ -170,9 +170,14 @@ class Episode:
         turn = self._grown[-1].sequence.turns[-1]
         turn.reward = (turn.reward or 0.0) + value
 
-    def end(self, reason: str = "done") -> None:
-        """Ends the episode, for a reason of the loop's own."""
-        raise EpisodeOver(reason)
+    def end(self, reason: str = "done") -> NoReturn:
+        """Ends the episode, for a reason of the loop's own.
+
+        Raises:
+            EpisodeOver: always. The first reason stays, also where the loop goes on.
+        """
+        self.ending = self.ending or reason
+        raise EpisodeOver(self.ending)
 
     # --- its parts ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from hybridflow.agents.episode import Episode
 from hybridflow.agents.threads import in_thread, waited
@@ -35,11 +35,18 @@ def loop_of(function: Callable[..., Any], name: str) -> Play:
             why="it is called as play(episode, row)",
             fix="define it as `async def play(episode, row)` or `def play(episode, row)`",
         ) from None
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return function
 
     async def in_a_thread(episode: Episode, row: dict[str, Any]) -> None:
-        await in_thread(function, PlainEpisode(episode), row)
+        returned = await in_thread(function, PlainEpisode(episode), row)
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise UserError(
+                f"the loop {name} returned a coroutine, which nothing has run",
+                why="a plain function is run in a thread; one defined with `async def` is awaited",
+                fix="define it with `async def`, and await what it returns now",
+            )
 
     return in_a_thread
 
@@ -80,6 +87,6 @@ class PlainEpisode:
         """Adds a reward to the last turn."""
         self._episode.reward(value)
 
-    def end(self, reason: str = "done") -> None:
+    def end(self, reason: str = "done") -> NoReturn:
         """Ends the episode."""
         self._episode.end(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
             outcome = future.set_exception, error
         else:
             outcome = future.set_result, result
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: the run has ended
             loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, daemon=True, name=getattr(function, "__name__", "tool")).start()
