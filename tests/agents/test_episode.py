@@ -310,15 +310,15 @@ def test_loops_of_users(file: str) -> None:
         ("sure", "max_turns", 8, None),
         ("plays", "done", 2, None),
         ("hidden", "failed", 0, "returned a coroutine"),
-        ("two_at_once", "failed", 0, "while another one"),
+        ("two_at_once", "failed", None, "while another one"),
         ("slow_network", "failed", 0, "TimeoutError: no answer"),  # not the time of the trajectory
     ],
 )
 def test_loops_of_users_end_for_the_reason_that_they_had(
-    play: str, ending: str, turns: int, failure: str | None, file: str
+    play: str, ending: str, turns: int | None, failure: str | None, file: str
 ) -> None:
     (t,) = played(lambda *place: "again", play=f"{file}:{play}", environment=f"{file}:Counts").trajectories
-    assert (t.finish_reason, len(t.turns)) == (ending, turns)
+    assert t.finish_reason == ending and (turns is None or len(t.turns) == turns)
     assert failure in t.failure if failure is not None and t.failure is not None else failure == t.failure
 
 
