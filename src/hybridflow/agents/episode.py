@@ -174,7 +174,7 @@ class Episode:
         """Ends the episode, for a reason of the loop's own.
 
         Raises:
-            EpisodeOver: always. The first reason stays, also where the loop goes on.
+            EpisodeOver: always. The first reason stays, also where the loop catches it.
         """
         self.ending = self.ending or reason
         raise EpisodeOver(self.ending)
