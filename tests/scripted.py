@@ -13,7 +13,7 @@ from hybridflow.agents.make import make_agents
 from hybridflow.chat.template import Style
 from hybridflow.config.sections.agent import AgentSection
 from hybridflow.groups.driving import Driver
-from hybridflow.groups.playback import Playback
+from hybridflow.groups.playback import Playback, requests_of
 from hybridflow.noise import NoiseKey
 from hybridflow.protocols.calls import CallStore
 from hybridflow.protocols.episodes import Start
@@ -68,7 +68,7 @@ class ScriptedEngine:
         self.said += len(ids)
         reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
         handle = len(self.requests) - 1
-        self._ready.append(Result(handle, ids, logps, reason, [Span(3, 0, len(ids))]))  # type: ignore[arg-type]
+        self._ready.append(Result(handle, ids, logps, reason, [Span(3, 0, len(ids))], replica=number % 2))  # type: ignore[arg-type]
         return handle
 
     def wait(self) -> list[Result]:
@@ -90,6 +90,12 @@ class Played:
     engine: ScriptedEngine
     tokenizer: PreTrainedTokenizerBase
     trajectories: list[Trajectory]
+    starts: list[Start]
+
+    def repeated(self) -> list[Request]:
+        """What the engine is asked where the trajectories are played back."""
+        pairs = zip(self.starts, self.trajectories)
+        return [request for start, t in pairs for request in requests_of(start, t.sequences)]
 
     def shown(self, trajectory: int = 0) -> list[tuple[str, str]]:
         """The sequences of a trajectory as (who wrote it, text) pieces: "context" or "model"."""
@@ -136,12 +142,13 @@ def played(
     driver = Driver(engine, Playback(agents) if playback else agents)  # type: ignore[arg-type]
     sampling = Sampling(budget, stop_token_ids=(int(tokenizer.eos_token_id),))  # type: ignore[arg-type]
     asked = Asked(prompt, row or {})
-    numbers = [driver.begin(Start(NoiseKey(5, "train", 7, i), asked, sampling)) for i in range(samples)]
+    starts = [Start(NoiseKey(5, "train", 7, i), asked, sampling) for i in range(samples)]
+    numbers = [driver.begin(start) for start in starts]
     found: dict[int, Trajectory] = {}
     while driver.running:
         found |= dict(driver.advance())
     agents.close()
-    return Played(engine, tokenizer, [found[number] for number in numbers])
+    return Played(engine, tokenizer, [found[number] for number in numbers], starts)
 
 
 def things(folder: Path, text: str) -> str:

@@ -179,6 +179,7 @@ def test_every_token_has_the_role_of_who_wrote_it(file: str) -> None:
     for i, request in enumerate(found.engine.requests):
         assert list(request.prompt_ids) == s.prompt_ids + s.token_ids[: s.turns[i].start]
         assert request.position == sum(sampled[:i]) and request.sampling.max_tokens == 500 - sum(sampled[:i])
+    assert found.repeated() == found.engine.requests
 
 
 def test_rewritten_history_forks_and_every_sampled_token_carries_loss_once(file: str) -> None:
@@ -192,6 +193,7 @@ def test_rewritten_history_forks_and_every_sampled_token_carries_loss_once(file:
     assert sorted(batch["rollout_logp_T"][batch["loss_mask_T"]].tolist()) == [
         -float(i) for i in range(found.engine.said, 0, -1)
     ]
+    assert found.repeated() == found.engine.requests
     streams = [request.noise.stream for request in found.engine.requests]
     assert streams[0] == "train" and len(set(streams)) == 3 and all(r.position == 0 for r in found.engine.requests)
     # Where it only appends, the same conversation is one sequence.
@@ -210,6 +212,7 @@ def test_a_step_is_a_sequence_with_its_window_and_the_reward_is_on_its_turn(file
         assert said[0] == "system\nbe brief"
         assert "|".join(part.partition("\n")[2] for part in said[1:]) == seen
         assert [turn.reward for turn in t.turns] == [0.5, 1.0, 1.5, 2.0]
+        assert found.repeated() == found.engine.requests
         assert t.turns[0].anchor is None and t.turns[1].anchor == t.turns[2].anchor is not None
 
 

@@ -258,7 +258,9 @@ class Episode:
         growing.sizes += support.sizes
         growing.ids += support.ids
         anchor = None if self._anchor is None else state_number(self._anchor)
-        sequence.turns.append(Turn(start, len(sequence.token_ids), result.finish_reason, anchor=anchor, limit=limit))
+        sequence.turns.append(
+            Turn(start, len(sequence.token_ids), result.finish_reason, None, anchor, limit, result.replica)
+        )
         growing.sampled += len(result.token_ids)
         self._replica = result.replica
         self._last_id = result.token_ids[-1] if result.token_ids else None

@@ -115,6 +115,7 @@ def requests_of(start: Start, sequences: list[TokenSequence]) -> Iterator[Reques
         start: of the trajectory.
         sequences: its own.
     """
+    replica: int | None = None  # a trajectory stays where its beginning is in a cache
     for i, sequence in enumerate(sequences):
         key, position = start.key, 0
         if i:
@@ -125,6 +126,8 @@ def requests_of(start: Start, sequences: list[TokenSequence]) -> Iterator[Reques
                 (*sequence.prompt_ids, *sequence.token_ids[: turn.start]),
                 replace(start.sampling, max_tokens=turn.limit),
                 key,
+                replica=replica,
                 position=position,
             )
+            replica = turn.replica
             position += turn.end - turn.start

@@ -24,6 +24,7 @@ class Turn:
         reward: the environment's reward for the turn; None: it gives none.
         anchor: the state in which the turn began, as a number that is equal for equal states; None: unknown.
         limit: most tokens that the request allowed.
+        replica: which of the engine's replicas sampled it.
     """
 
     start: int
@@ -32,6 +33,7 @@ class Turn:
     reward: float | None = None
     anchor: int | None = None
     limit: int = 0
+    replica: int = 0
 
 
 @dataclass(slots=True)
