@@ -119,6 +119,7 @@ def played(
     prompt: str = "question",
     row: dict[str, Any] | None = None,
     budget: int = 500,
+    longest: int = 4000,
     order: str = "rounds",
     playback: bool = False,
     calls: CallStore | None = None,
@@ -134,7 +135,7 @@ def played(
         Style(),
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         stops=[int(tokenizer.eos_token_id)],  # type: ignore[arg-type]
-        longest=engine.max_model_len,
+        longest=longest,
         order=order,  # type: ignore[arg-type]
         calls=calls,
         tell=(told if told is not None else []).append,

@@ -131,6 +131,14 @@ async def raises(episode, row):
     await episode.sample()
     raise KeyError("mine")
 
+async def fails(episode, row):
+    await episode.reset(row)
+    episode.end("failed")
+
+async def early(episode, row):
+    await episode.reset(row)
+    episode.reward(1.0)
+
 def wrong(episode):
     pass
 '''
@@ -266,6 +274,16 @@ def test_seconds_end_calls_and_trajectories(file: str) -> None:
     assert (t.finish_reason, len(t.turns), t.failure) == ("timeout", 1, None)
 
 
+def test_a_sequence_that_begins_with_the_whole_conversation_has_no_more_room(file: str) -> None:
+    """What a step or a fork begins with counts, so no sequence is longer than the run was told."""
+    found = played(
+        lambda sample, number: "again", environment=f"{file}:Counts", history="steps", max_turns=9, longest=120
+    )
+    (t,) = found.trajectories
+    assert t.finish_reason == "context" and 1 < len(t.sequences) < 9
+    assert all(len(s.prompt_ids) + len(s.token_ids) <= 120 for s in t.sequences)
+
+
 def test_calls_of_a_turn_run_side_by_side_and_answer_in_their_order(file: str) -> None:
     turn = "\n".join(call("slow", f'{{"seconds": {0.3 - i / 100}}}') for i in range(6))
     began = time.monotonic()
@@ -298,6 +316,9 @@ def test_loops_of_users(file: str) -> None:
     (t,) = played(script("a"), play=f"{file}:raises", told=told, **world).trajectories
     assert t.finish_reason == "failed" and t.failure == "KeyError: 'mine'" and len(t.turns) == 1
     assert len(told) == 1 and "raise KeyError" in told[0]
+    for loop, said in [("fails", 'ends its episode as "failed"'), ("early", "before the first turn")]:
+        (t,) = played(script("a"), play=f"{file}:{loop}", **world).trajectories
+        assert t.failure is not None and said in t.failure
     named = {"plays": {"twice": f"{file}:twice"}}
     (t,) = played(script("a", "b"), row={"agent_name": "twice"}, **world, **named).trajectories
     assert len(t.turns) == 2

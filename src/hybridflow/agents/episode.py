@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from hybridflow.agents.observations import cut, state_number, without_markers
 from hybridflow.chat.bridge import Bridge
 from hybridflow.chat.tool_calls import CallFormat, message_of, read_turn
 from hybridflow.config.sections.agent import AgentSection
+from hybridflow.errors import UserError
 from hybridflow.noise import NoiseKey, fork_stream
 from hybridflow.protocols.environments import Action, Messages, Observation, ToolCall
 from hybridflow.protocols.episodes import Start
@@ -166,7 +168,17 @@ class Episode:
         return observation
 
     def reward(self, value: float) -> None:
-        """Adds a reward to the last turn."""
+        """Adds a reward to the last turn.
+
+        Raises:
+            UserError: there is no turn yet, or it is no number.
+        """
+        if not self.turns or not math.isfinite(value):
+            raise UserError(
+                f"the loop gives the reward {value!r} " + ("before the first turn" if not self.turns else "to a turn"),
+                why="a reward is a finite number, and belongs to the last turn",
+                fix="call episode.reward(number) after episode.sample()",
+            )
         turn = self._grown[-1].sequence.turns[-1]
         turn.reward = (turn.reward or 0.0) + value
 
@@ -175,7 +187,14 @@ class Episode:
 
         Raises:
             EpisodeOver: always. The first reason stays, also where the loop catches it.
+            UserError: the reason is "failed", which trajectories have that raised.
         """
+        if reason == "failed":
+            raise UserError(
+                'a loop ends its episode as "failed"',
+                why="that is the ending of trajectories that have no reward",
+                fix="raise an exception, whose text then says why; or give another reason",
+            )
         self.ending = self.ending or reason
         raise EpisodeOver(self.ending)
 
@@ -232,13 +251,13 @@ class Episode:
 
     def _begin(self, prompt_ids: list[int], fork: str) -> _Growing:
         key = self.start.key
+        if self._grown and not self._grown[-1].sequence.turns:
+            self._grown.pop()  # nothing was sampled in it
         if self._grown:
             before = sum(g.sequence.prompt_ids == prompt_ids for g in self._grown)
             key = replace(key, stream=fork_stream(key.stream, prompt_ids, before))
         growing = _Growing(TokenSequence(prompt_ids, [], [], [], [], fork=fork), key)
         self._news = []
-        if self._grown and not self._grown[-1].sequence.turns:
-            self._grown.pop()  # nothing was sampled in it
         self._grown.append(growing)
         return growing
 

@@ -124,9 +124,16 @@ def without_markers(content: Any, markers: Sequence[str]) -> tuple[Any, int]:
         content: of a message; one that is no text is left as it is.
         markers: texts of special tokens.
     """
+    found = 0
+    if isinstance(content, list):  # of parts: those of text
+        parts = []
+        for part in content:
+            text, count = without_markers(part.get("text"), markers) if isinstance(part, dict) else (None, 0)
+            parts.append({**part, "text": text} if count else part)
+            found += count
+        return parts, found
     if not isinstance(content, str):
         return content, 0
-    found = 0
     for marker in markers:
         if marker and marker in content:
             found += content.count(marker)

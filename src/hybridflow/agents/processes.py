@@ -188,7 +188,8 @@ class RemoteObject:
         """Calls a method.
 
         Raises:
-            CallTimeout, ProcessDied, CallRaised: see `Host.ask`; what the object held is gone after the first two.
+            CallTimeout, ProcessDied, CallRaised: see `Host.ask`; after the first two the object
+                is made again without that call.
         """
         async with self.host.lock:
             await self.host.start()
@@ -198,8 +199,14 @@ class RemoteObject:
                 for earlier in self._asked:
                     with suppress(CallRaised):  # as it did the first time
                         await self.host.ask("method", self.number, *earlier)
-            self._asked.append((name, placed, named))
-            return await self.host.ask("method", self.number, name, placed, named)
+            asked = name, placed, named
+            try:
+                value = await self.host.ask("method", self.number, *asked)
+            except CallRaised:
+                self._asked.append(asked)
+                raise
+            self._asked.append(asked)  # a call that ended its process is not made again with the others
+            return value
 
     async def close(self) -> None:
         """Closes the object, if its process still has it."""

@@ -128,6 +128,8 @@ class Agents:
             if self.order == "rounds" and self._busy:
                 return []
             ended, self._ended = sorted(self._ended, key=_number), []
+        if ended and self.calls is not None:
+            self.calls.sync()  # a kill while they are scored loses no answer
         return ended
 
     def on_ready(self, wake: Callable[[], None]) -> None:

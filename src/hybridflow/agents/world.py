@@ -73,13 +73,14 @@ class Calls:
         if self.store is not None and self.store.find(self.place(number)) is None:
             self.store.add(self.place(number), answer)
 
-    async def run(self, function: Callable[..., Any], *args: Any, seconds: float | None) -> Any:
+    async def run(self, function: Callable[..., Any], *args: Any, seconds: float | None, counted: bool = True) -> Any:
         """Runs a function, plain or async, or a plain one that returns an awaitable.
 
         Args:
             function: what to run.
             args: its arguments.
             seconds: that it may take; None: no limit.
+            counted: whether its seconds are those of tools; what calls tools by itself counts each of them.
 
         Raises:
             CallTimeout: it took longer; a plain function then runs on in its thread, and nobody waits for it.
@@ -98,7 +99,7 @@ class Calls:
             name = getattr(function, "__qualname__", type(function).__name__)
             raise CallTimeout(f"{name} took longer than {seconds:g} seconds (agent.call_timeout)") from error
         finally:
-            self.counts["seconds/tool_calls"] += time.perf_counter() - began
+            self.counts["seconds/tool_calls"] += counted * (time.perf_counter() - began)
 
 
 class JournaledWorld:
@@ -113,6 +114,7 @@ class JournaledWorld:
         self.make, self.calls = make, calls
         # A set of tools limits each of its calls by itself.
         self.seconds = None if calls.section.tools else calls.seconds
+        self.counted = not calls.section.tools
         self.environment: Environment | None = None
 
     @property
@@ -138,7 +140,7 @@ class JournaledWorld:
         """Calls the environment, and returns the answer that was kept, where there is one: the model has seen it."""
         turn = f" after turn {self.calls.turn}" if self.calls.turn else ""
         where = f"{type(self.environment).__name__}.{method.__name__}{turn}"
-        found = observation_of(await self.calls.run(method, *args, seconds=self.seconds), where)
+        found = observation_of(await self.calls.run(method, *args, seconds=self.seconds, counted=self.counted), where)
         kept = self.calls.kept(-1)
         if kept is not None:
             return Observation(**kept)

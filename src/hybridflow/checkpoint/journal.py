@@ -98,7 +98,7 @@ class Journal:
 
 def _line(group: Group) -> bytes:
     prompts = {tuple(group.prompt_ids): 0}
-    for sequences in (*(t.sequences for t in group.trajectories), group.greedy):
+    for sequences in (*(t.sequences for t in (*group.trajectories, *group.left_out)), group.greedy):
         for sequence in sequences:
             prompts.setdefault(tuple(sequence.prompt_ids), len(prompts))
 
@@ -131,5 +131,12 @@ def _group(value: dict[str, Any]) -> Group:
         return Trajectory(**found | {"sequences": [sequence(s) for s in found["sequences"]]})
 
     group: dict[str, Any] = value["group"]
-    trajectories, greedy = [trajectory(t) for t in group["trajectories"]], [sequence(s) for s in group["greedy"]]
-    return Group(**group | {"prompt_ids": prompts[group["prompt_ids"]], "trajectories": trajectories, "greedy": greedy})
+    return Group(
+        **group
+        | {
+            "prompt_ids": prompts[group["prompt_ids"]],
+            "trajectories": [trajectory(t) for t in group["trajectories"]],
+            "greedy": [sequence(s) for s in group["greedy"]],
+            "left_out": [trajectory(t) for t in group["left_out"]],
+        }
+    )

@@ -58,9 +58,9 @@ def evaluate_model(config: EvalConfig, *, note: Callable[[str], None] | None = N
     limit, stops = config.rollout.max_response_tokens, stop_ids(model, tokenizer)
     make_folder(folder)
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
-    with closing(make_grader(config, None, data_sources(prompts))) as grader:
-        engine = inline_engine(model, tokenizer, config.rollout, keep_turns=config.agent is not None)
-        rollouts = make_rollouts(config, tokenizer, engine, stops, prompts, tell=note or (lambda text: None))
+    engine = inline_engine(model, tokenizer, config.rollout, keep_turns=config.agent is not None)
+    making = make_rollouts(config, tokenizer, engine, stops, prompts, tell=note or (lambda text: None))
+    with closing(making) as rollouts, closing(make_grader(config, None, data_sources(prompts))) as grader:
         done = evaluate(
             Answering(
                 engine,

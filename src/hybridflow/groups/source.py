@@ -181,7 +181,7 @@ class GroupSource:
             raise failed_trajectory(failed[0], where)
         group.failed = [str(t.failure) for t in failed]
         if failed and (self.answering.on_failed == "drop_group" or failed[-1] is greedy):
-            group.trajectories = []
+            group.left_out, group.trajectories = group.trajectories, []
             return group
         if group.scored:
             ask(group.scored, baseline=False)
@@ -226,6 +226,7 @@ class GroupSource:
             group.baseline = total(found.baseline) if found.baseline.failure is None else policy.value
         baseline_failed = found.baseline is not None and found.baseline.failure is not None
         if failed and (policy.on_failure == "drop_group" or (policy.on_failure == "mask" and baseline_failed)):
+            group.left_out, group.greedy = [t for t in found.trajectories if t.messages], found.greedy
             return group  # without its baseline a response has nothing to be compared with
         names = {name for score in found.scores for name in score.components}
         for t, score in zip(found.scored, found.scores):
@@ -234,7 +235,7 @@ class GroupSource:
             t.components = dict.fromkeys(sorted(names), policy.value) if valued else dict(score.components)
             t.failure = str(score.failure) if score.failure is not None and policy.on_failure == "mask" else None
             self._set_step_rewards(t, score)
-        group.trajectories, group.greedy = found.trajectories, found.greedy
+        group.trajectories, group.greedy, group.left_out = found.trajectories, found.greedy, found.left_out
         return group
 
     def _set_step_rewards(self, t: Trajectory, score: Score) -> None:
@@ -264,7 +265,8 @@ class GroupSource:
 
 def recorded_of(groups: Iterable[Group]) -> Recorded:
     """Returns the sequences of journaled trajectories in which the model acted, for `Playback`."""
-    found = {("train", g.draw, t.sample): t.sequences for g in groups for t in g.trajectories if t.messages}
+    every = [(g.draw, t) for g in groups for t in (*g.trajectories, *g.left_out)]
+    found = {("train", draw, t.sample): t.sequences for draw, t in every if t.messages or t.finish_reason == "failed"}
     return found | {("greedy", g.draw, 0): g.greedy for g in groups if g.greedy}
 
 
@@ -330,6 +332,7 @@ class _Scoring:
 
     trajectories: list[Trajectory]
     greedy: list[TokenSequence] = field(default_factory=list)  # of the response that is compared with, if it acted
+    left_out: list[Trajectory] = field(default_factory=list)  # because one failed
     failed: list[str] = field(default_factory=list)  # why trajectories have no reward to wait for
     scores: list[Score] = field(default_factory=list)
     baseline: Score | None = None
@@ -343,4 +346,4 @@ class _Scoring:
     @property
     def prompt_ids(self) -> list[int]:
         """The prompt that the trajectories begin with."""
-        return next((t.sequences[0].prompt_ids for t in self.trajectories if t.sequences), [])
+        return next((t.sequences[0].prompt_ids for t in (*self.trajectories, *self.left_out) if t.sequences), [])

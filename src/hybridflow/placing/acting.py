@@ -80,13 +80,15 @@ def make_rollouts(
     decode = answer_decoder(tokenizer, stops, keep=config.reward.keep_special_tokens)
     if config.agent is None:
         return SingleTurn(decode)
+    # A sequence that begins with a whole conversation, after a fork or as a step, has no more room than the first one.
+    longest = config.data.max_prompt_tokens + config.agent.longest(config.rollout.max_response_tokens)
     return make_agents(
         config.agent,
         tokenizer,
         prompts.style,
         decode=decode,
         stops=stops,
-        longest=engine.max_model_len,
+        longest=min(engine.max_model_len, longest),
         order="rounds" if config.rollout.engine == "inline" else "free",
         given=given,
         calls=calls,

@@ -130,6 +130,8 @@ class Group:
         greedy: the sequences of that response, where the model acted.
         failures: how many of its responses (a greedy one too) the reward failed on, by what happened: see
             `Failure.kind`.
+        left_out: trajectories in which the model acted, of a group that is dropped: a step that is made again
+            as a whole plays them back.
         failed: why trajectories failed before they had a reward, one entry each.
         digest: a digest of the row, where an environment makes the prompt of it; "" elsewhere.
     """
@@ -141,6 +143,7 @@ class Group:
     baseline: float | None = None
     greedy: list[TokenSequence] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
+    left_out: list[Trajectory] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     digest: str = ""
 

@@ -12,7 +12,6 @@ from hybridflow.config.paths import ReadPath
 from hybridflow.config.sections.base import Section
 
 FORMATS = ("hermes",)
-BUILT_IN = "built_in"
 
 
 class AgentSection(Section):
@@ -50,7 +49,7 @@ class AgentSection(Section):
         "turn is a sequence of its own, with the last agent.window turns before it.",
     )
     window: int | None = Field(
-        None, ge=0, description="Earlier turns that history=steps shows, beside the first observation; unset: all."
+        None, ge=0, description="Earlier turns that history=steps shows, beside the system message; unset: all."
     )
     max_turns: PositiveInt = Field(8, description="Most turns of a trajectory.")
     max_turn_tokens: PositiveInt | None = Field(

@@ -14,7 +14,7 @@ def acting_metrics(groups: Sequence[Group]) -> dict[str, float]:
     Args:
         groups: of the step.
     """
-    acted = [t for g in groups for t in g.trajectories if t.messages]
+    acted = [t for g in groups for t in g.trajectories if t.messages or t.finish_reason == "failed"]
     if not acted:
         return {}
     count, ended = len(acted), Counter(t.finish_reason for t in acted)
