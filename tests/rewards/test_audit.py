@@ -220,6 +220,7 @@ def test_shipped_rewards_accept_no_wrong_answer(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # that of code takes minutes
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_shipped_rewards_pass_the_whole_audit(name: str) -> None:
     report = audit_reward(name, None, AuditOptions())
